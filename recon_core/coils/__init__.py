@@ -1,0 +1,1 @@
+"""Coil sensitivity estimation."""

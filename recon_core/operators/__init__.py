@@ -1,0 +1,1 @@
+"""Linear acquisition operators and their adjoints."""

@@ -1,0 +1,1 @@
+"""What happens to k-space before a method sees it."""

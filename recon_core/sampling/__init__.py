@@ -1,0 +1,1 @@
+"""Cartesian sampling masks."""

@@ -1,0 +1,126 @@
+"""Typed settings: frozen dataclasses whose fields carry unit, range and help, and a parser that accepts what consoles send.
+
+Consoles send every value as text ("True", "8", "0.01"); Gadgetron's XML does too; Python passes typed values. All end here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
+
+from recon_core.errors import SettingError
+
+T = TypeVar("T")
+
+TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
+FALSE_WORDS = frozenset({"false", "0", "no", "off"})
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    low: float | None = None,
+    high: float | None = None,
+    choices: Iterable[str] = (),
+) -> Any:
+    """One field of a settings dataclass. ``low`` and ``high`` are inclusive; ``choices`` are for text fields."""
+    return dataclasses.field(
+        default=default,
+        metadata={"help": help, "unit": unit, "low": low, "high": high, "choices": tuple(choices)},
+    )
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """One documented setting, for ``recon chains --describe``, the console's label and the docs table."""
+
+    name: str
+    kind: type
+    default: Any
+    help: str
+    unit: str
+    low: float | None
+    high: float | None
+    choices: tuple[str, ...]
+
+
+def describe(cls: type) -> tuple[SettingInfo, ...]:
+    """The settings of a dataclass made with ``setting``, in order."""
+    hints = get_type_hints(cls)
+    return tuple(
+        SettingInfo(
+            name=f.name,
+            kind=hints[f.name],
+            default=f.default,
+            help=f.metadata.get("help", ""),
+            unit=f.metadata.get("unit", ""),
+            low=f.metadata.get("low"),
+            high=f.metadata.get("high"),
+            choices=f.metadata.get("choices", ()),
+        )
+        for f in dataclasses.fields(cls)
+    )
+
+
+def parse_settings(cls: type[T], values: Mapping[str, Any], *, where: str = "settings") -> T:
+    """Build ``cls`` from typed or textual values.
+
+    Raises
+    ------
+    SettingError
+        An unknown name (the known ones are listed), text that is not of the field's type, a value out of range.
+    """
+    infos = {info.name: info for info in describe(cls)}
+    unknown = sorted(set(values) - set(infos))
+    if unknown:
+        raise SettingError("unknown setting", where=where, got=", ".join(unknown), expected="one of " + ", ".join(infos))
+    return cls(**{name: parse_value(infos[name], value, where=where) for name, value in values.items()})
+
+
+def parse_value(info: SettingInfo, value: Any, *, where: str = "settings") -> Any:
+    """One value, typed or textual, checked against its field."""
+    place = f"{where}.{info.name}"
+    try:
+        parsed = _convert(info.kind, value)
+    except (ValueError, OverflowError):
+        raise SettingError("not a valid value", where=place, got=repr(value), expected=info.kind.__name__) from None
+    if info.choices and parsed not in info.choices:
+        raise SettingError("not a valid choice", where=place, got=repr(parsed), expected="one of " + ", ".join(info.choices))
+    if info.kind in (int, float):
+        if isinstance(parsed, float) and not math.isfinite(parsed):
+            raise SettingError("not a finite number", where=place, got=repr(value))
+        if (info.low is not None and parsed < info.low) or (info.high is not None and parsed > info.high):
+            low = "-inf" if info.low is None else info.low
+            high = "inf" if info.high is None else info.high
+            raise SettingError("out of range", where=place, got=parsed, expected=f"{low} to {high} {info.unit}".strip())
+    return parsed
+
+
+def _convert(kind: type, value: Any) -> Any:
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        word = str(value).strip().lower()
+        if word in TRUE_WORDS:
+            return True
+        if word in FALSE_WORDS:
+            return False
+        raise ValueError(value)
+    if isinstance(value, bool):
+        raise ValueError(value)
+    if kind is int:
+        if isinstance(value, float) and value != int(value):
+            raise ValueError(value)
+        return int(value) if not isinstance(value, str) else int(value.strip())
+    if kind is float:
+        return float(value)
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(value)
+        return value.strip()
+    raise ValueError(f"settings of type {kind.__name__} are not supported")

@@ -1,0 +1,1 @@
+"""Digital phantoms, coils and signals with known truth."""

@@ -1,0 +1,176 @@
+"""The contract between acquisition, preprocessing and methods.
+
+Array axes, outermost first: ``(slice, state, coil, k2, k1, x)`` in hybrid k-space and ``(slice, state, z, y, x)`` in image
+space. A method sees one slice (2D: ``k2 = z = 1``) or one slab (3D) at a time, so it never sees the slice axis. *State* is
+whatever changes between images of the same anatomy: cardiac phase, inversion time, saturation delay or echo.
+
+Transforms are centred and orthonormal (adjoint equals inverse). The readout is always transformed already: Cartesian
+readouts are complete, so data fidelity, gradients and solutions are identical and only the phase-encoding FFTs remain.
+
+Units are SI (s, m, Hz, T); flip angles are radians.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+STATE, COIL, K2, K1, X = -5, -4, -3, -2, -1
+"""Axes of ``KSpace.data``, counted from the end."""
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class KSpace:
+    """One slice or slab of hybrid k-space.
+
+    Attributes
+    ----------
+    data
+        complex64 ``(state, coil, k2, k1, x)``; zero where nothing was sampled; repeated samples are already averaged.
+        DC is at index ``n // 2`` of k1 and k2; x is image space, already cropped to the readout field of view.
+    counts
+        float32 ``(state, k2, k1)``: how many readouts were averaged at a position; 0 where nothing was sampled.
+    acs
+        complex64 ``(coil, k2, k1, x)`` on the same grid: the calibration lines to estimate coil maps from (mean over all
+        states and repetitions that have them), zero elsewhere; ``None`` when the scan has none.
+    acs_mask
+        bool ``(k2, k1)``, the positions that ``acs`` fills.
+    coil_maps
+        complex64 ``(coil, z, y, x)``, unit root-sum-of-squares inside the object; ``None`` until estimated.
+    noise_std
+        Standard deviation of the noise of one *complex* sample of ``data`` where ``counts == 1`` (that is
+        ``sqrt(E|n|^2)``); after prewhitening it is 1.0. ``None`` when no noise measurement exists.
+    readout_range
+        First and one past the last *measured* readout sample on the k0 grid of length ``x`` (asymmetric echo); ``(0, n_x)``
+        when complete.
+    """
+
+    data: Tensor
+    counts: Tensor
+    acs: Tensor | None = None
+    acs_mask: Tensor | None = None
+    coil_maps: Tensor | None = None
+    noise_std: float | None = None
+    readout_range: tuple[int, int] | None = None
+
+    @property
+    def mask(self) -> Tensor:
+        """bool ``(state, k2, k1)``: sampled positions."""
+        return self.counts > 0
+
+    @property
+    def n_states(self) -> int:
+        return int(self.data.shape[STATE])
+
+    @property
+    def n_coils(self) -> int:
+        return int(self.data.shape[COIL])
+
+    @property
+    def is_3d(self) -> bool:
+        return int(self.data.shape[K2]) > 1
+
+    def to(self, device: torch.device | str) -> KSpace:
+        """The same k-space on another device."""
+
+        def move(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t.to(device)
+
+        return replace(
+            self,
+            data=self.data.to(device),
+            counts=self.counts.to(device),
+            acs=move(self.acs),
+            acs_mask=move(self.acs_mask),
+            coil_maps=move(self.coil_maps),
+        )
+
+
+@dataclass(frozen=True)
+class ScanInfo:
+    """What a method may need to know about the scan besides its k-space. SI units.
+
+    Attributes
+    ----------
+    matrix, fov
+        Encoded grid ``(z, y, x)`` after the readout crop, and its field of view in m.
+    recon_matrix, recon_fov
+        What the console expects back, ``(z, y, x)`` and m.
+    echo_times, inversion_times, saturation_times
+        One value per state in s, or empty when the header has none that fits the state axis.
+    repetition_time, flip_angle, field_strength
+        s, rad, T; ``None`` when the header is silent (missing is not a default).
+    state_counters
+        For each state the encoding counters it came from, e.g. ``{"contrast": 0, "phase": 3, "set": 0, "repetition": 0}``.
+    slice_index
+        The slice counter of this k-space.
+    """
+
+    matrix: tuple[int, int, int]
+    fov: tuple[float, float, float]
+    recon_matrix: tuple[int, int, int]
+    recon_fov: tuple[float, float, float]
+    echo_times: tuple[float, ...] = ()
+    inversion_times: tuple[float, ...] = ()
+    saturation_times: tuple[float, ...] = ()
+    repetition_time: float | None = None
+    flip_angle: float | None = None
+    field_strength: float | None = None
+    state_counters: tuple[Mapping[str, int], ...] = ()
+    slice_index: int = 0
+
+
+@dataclass(frozen=True)
+class ImageSeries:
+    """Images of one meaning: ``data`` is ``(state, z, y, x)``, complex64, or float32 when only the magnitude exists."""
+
+    name: str
+    data: Tensor
+    comment: str = ""
+
+
+@dataclass(frozen=True)
+class ParameterMap:
+    """One quantitative map: float32 ``(z, y, x)`` in ``unit``, with the pixels that may be believed.
+
+    ``unit`` is SI as text (``"s"``, ``"1/s"``, ``"ppm"``); the console's unit and slope are chosen at the edge.
+    """
+
+    name: str
+    data: Tensor
+    unit: str
+    valid: Tensor
+    comment: str = ""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a method returns for one slice or slab.
+
+    ``quality`` holds named figures of merit (``{"residual": 1.02, "iterations": 30}``); ``notes`` are sentences for the
+    operator; ``extras`` are arrays for the job's folder (loss curves, routing weights), never sent to the console.
+    """
+
+    images: tuple[ImageSeries, ...]
+    maps: tuple[ParameterMap, ...] = ()
+    quality: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Report:
+    """Where a method says how far it is; this base class is silent and is the default in Python and in tests."""
+
+    def progress(self, fraction: float, message: str = "") -> None:
+        """``fraction`` of the method's work that is done, 0 to 1."""
+
+    def warn(self, message: str) -> None:
+        """Something that the operator has to know, without patient data."""
+
+    def preview(self, series: ImageSeries) -> None:
+        """A quick image, to be shown before the final ones."""
