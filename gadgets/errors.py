@@ -29,6 +29,10 @@ class MalformedText(WireError):
     """A text that is not UTF-8, not closed, or not what it has to be."""
 
 
+class MalformedMessage(WireError):
+    """A message whose fields contradict each other or name something that does not exist."""
+
+
 class UnsupportedCompression(WireError):
     """Readouts compressed in a way that is not decoded here (ZFP)."""
 
@@ -51,6 +55,10 @@ class ConfigRefused(ReconError):
 
 class SpoolError(ReconError):
     """Raw data cannot be captured or read back."""
+
+
+class ImageFileError(ReconError):
+    """An MRD image file that cannot be read or written, or an image that does not fit into its series."""
 
 
 class JobFailed(ReconError):

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from gadgets.errors import WireError
+
 
 @dataclass(frozen=True)
 class Event:
@@ -119,3 +121,21 @@ class Dependency(Event):
     """Id 1019: an ismrmrdMeta document about a noise dependency."""
 
     text: str
+
+
+@dataclass(frozen=True)
+class Composite(Event):
+    """Id 1023 or 1050, Gadgetron to a node: ``content`` is of ``gadgets.wire.composite`` (``ReconData`` or ``Bucket``)."""
+
+    id: int
+    content: object
+
+
+@dataclass(frozen=True)
+class Problem(Event):
+    """A message that cannot be used. Framing goes on behind it unless the parser's ``lost`` is true.
+
+    It stands at its place among the events, so that everything before it can still be used.
+    """
+
+    error: WireError

@@ -1,0 +1,12 @@
+"""``make bench``: every benchmark, one after the other, each in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+NAMES = ("gadgetron_reference", "ingest", "latency", "quality", "hostile")
+
+if __name__ == "__main__":
+    failed = [name for name in NAMES if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"]).returncode]
+    raise SystemExit(f"failed: {', '.join(failed)}" if failed else 0)

@@ -1,0 +1,94 @@
+"""What every benchmark shares: which machine this is, one table on the terminal, one JSON in ``benchmarks/results``."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "numpy", "scipy", "ismrmrd", "gadgetron", "h5py")
+
+
+def machine() -> dict[str, Any]:
+    """CPU model, cores, memory, versions and commit: what a figure means nothing without. No host names."""
+    return {
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1),
+        "gpu": _gpu(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "commit": _commit(),
+    }
+
+
+def write_result(name: str, result: dict[str, Any]) -> Path:
+    """Write ``results/<name>.json``: the machine, the time and ``result``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    document = {"benchmark": name, "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), **result}
+    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """One aligned table on the terminal; numbers are set to the right."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(len(name), *(len(row[i]) for row in cells)) if cells else len(name) for i, name in enumerate(columns)]
+    print(f"\n{title}")
+    print("  ".join(name.ljust(width) for name, width in zip(columns, widths, strict=True)).rstrip())
+    print("  ".join("-" * width for width in widths))
+    for row, raw in zip(cells, rows, strict=True):
+        numbers = [isinstance(value, int | float) for value in raw]
+        pairs = zip(row, numbers, widths, strict=True)
+        print("  ".join(text.rjust(width) if number else text.ljust(width) for text, number, width in pairs).rstrip())
+    info = machine()
+    print(f"({info['cpu']}, {info['cores']} cores, python {info['python']}, commit {info['commit']})")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
+
+
+def _gpu() -> str | None:
+    return _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+
+
+def _commit() -> str:
+    commit = _output("git", "rev-parse", "--short", "HEAD") or "unknown"
+    return commit + ("+changes" if _output("git", "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

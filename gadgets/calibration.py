@@ -1,0 +1,111 @@
+"""Which readouts calibrate the coils: flagged ones, or else the fully sampled centre of k-space."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gadgets.buffer_settings import AcquisitionSettings
+from gadgets.sorted_scan import Placement
+
+FEWEST_LINES = 4
+"""A centre that is narrower than this (in a direction that is encoded) says nothing about coils."""
+
+
+@dataclass(frozen=True)
+class CalibrationLines:
+    """Calibration readouts of one slice.
+
+    Attributes
+    ----------
+    placement
+        Their places; positions may repeat.
+    complete_states
+        States (-1: none that is reconstructed) that alone fill every calibrated position.
+    """
+
+    placement: Placement
+    complete_states: tuple[int, ...]
+
+
+def calibration_lines(
+    imaging: Placement, calibration: Placement, slice_index: int, grid: tuple[int, int], settings: AcquisitionSettings
+) -> CalibrationLines | None:
+    """The calibration readouts of the slice at position ``slice_index``.
+
+    Flagged readouts if there are any. Otherwise the imaging readouts in the largest contiguous block about DC whose every
+    position is sampled in at least one state (grown greedily, at most ``settings.calibration_lines`` in each direction).
+    ``None`` when that block has fewer than `FEWEST_LINES` lines in an encoded direction.
+    """
+    flagged = calibration.take(calibration.slice == slice_index)
+    if len(flagged):
+        return CalibrationLines(flagged, _complete_states(flagged, grid))
+    own = imaging.take(imaging.slice == slice_index)
+    sampled = np.zeros(grid, bool)
+    sampled[own.k2, own.k1] = True
+    block = sampled_centre(sampled, settings.calibration_lines)
+    if block is None:
+        return None
+    (z0, z1), (y0, y1) = block
+    if any(n > 1 and stop - start < min(n, FEWEST_LINES) for n, (start, stop) in zip(grid, block, strict=True)):
+        return None
+    centre = own.take((own.k2 >= z0) & (own.k2 < z1) & (own.k1 >= y0) & (own.k1 < y1))
+    return CalibrationLines(centre, _complete_states(centre, grid))
+
+
+def sampled_centre(sampled: NDArray[np.bool_], largest: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """The block about DC in which everything is sampled, as ``((k2 start, stop), (k1 start, stop))``.
+
+    Grows from DC by a row or a column at a time, each side in turn, as long as the new one is complete. ``None`` when DC
+    itself is not sampled.
+    """
+    z, y = (n // 2 for n in sampled.shape)
+    if not sampled[z, y]:
+        return None
+    lo, hi = [z, y], [z + 1, y + 1]
+    growing = True
+    while growing:
+        growing = False
+        for axis in (0, 1):
+            for side in (lo, hi):
+                if hi[axis] - lo[axis] >= largest:
+                    continue
+                new = side[axis] - 1 if side is lo else side[axis]
+                if not 0 <= new < sampled.shape[axis]:
+                    continue
+                other = slice(lo[1 - axis], hi[1 - axis])
+                edge = sampled[new, other] if axis == 0 else sampled[other, new]
+                if edge.all():
+                    side[axis] = new if side is lo else new + 1
+                    growing = True
+    return (lo[0], hi[0]), (lo[1], hi[1])
+
+
+def calibration_notes(
+    imaging: Placement, calibration: Placement, slices: Sequence[int], grid: tuple[int, int], settings: AcquisitionSettings
+) -> list[str]:
+    """What the operator should know about the calibration of this scan."""
+    found = [calibration_lines(imaging, calibration, s, grid, settings) for s in range(len(slices))]
+    notes = []
+    without = [slices[s] for s, lines in enumerate(found) if lines is None]
+    if without:
+        notes.append(f"{len(without)} slices have no calibration lines and no sampled centre, the first: slice {without[0]}")
+    mixed = [slices[s] for s, lines in enumerate(found) if lines is not None and not lines.complete_states]
+    if mixed and settings.calibration == "strongest":
+        notes.append(
+            f"no state alone has all calibration lines in {len(mixed)} slices, the first: slice {mixed[0]}; the mean of all "
+            "states is used there"
+        )
+    return notes
+
+
+def _complete_states(placement: Placement, grid: tuple[int, int]) -> tuple[int, ...]:
+    n2, n1 = grid
+    linear = placement.k2.astype(np.int64) * n1 + placement.k1
+    states, state = np.unique(placement.state, return_inverse=True)
+    pairs = np.unique(state * (n2 * n1) + linear)
+    per_state = np.bincount(pairs // (n2 * n1), minlength=len(states))
+    return tuple(states[per_state == len(np.unique(linear))].tolist())

@@ -1,0 +1,90 @@
+"""Raw captures and the JSON beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gadgets.errors import SpoolError
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A finished capture: its file, its size and what the sidecar says (empty when there is none)."""
+
+    path: Path
+    size: int
+    info: Mapping[str, Any]
+
+    @property
+    def status(self) -> str:
+        return str(self.info.get("status", "unknown"))
+
+
+def read_capture(path: Path | str) -> Capture:
+    """Look at a capture and check that it is one.
+
+    Raises
+    ------
+    SpoolError
+        No such file, an empty one, one that does not begin like an MRD session, or a size other than its sidecar's.
+    """
+    path = Path(path)
+    try:
+        with path.open("rb") as file:
+            start = file.read(2)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise SpoolError("cannot read the capture", where=str(path), got=error.strerror) from error
+    if int.from_bytes(start, "little") not in range(1, 9) or len(start) < 2:
+        raise SpoolError(
+            "not a capture of a session", where=str(path), got=start.hex() or "nothing", expected="ids 1 to 8 first"
+        )
+    info: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            loaded = json.loads(sidecar(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise SpoolError("the sidecar is not JSON", where=str(sidecar(path))) from error
+        if not isinstance(loaded, dict):
+            raise SpoolError("the sidecar is not a JSON object", where=str(sidecar(path)))
+        info = loaded
+    if info and info.get("bytes") != size:
+        raise SpoolError(
+            "the file is not as long as it was", where=str(path), got=f"{size} bytes", expected=f"{info.get('bytes')}"
+        )
+    return Capture(path, size, info)
+
+
+def sidecar(path: Path) -> Path:
+    """Where a capture's description lies."""
+    return path.with_suffix(".json")
+
+
+def write_sidecar(path: Path, info: Mapping[str, Any]) -> None:
+    """Write ``info`` so that the file is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+        with os.fdopen(fd, "w", encoding="utf-8") as file:
+            json.dump(info, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def capture_status(path: Path) -> str:
+    """How a capture ended, ``"unknown"`` when its sidecar cannot be read."""
+    try:
+        return str(json.loads(sidecar(path).read_text(encoding="utf-8")).get("status", "unknown"))
+    except (OSError, ValueError, AttributeError):
+        return "unknown"

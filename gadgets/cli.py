@@ -1,0 +1,300 @@
+"""The command ``recon``: serve, replay, run, simulate, chains, info."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+import threading
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from gadgets import __version__
+from recon_core.errors import ReconError
+
+app = typer.Typer(
+    name="recon",
+    help="MR reconstruction server: readouts in over the MRD/Gadgetron protocol, images and maps out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # locals hold MRD headers, and those hold patient data
+)
+out = Console()
+err = Console(stderr=True)
+
+LOG_FORMAT = "%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
+
+
+def main() -> None:
+    """Entry point: every expected failure is one line on stderr and a non-zero exit code, never a traceback."""
+    try:
+        app()
+    except ReconError as error:
+        err.print(f"[red]recon: {type(error).__name__}:[/red] ", end="")
+        err.print(str(error), markup=False, highlight=False)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _state_directory() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(base) / "recon-gadgets"
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(level=level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+
+
+def _overrides(pairs: list[str]) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        if not sign or not name:
+            raise typer.BadParameter(f"got {pair!r}, expected NAME=VALUE", param_hint="--set")
+        found[name] = value
+    return found
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on. MRD has neither encryption nor passwords: keep to loopback.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="TCP port; 0 takes a free one.", min=0, max=65535)] = 9002,
+    workers: Annotated[int | None, typer.Option(help="Compute processes; 0 computes in the server. Default: one for each two cores.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Compute threads of each worker. Default: the cores, shared out.")] = None,
+    spool: Annotated[Path | None, typer.Option(help="Folder for the verbatim raw data of every scan. Default: the state folder.")] = None,
+    keep_raw: Annotated[bool, typer.Option("--keep-raw/--no-keep-raw", help="Keep captured raw data after the scan.")] = True,
+    spool_gb: Annotated[float, typer.Option(help="Raw data kept at most, GB; the oldest go first.", min=0.1)] = 50.0,
+    scan_gb: Annotated[float, typer.Option(help="Largest scan accepted, GB.", min=0.001)] = 20.0,
+    configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """Listen for scans until interrupted."""
+    from gadgets.service import Service, ServiceOptions
+
+    _log_to_stderr(log_level)
+    options = ServiceOptions(
+        host=host,
+        port=port,
+        workers=workers,
+        threads=threads,
+        spool=(spool or _state_directory() / "spool") if keep_raw else None,
+        noise=_state_directory() / "noise" if spool is None else spool.parent / "noise",
+        spool_bytes=int(spool_gb * 1e9),
+        scan_bytes=int(scan_gb * 1e9),
+        configs=configs,
+        device=device,
+    )
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with Service(options) as service:
+        print(f"listening on {service.host}:{service.port}", flush=True)
+        stop.wait()
+        logging.getLogger(__name__).info("event=stopping")
+
+
+@app.command()
+def replay(
+    source: Annotated[Path, typer.Argument(help="MRD raw file (.h5) or a raw capture of the spool (.mrd).")],
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Chain to ask for; a capture brings its own.")] = None,
+    host: Annotated[str, typer.Option("--host", "-a")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", "-p", min=1, max=65535)] = 9002,
+    output: Annotated[Path, typer.Option("--out", "-o", help="MRD image file to write.")] = Path("out.h5"),
+    rate: Annotated[float | None, typer.Option(help="Readouts per second, to play at scanner speed.", min=0.1)] = None,
+    montage: Annotated[Path | None, typer.Option(help="Folder for a PNG of each series.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; repeat for several.")] = None,
+) -> None:
+    """Send raw data to a running server and keep the images that come back."""
+    from gadgets.replay import replay as run_replay
+
+    _log_to_stderr("warning")
+    with _progress() as bar:
+        result = run_replay(
+            source, host=host, port=port, config=config, out=output, rate=rate, parameters=_overrides(settings or []),
+            progress=_bar(bar),
+        )  # fmt: skip
+    _show(result, output, montage)
+
+
+@app.command()
+def run(
+    source: Annotated[Path, typer.Argument(help="MRD raw file (.h5) or a raw capture of the spool (.mrd).")],
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Chain to reconstruct with; a capture brings its own.")] = None,
+    output: Annotated[Path, typer.Option("--out", "-o", help="MRD image file to write.")] = Path("out.h5"),
+    montage: Annotated[Path | None, typer.Option(help="Folder for a PNG of each series.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; repeat for several.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
+    configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
+) -> None:
+    """Reconstruct a file here and now, through the same pipeline as the server, without one."""
+    from gadgets.replay import replay as run_replay
+    from gadgets.service import Service, ServiceOptions
+
+    _log_to_stderr("warning")
+    options = ServiceOptions(port=0, workers=0, spool=None, configs=configs, device=device)
+    with Service(options) as service, _progress() as bar:
+        result = run_replay(
+            source, host=service.host, port=service.port, config=config, out=output,
+            parameters=_overrides(settings or []), progress=_bar(bar),
+        )  # fmt: skip
+    _show(result, output, montage)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        console=err, transient=not err.is_terminal,
+    )  # fmt: skip
+
+
+def _bar(bar: Progress) -> Any:
+    task = bar.add_task("readouts", total=None)
+
+    def advance(done: int, total: int | None) -> None:
+        bar.update(task, completed=done, total=total)
+
+    return advance
+
+
+def _show(result: Any, output: Path, montage: Path | None) -> None:
+    for line in result.texts:
+        err.print(line.rstrip(), markup=False, highlight=False)
+    out.print(
+        f"{result.n_images} images in {output} (group {result.group}); {result.readouts_per_second:.0f} readouts/s, "
+        f"first image {result.seconds_to_first_image:.3f} s and last {result.seconds_to_last_image:.3f} s after the last readout",
+        highlight=False,
+    )
+    if montage is not None:
+        from gadgets.montage import write_montages
+
+        for path in write_montages(output, montage, group=result.group):
+            out.print(str(path), highlight=False)
+
+
+@app.command()
+def simulate(
+    kind: Annotated[str, typer.Argument(help="cine, molli, satrec or mgre.")],
+    output: Annotated[Path, typer.Argument(help="MRD raw file to write; the truth goes beside it.")],
+    settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; repeat for several.")] = None,
+    describe: Annotated[bool, typer.Option("--describe", help="List this kind's settings and stop.")] = False,
+) -> None:
+    """Write a full MRD raw file of a simulated scan, with the ground truth beside it."""
+    from gadgets.simulate import SimulationSettings
+    from gadgets.simulate import simulate as run_simulation
+    from recon_core.settings import parse_settings
+
+    if describe:
+        _print_settings("simulate", SimulationSettings)
+        return
+    chosen = parse_settings(SimulationSettings, _overrides(settings or []), where="simulate")
+    out.print(run_simulation(kind, output, chosen), highlight=False)
+
+
+def _print_settings(title: str, cls: type) -> None:
+    from recon_core.settings import describe
+
+    table = Table(title=title)
+    for column in ("setting", "type", "default", "range", "help"):
+        table.add_column(column)
+    for info in describe(cls):
+        table.add_row(info.name, info.kind.__name__, str(info.default), _range(info), info.help)
+    out.print(table)
+
+
+def _range(info: Any) -> str:
+    if info.choices:
+        return " | ".join(info.choices)
+    if info.low is None and info.high is None:
+        return info.unit
+    low = "" if info.low is None else f"{info.low:g}"
+    high = "" if info.high is None else f"{info.high:g}"
+    return f"{low} .. {high} {info.unit}".strip()
+
+
+@app.command()
+def chains(
+    name: Annotated[str | None, typer.Argument(help="One chain; without it, all.")] = None,
+    describe: Annotated[bool, typer.Option("--describe", help="List every setting.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
+) -> None:
+    """List the chains that a scanner can ask for, and their settings."""
+    from gadgets.chain import chain_names, describe_chain, load_chain
+
+    names = [name] if name else list(chain_names(configs))
+    loaded = [load_chain(n, directory=configs) for n in names]
+    if as_json:
+        document = [
+            {
+                "name": c.name, "summary": c.summary, "method": c.method, "fallback": c.fallback,
+                "settings": {
+                    group: [{**asdict(info), "kind": info.kind.__name__} for info in infos]
+                    for group, infos in describe_chain(c.name, directory=configs).items()
+                },
+            }
+            for c in loaded
+        ]  # fmt: skip
+        print(json.dumps(document, indent=2))
+        return
+    table = Table()
+    for column in ("chain", "method", "fallback", "what it does"):
+        table.add_column(column)
+    for c in loaded:
+        table.add_row(c.name, c.method, c.fallback or "-", c.summary)
+    out.print(table)
+    if describe:
+        for c in loaded:
+            _print_chain_settings(c.name, describe_chain(c.name, directory=configs))
+
+
+def _print_chain_settings(name: str, groups: Any) -> None:
+    table = Table(title=f"settings of {name}")
+    for column in ("group", "setting", "type", "default", "range", "help"):
+        table.add_column(column)
+    for group, infos in groups.items():
+        for info in infos:
+            table.add_row(group, info.name, info.kind.__name__, str(info.default), _range(info), info.help)
+    out.print(table)
+
+
+@app.command()
+def info() -> None:
+    """Versions, devices and folders: what to send along with a question."""
+    import h5py
+    import ismrmrd
+    import numpy as np
+    import torch
+
+    from gadgets.chain import chain_names, config_directory
+
+    rows = {
+        "recon-gadgets": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "h5py": h5py.__version__,
+        "ismrmrd": getattr(ismrmrd, "__version__", "unknown"),
+        "cores": str(os.cpu_count()),
+        "cuda": f"{torch.cuda.get_device_name(0)} (CUDA {torch.version.cuda})" if torch.cuda.is_available() else "none",
+        "chains": ", ".join(chain_names()),
+        "chain files": str(config_directory()),
+        "spool": str(_state_directory() / "spool"),
+    }
+    width = max(map(len, rows))
+    for key, value in rows.items():
+        print(f"{key:<{width}}  {value}")
+
+
+if __name__ == "__main__":
+    main()

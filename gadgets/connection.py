@@ -1,0 +1,367 @@
+"""The life of one connection: bytes to the log, messages to the scan, images back, and one way out for everything.
+
+    read -> log -> frame -> (configured, header, data ...) -> CLOSE -> images -> CLOSE
+
+Whatever goes wrong is said once (TEXT), then everything up to the peer's CLOSE is read and kept, and CLOSE answers it.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from pathlib import PurePath
+
+from gadgets import queries
+from gadgets.errors import Disconnected, IllegalOrder, SpoolError, UnknownChain, WireError
+from gadgets.handlers import ChainRequest as ChainRequest
+from gadgets.handlers import Handlers, Scan, with_parameters
+from gadgets.peer import Peer
+from gadgets.spool import ScanLog, Spool, Status
+from gadgets.wire import codec, events
+from gadgets.wire.framing import FrameParser, Limits
+from gadgets.wire.header import MrdHeader, parse_header
+from gadgets.wire.ids import MessageId
+from gadgets.wire.session import Session, fire_parameters
+from recon_core.errors import ReconError
+
+logger = logging.getLogger(__name__)
+
+DEPENDENCY_SLOT = re.compile(rf"<slot>\s*{int(MessageId.DEPENDENCY)}\s*</slot>")
+IMAGE_ID = int(MessageId.IMAGE).to_bytes(2, "little")
+TEXT_ID = int(MessageId.TEXT).to_bytes(2, "little")
+
+
+class Connection:
+    """One accepted connection; ``run`` is its thread.
+
+    Parameters
+    ----------
+    name
+        Short id for the logs.
+    peer, address
+        The socket, and the peer's address (kept as a hash in the capture, never logged).
+    handlers, limits, spool
+        Of the server.
+    refusal
+        When set, nothing is done but to tell the peer this, politely.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        peer: Peer,
+        address: str,
+        handlers: Handlers,
+        limits: Limits,
+        spool: Spool,
+        refusal: str | None = None,
+    ) -> None:
+        self.name, self.peer, self.handlers = name, peer, handlers
+        self.parser = FrameParser(limits)
+        self.session = Session()
+        self.request: ChainRequest | None = None
+        self.header_text: str | None = None
+        self.header: MrdHeader | None = None
+        self.scan: Scan | None = None
+        self.n_readouts = 0
+        self.n_images = 0
+        self.stopping = False
+        self._log: ScanLog | None = spool.open(peer=address) if refusal is None else None
+        self._refusal = refusal
+        self._failure: Exception | None = None
+        self._pending: UnknownChain | None = None  # reported unless a FIRE text names another chain
+        self._noise_id: str | None = None  # set on a noise-dependency connection: only 1019 and CLOSE may be answered
+        self._closed = False  # nothing more is to be read
+        self._complete = False  # the peer's CLOSE has come
+        self._started = time.monotonic()
+        self._bytes = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a scan is under way."""
+        return self.scan is not None
+
+    def stop(self) -> None:
+        """From the server's thread: end this connection soon."""
+        self.stopping = True
+        self.peer.stop()
+
+    def run(self) -> None:
+        """Serve the connection to its end. Never raises."""
+        logger.debug("event=connected connection=%s", self.name)
+        try:
+            if self._refusal is not None:
+                self._fail(IllegalOrder(self._refusal, where="server", remedy="Try again later"))
+            self._read()
+            if self._failure is None:
+                self._answer()
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._leave()
+
+    # -- reading ---------------------------------------------------------------------------------------------------------
+
+    def _read(self) -> None:
+        """Until the peer's CLOSE, or until nothing more can come."""
+        while not self._closed:
+            try:
+                view = self.peer.receive(self._patience())
+            except Disconnected as error:
+                return self._vanished(error)
+            if view is None:
+                if self._pending is not None and self._failure is None:
+                    self._fail(self._pending)
+                    continue
+                self._fail(WireError("nothing was received for too long", where="connection", got=f"{self._patience():g} s"))
+                return
+            if not view:
+                return self._ended()
+            self._bytes += len(view)
+            self._keep(view)
+            for event in self.parser.feed(view):
+                self._take(event)
+            if self.parser.lost:
+                return self._drain(bytes(view[-2:]))
+
+    def _patience(self) -> float:
+        timing = self.peer.timing
+        if self._pending is not None and self.header_text is not None:
+            return timing.grace
+        return timing.handshake if self.header_text is None else timing.idle
+
+    def _keep(self, view: memoryview) -> None:
+        """Raw bytes are on disk before anything else is done with them."""
+        if self._log is None:
+            return
+        try:
+            self._log.append(view)
+        except SpoolError as error:
+            self._fail(error)
+            self._log.finish("failed", str(error), chain=self._label(), readouts=self.n_readouts)
+            self._log = None
+
+    def _drain(self, tail: bytes) -> None:
+        """Message borders are lost: keep and read what still comes, so that the peer is not reset while it sends.
+
+        Ends with the stream, or with silence: a short one when the last bytes (``tail``) are those of a CLOSE.
+        """
+        timing, total = self.peer.timing, 0
+        while total < timing.drain_bytes:
+            try:
+                view = self.peer.receive(timing.quiet_close if tail == codec.close() else timing.drain)
+            except Disconnected as error:
+                return self._vanished(error)
+            if not view:
+                return
+            self._keep(view)
+            total += len(view)
+            tail = (tail + bytes(view[-2:]))[-2:]
+
+    def _ended(self) -> None:
+        """The stream ended without CLOSE."""
+        if self._bytes == 0:
+            self._closed = True
+            return
+        if self.stopping:
+            return self._vanished(Disconnected("the server is stopping", where="connection"))
+        try:
+            self.parser.finish()
+        except Disconnected as error:
+            return self._vanished(error)
+        self._vanished(Disconnected("the peer closed the connection before its CLOSE", where=f"byte {self.parser.offset}"))
+
+    def _vanished(self, error: Disconnected) -> None:
+        if self._bytes:
+            self._fail(error)
+        self._closed = True
+
+    # -- messages --------------------------------------------------------------------------------------------------------
+
+    def _take(self, event: events.Event) -> None:
+        """One message. Errors are reported and leave the connection reading on."""
+        if isinstance(event, events.Close):
+            self._closed = self._complete = True
+        if isinstance(event, events.Readouts):
+            self.n_readouts += len(event)
+        if self._failure is not None:
+            return
+        try:
+            self.session.accept(event)
+            self._dispatch(event)
+        except Exception as error:
+            self._fail(error)
+
+    def _dispatch(self, event: events.Event) -> None:
+        match event:
+            case events.Readouts():
+                self._open().readouts(event)
+            case events.Waveform():
+                self._open().waveform(event)
+            case events.ConfigFile():
+                self._configure(ChainRequest(name=event.name))
+            case events.ConfigScript():
+                self._configure_script(event.text)
+            case events.HeaderText():
+                self.header_text, self.header = event.text, parse_header(event.text)
+            case events.Text():
+                self._parameters(event.text)
+            case events.Query():
+                text = queries.answer(event.text, chains=self.handlers.chain_names)
+                self.peer.send(codec.response(event.correlation, text))
+            case events.Close():
+                if self._pending is not None:
+                    raise self._pending
+            case events.ErrorText():
+                raise WireError("the peer reports an error", where="ERROR (8)")
+            case _:
+                name = type(event).__name__
+                raise WireError(
+                    "input of this kind cannot be reconstructed", where="connection", got=name, expected="readouts"
+                )
+
+    def _configure_script(self, text: str) -> None:
+        # the document is looked at, never executed
+        if "NoiseSummaryGadget" in text or DEPENDENCY_SLOT.search(text):
+            self._noise_id = ""
+            try:
+                self._noise_id = self.handlers.noise_request(text) or ""
+            except ReconError as error:
+                logger.warning("event=noise_request_unreadable connection=%s error=%r", self.name, str(error))
+            return
+        self._configure(ChainRequest(script=text))
+
+    def _configure(self, request: ChainRequest) -> None:
+        self.request, self._pending = request, None
+        try:
+            self.handlers.check_config(request)
+        except UnknownChain as error:
+            self._pending = error
+
+    def _parameters(self, text: str) -> None:
+        """FIRE's JSON text between header and data; any other text is only noted."""
+        parameters = fire_parameters(text) if self.scan is None else None
+        if parameters is None:
+            logger.info("event=text_ignored connection=%s chars=%d", self.name, len(text))
+            if text.lstrip().startswith("{"):
+                self.say("WRN a text that begins like parameters holds none that can be used here; it is ignored")
+        elif self.request is not None:
+            self._configure(with_parameters(self.request, parameters))
+
+    def _open(self) -> Scan:
+        if self._pending is not None:
+            raise self._pending
+        if self.scan is None:
+            if self.request is None or self.header_text is None or self._log is None:
+                raise IllegalOrder("data without a configuration and a header", where="connection")
+            self.scan = self.handlers.open_scan(self.request, self.header_text, self._log, self.say)
+            logger.info("event=scan_started connection=%s chain=%r file=%s", self.name, self.request.label, self._log.name)
+        return self.scan
+
+    # -- answering -------------------------------------------------------------------------------------------------------
+
+    def say(self, text: str) -> None:
+        """One line to the operator, at once. Lost when the peer is gone, kept back where it would abort the peer."""
+        line = " ".join(text.split())[:2000]
+        if self._noise_id is not None:
+            logger.info("event=kept_back connection=%s text=%r", self.name, line)
+            return
+        try:
+            self.peer.send(codec.text(line + "\n"))
+        except Disconnected:
+            logger.info("event=unsaid connection=%s text=%r", self.name, line)
+
+    def _answer(self) -> None:
+        """After the peer's CLOSE."""
+        if self._noise_id is not None:
+            return self._answer_noise()
+        if not self._complete or self.request is None:
+            return
+        if self.header_text is None:
+            return self.say("WRN CLOSE came before the MRD header: there is nothing to reconstruct")
+        scan, said = self._open(), False
+        for message in scan.finish():
+            if self.stopping:
+                raise Disconnected("the server is stopping", where="connection")
+            self.peer.send(message)
+            kind = bytes(memoryview(message)[:2])
+            self.n_images += kind == IMAGE_ID
+            said = said or kind == TEXT_ID
+        if not self.n_images and not said:
+            self.say(f"WRN no image was made from {self.n_readouts} readouts")
+
+    def _answer_noise(self) -> None:
+        store, wanted = self.handlers.noise_store, self._noise_id
+        noise = store.get(wanted) if store is not None and wanted else None
+        logger.info("event=noise_query connection=%s known=%s", self.name, noise is not None)
+        if noise is not None:
+            self.peer.send(codec.dependency(noise.meta()))
+
+    def _fail(self, error: Exception) -> None:
+        """Report the first failure, stop computing, and go on reading."""
+        if self._failure is not None:
+            return
+        self._failure, self._pending = error, None
+        if isinstance(error, ReconError):
+            logger.warning("event=failed connection=%s error=%s text=%r", self.name, type(error).__name__, str(error))
+            words = f"{type(error).__name__}: {error}"
+        else:
+            # neither message nor locals: they may quote the header. The capture repeats the scan for whoever looks for it
+            logger.error("event=crashed connection=%s error=%s at=%s", self.name, type(error).__name__, _where(error))
+            words = f"internal error ({type(error).__name__}); the server's log has more under connection {self.name}"
+        self.say(f"ERROR {words}")
+        self._abandon()
+
+    def _abandon(self) -> None:
+        if self.scan is None:
+            return
+        try:
+            self.scan.abandon()
+        except Exception as error:
+            logger.error("event=abandon_failed connection=%s error=%s at=%s", self.name, type(error).__name__, _where(error))
+
+    # -- the way out -----------------------------------------------------------------------------------------------------
+
+    def _leave(self) -> None:
+        self.peer.close()
+        status: Status = "complete"
+        if self._failure is not None:
+            vanished = isinstance(self._failure, Disconnected) and not self._complete
+            status = "truncated" if vanished else "failed"
+        if self._log is not None:
+            if self.n_readouts or status == "failed":
+                self._log.finish(status, _note(self._failure), chain=self._label(), readouts=self.n_readouts)
+            else:
+                self._log.discard()
+        level = logging.INFO if self._bytes else logging.DEBUG
+        logger.log(
+            level,
+            "event=closed connection=%s status=%s chain=%r readouts=%d images=%d bytes=%d seconds=%.3f",
+            self.name,
+            status,
+            self._label(),
+            self.n_readouts,
+            self.n_images,
+            self._bytes,
+            time.monotonic() - self._started,
+        )
+
+    def _label(self) -> str:
+        return self.request.label if self.request is not None else ""
+
+
+def _where(error: BaseException) -> str:
+    """Where an error was raised, innermost last, as one word: ``file:line>file:line``."""
+    frames, trace = [], error.__traceback__
+    while trace is not None:
+        frames.append(f"{PurePath(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return ">".join(frames[-12:])
+
+
+def _note(failure: Exception | None) -> str:
+    """For the capture's sidecar: nothing of an unexpected error but its class, because its words may quote the header."""
+    if failure is None:
+        return ""
+    return f"{type(failure).__name__}: {failure}" if isinstance(failure, ReconError) else type(failure).__name__

@@ -1,0 +1,277 @@
+"""Where computing happens: worker processes behind ``concurrent.futures``, and the shared scratch space between them.
+
+The connection's thread only reads. Everything that computes is a pure function on files (raw log in, rows or results out), so a
+task whose worker died can simply be run again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gadgets.errors import JobFailed
+from recon_core.types import ImageSeries, Report
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+SCRATCH_PREFIX = "recon-gadgets-"
+MIN_SHARED_BYTES = 1 << 30
+"""With less room than this in shared memory (64 MiB in a container by default), scratch files go to the temporary directory."""
+
+
+class Jobs:
+    """Executes tasks: in this process (tests, ``recon run``) or in warm local worker processes (the server).
+
+    Parameters
+    ----------
+    workers
+        Number of worker processes; 0 computes in a thread of this process.
+    threads
+        Compute threads per worker; ``None`` shares the machine's cores among the workers.
+    """
+
+    def __init__(self, workers: int = 0, *, threads: int | None = None) -> None:
+        self.workers = workers
+        self.threads = threads or max(1, (os.cpu_count() or 1) // max(workers, 1))
+        self._lock = threading.Lock()
+        self._executor: Executor | None = None
+
+    def warm(self) -> None:
+        """Start every worker now, so that the first scan does not wait for imports."""
+        if self.workers:
+            gate = [self.submit(_hello, 0.2) for _ in range(self.workers)]
+            pids = {future.result() for future in gate}
+            log.info("event=workers_ready workers=%d processes=%d threads=%d", self.workers, len(pids), self.threads)
+        else:
+            _warm(self.threads)
+
+    def submit(self, task: Callable[..., T], *args: Any) -> Future[T]:
+        """Run ``task(*args)`` on a worker; its future answers even when the worker process dies (one retry)."""
+        outer: Future[T] = Future()
+        self._start(outer, task, args, attempts_left=1)
+        return outer
+
+    def close(self) -> None:
+        """Stop the workers; running tasks are not waited for."""
+        with self._lock:
+            executor, self._executor = self._executor, None
+        if executor is not None:
+            _shutdown(executor)
+
+    def _start(self, outer: Future[T], task: Callable[..., T], args: tuple[Any, ...], attempts_left: int) -> None:
+        try:
+            executor = self._get()
+            inner = executor.submit(task, *args)
+        except Exception as error:
+            self._retry(outer, task, args, attempts_left, error, None)
+            return
+
+        def done(finished: Future[T]) -> None:
+            error = finished.exception()
+            if error is None:
+                outer.set_result(finished.result())
+            elif _is_dead_worker(error):
+                self._retry(outer, task, args, attempts_left, error, executor)
+            else:
+                outer.set_exception(error)
+
+        inner.add_done_callback(done)
+
+    def _retry(
+        self, outer: Future[T], task: Callable[..., T], args: tuple[Any, ...], left: int, error: BaseException, dead: Executor | None
+    ) -> None:
+        with self._lock:
+            if dead is None or self._executor is dead:
+                self._executor = None
+        if left <= 0:
+            outer.set_exception(JobFailed("a worker process died twice", where=task.__name__, got=type(error).__name__))
+            return
+        log.warning("event=worker_died task=%s error=%s action=retry", task.__name__, type(error).__name__)
+        # a fresh thread: callbacks run in the dead executor's own management thread, which must not start another one
+        threading.Thread(target=self._start, args=(outer, task, args, left - 1), daemon=True).start()
+
+    def _get(self) -> Executor:
+        with self._lock:
+            if self._executor is None:
+                self._executor = self._make()
+            return self._executor
+
+    def _make(self) -> Executor:
+        if self.workers == 0:
+            return ThreadPoolExecutor(1, thread_name_prefix="compute")
+        from loky import ProcessPoolExecutor
+
+        return ProcessPoolExecutor(self.workers, timeout=None, initializer=_warm, initargs=(self.threads,))
+
+
+def _is_dead_worker(error: BaseException) -> bool:
+    from concurrent.futures.process import BrokenProcessPool
+
+    return isinstance(error, BrokenProcessPool) or type(error).__name__ in ("TerminatedWorkerError", "ShutdownExecutorError")
+
+
+def _shutdown(executor: Executor) -> None:
+    try:
+        executor.shutdown(wait=True, kill_workers=True)  # type: ignore[call-arg]  # loky's extension
+    except TypeError:
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _warm(threads: int) -> None:
+    """What a worker does once: import the heavy libraries, bound its threads, touch the code paths of a first scan."""
+    import torch
+
+    torch.set_num_threads(threads)
+    from gadgets import tasks
+
+    tasks.rehearse()
+
+
+def _hello(seconds: float) -> int:
+    time.sleep(seconds)  # long enough that every worker of the pool takes one of these
+    return os.getpid()
+
+
+class Scratch:
+    """A scan's files between processes: prepared readouts, progress, previews. Memory-backed where there is room.
+
+    The directory's name carries the process id, so that a later start can remove what a killed server left behind.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-", dir=_scratch_root()))
+        self._overflow: Path | None = None
+
+    def allocate(self, n_bytes: int) -> Path:
+        """A new file with ``n_bytes`` really reserved; falls from shared memory to disk when memory is short."""
+        path = self.path / uuid.uuid4().hex
+        try:
+            _reserve(path, n_bytes)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            if self._overflow is None:
+                self._overflow = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-"))
+                log.warning("event=scratch_overflow bytes=%d error=%s", n_bytes, error.strerror)
+            path = self._overflow / path.name
+            _reserve(path, n_bytes)
+        return path
+
+    def close(self) -> None:
+        """Remove every file of this scan."""
+        for folder in (self.path, self._overflow):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reserve(path: Path, n_bytes: int) -> None:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        if n_bytes:
+            os.posix_fallocate(handle, 0, n_bytes)
+    finally:
+        os.close(handle)
+
+
+def _scratch_root() -> str | None:
+    shared = Path("/dev/shm")  # noqa: S108 - private directories (mode 0700) are made inside it
+    with contextlib.suppress(OSError):
+        if os.access(shared, os.W_OK) and shutil.disk_usage(shared).free >= MIN_SHARED_BYTES:
+            return str(shared)
+    return None
+
+
+def remove_stale_scratch() -> int:
+    """Delete scratch directories whose process no longer exists; returns how many."""
+    removed = 0
+    for root in {Path("/dev/shm"), Path(tempfile.gettempdir())}:  # noqa: S108
+        for folder in root.glob(f"{SCRATCH_PREFIX}*-*"):
+            owner = folder.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]
+            if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                removed += 1
+    return removed
+
+
+class FileReport(Report):
+    """A method's report, written to files so that it crosses the process border without locks or pickles."""
+
+    def __init__(self, folder: Path, tag: str) -> None:
+        self.folder, self.tag = folder, tag
+        self._last = 0.0
+        self._warnings = 0
+        self._previews = 0
+
+    def progress(self, fraction: float, message: str = "") -> None:
+        now = time.monotonic()
+        if fraction < 1.0 and now - self._last < 0.1:
+            return
+        self._last = now
+        self._write(f"{self.tag}.progress", json.dumps([float(fraction), message]).encode())
+
+    def warn(self, message: str) -> None:
+        self._warnings += 1
+        self._write(f"{self.tag}.warning-{self._warnings:04d}", message.encode())
+
+    def preview(self, series: ImageSeries) -> None:
+        self._previews += 1
+        path = self.folder / f"{self.tag}.preview-{self._previews:04d}"
+        with open(f"{path}.part", "wb") as handle:
+            np.savez(handle, name=series.name, comment=series.comment, data=series.data.detach().cpu().numpy())
+        os.replace(f"{path}.part", path)
+
+    def _write(self, name: str, data: bytes) -> None:
+        path = self.folder / name
+        part = path.with_name(path.name + ".part")
+        with contextlib.suppress(OSError):  # a report must never fail a reconstruction
+            part.write_bytes(data)
+            os.replace(part, path)
+
+
+class ReportReader:
+    """The server's side of ``FileReport``: news since the last look."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._seen: set[str] = set()
+
+    def fractions(self) -> dict[str, float]:
+        """Progress of each task by its tag."""
+        found: dict[str, float] = {}
+        for path in self.folder.glob("*.progress"):
+            with contextlib.suppress(OSError, ValueError):
+                found[path.stem] = float(json.loads(path.read_bytes())[0])
+        return found
+
+    def warnings(self) -> list[str]:
+        """Warnings not read yet, in order."""
+        return [path.read_text(encoding="utf-8") for path in self._new("*.warning-????")]
+
+    def previews(self) -> list[tuple[str, ImageSeries]]:
+        """Previews not read yet: task's tag and series."""
+        import torch
+
+        found = []
+        for path in self._new("*.preview-????"):
+            with np.load(path, allow_pickle=False) as file:
+                series = ImageSeries(str(file["name"]), torch.from_numpy(file["data"]), str(file["comment"]))
+            found.append((path.name.partition(".")[0], series))
+        return found
+
+    def _new(self, pattern: str) -> list[Path]:
+        fresh = sorted(p for p in self.folder.glob(pattern) if p.name not in self._seen)
+        self._seen.update(p.name for p in fresh)
+        return fresh

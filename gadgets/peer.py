@@ -1,0 +1,117 @@
+"""One socket, as the protocol needs it: bounded waits, whole messages out, and an end that loses nothing.
+
+Real clients lose their images when a server closes before it has read everything (the kernel then resets the connection),
+and abort without a CLOSE. So every end is: CLOSE, no more sending, read on until the peer closes too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import struct
+import threading
+import time
+from dataclasses import dataclass
+
+from gadgets.errors import Disconnected
+
+CLOSE_BYTES = b"\x04\x00"
+BUFFER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one connection waits, in s."""
+
+    handshake: float = 120.0  # for the next byte until the MRD header is there
+    idle: float = 3600.0  # for the next byte during a scan: breath-holds, table moves, a paused sequence
+    send: float = 60.0  # for a peer that does not take what is sent to it
+    grace: float = 0.5  # after the header, before an unknown chain name is reported: FIRE's JSON text may still name another
+    quiet_close: float = 0.3  # framing lost: silence after the bytes of a CLOSE
+    drain: float = 2.0  # framing lost: any silence
+    linger: float = 5.0  # after our CLOSE, for the peer to close
+    drain_bytes: int = 64 * 10**9  # framing lost: most bytes that are read on
+
+
+class Peer:
+    """The other end of one accepted connection. One thread reads; any thread may send."""
+
+    def __init__(self, connection: socket.socket, timing: Timing) -> None:
+        self.socket = connection
+        self.timing = timing
+        self.gone = False  # sending is no longer possible
+        self.sent_messages = 0
+        self._buffer = memoryview(bytearray(BUFFER_BYTES))
+        self._lock = threading.Lock()
+        self._receive_timeout = -1.0
+        self._stopped = False
+        connection.setblocking(True)
+        with contextlib.suppress(OSError):
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # the kernel's own timeouts: those of Python would cost a second system call for every read
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _timeval(timing.send))
+
+    def receive(self, timeout: float) -> memoryview | None:
+        """The next bytes (until the next call); empty at the end of the stream, ``None`` after ``timeout`` s of silence.
+
+        Raises
+        ------
+        Disconnected
+            The connection was reset.
+        """
+        if timeout != self._receive_timeout:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout))
+            self._receive_timeout = timeout
+        try:
+            n = self.socket.recv_into(self._buffer)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            self.gone = True
+            raise Disconnected("the connection was reset", got=error.strerror) from error
+        return self._buffer[:n]
+
+    def send(self, message: bytes | bytearray | memoryview) -> None:
+        """One whole message.
+
+        Raises
+        ------
+        Disconnected
+            The peer is gone, or takes nothing for ``timing.send`` s.
+        """
+        with self._lock:
+            if self.gone:
+                raise Disconnected("the peer is gone")
+            try:
+                self.socket.sendall(message)
+            except BlockingIOError as error:
+                self.gone = True  # part of a message may be out: nothing can follow it
+                raise Disconnected("the peer does not read", got=f"nothing taken for {self.timing.send:g} s") from error
+            except OSError as error:
+                self.gone = True
+                raise Disconnected("the connection broke while sending", got=error.strerror) from error
+            self.sent_messages += 1
+
+    def close(self) -> None:
+        """CLOSE, end of sending, read until the peer has closed (or is silent), then close the socket. Never raises."""
+        with contextlib.suppress(Disconnected):
+            self.send(CLOSE_BYTES)
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_WR)
+        until = time.monotonic() + 6 * self.timing.linger
+        with contextlib.suppress(Disconnected):
+            while not self._stopped and time.monotonic() < until and self.receive(self.timing.linger):
+                pass
+        self.gone = True
+        self.socket.close()
+
+    def stop(self) -> None:
+        """From another thread: let a waiting ``receive`` return the end of the stream."""
+        self._stopped = True
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RD)
+
+
+def _timeval(seconds: float) -> bytes:
+    whole = int(seconds)
+    return struct.pack("@ll", whole, max(int((seconds - whole) * 1e6), 0 if whole else 1))

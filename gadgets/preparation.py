@@ -1,0 +1,333 @@
+"""Work on readouts while the scan still runs: whitening, readout transform, crop and coil compression, chunk by chunk.
+
+The connection's thread calls ``advance`` after every batch; that only hands tasks to workers and never waits. Everything that
+decides a result depends on the order of the readouts alone, never on timing: chunk borders are readout numbers, the noise
+measurement is what precedes the first imaging readout, and coil compression begins at the first chunk border at which every
+slice has had its calibration lines. So every front and every repetition of a scan computes the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gadgets.buffer_settings import AcquisitionSettings
+from gadgets.errors import SortError
+from gadgets.jobs import Jobs, Scratch
+from gadgets.noise_store import NoiseStore
+from gadgets.readouts import Kind, ReadoutIndex, chosen_encoding, classify, readout_geometry
+from gadgets.tasks import (
+    ChunkJob,
+    CompressionJob,
+    LogSlice,
+    NoiseEstimate,
+    RecompressJob,
+    RowFiles,
+    compress_chunk,
+    compression_matrices,
+    estimate_noise,
+    prepare_chunk,
+)
+from gadgets.wire.header import MrdHeader
+from recon_core.preprocess.noise import dead_channels, whitening_matrix
+from recon_core.preprocess.settings import PreprocessSettings
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES = 8 << 20
+"""Raw bytes prepared as one task: small enough that little is left after the last readout."""
+
+CALIBRATION_HALF_WIDTH = 12
+"""Lines within this distance of the k-space centre decide the coil compression ..."""
+
+CALIBRATION_LINES = 24
+"""... as soon as every slice has had so many of them."""
+
+
+@dataclass
+class Chunk:
+    """One run of readouts: its task, its file, and which coils the file holds."""
+
+    future: Future[None] | None
+    path: str
+    compressed: bool = False
+
+
+@dataclass
+class Calibration:
+    """Central lines seen so far: rows by slice counter, in arrival order."""
+
+    n_slices: int
+    rows: dict[int, list[NDArray[np.intp]]] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        enough = [number for number, rows in self.rows.items() if sum(map(len, rows)) >= CALIBRATION_LINES]
+        return len(enough) >= self.n_slices
+
+
+class Preparation:
+    """Raw readouts in the log -> prepared rows in scratch files, as far ahead as the data allow.
+
+    Parameters
+    ----------
+    index
+        The scan's readouts so far; shared with the scan, which appends to it.
+    header, acquisition, settings
+        What the scanner says and what the chain asks for.
+    raw_path
+        Where the verbatim log lies now.
+    jobs, scratch, noise
+        Workers, the scan's files, and the store of noise measurements of other scans.
+    warn
+        Says something to the operator.
+    """
+
+    def __init__(
+        self,
+        index: ReadoutIndex,
+        header: MrdHeader,
+        acquisition: AcquisitionSettings,
+        settings: PreprocessSettings,
+        raw_path: Callable[[], str],
+        jobs: Jobs,
+        scratch: Scratch,
+        noise: NoiseStore | None,
+        warn: Callable[[str], None],
+        chunk_bytes: int = CHUNK_BYTES,
+    ) -> None:
+        self._index, self._header, self._acquisition, self._settings = index, header, acquisition, settings
+        self._raw_path, self._jobs, self._scratch, self._store, self._warn = raw_path, jobs, scratch, noise, warn
+        self._chunk_bytes = chunk_bytes
+        self._size = 0  # readouts per chunk, known with the first readout that carries k-space
+        self._n_channels = 0
+        self._n_x = 0
+        self._noise_rows: NDArray[np.intp] = np.zeros(0, np.intp)
+        self._noise: Future[NoiseEstimate] | None = None
+        self._whitening: NDArray[np.complex64] | None = None
+        self._chunks: list[Chunk] = []
+        self._calibration: Calibration | None = None
+        self._first_compressed: int | None = None  # chunk number from which on rows are written compressed
+        self._matrices: Future[dict[int, NDArray[np.complex64]]] | None = None
+
+    @property
+    def whitened(self) -> bool:
+        """Whether rows are (or will be) white; known after ``rows``."""
+        return self._whitening is not None
+
+    # ---- while reading -------------------------------------------------------------------------------------------------
+
+    def advance(self) -> None:
+        """Start every task whose input is complete. Never waits.
+
+        Raises
+        ------
+        SortError
+            The readouts cannot belong to one scan.
+        """
+        if self._size == 0 and not self._begin():
+            return
+        self._dispatch(len(self._index) // self._size, wait_for=False)
+
+    def _begin(self) -> bool:
+        headers = self._index.headers
+        carriers = np.flatnonzero(_carries(headers, self._header, self._acquisition))
+        if not len(carriers):
+            return False
+        first = int(carriers[0])
+        self._n_channels = int(headers["active_channels"][first])
+        if self._n_channels == 0:
+            raise SortError("a readout without channels", where=f"readout {first}", got=0, expected="at least 1")
+        bytes_each = 342 + 8 * int(headers["number_of_samples"][first]) * self._n_channels
+        self._size = max(8, self._chunk_bytes // bytes_each)
+        if self._settings.coil_compression == "svd" and self._n_channels > self._settings.virtual_coils:
+            limit = chosen_encoding(self._header, self._acquisition).limits.get("slice")
+            self._calibration = Calibration(1 if limit is None else limit.maximum - limit.minimum + 1)
+        kind = classify(headers[:first], self._header, self._acquisition)
+        self._start_noise(np.flatnonzero(kind == Kind.NOISE))
+        return True
+
+    def _start_noise(self, rows: NDArray[np.intp]) -> None:
+        self._noise_rows = rows
+        if not self._settings.prewhiten:
+            return
+        if len(rows):
+            channels = np.unique(self._index.headers["active_channels"][rows])
+            if channels.tolist() != [self._n_channels]:
+                raise SortError("the noise readouts have other channels", where="scan", got=channels, expected=self._n_channels)
+            self._noise = self._jobs.submit(estimate_noise, self._log_slice(rows))
+        else:
+            self._use_stored_noise()
+
+    def _use_stored_noise(self) -> None:
+        wanted = self._header.noise_dependency
+        if wanted is None or self._store is None:
+            return
+        stored = self._store.get(wanted)
+        if stored is None:
+            self._warn("the noise measurement that this scan depends on is not stored; images are not whitened")
+        elif stored.covariance.shape[0] != self._n_channels:
+            got = f"{stored.covariance.shape[0]} channels in the noise, {self._n_channels} in the scan"
+            self._warn(f"the stored noise measurement does not fit this scan ({got}); images are not whitened")
+        else:
+            self._whitening = self._whiten(stored.covariance, stored.dwell_time)
+
+    def _whiten(self, covariance: NDArray[np.complex128], noise_dwell: float) -> NDArray[np.complex64]:
+        headers = self._index.headers
+        first = np.flatnonzero(_carries(headers, self._header, self._acquisition))[0]
+        matrix = torch.from_numpy(covariance)
+        silent = dead_channels(matrix)
+        if silent:
+            self._warn(f"channels without noise are left out: {', '.join(map(str, silent))}")
+        whitening = whitening_matrix(
+            matrix,
+            dwell_time=float(headers["sample_time_us"][first]) * 1e-6,
+            noise_dwell_time=noise_dwell,
+            relative_bandwidth=self._header.relative_noise_bandwidth or self._settings.relative_noise_bandwidth,
+            silent=silent,
+        )
+        return whitening.numpy()
+
+    def _dispatch(self, n_chunks: int, *, wait_for: bool) -> None:
+        """Hand over chunks up to ``n_chunks``, as far as whitening and compression are known (or waited for)."""
+        if self._noise is not None and self._whitening is None:
+            if not (wait_for or self._noise.done()):
+                return
+            self._settle_noise(self._noise.result())
+        while len(self._chunks) < n_chunks:
+            number = len(self._chunks)
+            if self._first_compressed is not None and number >= self._first_compressed and not self._compression_known(wait_for):
+                return
+            self._submit(number)
+            if self._calibration is not None and self._first_compressed is None and self._calibration.complete:
+                self._first_compressed = number + 1
+        if self._first_compressed is not None:
+            self._compression_known(wait_for)
+
+    def _settle_noise(self, estimate: NoiseEstimate) -> None:
+        self._whitening = self._whiten(estimate.covariance, estimate.dwell_time)
+        if self._store is not None and self._header.measurement_id:
+            self._store.put(self._header.measurement_id, estimate.covariance, estimate.dwell_time)
+
+    def _submit(self, number: int) -> None:
+        start = number * self._size
+        rows = np.arange(start, min(start + self._size, len(self._index)))
+        source = self._log_slice(rows)
+        placement = readout_geometry(source.headers, self._header, self._acquisition, first_index=start)
+        keep = np.flatnonzero(placement.is_image)
+        if not len(keep):
+            self._chunks.append(Chunk(None, ""))
+            return
+        channels = source.headers["active_channels"][keep]
+        if (channels != self._n_channels).any():
+            bad = int(np.argmax(channels != self._n_channels))
+            where = f"readout {start + int(keep[bad])}"
+            raise SortError("the number of channels changed", where=where, got=int(channels[bad]), expected=self._n_channels)
+        self._n_x = placement.n_x
+        matrices = None
+        if self._first_compressed is not None and number >= self._first_compressed:
+            assert self._matrices is not None
+            matrices = self._matrices.result()
+        elif self._calibration is not None:
+            self._note_calibration(rows[keep], source.headers[keep])
+        n_coils = self._n_channels if matrices is None else self._settings.virtual_coils
+        out = str(self._scratch.allocate(len(rows) * n_coils * placement.n_x * 8))
+        job = ChunkJob(source, keep, placement, self._whitening, matrices, out)
+        self._chunks.append(Chunk(self._jobs.submit(prepare_chunk, job), out, compressed=matrices is not None))
+
+    def _note_calibration(self, rows: NDArray[np.intp], headers: NDArray[np.void]) -> None:
+        assert self._calibration is not None
+        encoding = chosen_encoding(self._header, self._acquisition)
+        central = np.ones(len(rows), bool)
+        for name, n in (("kspace_encode_step_1", encoding.encoded_matrix[1]), ("kspace_encode_step_2", encoding.encoded_matrix[0])):
+            limit = encoding.limits.get(name)
+            centre = n // 2 if limit is None else limit.center
+            central &= np.abs(headers["idx"][name].astype(np.int64) - centre) <= CALIBRATION_HALF_WIDTH
+        slices = headers["idx"]["slice"]
+        for number in np.unique(slices[central]):
+            self._calibration.rows.setdefault(int(number), []).append(rows[central & (slices == number)])
+
+    def _compression_known(self, wait_for: bool) -> bool:
+        """Whether the compression matrices exist; starts their task, and the compression of what lies already there."""
+        assert self._calibration is not None and self._first_compressed is not None
+        early = self._chunks[: self._first_compressed]
+        if self._matrices is None:
+            futures = [c.future for c in early if c.future is not None]
+            if wait_for:
+                wait(futures)
+            if not all(f.done() for f in futures):
+                return False
+            for f in futures:
+                f.result()
+            rows = {number: np.concatenate(parts) for number, parts in self._calibration.rows.items()}
+            job = CompressionJob(self._row_files(len(early) * self._size, compressed=False), rows, self._settings.virtual_coils)
+            self._matrices = self._jobs.submit(compression_matrices, job)
+        if not (wait_for or self._matrices.done()):
+            return False
+        matrices = self._matrices.result()
+        for number, chunk in enumerate(early):
+            if chunk.future is not None and not chunk.compressed:
+                self._recompress(number, chunk, matrices)
+        return True
+
+    def _recompress(self, number: int, chunk: Chunk, matrices: dict[int, NDArray[np.complex64]]) -> None:
+        start = number * self._size
+        slices = self._index.headers["idx"]["slice"][start : start + self._size]
+        out = str(self._scratch.allocate(len(slices) * self._settings.virtual_coils * self._n_x * 8))
+        job = RecompressJob(chunk.path, (len(slices), self._n_channels, self._n_x), slices.astype(np.int64), matrices, out)
+        full = Path(chunk.path)
+        chunk.future, chunk.path, chunk.compressed = self._jobs.submit(compress_chunk, job), out, True
+        # only after success: a task that is repeated because its worker died still needs its input
+        chunk.future.add_done_callback(lambda done: full.unlink(missing_ok=True) if done.exception() is None else None)
+
+    def _log_slice(self, rows: NDArray[np.intp]) -> LogSlice:
+        index = self._index
+        return LogSlice(self._raw_path(), index.headers[rows], index.offsets[rows], index.payload_bytes[rows])
+
+    # ---- after the last readout ----------------------------------------------------------------------------------------
+
+    def rows(self) -> RowFiles:
+        """All prepared readouts; waits for the tasks that are still running.
+
+        Raises
+        ------
+        ReconError
+            No readout carries k-space, or a task failed.
+        """
+        if self._size == 0 and not self._begin():
+            raise SortError("no readout carries k-space", where="scan", got=f"{len(self._index)} other readouts")
+        kind = classify(self._index.headers, self._header, self._acquisition)
+        noise_rows = np.flatnonzero(kind == Kind.NOISE)
+        if len(noise_rows) and not len(self._noise_rows) and self._settings.prewhiten:
+            self._start_again(noise_rows)
+        self._dispatch(-(-len(self._index) // self._size), wait_for=True)
+        for chunk in self._chunks:
+            if chunk.future is not None:
+                chunk.future.result()
+        return self._row_files(len(self._index), compressed=self._first_compressed is not None)
+
+    def _start_again(self, noise_rows: NDArray[np.intp]) -> None:
+        """The noise readouts came after the first imaging readout: nothing that was prepared is white."""
+        for chunk in self._chunks:
+            if chunk.future is not None:
+                wait([chunk.future])
+        self._chunks, self._whitening, self._matrices, self._first_compressed = [], None, None, None
+        if self._calibration is not None:
+            self._calibration.rows.clear()
+        self._start_noise(noise_rows)
+
+    def _row_files(self, n_readouts: int, *, compressed: bool) -> RowFiles:
+        n_coils = self._settings.virtual_coils if compressed else self._n_channels
+        paths = tuple(chunk.path for chunk in self._chunks)
+        return RowFiles(paths, self._size, min(n_readouts, len(self._index)), n_coils, self._n_x)
+
+
+def _carries(headers: NDArray[np.void], header: MrdHeader, acquisition: AcquisitionSettings) -> NDArray[np.bool_]:
+    return classify(headers, header, acquisition) <= Kind.CALIBRATION_AND_IMAGING

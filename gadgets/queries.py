@@ -1,0 +1,104 @@
+"""Answers to QUERY (id 6): the keys of the real Gadgetron server, and two of our own."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+
+from gadgets import __version__
+
+UNKNOWN = "Unknown query"
+PRODUCT = "recon-gadgets"
+
+
+def version_of(distribution: str) -> str:
+    """Version of an installed distribution, ``"not installed"`` without one."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def versions() -> dict[str, str]:
+    """What has to be known to repeat a reconstruction; goes into captures and into ``gadgetron::info``."""
+    return {
+        PRODUCT: __version__,
+        "python": platform.python_version(),
+        **{name: version_of(name) for name in ("torch", "numpy", "ismrmrd")},
+    }
+
+
+def answer(query: str, *, chains: Callable[[], Iterable[str]] = tuple) -> str:
+    """The text that answers ``query``; ``"Unknown query"`` for a key that neither Gadgetron nor this server knows.
+
+    ``chains`` names the installed chains for ``recon::chains``.
+    """
+    table: dict[str, Callable[[], str]] = {
+        "ismrmrd::version": lambda: version_of("ismrmrd"),
+        # the client prints these; the name says that this is not Gadgetron
+        "gadgetron::version": lambda: f"{PRODUCT} {__version__}",
+        "gadgetron::build": lambda: f"{PRODUCT} {__version__}",
+        "gadgetron::info": info,
+        "gadgetron::info::memory": lambda: str(memory_bytes()),
+        "gadgetron::info::python": lambda: "1",
+        "gadgetron::info::matlab": lambda: "0",
+        "gadgetron::info::cuda": lambda: str(int(bool(gpus()))),
+        "gadgetron::cuda::devices": lambda: str(len(gpus())),
+        "gadgetron::cuda::driver": lambda: gpus()[0]["driver"] if gpus() else "N/A",
+        "gadgetron::cuda::runtime": cuda_runtime,
+        "gadgetron::cuda::memory": lambda: ", ".join(gpu["memory"] for gpu in gpus()) or "N/A",
+        "gadgetron::cuda::capabilities": lambda: ", ".join(gpu["capability"] for gpu in gpus()) or "N/A",
+        "recon::info": info,
+        "recon::chains": lambda: "\n".join(chains()),
+    }
+    return table.get(query, lambda: UNKNOWN)()
+
+
+def info() -> str:
+    """Versions, memory and devices as lines of text."""
+    lines = [f"{name} {value}" for name, value in versions().items()]
+    lines.append(f"cores {os.cpu_count()}, memory {memory_bytes() / 2**30:.1f} GiB")
+    lines += [f"gpu {gpu['name']}, {gpu['memory']}, driver {gpu['driver']}" for gpu in gpus()] or ["no gpu"]
+    return "\n".join(lines) + "\n"
+
+
+def memory_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@lru_cache(maxsize=1)
+def gpus() -> tuple[dict[str, str], ...]:
+    """NVIDIA devices as the driver's own tool lists them: asking torch would make a CUDA context in this process."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return ()
+    fields = ["name", "memory.total", "compute_cap", "driver_version"]
+    try:
+        out = subprocess.run(
+            [tool, "--query-gpu=" + ",".join(fields), "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    rows = [[part.strip() for part in line.split(",")] for line in out.splitlines()]
+    keys = ("name", "memory", "capability", "driver")
+    return tuple(dict(zip(keys, row, strict=True)) for row in rows if len(row) == len(keys))
+
+
+def cuda_runtime() -> str:
+    """The CUDA version that torch was built for; ``"N/A"`` without torch or without CUDA."""
+    if importlib.util.find_spec("torch") is None:
+        return "N/A"
+    import torch.version  # torch takes seconds to import: only when asked
+
+    return torch.version.cuda or "N/A"

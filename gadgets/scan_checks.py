@@ -1,0 +1,182 @@
+"""Is the scan complete, plausible and affordable? Errors, drops and notes; the rules are stated in `gadgets.sorting`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gadgets.buffer_settings import AcquisitionSettings
+from gadgets.errors import SortError
+from gadgets.readouts import Headers
+from gadgets.sorted_scan import STATE_COUNTERS, Placement, place_name
+from gadgets.wire.header import Encoding
+
+MOVED = 1e-2
+"""mm; slice positions of one slice that differ by more are worth a note."""
+
+
+@dataclass
+class SortLog:
+    """What is said about the scan while it is sorted."""
+
+    skipped: dict[str, int]
+    notes: list[str]
+
+    def skip(self, reason: str, n: int) -> None:
+        if n:
+            self.skipped[reason] = self.skipped.get(reason, 0) + int(n)
+
+
+def line_counts(imaging: Placement, shape: tuple[int, int], encoding: Encoding) -> NDArray[np.int64]:
+    """``(slice, state)``: different sampled positions."""
+    n2, n1, _ = encoding.encoded_matrix
+    group = imaging.slice.astype(np.int64) * shape[1] + imaging.state
+    positions = np.unique((group * n2 + imaging.k2) * n1 + imaging.k1)
+    return np.bincount(positions // (n2 * n1), minlength=math.prod(shape)).reshape(shape)
+
+
+def complete(
+    imaging: Placement,
+    slices: tuple[int, ...],
+    states: tuple[Mapping[str, int], ...],
+    encoding: Encoding,
+    settings: AcquisitionSettings,
+    log: SortLog,
+) -> tuple[Placement, tuple[int, ...], tuple[Mapping[str, int], ...]]:
+    """Refuse or drop slices and states that have (almost) no lines."""
+    lines = line_counts(imaging, (len(slices), len(states)), encoding)
+    few = lines < max(1.0, settings.min_line_fraction * lines.max())
+    if not few.any():
+        return imaging, slices, states
+    s, q = (int(i) for i in np.argwhere(few)[0])
+    if settings.incomplete == "error":
+        raise SortError(
+            f"{lines[s, q]} of {lines.max()} lines",
+            where=place_name(slices[s], states, q),
+            expected=f"at least {max(1, math.ceil(settings.min_line_fraction * lines.max()))}",
+            remedy="The scan may have been stopped; incomplete = drop leaves such images out",
+        )
+    keep_slice = ~few.all(axis=1)
+    keep_state = ~few[keep_slice].any(axis=0)
+    if not keep_state.any():
+        raise SortError("no state is complete in all slices", where="states", got=f"{int(few.sum())} incomplete images")
+    keep = keep_slice[imaging.slice] & keep_state[imaging.state]
+    log.skip("incomplete slice or state", int((~keep).sum()))
+    log.notes.append(
+        f"{int((~keep_slice).sum())} slices and {int((~keep_state).sum())} states are left out as incomplete, the first: "
+        f"{place_name(slices[s], states, q)}, {lines[s, q]} of {lines.max()} lines"
+    )
+    kept = imaging.take(keep)
+    new_slice, new_state = (np.cumsum(k, dtype=np.int32) - 1 for k in (keep_slice, keep_state))
+    kept = Placement(kept.rows, new_slice[kept.slice], new_state[kept.state], kept.k2, kept.k1)
+    return (
+        kept,
+        tuple(v for v, k in zip(slices, keep_slice, strict=True) if k),
+        tuple(v for v, k in zip(states, keep_state, strict=True) if k),
+    )
+
+
+def announced(
+    encoding: Encoding,
+    slices: tuple[int, ...],
+    states: tuple[Mapping[str, int], ...],
+    settings: AcquisitionSettings,
+    log: SortLog,
+) -> None:
+    """Slices and states that the limits announce and that never came."""
+    for name in ("slice", *STATE_COUNTERS):
+        limit = encoding.limits.get(name)
+        if limit is None or (name == "phase" and settings.cardiac_phases) or (name != "slice" and name not in states[0]):
+            continue
+        present = set(slices) if name == "slice" else {s[name] for s in states}
+        n_announced = limit.maximum - limit.minimum + 1
+        n_missing = n_announced - sum(limit.minimum <= v <= limit.maximum for v in present)
+        if n_missing <= 0:
+            continue
+        first = next(v for v in range(limit.minimum, limit.maximum + 1) if v not in present)
+        text = f"{n_missing} of {n_announced} announced {name}s never came, the first: {first}"
+        if settings.incomplete == "error" and name in ("slice", "contrast", "set"):
+            raise SortError(text, where=f"{name} {first}", got="no lines", remedy="incomplete = drop leaves them out")
+        log.notes.append(text)
+
+
+def too_large(encoding: Encoding, n_x: int, n_states: int, n_channels: int, settings: AcquisitionSettings) -> None:
+    gib = math.prod((n_states, n_channels, *encoding.encoded_matrix[:2], n_x)) * 8 / 2**30
+    if gib > settings.max_slice_gib:
+        raise SortError(
+            "k-space of one slice is too large",
+            where="header",
+            got=f"{gib:.1f} GiB for {n_states} states, {n_channels} channels, matrix {encoding.encoded_matrix}",
+            expected=f"at most {settings.max_slice_gib} GiB",
+        )
+
+
+def lines_note(
+    imaging: Placement,
+    slices: tuple[int, ...],
+    states: tuple[Mapping[str, int], ...],
+    encoding: Encoding,
+    gated: bool,
+    log: SortLog,
+) -> None:
+    """Say where there are fewer lines than limits and acceleration promise."""
+    lines = line_counts(imaging, (len(slices), len(states)), encoding)
+    n2, n1, _ = encoding.encoded_matrix
+    expected = 1
+    for name, n, factor in zip(
+        ("kspace_encode_step_2", "kspace_encode_step_1"), (n2, n1), (encoding.acceleration or (1, 1))[::-1], strict=True
+    ):
+        limit = encoding.limits.get(name)
+        if limit is None and n > 1:
+            return  # nothing is promised
+        extent = 1 if limit is None else limit.maximum - limit.minimum + 1
+        expected *= max(1, min(n, extent) // max(1, factor))
+    few = lines < expected
+    if not few.any():
+        return
+    s, q = (int(i) for i in np.unravel_index(np.argmin(lines), lines.shape))
+    why = "by the cardiac phases" if gated else "by limits and acceleration in the header"
+    log.notes.append(
+        f"{int(few.sum())} of {few.size} images have fewer lines than expected {why}, the worst: "
+        f"{place_name(slices[s], states, q)}, {lines[s, q]} of {expected} lines"
+    )
+
+
+def repeats_note(
+    imaging: Placement,
+    counters: Mapping[str, NDArray[np.int32]],
+    encoding: Encoding,
+    settings: AcquisitionSettings,
+    log: SortLog,
+) -> None:
+    """Readouts of the same place and the same average counter: not announced as averages, so worth a note."""
+    if settings.cardiac_phases or settings.state == "single":
+        return
+    n2, n1, _ = encoding.encoded_matrix
+    n_states = int(imaging.state.max()) + 1
+    place = ((imaging.slice.astype(np.int64) * n_states + imaging.state) * n2 + imaging.k2) * n1 + imaging.k1
+    order = np.lexsort((counters["average"][imaging.rows], place))
+    place, average = place[order], counters["average"][imaging.rows][order]
+    n = int(((np.diff(place) == 0) & (np.diff(average) == 0)).sum())
+    if n:
+        log.notes.append(f"{n} readouts repeat the counters of another one; repeated positions are averaged")
+
+
+def moving_note(headers: Headers, imaging: Placement, slices: tuple[int, ...], log: SortLog) -> None:
+    # positions that are not finite are repaired and noted with the geometry
+    position = np.nan_to_num(headers["position"][imaging.rows].astype(np.float64), posinf=0.0, neginf=0.0)
+    order = np.argsort(imaging.slice, kind="stable")
+    starts = np.searchsorted(imaging.slice[order], np.arange(len(slices)))
+    low = np.minimum.reduceat(position[order], starts, axis=0)
+    high = np.maximum.reduceat(position[order], starts, axis=0)
+    moved = (high - low > MOVED).any(axis=1)
+    if moved.any():
+        s = int(np.argmax(moved))
+        log.notes.append(
+            f"{int(moved.sum())} slices change their position during the scan, the first: slice {slices[s]}; the position "
+            "at the k-space centre of the first state is used"
+        )

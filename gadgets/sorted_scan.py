@@ -1,0 +1,193 @@
+"""What the sorter knows about a scan: the place of every readout, slices, states, times and notes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gadgets.buffer_settings import AcquisitionSettings
+from gadgets.geometry import Geometry
+from gadgets.readouts import Headers, ReadoutGeometry
+from gadgets.wire.header import Encoding, MrdHeader
+from recon_core.types import ScanInfo
+
+STATE_COUNTERS = ("repetition", "set", "contrast", "phase")
+"""Order of the state axis, slowest first: the phases of one cine are neighbours."""
+
+SATURATION_PREFIX = "SaturationTime_ms_"
+"""``userParameterDouble`` or ``userParameterLong`` ``SaturationTime_ms_0``, ``_1``, ...: saturation times in ms. MRD has no
+field of its own for them."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where readouts go; parallel int32 arrays in arrival order.
+
+    ``rows`` counts all readouts of the scan as they arrived; ``slice`` and ``state`` are positions in ``SortedScan.slices``
+    and ``.states`` (a calibration readout that belongs to no state has -1); ``k2`` and ``k1`` are grid indices, DC at
+    ``n // 2``.
+    """
+
+    rows: NDArray[np.int32]
+    slice: NDArray[np.int32]
+    state: NDArray[np.int32]
+    k2: NDArray[np.int32]
+    k1: NDArray[np.int32]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, chosen: NDArray) -> Placement:
+        """Those that a boolean mask or an index array selects."""
+        return Placement(self.rows[chosen], self.slice[chosen], self.state[chosen], self.k2[chosen], self.k1[chosen])
+
+
+@dataclass(frozen=True)
+class SortedScan:
+    """A scan whose readouts all have their place. Made by `gadgets.sorting.sort_readouts`.
+
+    Attributes
+    ----------
+    header, settings, encoding
+        What it was sorted by.
+    n_readouts
+        All readouts that arrived.
+    n_channels
+        Receiver channels as acquired (before any compression).
+    grid
+        ``(k2, k1)`` sizes of the encoded matrix.
+    slices
+        Slice counters present, ascending.
+    states
+        Encoding counters of each state, in the order of `STATE_COUNTERS`; counters that were merged are left out.
+    imaging, calibration
+        Placements; a calibration-and-imaging readout is in both.
+    noise_rows
+        int32, arrival numbers of the noise readouts.
+    skipped
+        Reason -> number of readouts that are not used.
+    notes
+        Sentences for the operator and the log.
+    readouts
+        Geometry of the readout direction.
+    geometry
+        One per slice, from the readout nearest to the k-space centre.
+    source_headers
+        ``(slice, state)``: the acquisition header of the readout nearest to the k-space centre, with its time stamps
+        (ticks as sent).
+    echo_times, inversion_times, saturation_times
+        One per state in s, or empty.
+    """
+
+    header: MrdHeader
+    settings: AcquisitionSettings
+    encoding: Encoding
+    n_readouts: int
+    n_channels: int
+    grid: tuple[int, int]
+    slices: tuple[int, ...]
+    states: tuple[Mapping[str, int], ...]
+    imaging: Placement
+    calibration: Placement
+    noise_rows: NDArray[np.int32]
+    skipped: Mapping[str, int]
+    notes: tuple[str, ...]
+    readouts: ReadoutGeometry
+    geometry: tuple[Geometry, ...]
+    source_headers: Headers
+    echo_times: tuple[float, ...]
+    inversion_times: tuple[float, ...]
+    saturation_times: tuple[float, ...]
+
+    @property
+    def n_slices(self) -> int:
+        return len(self.slices)
+
+    @property
+    def n_states(self) -> int:
+        return len(self.states)
+
+    @property
+    def n_x(self) -> int:
+        """Readout pixels after the crop."""
+        return self.readouts.n_x
+
+    def name(self, slice_index: int, state: int | None = None) -> str:
+        """``"slice 3 phase 7"``: the counters that vary, for notes and errors."""
+        if state is None:
+            return f"slice {self.slices[slice_index]}"
+        return place_name(self.slices[slice_index], self.states, state)
+
+    def scan_info(self, slice_index: int) -> ScanInfo:
+        """What a method may know, for the slice at position ``slice_index``. SI units, after the readout crop.
+
+        Repetition time and flip angle are given only where the header has one value (or several equal ones).
+        """
+        n2, n1 = self.grid
+        fov_z, fov_y, fov_x = self.encoding.encoded_fov
+        return ScanInfo(
+            matrix=(n2, n1, self.n_x),
+            fov=(fov_z, fov_y, fov_x * self.n_x / self.encoding.encoded_matrix[2]),
+            recon_matrix=self.encoding.recon_matrix,
+            recon_fov=self.encoding.recon_fov,
+            echo_times=self.echo_times,
+            inversion_times=self.inversion_times,
+            saturation_times=self.saturation_times,
+            repetition_time=_only(self.header.repetition_times),
+            flip_angle=_only(self.header.flip_angles),
+            field_strength=self.header.field_strength,
+            state_counters=self.states,
+            slice_index=self.slices[slice_index],
+        )
+
+
+def place_name(slice_counter: int, states: tuple[Mapping[str, int], ...], state: int) -> str:
+    """``"slice 3 phase 7"``: the slice, and the counters that distinguish the states."""
+    varying = [n for n in STATE_COUNTERS if n in states[state] and len({s[n] for s in states}) > 1]
+    return " ".join([f"slice {slice_counter}", *(f"{n} {states[state][n]}" for n in varying)])
+
+
+def echo_times(header: MrdHeader, states: tuple[Mapping[str, int], ...]) -> tuple[float, ...]:
+    """TE of each state in s: by the contrast counter, or the only one there is; empty when the list does not fit."""
+    times = header.echo_times
+    contrasts = [s.get("contrast") for s in states]
+    if len(times) == 1 and len(set(contrasts)) == 1:
+        return times * len(states)
+    known = [c for c in contrasts if c is not None]
+    if times and len(known) == len(states) and max(known) < len(times):
+        return tuple(times[c] for c in known)
+    return ()
+
+
+def times_by_counter(times: tuple[float, ...], states: tuple[Mapping[str, int], ...]) -> tuple[float, ...]:
+    """One of ``times`` per state: by the counter that has as many different values as there are times.
+
+    When several counters have, the first of contrast, set, repetition, phase counts. One time holds for all states. Empty
+    when nothing fits.
+    """
+    if len(times) == 1:
+        return times * len(states)
+    for name in ("contrast", "set", "repetition", "phase"):
+        values = sorted({s[name] for s in states if name in s})
+        if times and len(values) == len(times) and all(name in s for s in states):
+            return tuple(times[values.index(s[name])] for s in states)
+    # all times, one for each state: a state axis made of several counters
+    return times if len(times) == len(states) else ()
+
+
+def saturation_list(header: MrdHeader) -> tuple[float, ...]:
+    """The saturation times of the user parameters ``SaturationTime_ms_0``, ``_1``, ... in s, up to the first gap."""
+    times: list[float] = []
+    while True:
+        name = f"{SATURATION_PREFIX}{len(times)}"
+        value = header.user_double.get(name, header.user_long.get(name))
+        if value is None:
+            return tuple(times)
+        times.append(float(value) * 1e-3)
+
+
+def _only(values: tuple[float, ...]) -> float | None:
+    return values[0] if values and len(set(values)) == 1 else None

@@ -1,0 +1,319 @@
+"""What workers do for a scan: pure functions from files and small arguments to files and small results.
+
+Every task can be repeated: the raw log is only read, and each task writes a file of its own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gadgets.buffer import SortedScan, assemble
+from gadgets.errors import SortError
+from gadgets.jobs import FileReport
+from gadgets.readouts import ReadoutGeometry
+from gadgets.wire.readouts import read_samples
+from recon_core.errors import DataError
+from recon_core.preprocess.coil_compression import compression_matrix
+from recon_core.preprocess.noise import noise_covariance
+from recon_core.preprocess.readout import finite_readouts, prepare_readouts
+from recon_core.reconstruct import Recipe, reconstruct
+from recon_core.types import ImageSeries, KSpace, ParameterMap, Result, ScanInfo
+
+
+@dataclass(frozen=True)
+class LogSlice:
+    """Readouts in the verbatim log: headers, offsets and sizes as the frame parser saw them."""
+
+    path: str
+    headers: NDArray[np.void]
+    offsets: NDArray[np.int64]
+    payload_bytes: NDArray[np.int64]
+
+    def read(self) -> NDArray[np.complex64]:
+        """Samples ``(n, coil, sample)``; all readouts of a slice of the log have one shape."""
+        return read_samples(self.path, self.headers, self.offsets, self.payload_bytes)
+
+    def take(self, rows: NDArray[np.intp]) -> LogSlice:
+        return LogSlice(self.path, self.headers[rows], self.offsets[rows], self.payload_bytes[rows])
+
+
+@dataclass(frozen=True)
+class NoiseEstimate:
+    """Covariance complex128 ``(coil, coil)`` of the noise readouts and how it was measured. Dwell time in s."""
+
+    covariance: NDArray[np.complex128]
+    dwell_time: float
+    n_samples: int
+
+
+def estimate_noise(source: LogSlice) -> NoiseEstimate:
+    """Noise covariance of all noise readouts of a scan (they may differ in length)."""
+    total: NDArray[np.complex128] | None = None
+    n_samples = 0
+    lengths = source.headers["number_of_samples"]
+    for length in np.unique(lengths):
+        samples = source.take(np.flatnonzero(lengths == length)).read()
+        n = samples.shape[0] * samples.shape[2]
+        part = np.asarray(noise_covariance(samples)) * (n - 1)
+        total = part if total is None else total + part
+        n_samples += n
+    assert total is not None
+    dwell = float(np.median(source.headers["sample_time_us"])) * 1e-6
+    return NoiseEstimate(total / max(n_samples - 1, 1), dwell, n_samples)
+
+
+@dataclass(frozen=True)
+class ChunkJob:
+    """Prepare consecutive readouts: ``keep`` are the positions in the chunk that carry k-space (the rest stays zero).
+
+    ``placement`` is for every readout of the chunk. ``whitening`` is complex64 ``(coil, coil)`` or ``None``; ``matrices`` are
+    complex64 ``(virtual coil, coil)`` by slice counter, or ``None``. The file holds complex64 ``(n, coil or virtual coil, x)``.
+    """
+
+    source: LogSlice
+    keep: NDArray[np.intp]
+    placement: ReadoutGeometry
+    whitening: NDArray[np.complex64] | None
+    matrices: dict[int, NDArray[np.complex64]] | None
+    out: str
+
+
+def prepare_chunk(job: ChunkJob) -> None:
+    """Whiten, flip, inverse-transform, crop and compress one chunk of readouts into its file.
+
+    Raises
+    ------
+    DataError
+        A sample that is not finite, with the readout's counters.
+    """
+    headers, place = job.source.headers, job.placement
+    n_coils = int(headers["active_channels"][job.keep[0]])
+    n_rows = n_coils if job.matrices is None else next(iter(job.matrices.values())).shape[0]
+    rows = np.zeros((len(headers), n_rows, place.n_x), np.complex64)
+    # one transform at a time for readouts of equal length, and of equal slice where coils are compressed by slice
+    slices = headers["idx"]["slice"] if job.matrices is not None else np.zeros(len(headers), np.int64)
+    group = np.stack([headers["number_of_samples"][job.keep].astype(np.int64), slices[job.keep].astype(np.int64)], axis=1)
+    for length, number in np.unique(group, axis=0):
+        chosen = job.keep[(group[:, 0] == length) & (group[:, 1] == number)]
+        samples = job.source.take(chosen).read()
+        _require_finite(samples, headers[chosen])
+        rows[chosen] = prepare_readouts(
+            samples,
+            first=place.first[chosen],
+            last=place.last[chosen],
+            reverse=place.reverse[chosen],
+            k0_start=place.k0_start[chosen],
+            n_encoded=place.n_encoded,
+            n_x=place.n_x,
+            whitening=_coil_transform(job, int(number)),
+        ).numpy()
+    _write(job.out, rows)
+
+
+def _coil_transform(job: ChunkJob, number: int) -> torch.Tensor | None:
+    if job.matrices is None:
+        return None if job.whitening is None else torch.from_numpy(job.whitening)
+    compression = _matrix_for(job.matrices, number)
+    return torch.from_numpy(compression if job.whitening is None else compression @ job.whitening)
+
+
+def _matrix_for(matrices: dict[int, NDArray[np.complex64]], number: int) -> NDArray[np.complex64]:
+    """A slice's own matrix; a slice that the header did not announce gets the first one's."""
+    return matrices[number] if number in matrices else matrices[min(matrices)]
+
+
+def _write(path: str, rows: NDArray[np.complex64]) -> None:
+    # written, not mapped: a full memory file system answers ENOSPC here and would answer SIGBUS there
+    with open(path, "r+b", buffering=0) as file:
+        view = memoryview(rows.reshape(-1).view(np.uint8))
+        while view:
+            view = view[file.write(view) :]
+
+
+def _require_finite(samples: NDArray[np.complex64], headers: NDArray[np.void]) -> None:
+    finite = finite_readouts(samples)
+    if finite.all():
+        return
+    bad = np.flatnonzero(~finite)
+    idx = headers["idx"][bad[0]]
+    place = f"slice {idx['slice']} k1 {idx['kspace_encode_step_1']} k2 {idx['kspace_encode_step_2']}"
+    raise DataError(f"{len(bad)} readouts hold samples that are not finite", where=f"first at {place}", expected="numbers")
+
+
+@dataclass(frozen=True)
+class CompressionJob:
+    """Find one compression matrix per slice from prepared central lines (rows by slice counter)."""
+
+    rows: RowFiles
+    central: dict[int, NDArray[np.intp]]
+    n_virtual: int
+
+
+def compression_matrices(job: CompressionJob) -> dict[int, NDArray[np.complex64]]:
+    """Complex64 ``(virtual coil, coil)`` by slice counter."""
+    found = {}
+    for number, rows in job.central.items():
+        lines = torch.from_numpy(job.rows[rows]).transpose(0, 1)
+        found[number] = compression_matrix(lines, job.n_virtual).numpy()
+    return found
+
+
+@dataclass(frozen=True)
+class RecompressJob:
+    """Compress a chunk that was prepared before the matrices were known. ``shape`` is ``(n, coil, x)``."""
+
+    path: str
+    shape: tuple[int, int, int]
+    slices: NDArray[np.int64]
+    matrices: dict[int, NDArray[np.complex64]]
+    out: str
+
+
+def compress_chunk(job: RecompressJob) -> None:
+    """Write the compressed rows and give the memory of the full ones back."""
+    rows = np.fromfile(job.path, np.complex64).reshape(job.shape)
+    n_virtual = next(iter(job.matrices.values())).shape[0]
+    out = np.empty((job.shape[0], n_virtual, job.shape[2]), np.complex64)
+    for number in np.unique(job.slices):
+        chosen = job.slices == number
+        out[chosen] = _matrix_for(job.matrices, int(number)) @ rows[chosen]
+    _write(job.out, out)
+
+
+@dataclass(frozen=True)
+class RowFiles:
+    """Prepared readouts in arrival order, spread over equal chunks: a read-only, lazily mapped ``(n, coil, x)`` array."""
+
+    paths: tuple[str, ...]
+    chunk: int
+    n_readouts: int
+    n_coils: int
+    n_x: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.n_readouts, self.n_coils, self.n_x)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return np.dtype(np.complex64)
+
+    def __len__(self) -> int:
+        return self.n_readouts
+
+    def __getitem__(self, rows: NDArray[np.intp]) -> NDArray[np.complex64]:
+        rows = np.asarray(rows)
+        out = np.empty((len(rows), self.n_coils, self.n_x), np.complex64)
+        owner = rows // self.chunk
+        for number in np.unique(owner):
+            where = np.flatnonzero(owner == number)
+            out[where] = self._map(int(number))[rows[where] - number * self.chunk]
+        return out
+
+    def _map(self, number: int) -> NDArray[np.complex64]:
+        n = min(self.chunk, self.n_readouts - number * self.chunk)
+        return np.memmap(self.paths[number], np.complex64, "r", shape=(n, self.n_coils, self.n_x))
+
+
+@dataclass(frozen=True)
+class SliceJob:
+    """Reconstruct one slice or slab from prepared readouts."""
+
+    sorted_scan: SortedScan
+    rows: RowFiles
+    slice_index: int
+    scan: ScanInfo
+    recipe: Recipe
+    noise_std: float | None
+    report_folder: str
+    as_fallback: bool = False
+    device: str = "cpu"
+
+
+def reconstruct_slice(job: SliceJob) -> Result:
+    """Sort, reconstruct and return one slice; arrays come back as numpy inside the ``Result``'s tensors.
+
+    Raises
+    ------
+    ReconError
+        From sorting, preprocessing or the method. A fallback to plain Fourier is refused for undersampled data: its images
+        would be aliased.
+    """
+    report = FileReport(Path(job.report_folder), f"slice-{job.slice_index:04d}")
+    kspace = assemble(job.sorted_scan, job.slice_index, job.rows)
+    kspace = replace(kspace, noise_std=job.noise_std).to(job.device)
+    if job.as_fallback and job.recipe.method == "fourier":
+        _refuse_aliasing(kspace)
+    return _portable(reconstruct(kspace, job.scan, job.recipe, report))
+
+
+def _refuse_aliasing(kspace: KSpace) -> None:
+    """Missing lines inside the measured extent mean aliasing without coil maps."""
+    for state, mask in enumerate(kspace.mask):
+        sampled = mask.nonzero()
+        if not len(sampled):
+            continue
+        low, high = sampled.min(dim=0).values, sampled.max(dim=0).values + 1
+        box = mask[low[0] : high[0], low[1] : high[1]]
+        missing = int((~box).sum())
+        if missing:
+            raise SortError(
+                f"plain Fourier cannot answer for undersampled data: {missing} of {box.numel()} lines missing",
+                where=f"fallback of state {state}",
+                remedy="Acquire calibration lines or choose another chain.",
+            )
+
+
+def _portable(result: Result) -> Result:
+    """Tensors as numpy arrays, so that they cross the process border as plain bytes."""
+
+    def series(s: ImageSeries) -> ImageSeries:
+        return replace(s, data=s.data.contiguous().numpy())  # type: ignore[arg-type]
+
+    def parameter(m: ParameterMap) -> ParameterMap:
+        return replace(m, data=m.data.contiguous().numpy(), valid=m.valid.numpy())  # type: ignore[arg-type]
+
+    return replace(
+        result,
+        images=tuple(series(s) for s in result.images),
+        maps=tuple(parameter(m) for m in result.maps),
+        extras=_plain(result.extras),
+    )
+
+
+def from_portable(result: Result) -> Result:
+    """The inverse of what ``reconstruct_slice`` did to cross the process border."""
+
+    def tensor(a: Any) -> torch.Tensor:
+        return a if isinstance(a, torch.Tensor) else torch.from_numpy(a)
+
+    return replace(
+        result,
+        images=tuple(replace(s, data=tensor(s.data)) for s in result.images),
+        maps=tuple(replace(m, data=tensor(m.data), valid=tensor(m.valid)) for m in result.maps),
+    )
+
+
+def _plain(extras: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in extras.items()}
+
+
+def rehearse() -> None:
+    """Run every stage once on tiny data, so that a worker's first scan pays no import, planning or allocation."""
+    samples = np.zeros((2, 2, 8), np.complex64)
+    samples[..., 4] = 1
+    whole = np.zeros(2, np.intp)
+    prepare_readouts(
+        samples, first=whole, last=whole + 8, reverse=whole > 0, k0_start=whole, n_encoded=8, n_x=4, whitening=None
+    )
+    torch.fft.fftn(torch.ones(2, 8, 8, dtype=torch.complex64), dim=(-2, -1))
+    torch.linalg.eigh(torch.eye(4, dtype=torch.complex64))
+    os.getpid()

@@ -1,0 +1,115 @@
+"""Multi-coil Cartesian acquisition in hybrid space: coil maps, phase-encoding FFT, sampling weights.
+
+The readout is complete and already transformed, so every readout position ``x`` is a problem of its own and only the FFTs over
+k1 (and k2) remain. Inside, arrays are *shift-free* and ordered for the transform:
+
+    working image  ``(state, x, z, y)``          image centre at index 0 of z and y (``ifftshift`` done once, at the door)
+    working data   ``(state, coil, x, k2, k1)``  DC at index 0 of k2 and k1
+
+y is contiguous, so the FFT runs along memory. ``CartesianSense.enter_image`` and ``leave_image`` convert.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from recon_core.errors import DataError
+
+Tensor = torch.Tensor
+
+# elements of one block of coil images on the CPU: 4 MB of complex64 stays in the cache between multiplication and FFT.
+# Measured on 9 states x 8 coils x 192^2: 10 ms for one normal against 43 ms for the whole array at once.
+CPU_BLOCK = 1 << 19
+ACCELERATOR_BLOCK = 1 << 27
+
+
+class CartesianSense:
+    """``A = W F S``: multiply with coil maps, centred orthonormal FFT over the phase encodings, weight the samples.
+
+    Parameters
+    ----------
+    coil_maps
+        complex ``(coil, z, y, x)``, centred.
+    weights
+        real ``(state, k2, k1)``, centred: 0 where nothing was sampled, else the factor on residuals; a boolean mask, or
+        ``sqrt(counts)`` when averages are to count by their lower noise.
+
+    Raises
+    ------
+    DataError
+        The shapes do not fit together.
+    """
+
+    def __init__(self, coil_maps: Tensor, weights: Tensor) -> None:
+        if coil_maps.ndim != 4 or weights.ndim != 3 or tuple(weights.shape[1:]) != tuple(coil_maps.shape[1:3]):
+            raise DataError(
+                "coil maps and sampling do not fit",
+                where="Cartesian operator",
+                got=f"maps {tuple(coil_maps.shape)}, weights {tuple(weights.shape)}",
+                expected="(coil, z, y, x) and (state, k2, k1) with z = k2 and y = k1",
+            )
+        # (coil, x, z, y), y contiguous
+        self._maps = torch.fft.ifftshift(coil_maps, dim=(-3, -2)).movedim(-1, 1).contiguous()
+        self._maps_conj = self._maps.conj().resolve_conj()
+        shifted = torch.fft.ifftshift(weights, dim=(-2, -1)).to(coil_maps.real.dtype)
+        self._weights = shifted[:, None, None]  # (state, 1 coil, 1 x, k2, k1)
+        self._weights_squared = self._weights**2
+        # a singleton axis needs no transform
+        self._axes = tuple(axis for axis in (-2, -1) if self._maps.shape[axis] > 1) or (-1,)
+        n_coils, n_x = self._maps.shape[:2]
+        block = CPU_BLOCK if coil_maps.device.type == "cpu" else ACCELERATOR_BLOCK
+        step = max(1, block // (n_coils * self._maps[0, 0].numel()))
+        self._columns = [slice(first, min(first + step, n_x)) for first in range(0, n_x, step)]
+
+    @property
+    def n_states(self) -> int:
+        return int(self._weights.shape[0])
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of a working image, ``(state, x, z, y)``."""
+        return (self.n_states, *self._maps.shape[1:])
+
+    @property
+    def largest_weight(self) -> float:
+        """Upper bound of the largest eigenvalue of ``normal`` over that of ``S^H S``."""
+        return float(self._weights_squared.max())
+
+    def enter_image(self, image: Tensor) -> Tensor:
+        """Centred ``(state, z, y, x)`` to the working layout."""
+        return torch.fft.ifftshift(image, dim=(-3, -2)).movedim(-1, -3).contiguous()
+
+    def leave_image(self, image: Tensor) -> Tensor:
+        """Working layout to centred ``(state, z, y, x)``."""
+        return torch.fft.fftshift(image, dim=(-2, -1)).movedim(-3, -1).contiguous()
+
+    def enter_data(self, kspace: Tensor) -> Tensor:
+        """Centred hybrid ``(state, coil, k2, k1, x)`` to *weighted* working data, the ``b`` of ``|A x - b|^2``."""
+        return torch.fft.ifftshift(kspace, dim=(-3, -2)).movedim(-1, -3) * self._weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Working images to weighted working data."""
+        return torch.fft.fftn(x[:, None] * self._maps, dim=self._axes, norm="ortho") * self._weights
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        """Weighted working data to working images."""
+        return (torch.fft.ifftn(y * self._weights, dim=self._axes, norm="ortho") * self._maps_conj).sum(1)
+
+    def normal(self, x: Tensor) -> Tensor:
+        """``S^H F^H W^2 F S x``, a few columns at a time so that the coil images never leave the cache.
+
+        Operators act on the states one by one: ``x`` must have all of them.
+        """
+        weights = self._weights_squared
+        return torch.stack([self._normal_state(x[state], weights[state]) for state in range(x.shape[0])])
+
+    def _normal_state(self, image: Tensor, weights: Tensor) -> Tensor:
+        parts = []
+        for columns in self._columns:
+            y = torch.fft.fftn(image[columns] * self._maps[:, columns], dim=self._axes)
+            # in place where autograd need not look back
+            y = y * weights if y.requires_grad else y.mul_(weights)
+            y = torch.fft.ifftn(y, dim=self._axes)
+            y = y * self._maps_conj[:, columns] if y.requires_grad else y.mul_(self._maps_conj[:, columns])
+            parts.append(y.sum(0))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

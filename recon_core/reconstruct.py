@@ -1,0 +1,150 @@
+"""One slice or slab from sorted k-space to final images: compression, coil maps, the method, partial Fourier, console matrix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from recon_core.coils.estimate import CoilSettings, estimate_coil_maps
+from recon_core.errors import DataError
+from recon_core.fourier import fft_centred, ifft_centred
+from recon_core.methods import Method, get_method
+from recon_core.preprocess.coil_compression import compress, compress_geometric, compression_matrix, geometric_compression
+from recon_core.preprocess.oversampling import to_recon_matrix
+from recon_core.preprocess.partial_fourier import Extent, homodyne, measured_extent, partial_axes, pocs
+from recon_core.preprocess.settings import PreprocessSettings
+from recon_core.types import COIL, K1, K2, X, ImageSeries, KSpace, ParameterMap, Report, Result, ScanInfo
+
+COIL_IMAGE_AXES = (K2, K1)
+"""Phase-encoding axes of hybrid k-space, which become z and y."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A method with every setting that decides its images."""
+
+    method: str
+    settings: Any
+    preprocess: PreprocessSettings = PreprocessSettings()
+    coils: CoilSettings = CoilSettings()
+
+
+def reconstruct(kspace: KSpace, scan: ScanInfo, recipe: Recipe, report: Report | None = None) -> Result:
+    """Images and maps of one slice or slab on the console's matrix.
+
+    Parameters
+    ----------
+    kspace
+        Hybrid k-space, see ``KSpace``; whitened if a noise measurement exists.
+    scan
+        Geometry and times of this slice.
+    recipe
+        The method and all settings.
+    report
+        Receives progress and warnings.
+
+    Returns
+    -------
+    Result
+        Image series ``(state, z, y, x)`` and maps ``(z, y, x)`` on ``scan.recon_matrix``, on the CPU.
+
+    Raises
+    ------
+    ReconError
+        From the stage that failed; nothing is substituted here.
+    """
+    report = report or Report()
+    method = get_method(recipe.method)
+    if not bool((kspace.counts > 0).any()):
+        raise DataError("nothing was sampled", where=f"slice {scan.slice_index}")
+    kspace = compress_coils(kspace, recipe.preprocess)
+    if method.NEEDS_COIL_MAPS:
+        if kspace.coil_maps is None:
+            kspace = replace(kspace, coil_maps=estimate_coil_maps(kspace, recipe.coils, report))
+        result = method.reconstruct(kspace, scan, recipe.settings, report)
+        result = _complete(result, kspace, recipe.preprocess)
+        return _on_console_matrix(result, scan)
+    return _without_maps(kspace, scan, method, recipe, report)
+
+
+def compress_coils(kspace: KSpace, settings: PreprocessSettings) -> KSpace:
+    """Fewer, virtual coils, chosen from the calibration lines (or all lines when there are none)."""
+    if settings.coil_compression == "none" or kspace.n_coils <= settings.virtual_coils:
+        return kspace
+    source = kspace.acs if kspace.acs is not None else kspace.data.sum(dim=0)
+
+    def apply(data: torch.Tensor) -> torch.Tensor:
+        return compress_geometric(data, matrix) if geometric else compress(data, matrix, COIL + data.ndim)
+
+    geometric = settings.coil_compression == "geometric"
+    find = geometric_compression if geometric else compression_matrix
+    matrix = find(source, settings.virtual_coils)
+    return replace(kspace, data=apply(kspace.data), acs=None if kspace.acs is None else apply(kspace.acs), coil_maps=None)
+
+
+def extents_of(kspace: KSpace) -> tuple[Extent, Extent, Extent]:
+    """First and one past the last measured index along z, y and x (states share the extent of their union)."""
+    z, y = measured_extent(kspace.mask)
+    return z, y, kspace.readout_range or (0, int(kspace.data.shape[X]))
+
+
+def complete(images: torch.Tensor, extents: tuple[Extent, Extent, Extent], how: str) -> torch.Tensor:
+    """Fill unmeasured outer k-space of complex images ``(..., z, y, x)`` by ``how``: zero_fill, homodyne or pocs."""
+    if how == "zero_fill" or not partial_axes(extents, images.shape):
+        return images
+    return homodyne(images, extents) if how == "homodyne" else pocs(images, extents)
+
+
+def _without_maps(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe, report: Report) -> Result:
+    """Methods that combine coils by magnitude: phase-sensitive steps have to come first, coil by coil."""
+    extents, how = extents_of(kspace), recipe.preprocess.partial_fourier
+    completes = how != "zero_fill" and bool(partial_axes(extents, scan.matrix))
+    moves_grid = scan.matrix != scan.recon_matrix or scan.fov[1:] != scan.recon_fov[1:]
+    if completes or moves_grid:
+        images = complete(ifft_centred(kspace.data, COIL_IMAGE_AXES), extents, how)
+        images = to_recon_matrix(images, scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov)
+        data = fft_centred(images, COIL_IMAGE_AXES)
+        counts = torch.ones((data.shape[0], *data.shape[-3:-1]), dtype=torch.float32, device=data.device)
+        kspace = KSpace(data, counts, noise_std=kspace.noise_std)
+        scan = replace(scan, matrix=scan.recon_matrix, fov=scan.recon_fov)
+    return _to_cpu(method.reconstruct(kspace, scan, recipe.settings, report))
+
+
+def _complete(result: Result, kspace: KSpace, settings: PreprocessSettings) -> Result:
+    """Partial Fourier on the combined images of methods that keep the phase."""
+    extents = extents_of(kspace)
+    images = tuple(
+        replace(series, data=complete(series.data, extents, settings.partial_fourier)) if series.data.is_complex() else series
+        for series in result.images
+    )
+    return replace(result, images=images)
+
+
+def _on_console_matrix(result: Result, scan: ScanInfo) -> Result:
+    def move(data: torch.Tensor) -> torch.Tensor:
+        return to_recon_matrix(data, scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov)
+
+    images = tuple(replace(series, data=_move_real(series, move)) for series in result.images)
+    maps = tuple(_move_map(m, move) for m in result.maps)
+    return _to_cpu(replace(result, images=images, maps=maps))
+
+
+def _move_real(series: ImageSeries, move: Any) -> torch.Tensor:
+    moved: torch.Tensor = move(series.data)
+    # interpolating a magnitude rings below zero; a magnitude cannot be negative
+    return moved if moved.is_complex() else moved.clamp_min(0.0)
+
+
+def _move_map(parameter: ParameterMap, move: Any) -> ParameterMap:
+    valid = move(parameter.valid.to(torch.float32)) > 0.5
+    return replace(parameter, data=move(parameter.data), valid=valid)
+
+
+def _to_cpu(result: Result) -> Result:
+    return replace(
+        result,
+        images=tuple(replace(s, data=s.data.cpu()) for s in result.images),
+        maps=tuple(replace(m, data=m.data.cpu(), valid=m.valid.cpu()) for m in result.maps),
+    )

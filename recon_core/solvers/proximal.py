@@ -1,0 +1,113 @@
+"""Accelerated proximal gradient (FISTA with restart) and the largest eigenvalue that its step needs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from recon_core.errors import NumericalError
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class ProximalResult:
+    """``change`` is ``|x_n - x_(n-1)| / |x_n|`` at the last step; ``restarts`` how often the momentum was dropped."""
+
+    solution: Tensor
+    iterations: int
+    change: float
+    converged: bool
+    restarts: int
+
+
+def largest_eigenvalue(
+    normal: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype, *, iterations: int = 12, seed: int = 0
+) -> float:
+    """Largest eigenvalue of a Hermitian positive semi-definite operator by power iteration; approached from below.
+
+    The start is drawn on the CPU from ``seed``, so that all devices agree. 12 iterations reach 1 to 3 % on SENSE normals;
+    a step that uses it should be shortened accordingly.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(shape, dtype=dtype, generator=generator)
+    value = 0.0
+    for _ in range(iterations):
+        x = x / torch.linalg.vector_norm(x)
+        y = normal(x)
+        value = float(torch.linalg.vector_norm(y))
+        if value == 0 or not math.isfinite(value):
+            return value
+        x = y
+    return value
+
+
+def proximal_gradient(
+    gradient: Callable[[Tensor], Tensor],
+    prox: Callable[[Tensor, int], Tensor],
+    initial: Tensor,
+    *,
+    step: float,
+    max_iterations: int,
+    tolerance: float = 0.0,
+    on_iteration: Callable[[int], None] | None = None,
+) -> ProximalResult:
+    """FISTA with adaptive restart for ``min f(x) + g(x)``.
+
+    ``z = y - step grad f(y)``, ``x = prox(z, n)``, ``y = x + (t - 1) / t' (x - x_old)``. When the last step points against
+    the momentum, ``Re <y - x, x - x_old> > 0``, the momentum is dropped (gradient scheme of O'Donoghue & Candes).
+
+    Parameters
+    ----------
+    gradient
+        ``grad f``, Lipschitz with a constant of at most ``1 / step``.
+    prox
+        ``prox(z, iteration)`` of ``step * g``; sees the iteration's number (from 0) so that block grids may move.
+    initial
+        First guess; never edited.
+    tolerance
+        Stop when the relative change falls below it; 0 runs all iterations.
+
+    Raises
+    ------
+    NumericalError
+        The iterates are not finite any more.
+
+    References
+    ----------
+    Beck & Teboulle, SIAM J. Imaging Sci. 2 (2009) 183, eqs 4.1-4.3; O'Donoghue & Candes, Found. Comput. Math. 15 (2015) 715,
+    section 3.2.
+    """
+    x = initial
+    y = initial
+    t, change, restarts, done = 1.0, math.inf, 0, 0
+    for iteration in range(max_iterations):
+        new = prox(y - step * gradient(y), iteration)
+        moved = new - x
+        against = float(_real_inner(y - new, moved)) > 0
+        size = float(torch.linalg.vector_norm(new))
+        if not math.isfinite(size):
+            raise NumericalError("not finite", where="proximal gradient", got=f"iteration {iteration + 1}")
+        change = float(torch.linalg.vector_norm(moved)) / size if size > 0 else 0.0
+        if against:
+            restarts += 1
+            t, y = 1.0, new
+        else:
+            t_new = (1 + math.sqrt(1 + 4 * t * t)) / 2
+            y = new + ((t - 1) / t_new) * moved
+            t = t_new
+        x, done = new, iteration + 1
+        if on_iteration is not None:
+            on_iteration(done)
+        if change <= tolerance:
+            break
+    return ProximalResult(x, done, change, change <= tolerance, restarts)
+
+
+def _real_inner(a: Tensor, b: Tensor) -> Tensor:
+    if a.is_complex():
+        a, b = torch.view_as_real(a), torch.view_as_real(b)
+    return (a * b).sum()

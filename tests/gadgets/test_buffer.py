@@ -1,0 +1,556 @@
+"""The Cartesian buffer on known truth: flags, counters, centres, calibration, and measured scans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from scan_factory import flag, mrd_header, numbered_rows, readout_headers
+
+from gadgets.buffer import AcquisitionSettings, Kind, ReadoutIndex, assemble, readout_geometry, sort_readouts
+from gadgets.errors import SortError
+from gadgets.wire.dtypes import ACQUISITION_HEADER
+from gadgets.wire.header import Encoding, Limit, MrdHeader, parse_header
+from recon_core.errors import DataError
+from recon_core.settings import parse_settings
+
+DATA = Path(__file__).parents[1] / "data"
+DEFAULT = AcquisitionSettings()
+
+
+def lines(n: int, **counters: int) -> list[dict[str, int]]:
+    return [{"k1": k, **counters} for k in range(n)]
+
+
+def centred_ifft(k: NDArray, axis: int) -> NDArray:
+    return np.fft.fftshift(np.fft.ifft(np.fft.ifftshift(k, axes=axis), axis=axis, norm="ortho"), axes=axis)
+
+
+def transform_readouts(samples: list[NDArray], headers: NDArray, header: MrdHeader) -> NDArray:
+    """Slow and plain: the per-readout stage as the geometry describes it."""
+    g = readout_geometry(headers, header, DEFAULT)
+    crop = g.n_encoded // 2 - g.n_x // 2
+    rows = np.zeros((len(headers), samples[0].shape[0], g.n_x), np.complex64)
+    for i in np.flatnonzero(g.is_image):
+        kept = samples[i][:, g.first[i] : g.last[i]]
+        kept = kept[:, ::-1] if g.reverse[i] else kept
+        grid = np.zeros((kept.shape[0], g.n_encoded), np.complex64)
+        grid[:, g.k0_start[i] : g.k0_start[i] + kept.shape[1]] = kept
+        rows[i] = centred_ifft(grid, 1)[:, crop : crop + g.n_x]
+    return rows
+
+
+def read_file(path: Path) -> tuple[MrdHeader, NDArray, list[NDArray]]:
+    with h5py.File(path) as file:
+        data = file["dataset"]["data"][:]
+        header = parse_header(file["dataset"]["xml"][0].decode())
+    headers = np.zeros(len(data), ACQUISITION_HEADER)
+    for name in ACQUISITION_HEADER.names or ():
+        headers[name] = data["head"][name]
+    samples = [
+        np.asarray(d).view(np.complex64).reshape(h["active_channels"], -1)
+        for d, h in zip(data["data"], headers, strict=True)
+    ]
+    return header, headers, samples
+
+
+# measured and reference scans
+
+
+def test_shepp_logan_equals_the_real_gadgetron() -> None:
+    header, headers, samples = read_file(DATA / "gadgetron-reference" / "shepp_logan_raw.h5")
+    with h5py.File(DATA / "gadgetron-reference" / "gadgetron_default_images.h5") as file:
+        group = next(iter(file.values()))
+        expected = np.asarray(next(iter(group.values()))["data"]).squeeze()
+    scan = sort_readouts(headers, header)
+    assert scan.states == tuple({"repetition": r, "set": 0, "contrast": 0, "phase": 0} for r in (0, 1))
+    kspace = assemble(scan, 0, transform_readouts(samples, headers, header))
+    assert kspace.data.shape == (2, 8, 1, 128, 128)
+    image = np.sqrt((np.abs(centred_ifft(kspace.data.numpy(), 3)) ** 2).sum(axis=1))[:, 0]
+    assert np.linalg.norm(image - expected) < 1e-5 * np.linalg.norm(expected)
+    assert scan.scan_info(0).matrix == (1, 128, 128)
+    assert scan.scan_info(0).fov == pytest.approx((0.006, 0.3, 0.3))
+
+
+def test_measured_phantom_reconstructs() -> None:
+    header, headers, samples = read_file(DATA / "gre-2coil-raw" / "gre_phantom_raw.h5")
+    scan = sort_readouts(headers, header)
+    kspace = assemble(scan, 0, transform_readouts(samples, headers, header))
+    assert kspace.data.shape == (1, 2, 1, 160, 160)
+    assert bool((kspace.counts == 1).all())
+    assert kspace.readout_range == (0, 160)
+    assert scan.echo_times == pytest.approx((0.003,))
+    image = np.sqrt((np.abs(centred_ifft(kspace.data.numpy(), 3)) ** 2).sum(axis=(0, 1)))[0]
+    # an independent 2D transform of the raw samples
+    raw = np.stack(samples, axis=1)
+    full = np.sqrt((np.abs(centred_ifft(centred_ifft(raw, 1), 2)) ** 2).sum(axis=0))[:, 80:240]
+    assert np.allclose(image, full, atol=1e-5 * full.max())
+    # the phantom lies in the middle and the corners are air
+    assert image[40:120, 40:120].mean() > 5 * image[:16, :16].mean()
+
+
+@pytest.mark.parametrize("kind", ["monopolar", "bipolar"])
+def test_reversed_echo_of_a_measured_scan_has_its_centre_where_the_others_have(kind: str) -> None:
+    with np.load(DATA / "multi-echo-gre-centre" / "gre_3echo_centre_lines.npz") as file:
+        headers, samples = file[f"{kind}_headers"], file[f"{kind}_samples"]
+        reference_headers, reference = file["monopolar_headers"], file["monopolar_samples"]
+        header = parse_header(str(file[f"{kind}_xml"]))
+    g = readout_geometry(headers, header, DEFAULT)
+    assert (g.k0_start == 0).all()
+    echo = headers["idx"]["contrast"]
+    assert (g.reverse == ((echo == 1) & (kind == "bipolar"))).all()
+
+    def profile(of: NDArray, flip: bool) -> NDArray:
+        p = np.abs(of[..., ::-1] if flip else of).sum(axis=(0, 1))[118:138]
+        return p / np.linalg.norm(p)
+
+    for e in range(3):
+        here = profile(samples[echo == e], bool(g.reverse[echo == e][0]))
+        there = profile(reference[reference_headers["idx"]["contrast"] == e], False)
+        shifts = {s: float(here[4:-4] @ there[4 + s : len(there) - 4 + s]) for s in (-2, -1, 0, 1, 2)}
+        assert max(shifts, key=lambda s: shifts[s]) == 0, (e, shifts)
+
+
+# the readout direction
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, (0, 16, 0)),  # symmetric and complete
+        ({"center_sample": 0}, (0, 16, 0)),  # centre not set
+        ({"center_sample": 7}, (0, 16, 0)),  # the other convention
+        ({"number_of_samples": 12, "center_sample": 4}, (0, 12, 4)),  # asymmetric echo
+        ({"number_of_samples": 12, "center_sample": 6}, (0, 12, 2)),  # symmetric, zero-filled
+        ({"number_of_samples": 12, "center_sample": 0}, (0, 12, 2)),
+        ({"number_of_samples": 20, "center_sample": 10, "discard_pre": 2, "discard_post": 2}, (2, 18, 0)),
+        ({"number_of_samples": 20, "center_sample": 0, "discard_pre": 4}, (4, 20, 0)),  # the kept ones fill the grid
+        ({"discard_pre": 3}, (3, 16, 3)),
+        ({"discard_post": 3}, (0, 13, 0)),
+        ({"center_sample": 7, "discard_pre": 2}, (2, 16, 2)),  # literally 3, which would leave the grid
+        ({"discard_pre": 3, "flags": flag(22)}, (3, 16, 0)),  # first acquired = last on the grid
+        ({"discard_post": 3, "flags": flag(22)}, (0, 13, 3)),
+        ({"number_of_samples": 12, "center_sample": 4, "flags": flag(22)}, (0, 12, 4)),  # centre counts after the flip
+    ],
+)
+def test_readout_placement(fields: dict[str, int], expected: tuple[int, int, int]) -> None:
+    g = readout_geometry(readout_headers([{"k1": 0, **fields}]), mrd_header(16), DEFAULT)
+    assert (int(g.first[0]), int(g.last[0]), int(g.k0_start[0])) == expected
+    assert bool(g.reverse[0]) == ("flags" in fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"number_of_samples": 20}, "beyond the readout grid"),
+        ({"number_of_samples": 12, "center_sample": 11}, "beyond the readout grid"),
+        ({"number_of_samples": 0}, "no samples left"),
+        ({"discard_pre": 10, "discard_post": 6}, "no samples left"),
+        ({"encoding_space_ref": 1}, "encoding_space_ref is out of range"),
+    ],
+)
+def test_impossible_readouts_are_refused_by_name(fields: dict[str, int], what: str) -> None:
+    headers = readout_headers([{"k1": 0}, {"k1": 1, "scan_counter": 77, **fields}])
+    with pytest.raises(SortError, match=what) as caught:
+        readout_geometry(headers, mrd_header(16), DEFAULT, first_index=100)
+    assert caught.value.where == "readout 101 (scan counter 77)"
+
+
+def test_noise_and_skipped_readouts_may_have_any_length() -> None:
+    headers = readout_headers(
+        [{"flags": flag(19), "number_of_samples": 999, "center_sample": 0}, {"flags": flag(24), "number_of_samples": 99}]
+    )
+    g = readout_geometry(headers, mrd_header(16), DEFAULT)
+    assert g.kind.tolist() == [Kind.NOISE, Kind.SKIPPED]
+    assert g.is_noise.tolist() == [True, False]
+    assert g.last[0] == 999
+
+
+def test_asymmetric_echo_range_on_the_cropped_grid() -> None:
+    header = mrd_header(32, 4, recon_x=16)
+    headers = readout_headers([{"k1": k, "center_sample": 8} for k in range(4)], n_samples=24)
+    scan = sort_readouts(headers, header)
+    assert scan.n_x == 16
+    # measured 8..31 of 32, k0 from -8 to 15; twice the spacing: -4 to 7
+    assert assemble(scan, 0, numbered_rows(4, 2, 16)).readout_range == (4, 16)
+
+
+# flags and counters
+
+
+def test_every_flag_of_the_skip_set_is_left_out_and_counted() -> None:
+    reasons = {
+        23: "navigation",
+        24: "phase correction",
+        26: "HP feedback",
+        27: "dummy scan",
+        28: "RT feedback",
+        29: "surface coil correction",
+        30: "phase stabilisation reference",
+        31: "phase stabilisation",
+    }
+    extra = [{"k1": 3, "flags": flag(b)} for b in reasons]
+    extra += [{"k1": 3, "flags": flag(23, 28)}, {"k1": 3, "flags": flag(21, 24)}, {"flags": flag(19, 27)}]
+    headers = readout_headers([*extra, *lines(8)])
+    scan = sort_readouts(headers, mrd_header())
+    expected = {r: 1 for r in reasons.values()}
+    expected["navigation"] = expected["phase correction"] = 2
+    assert scan.skipped == expected
+    assert scan.noise_rows.tolist() == [10]
+    assert scan.imaging.rows.tolist() == list(range(11, 19))
+
+
+def test_calibration_kinds() -> None:
+    counters = lines(8, repetition=0) + lines(8, repetition=1)
+    for i, bits in {3: 21, 4: 21, 5: 20, 12: 21, 13: 20}.items():
+        counters[i]["flags"] = flag(bits)
+    rows = numbered_rows(16, 2, 16)
+    rows.flags.writeable = False
+    headers = readout_headers(counters)
+    headers.flags.writeable = False
+    kspace = assemble(sort_readouts(headers, mrd_header()), 0, rows)
+    assert kspace.mask[0, 0].tolist() == [True] * 5 + [False] + [True] * 2
+    assert kspace.acs is not None and kspace.acs_mask is not None
+    assert kspace.acs_mask[0].nonzero().flatten().tolist() == [3, 4, 5]
+    expected = {3: rows[3], 4: (rows[4] + rows[12]) / 2, 5: (rows[5] + rows[13]) / 2}
+    for k1, value in expected.items():
+        assert np.array_equal(kspace.acs[:, 0, k1].numpy(), value)
+    both = assemble(sort_readouts(headers, mrd_header(), AcquisitionSettings(calibration_in_image=True)), 0, rows)
+    assert bool(both.mask.all())
+
+
+def test_unflagged_calibration_is_the_sampled_centre_of_the_union() -> None:
+    # DC is line 8 of 16; the union samples 5..11, line 4 is missing in both states
+    first, second = [0, 5, 7, 8, 9, 11], [2, 6, 8, 10, 13]
+    counters = [{"k1": k, "phase": 0} for k in first] + [{"k1": k, "phase": 1} for k in second]
+    rows = numbered_rows(len(counters), 2, 16)
+    kspace = assemble(sort_readouts(readout_headers(counters), mrd_header(16, 16)), 0, rows)
+    assert kspace.acs is not None and kspace.acs_mask is not None
+    assert kspace.acs_mask[0].nonzero().flatten().tolist() == [5, 6, 7, 8, 9, 10, 11]
+    assert np.array_equal(kspace.acs[:, 0, 8].numpy(), (rows[3] + rows[8]) / 2)
+    assert np.array_equal(kspace.acs[:, 0, 6].numpy(), rows[7])
+    assert not kspace.acs[:, 0, 4].any()
+
+
+def test_no_calibration_where_the_centre_is_not_sampled() -> None:
+    scan = sort_readouts(readout_headers([{"k1": k} for k in range(0, 16, 2)]), mrd_header(16, 16))
+    assert assemble(scan, 0, numbered_rows(8, 2, 16)).acs is None
+    assert any("no calibration lines" in n for n in scan.notes)
+
+
+def test_strongest_state_for_calibration() -> None:
+    rows = numbered_rows(16, 2, 16)
+    rows[8:] *= -4  # an inversion-recovery pair: the mean nearly cancels elsewhere
+    headers = readout_headers(lines(8, set=0) + lines(8, set=1))
+    scan = sort_readouts(headers, mrd_header(), AcquisitionSettings(calibration="strongest"))
+    acs = assemble(scan, 0, rows).acs
+    assert acs is not None and np.array_equal(acs[:, 0].numpy(), rows[8:].transpose(1, 0, 2))
+
+
+def test_averages_segments_and_repeats() -> None:
+    counters = lines(8, average=0) + lines(8, average=1, segment=3) + lines(2, average=1, segment=3)
+    rows = numbered_rows(18, 2, 16)
+    scan = sort_readouts(readout_headers(counters), mrd_header())
+    kspace = assemble(scan, 0, rows)
+    assert scan.n_states == 1
+    assert kspace.counts[0, 0].tolist() == [3, 3, 2, 2, 2, 2, 2, 2]
+    for k in range(8):
+        expected = np.mean([rows[i] for i in (k, k + 8, k + 16) if i < 18], axis=0)
+        assert np.allclose(kspace.data[0, :, 0, k].numpy(), expected, rtol=1e-6)
+    assert any("2 readouts repeat" in n for n in scan.notes)
+
+
+def test_states_of_different_sampling_in_documented_order() -> None:
+    counters = [
+        {"k1": (q + 2 * j) % 8, "repetition": r, "set": s, "contrast": c, "phase": p}
+        for q, (r, s, c, p) in enumerate(np.ndindex(2, 2, 2, 2))
+        for j in range(2 + q % 3)
+    ]
+    order = np.random.default_rng(5).permutation(len(counters))
+    rows = numbered_rows(len(counters), 1, 16)
+    scan = sort_readouts(readout_headers([counters[i] for i in order]), mrd_header())
+    kspace = assemble(scan, 0, rows[order])
+    assert [tuple(s.values()) for s in scan.states] == list(np.ndindex(2, 2, 2, 2))
+    for q, state in enumerate(scan.states):
+        own = [i for i, c in enumerate(counters) if all(c[n] == v for n, v in state.items())]
+        assert kspace.mask[q, 0].nonzero().flatten().tolist() == sorted(counters[i]["k1"] for i in own)
+        for i in own:
+            assert np.array_equal(kspace.data[q, :, 0, counters[i]["k1"]].numpy(), rows[i])
+
+
+def test_named_state_axis_refuses_to_merge_silently() -> None:
+    headers = readout_headers([c for r in range(2) for p in range(3) for c in lines(8, repetition=r, phase=p)])
+    with pytest.raises(SortError, match="other counters than phase vary"):
+        sort_readouts(headers, mrd_header(), AcquisitionSettings(state="phase"))
+    assert sort_readouts(headers, mrd_header()).n_states == 6
+    single = sort_readouts(headers, mrd_header(), AcquisitionSettings(state="single"))
+    assert single.n_states == 1 and any("averaged into one image over repetition, phase" in n for n in single.notes)
+    assert assemble(single, 0, numbered_rows(48, 2, 16)).counts.unique().tolist() == [6]
+
+
+def test_slices_keep_their_counters_and_their_own_data() -> None:
+    counters = [{"k1": k, "slice": s, "position": (0, 0, s)} for k in range(8) for s in (5, 2)]
+    rows = numbered_rows(16, 2, 16)
+    scan = sort_readouts(readout_headers(counters), mrd_header())
+    assert scan.slices == (2, 5)
+    for index, s in enumerate(scan.slices):
+        kspace = assemble(scan, index, rows)
+        own = [i for i, c in enumerate(counters) if c["slice"] == s]
+        assert np.array_equal(kspace.data[0, :, 0].numpy(), rows[own].transpose(1, 0, 2))
+        assert scan.geometry[index].position == (0, 0, s)
+        assert scan.scan_info(index).slice_index == s
+
+
+def test_three_dimensions() -> None:
+    limits = {"kspace_encode_step_1": Limit(0, 5, 2), "kspace_encode_step_2": Limit(0, 3, 2)}
+    counters = [{"k1": k1, "k2": k2} for k2 in range(4) for k1 in range(6)]
+    rows = numbered_rows(24, 2, 16)
+    scan = sort_readouts(readout_headers(counters), mrd_header(16, 8, 4, limits=limits))
+    kspace = assemble(scan, 0, rows)
+    assert kspace.is_3d and kspace.data.shape == (1, 2, 4, 8, 16)
+    # partial Fourier: counter 2 is DC, so counters 0..5 are lines 2..7
+    assert kspace.mask[0].sum(0).tolist() == [0, 0, 4, 4, 4, 4, 4, 4]
+    assert np.array_equal(kspace.data[0, :, 3, 7].numpy(), rows[3 * 6 + 5])
+
+
+# the k-space centre and limits
+
+
+def test_centre_from_limits_and_its_cross_check() -> None:
+    limits = {"kspace_encode_step_1": Limit(0, 5, 2)}
+    user = [{"k1": k, "user": (0, 0, 0, 0, 0, 3, 0, 0)} for k in range(6)]
+    scan = sort_readouts(readout_headers(user), mrd_header(limits=limits))
+    assert scan.imaging.k1.tolist() == [2, 3, 4, 5, 6, 7]  # the header is believed: it fits
+    assert any("2 by the header and 3 by the readouts" in n for n in scan.notes)
+    forced = sort_readouts(readout_headers(user), mrd_header(limits=limits), AcquisitionSettings(centre_source="readouts"))
+    assert forced.imaging.k1.tolist() == [1, 2, 3, 4, 5, 6]
+    wrong = {"kspace_encode_step_1": Limit(0, 5, 0)}  # would put line 4 and 5 outside
+    rescued = sort_readouts(readout_headers(user), mrd_header(limits=wrong))
+    assert rescued.imaging.k1.tolist() == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(SortError, match="outside the encoded matrix"):
+        sort_readouts(readout_headers(user), mrd_header(limits=wrong), AcquisitionSettings(centre_source="header"))
+
+
+def test_no_limits_means_the_middle_of_the_matrix() -> None:
+    scan = sort_readouts(readout_headers(lines(8)), mrd_header())
+    assert scan.imaging.k1.tolist() == list(range(8))
+    with pytest.raises(SortError, match="1 of 9 imaging readouts lie outside the encoded matrix"):
+        sort_readouts(readout_headers(lines(9)), mrd_header())
+
+
+def test_counter_beyond_the_limits_is_refused() -> None:
+    with pytest.raises(SortError, match=r"kspace_encode_step_1 is outside.*got 7; expected 0 to 6"):
+        sort_readouts(readout_headers(lines(8)), mrd_header(limits={"kspace_encode_step_1": Limit(0, 6, 4)}))
+
+
+def test_a_matrix_one_line_short_drops_that_line_and_says_so() -> None:
+    limits = {"kspace_encode_step_1": Limit(0, 15, 8)}
+    scan = sort_readouts(readout_headers(lines(16)), mrd_header(16, 15, limits=limits))
+    assert scan.skipped == {"outside the encoded matrix": 1}
+    assert len(scan.imaging) == 15
+
+
+# channels, encodings, completeness
+
+
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ({"active_channels": 1}, "number of channels changes"),
+        ({"active_channels": 0}, "no active channels"),
+        ({"available_channels": 1}, "more active than available"),
+        ({"channel_mask": (7, *[0] * 15)}, "channel_mask does not fit"),
+    ],
+)
+def test_channel_inconsistencies(fields: dict[str, int], what: str) -> None:
+    counters = lines(8)
+    counters[4].update(fields)
+    with pytest.raises(SortError, match=what) as caught:
+        sort_readouts(readout_headers(counters), mrd_header())
+    assert caught.value.where == "readout 4 (scan counter 4)"
+
+
+def test_a_set_channel_mask_that_fits() -> None:
+    counters = [{**c, "channel_mask": (1, 1 << 63, *[0] * 14)} for c in lines(8)]
+    assert sort_readouts(readout_headers(counters), mrd_header()).n_channels == 2
+
+
+def test_other_encoding_space_is_skipped_and_can_be_chosen() -> None:
+    other = Encoding("cartesian", (1, 4, 8), (0.008, 0.2, 0.2), (1, 4, 8), (0.008, 0.2, 0.2))
+    header = mrd_header(more_encodings=(other,))
+    small = [{**c, "encoding_space_ref": 1, "number_of_samples": 8, "center_sample": 4} for c in lines(4)]
+    headers = readout_headers([*lines(8), *small])
+    assert sort_readouts(headers, header).skipped == {"other encoding space": 4}
+    chosen = sort_readouts(headers, header, AcquisitionSettings(encoding_space=1))
+    assert chosen.imaging.rows.tolist() == [8, 9, 10, 11] and chosen.grid == (1, 4) and chosen.n_x == 8
+    with pytest.raises(SortError, match="no such encoding space"):
+        sort_readouts(headers, header, AcquisitionSettings(encoding_space=2))
+
+
+def test_not_cartesian_is_refused() -> None:
+    encoding = Encoding("radial", (1, 8, 16), (0.1, 0.1, 0.1), (1, 8, 16), (0.1, 0.1, 0.1))
+    with pytest.raises(SortError, match="got radial; expected cartesian"):
+        sort_readouts(readout_headers(lines(8)), MrdHeader(encodings=(encoding,)))
+
+
+@pytest.mark.parametrize("n_last", [0, 1])
+def test_incomplete_state_is_an_error_that_names_it_or_is_dropped(n_last: int) -> None:
+    counters = [{"k1": k, "slice": s, "phase": p} for s in range(2) for p in range(3) for k in range(16)]
+    counters = [c for c in counters if (c["slice"], c["phase"]) != (1, 2) or c["k1"] < n_last]
+    headers = readout_headers(counters)
+    with pytest.raises(SortError, match=rf"slice 1 phase 2: {n_last} of 16 lines"):
+        sort_readouts(headers, mrd_header(16, 16))
+    scan = sort_readouts(headers, mrd_header(16, 16), AcquisitionSettings(incomplete="drop"))
+    assert [s["phase"] for s in scan.states] == [0, 1] and scan.slices == (0, 1)
+    assert scan.skipped == {"incomplete slice or state": 16 + n_last}
+    kspace = assemble(scan, 1, numbered_rows(len(headers), 2, 16))
+    assert bool(kspace.mask.all()) and kspace.n_states == 2
+    own = [i for i, c in enumerate(counters) if c["slice"] == 1 and c["phase"] == 1]
+    assert np.array_equal(kspace.data[1, :, 0].numpy(), numbered_rows(len(headers), 2, 16)[own].transpose(1, 0, 2))
+
+
+def test_announced_but_missing() -> None:
+    headers = readout_headers(lines(8, slice=0) + lines(8, slice=2))
+    header = mrd_header(limits={"slice": Limit(0, 2, 0), "repetition": Limit(0, 9, 0)})
+    with pytest.raises(SortError, match="slice 1: 1 of 3 announced slices never came"):
+        sort_readouts(headers, header)
+    scan = sort_readouts(headers, header, AcquisitionSettings(incomplete="drop"))
+    assert scan.slices == (0, 2)
+    assert "9 of 10 announced repetitions never came, the first: 1" in scan.notes
+
+
+def test_fewer_lines_than_promised_is_noted() -> None:
+    limits = {"kspace_encode_step_1": Limit(0, 15, 8)}
+    headers = readout_headers([{"k1": k} for k in range(0, 16, 2)])
+    few = sort_readouts(headers, mrd_header(16, 16, limits=limits))
+    assert any("8 of 16 lines" in n for n in few.notes)
+    accelerated = sort_readouts(headers, mrd_header(16, 16, limits=limits, acceleration=(2, 1)))
+    assert not any("lines than expected" in n for n in accelerated.notes)
+
+
+def test_counters_that_multiply_to_more_images_than_readouts_are_refused_at_once() -> None:
+    counters = [{"k1": i % 8, "phase": i, "contrast": i, "set": i, "repetition": i} for i in range(4000)]
+    with pytest.raises(SortError, match="slices and states without lines"):
+        sort_readouts(readout_headers(counters), mrd_header())
+
+
+def test_a_header_that_asks_for_too_much_memory_is_refused() -> None:
+    headers = readout_headers(lines(8), n_samples=16)
+    with pytest.raises(SortError, match="k-space of one slice is too large"):
+        sort_readouts(headers, mrd_header(16, 60000, 60000, limits={"kspace_encode_step_2": Limit(0, 0, 0)}))
+
+
+def test_nothing_to_reconstruct() -> None:
+    for headers in (readout_headers([]), readout_headers([{"flags": flag(19)}] * 3)):
+        with pytest.raises(SortError, match="no imaging readouts"):
+            sort_readouts(headers, mrd_header())
+
+
+# assembling
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, complex(0, np.nan), complex(1, -np.inf)])
+def test_samples_that_are_not_finite_are_refused_by_place(bad: complex) -> None:
+    headers = readout_headers(lines(8, slice=1) + lines(8, slice=1, phase=4))
+    rows = numbered_rows(16, 2, 16)
+    rows[11, 1, 3] = bad
+    with pytest.raises(DataError, match="slice 1 phase 4: samples are NaN or infinite; got 1 of 32 samples of readout 11"):
+        assemble(sort_readouts(headers, mrd_header()), 0, rows)
+
+
+def test_large_samples_are_not_mistaken_for_infinite_ones() -> None:
+    rows = np.full((8, 2, 16), 3e38, np.complex64)
+    assert torch.isfinite(assemble(sort_readouts(readout_headers(lines(8)), mrd_header()), 0, rows).data).all()
+
+
+def test_not_finite_noise_or_skipped_rows_do_not_matter() -> None:
+    rows = numbered_rows(9, 2, 16)
+    rows[0] = np.nan
+    scan = sort_readouts(readout_headers([{"flags": flag(27)}, *lines(8)]), mrd_header())
+    assert torch.isfinite(assemble(scan, 0, rows).data).all()
+
+
+@pytest.mark.parametrize("shape", [(7, 2, 16), (8, 2, 15), (8, 0, 16), (8, 16)])
+def test_rows_of_the_wrong_shape(shape: tuple[int, ...]) -> None:
+    scan = sort_readouts(readout_headers(lines(8)), mrd_header())
+    with pytest.raises(DataError, match="rows have the wrong shape"):
+        assemble(scan, 0, np.zeros(shape, np.complex64))
+
+
+def test_rows_may_be_a_memory_map_with_fewer_coils(tmp_path: Path) -> None:
+    rows = numbered_rows(8, 1, 16)
+    rows.tofile(tmp_path / "rows")
+    mapped = np.memmap(tmp_path / "rows", np.complex64, "r", shape=rows.shape)
+    scan = sort_readouts(readout_headers(lines(8)), mrd_header())
+    kspace = assemble(scan, 0, mapped, noise_std=1.0)
+    assert np.array_equal(kspace.data[0, :, 0].numpy(), rows.transpose(1, 0, 2))
+    assert kspace.noise_std == 1.0 and kspace.data.dtype == torch.complex64 and kspace.counts.dtype == torch.float32
+
+
+# times and geometry
+
+
+def test_times_per_state() -> None:
+    headers = readout_headers([c for s in range(3) for e in range(2) for c in lines(8, set=s, contrast=e)])
+    header = mrd_header(
+        echo_times=(0.002, 0.005),
+        inversion_times=(0.1, 0.2, 0.9),
+        user_double={f"SaturationTime_ms_{i}": 100.0 * (i + 1) for i in range(3)},
+        repetition_times=(0.01, 0.02),
+        flip_angles=(0.1, 0.1),
+        field_strength=2.89,
+    )
+    info = sort_readouts(headers, header).scan_info(0)
+    assert info.echo_times == (0.002, 0.005) * 3
+    assert info.inversion_times == (0.1, 0.1, 0.2, 0.2, 0.9, 0.9)
+    assert info.saturation_times == pytest.approx((0.1, 0.1, 0.2, 0.2, 0.3, 0.3))
+    assert info.repetition_time is None and info.flip_angle == 0.1 and info.field_strength == 2.89
+    unfit = sort_readouts(headers, mrd_header(echo_times=(0.001,), inversion_times=(1.0, 2.0, 3.0, 4.0))).scan_info(0)
+    assert unfit.echo_times == () and unfit.inversion_times == ()
+
+
+def test_source_header_is_the_earliest_nearest_to_the_centre() -> None:
+    counters = [
+        {"k1": k, "phase": p, "acquisition_time_stamp": 100 * a + 10 * p + k, "average": a}
+        for a in range(2)
+        for p in range(2)
+        for k in range(8)
+    ]
+    scan = sort_readouts(readout_headers(counters), mrd_header())
+    assert scan.source_headers["acquisition_time_stamp"].tolist() == [[4, 14]]
+
+
+def test_missing_directions_and_moving_slices_are_noted() -> None:
+    counters = [{"k1": k, "position": (0, 0, k), "read_dir": (0, 0, 0), "phase_dir": (0, 0, 0)} for k in range(8)]
+    notes = sort_readouts(readout_headers(counters), mrd_header()).notes
+    assert any("directions are missing" in n for n in notes)
+    assert any("change their position" in n for n in notes)
+
+
+# the index and the settings
+
+
+def test_index_grows_and_old_views_stay() -> None:
+    index = ReadoutIndex(capacity=2)
+    headers = readout_headers(lines(8) * 5)
+    index.append(headers[:2], np.arange(2), np.arange(2) * 10)
+    early = index.headers
+    for start in range(2, 40, 7):
+        part = np.arange(start, min(start + 7, 40))
+        index.append(headers[part], part, part * 10)
+    assert len(index) == 40 and len(early) == 2
+    assert np.array_equal(index.headers, headers) and np.array_equal(early, headers[:2])
+    assert np.array_equal(index.offsets, np.arange(40)) and np.array_equal(index.payload_bytes, 10 * np.arange(40))
+    with pytest.raises(ValueError, match="read-only"):
+        index.offsets[0] = 1
+    with pytest.raises(ValueError, match="payload sizes"):
+        index.append(headers[:2], np.arange(2), np.arange(3))
+
+
+def test_settings_parse_from_text() -> None:
+    parsed = parse_settings(AcquisitionSettings, {"state": "phase", "cardiac_phases": "25", "arrhythmia_rejection": "20"})
+    assert parsed == AcquisitionSettings(state="phase", cardiac_phases=25, arrhythmia_rejection=20.0)

@@ -1,0 +1,140 @@
+"""Chain files, overrides and configuration texts: names are picked from a list, code is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gadgets.chain import chain_from_script, chain_names, config_directory, describe_chain, load_chain, noise_dependency_request
+from gadgets.errors import ConfigRefused, UnknownChain
+from recon_core.errors import SettingError
+from recon_core.methods import methods
+
+WIRE = Path(__file__).parent.parent / "data" / "wire-captures"
+
+
+def test_every_shipped_chain_loads_with_an_installed_method_and_fallback() -> None:
+    assert {"fourier", "cg_sense", "llr", "grasp_pro"} <= set(chain_names())
+    for name in chain_names():
+        chain = load_chain(name)
+        assert chain.name == name
+        assert chain.method in methods()
+        assert chain.fallback is None or chain.fallback in chain_names()
+        assert chain.fallback != name
+
+
+def test_every_method_has_a_chain() -> None:
+    assert {load_chain(name).method for name in chain_names()} == set(methods())
+
+
+def test_the_suffix_of_the_file_is_optional() -> None:
+    assert load_chain("llr.xml") == load_chain("llr")
+
+
+@pytest.mark.parametrize("name", ["default.xml", "", "../configs/llr", "/etc/passwd", "PATH", "llr.xml.xml", "LLR", "os", "llr\0", "x" * 900])
+def test_an_unknown_name_is_an_error_that_lists_the_known_ones(name: str) -> None:
+    with pytest.raises(UnknownChain) as caught:
+        load_chain(name)
+    assert "cg_sense, fourier, grasp_pro, llr" in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+def test_overrides_arrive_as_text_and_are_typed() -> None:
+    chain = load_chain("llr", {"prewhiten": "False", "virtual_coils": "6"})
+    assert chain.preprocess.prewhiten is False
+    assert chain.preprocess.virtual_coils == 6
+    assert load_chain("llr").preprocess.prewhiten is True
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"no_such_thing": "1"}, "no_such_thing"),
+        ({"virtual_coils": "many"}, "virtual_coils"),
+        ({"virtual_coils": "0"}, "out of range"),
+        ({"partial_fourier": "magic"}, "pocs"),
+        ({"prewhiten": "perhaps"}, "prewhiten"),
+        ({"method": "llr"}, "method"),
+    ],
+)
+def test_a_bad_override_says_which_and_what_was_expected(overrides: dict[str, str], words: str) -> None:
+    with pytest.raises(SettingError, match=words):
+        load_chain("fourier", overrides)
+
+
+def test_a_shipped_file_sent_as_a_script_is_the_same_chain() -> None:
+    for name in chain_names():
+        text = (config_directory() / f"{name}.xml").read_text()
+        sent, installed = chain_from_script(text), load_chain(name)
+        assert (sent.method, sent.settings, sent.preprocess, sent.output) == (
+            installed.method,
+            installed.settings,
+            installed.preprocess,
+            installed.output,
+        )
+
+
+def test_a_script_may_be_a_bare_name_or_carry_settings() -> None:
+    assert chain_from_script(" cg_sense \n").name == "cg_sense"
+    text = (config_directory() / "fourier.xml").read_text()
+    changed = text.replace("</configuration>\n    </external>", '<property name="prewhiten" value="false"/></configuration></external>')
+    assert changed != text
+    assert chain_from_script(changed).preprocess.prewhiten is False
+
+
+STREAM = '<configuration><version>2</version><stream>{}</stream></configuration>'
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        STREAM.format('<external><execute name="os" target="system" type="python"/></external>'),
+        STREAM.format('<external><execute name="gadgets" target="fourier" type="matlab"/></external>'),
+        STREAM.format('<external><connect address="10.0.0.1" port="9"/></external>'),
+        STREAM.format("<gadget><dll>x</dll><classname>Y</classname></gadget>"),
+        STREAM.format('<external><execute name="gadgets" target="fourier" type="python"/></external><external/>'),
+        STREAM.format("<parallel/>"),
+        STREAM.format(""),
+        "<configuration><version>2</version><readers><reader><dll>evil</dll><classname>R</classname></reader></readers></configuration>",
+        "<configuration><version>3</version></configuration>",
+        "<gadgetronStreamConfiguration/>",
+        '<!DOCTYPE c [<!ENTITY a "b">]><configuration>&a;</configuration>',
+        "<configuration>",
+        "import os; os.system('true')",
+        "",
+    ],
+)
+def test_a_script_that_names_code_or_is_no_configuration_is_refused(script: str) -> None:
+    with pytest.raises(ConfigRefused):
+        chain_from_script(script)
+
+
+def test_a_script_for_a_chain_that_is_not_installed() -> None:
+    with pytest.raises(UnknownChain, match="fourier"):
+        chain_from_script(STREAM.format('<external><execute name="gadgets" target="nothing" type="python"/></external>'))
+
+
+def test_the_recorded_noise_dependency_script_is_recognised_and_nothing_else() -> None:
+    raw = (WIRE / "client_noise_dependency.bin").read_bytes()
+    start = raw.index(b"<?xml")
+    text = raw[start : raw.index(b"</gadgetronStreamConfiguration>") + len(b"</gadgetronStreamConfiguration>")].decode()
+    assert noise_dependency_request(text) == "66056_1_2_3"
+    assert noise_dependency_request((config_directory() / "llr.xml").read_text()) is None
+    assert noise_dependency_request("NoiseSummaryGadget".join(["<a>", "</a>"])) is None
+
+
+def test_every_setting_is_documented() -> None:
+    for name in chain_names():
+        for group, infos in describe_chain(name).items():
+            for info in infos:
+                assert len(info.help) > 5, f"{name} {group} {info.name}"
+
+
+def test_a_site_can_bring_its_own_chain_files(tmp_path: Path) -> None:
+    text = (config_directory() / "llr.xml").read_text().replace('target="llr"', 'target="our_llr"')
+    (tmp_path / "our_llr.xml").write_text(text)
+    assert chain_names(tmp_path) == ("our_llr",)
+    assert load_chain("our_llr", directory=tmp_path).method == "llr"
+    with pytest.raises(UnknownChain):
+        load_chain("llr", directory=tmp_path)

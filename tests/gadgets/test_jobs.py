@@ -1,0 +1,107 @@
+"""Executors and scratch files: a worker's death is survived, memory is given back."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from gadgets.errors import JobFailed
+from gadgets.jobs import SCRATCH_PREFIX, FileReport, Jobs, ReportReader, Scratch, remove_stale_scratch
+from recon_core.errors import DataError
+from recon_core.types import ImageSeries
+
+
+def process_id() -> int:
+    return os.getpid()
+
+
+def die_once(marker: str) -> str:
+    """Kills its process with a real signal the first time, answers the second time."""
+    path = Path(marker)
+    if not path.exists():
+        path.write_text("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail() -> None:
+    raise DataError("bad line", where="slice 1", got=3, expected=4, remedy="Look.")
+
+
+@pytest.fixture(scope="module")
+def workers() -> Jobs:
+    jobs = Jobs(1, threads=1)
+    yield jobs
+    jobs.close()
+
+
+def test_tasks_run_in_another_process(workers: Jobs) -> None:
+    assert workers.submit(process_id).result(120) != os.getpid()
+
+
+def test_a_typed_error_keeps_its_parts_across_the_process_border(workers: Jobs) -> None:
+    with pytest.raises(DataError) as caught:
+        workers.submit(fail).result(120)
+    assert (caught.value.where, caught.value.got, caught.value.expected, caught.value.remedy) == ("slice 1", 3, 4, "Look.")
+
+
+def test_a_task_whose_worker_is_killed_runs_again(workers: Jobs, tmp_path: Path) -> None:
+    assert workers.submit(die_once, str(tmp_path / "marker")).result(120) == "alive"
+    assert workers.submit(process_id).result(120) != os.getpid()
+
+
+def test_a_task_that_always_kills_its_worker_is_an_error_and_the_next_one_runs(workers: Jobs) -> None:
+    with pytest.raises(JobFailed, match="die"):
+        workers.submit(die).result(120)
+    assert workers.submit(process_id).result(120) != os.getpid()
+
+
+def test_without_workers_tasks_run_here() -> None:
+    jobs = Jobs(0)
+    assert jobs.submit(process_id).result(30) == os.getpid()
+    jobs.close()
+
+
+def test_scratch_is_reserved_and_removed() -> None:
+    scratch = Scratch()
+    path = scratch.allocate(1 << 20)
+    assert path.stat().st_size == 1 << 20
+    assert path.stat().st_blocks * 512 >= 1 << 20  # really reserved: a later write cannot meet a full file system
+    assert path.stat().st_mode & 0o077 == 0
+    scratch.close()
+    assert not path.exists() and not scratch.path.exists()
+
+
+def test_scratch_of_a_dead_process_is_removed_and_of_a_living_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    dead = tmp_path / f"{SCRATCH_PREFIX}{2**22 + 1}-abc"  # beyond the largest process id
+    living = tmp_path / f"{SCRATCH_PREFIX}{os.getpid()}-abc"
+    dead.mkdir()
+    living.mkdir()
+    assert remove_stale_scratch() >= 1
+    assert living.exists() and not dead.exists()
+
+
+def test_a_report_crosses_through_files(tmp_path: Path) -> None:
+    report, reader = FileReport(tmp_path, "slice-0003"), ReportReader(tmp_path)
+    assert reader.fractions() == {}
+    report.progress(0.25, "iterating")
+    report.warn("first")
+    report.warn("second")
+    report.preview(ImageSeries("quick", torch.arange(4.0).reshape(1, 1, 2, 2), "preview"))
+    assert reader.fractions() == {"slice-0003": 0.25}
+    assert reader.warnings() == ["first", "second"]
+    assert reader.warnings() == []
+    ((tag, series),) = reader.previews()
+    assert (tag, series.name, series.comment) == ("slice-0003", "quick", "preview")
+    np.testing.assert_array_equal(series.data.numpy().ravel(), [0, 1, 2, 3])
+    assert reader.previews() == []
