@@ -74,8 +74,6 @@ def write_sidecar(path: Path, info: Mapping[str, Any]) -> None:
         fd = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
         with os.fdopen(fd, "w", encoding="utf-8") as file:
             json.dump(info, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)

@@ -63,3 +63,16 @@ class ImageFileError(ReconError):
 
 class JobFailed(ReconError):
     """A worker died or a job exceeded its limit, and no fallback could answer."""
+
+
+class RawFileError(ReconError):
+    """A raw data file cannot be read, or is no MRD raw file."""
+
+
+class ReplayFailed(ReconError):
+    """A replay did not end as it should: the server reported an error, sent no image, or broke the protocol.
+
+    ``result`` has what arrived until then (``gadgets.replay.ReplayResult``).
+    """
+
+    result: object = None

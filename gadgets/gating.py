@@ -15,8 +15,8 @@ The interval of the last beat, and of one before a pause in the acquisition, is 
 
 Arrhythmia
 ----------
-A beat is rejected with all its readouts if its RR interval is shorter than ``(1 - r)`` median, or if readouts lie later than
-``(1 + r)`` median behind its trigger (a long beat or a missed trigger).
+A beat is rejected with all its readouts if its RR interval deviates from the median by more than ``r`` median, or if
+readouts lie later than ``(1 + r)`` median behind its trigger (a long last beat or a missed trigger).
 
 Positions of k-space that no accepted beat filled stay unsampled. No view is shared between phases.
 """
@@ -154,12 +154,13 @@ def _phases(
     np.maximum.at(latest, beat, since_trigger)
     tolerance = settings.arrhythmia_rejection / 100
     ceiling = (1 + (tolerance or PAUSE_WITHOUT_REJECTION)) * median
-    # nothing was acquired late in such a beat, so the next known trigger need not be the next one
-    paused = ~known | ((intervals > ceiling) & (latest <= ceiling))
+    # nothing was acquired at the end of such an interval, so the next known trigger need not be the next one
+    silent = intervals - latest > SHORTEST_RR / settings.tick
+    paused = ~known | ((intervals > ceiling) & (latest <= ceiling) & silent)
     rr = np.where(paused, median, intervals)
     rejected = np.zeros(len(rr), bool)
     if tolerance:
-        rejected = (rr < (1 - tolerance) * median) | (latest > ceiling)
+        rejected = (np.abs(rr - median) > tolerance * median) | (latest > ceiling)
     if rejected.all():
         raise SortError("every heart beat was rejected", where="gating", got=f"{len(rr)} beats", expected="regular beats")
     position = since_trigger / rr[beat]

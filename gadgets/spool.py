@@ -255,7 +255,11 @@ class ScanLog:
         return offset
 
     def flush(self) -> None:
-        """Force the bytes to the device. Other processes need no flush: appending does not buffer."""
+        """Force the bytes to the device. Other processes need no flush: appending does not buffer.
+
+        Not done at the end of a scan: it would stall the file system under the next one. Captures survive the death of the
+        server at any moment; a power cut may cost the last seconds.
+        """
         if self._fd >= 0:
             with contextlib.suppress(OSError):  # not every file system can; the bytes are in the page cache then
                 os.fdatasync(self._fd)
@@ -292,8 +296,6 @@ class ScanLog:
             else:
                 self._end()
                 return None
-        else:
-            self.flush()
         try:
             write_sidecar(sidecar(path), info)
         except OSError as error:

@@ -44,7 +44,8 @@ class KSpace:
         complex64 ``(coil, z, y, x)``, unit root-sum-of-squares inside the object; ``None`` until estimated.
     noise_std
         Standard deviation of the noise of one *complex* sample of ``data`` where ``counts == 1`` (that is
-        ``sqrt(E|n|^2)``); after prewhitening it is 1.0. ``None`` when no noise measurement exists.
+        ``sqrt(E|n|^2)``); after prewhitening it is ``preprocess.noise.WHITENED_NOISE_STD``, sqrt(2): the scale gives unit
+        SD to the real and to the imaginary part. ``None`` when no noise measurement exists.
     readout_range
         First and one past the last *measured* readout sample on the k0 grid of length ``x`` (asymmetric echo); ``(0, n_x)``
         when complete.

@@ -6,6 +6,7 @@ It shares no framing code with the product. One thread sends, another reads. Whe
 
 from __future__ import annotations
 
+import itertools
 import json
 import socket
 import struct
@@ -132,9 +133,7 @@ class StrictClient:
 
             def send() -> None:
                 try:
-                    for piece in start:
-                        sock.sendall(piece)
-                    for piece in messages:
+                    for piece in itertools.chain(start, messages):
                         if stop.is_set():
                             return
                         sock.sendall(piece)

@@ -33,6 +33,7 @@ from gadgets.wire.dtypes import (
     READOUT_RECORD,
     WAVEFORM_HEADER,
     Flag,
+    concatenate_headers,
     flag_bits,
 )
 from gadgets.wire.ids import MessageId, message_name
@@ -44,6 +45,8 @@ Step = Generator[None, None, None]
 
 CONFIG_NAME_BYTES = 1024
 COMPRESSED = flag_bits(Flag.ACQ_COMPRESSION1, Flag.ACQ_COMPRESSION2)
+_COMPRESSED_BITS = int(COMPRESSED)
+_ZFP_BIT = Flag.ACQ_COMPRESSION1.bit
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 4, 16384
 
 
@@ -196,11 +199,11 @@ class FrameParser:
     def _flush(self) -> None:
         """Successive readouts become one event."""
         if self._run:
-            heads, offsets, sizes = (
-                np.concatenate(part) if len(part) > 1 else part[0] for part in zip(*self._run, strict=True)
-            )
+            parts, starts, payloads = zip(*self._run, strict=True)
             self._run = []
-            self._events.append(events.Readouts(int(offsets[0]), heads, offsets, sizes))
+            offsets = np.concatenate(starts)
+            found = events.Readouts(int(offsets[0]), concatenate_headers(parts), offsets, np.concatenate(payloads))
+            self._events.append(found)
 
     # -- the message loop -----------------------------------------------------------------------------------------------
 
@@ -269,11 +272,14 @@ class FrameParser:
         payload = samples * (4 * dims + 8 * channels)
         size = READOUT_RECORD.itemsize + payload
         n = min(room // size, self._block)
-        if n < 2 or flags & int(COMPRESSED) or payload > self.limits.readout:
+        if n < 2 or flags & _COMPRESSED_BITS or payload > self.limits.readout:
+            return False
+        following = self._at + size  # alone, a readout is cheaper to frame without numpy
+        if self._chunk[following] != 0xF0 or _shape_fields(self._chunk, following + 2)[1:] != (samples, channels, dims):
             return False
         records: NDArray[np.void] = np.ndarray((n,), READOUT_RECORD, buffer=self._chunk, offset=self._at, strides=(size,))
         heads = records["header"]
-        same = records["id"] == MessageId.ACQUISITION
+        same = records["id"] == int(MessageId.ACQUISITION)
         same &= heads["number_of_samples"] == samples
         same &= heads["active_channels"] == channels
         same &= heads["trajectory_dimensions"] == dims
@@ -301,7 +307,7 @@ class FrameParser:
         raw = yield from self._take(ACQUISITION_HEADER.itemsize)
         flags, samples, channels, dims = _shape_fields(raw, 0)
         payload = 4 * dims * samples
-        if flags & int(COMPRESSED):
+        if flags & _COMPRESSED_BITS:
             self._expect(payload + 4, self.limits.readout, "a readout's trajectory")
             yield from self._skip(payload)
             packed = int.from_bytes((yield from self._take(4)), "little")
@@ -312,7 +318,7 @@ class FrameParser:
             payload += 8 * channels * samples
             self._expect(payload, self.limits.readout, "a readout")
             yield from self._skip(payload)
-        if flags & Flag.ACQ_COMPRESSION1.bit:
+        if flags & _ZFP_BIT:
             if self._zfp_reported:
                 return
             self._zfp_reported = True
@@ -336,11 +342,11 @@ class FrameParser:
                 "too many messages that are no data", where=self._place(), expected=f"at most {self.limits.texts}"
             )
 
-    def _sized_text(self, length_bytes: int, limit: int, what: str) -> Generator[None, None, str]:
+    def _sized_text(self, length_bytes: int, limit: int, what: str, *, strict: bool = True) -> Generator[None, None, str]:
         self._count_text()
         self._expected = self.offset - self._start + length_bytes
         n = int.from_bytes((yield from self._take(length_bytes)), "little")
-        return self._decoded((yield from self._body(n, limit, what)), what)
+        return self._decoded((yield from self._body(n, limit, what)), what, strict=strict)
 
     def _decoded(self, raw: bytes, what: str, *, strict: bool = True) -> str:
         """UTF-8 without the trailing NULs that FIRE clients and Gadgetron count in the length."""
@@ -378,11 +384,12 @@ class FrameParser:
         self._emit(events.HeaderText(self._start, text))
 
     def _text(self) -> Step:
-        text = yield from self._sized_text(4, self.limits.text, "a text")
+        # what a server says is shown to a person, whatever its encoding
+        text = yield from self._sized_text(4, self.limits.text, "a text", strict=self.role == "server")
         self._emit(events.Text(self._start, text))
 
     def _error(self) -> Step:
-        text = yield from self._sized_text(8, self.limits.text, "an error text")
+        text = yield from self._sized_text(8, self.limits.text, "an error text", strict=False)
         self._emit(events.ErrorText(self._start, text))
 
     def _dependency(self) -> Step:
@@ -398,7 +405,7 @@ class FrameParser:
     def _response(self) -> Step:
         self._expected = 18
         correlation = int.from_bytes((yield from self._take(8)), "little")
-        text = yield from self._sized_text(8, self.limits.text, "a response")
+        text = yield from self._sized_text(8, self.limits.text, "a response", strict=False)
         self._emit(events.Response(self._start, correlation, text))
 
     # -- waveforms, images, composites ----------------------------------------------------------------------------------

@@ -172,8 +172,12 @@ def _kernel_side(n_block: int, n_grid: int, kernel: int) -> int:
 def _low_resolution(block: Tensor, axes: Sequence[GridAxis], noise_std: float | None) -> tuple[Tensor, float | None]:
     """Root sum of squares of the windowed calibration image at the coarse positions, and the noise in it."""
     images, gain = low_resolution_images(block, axes)
-    noise = None if noise_std is None else noise_std * gain * math.sqrt(block.shape[0])
-    return torch.linalg.vector_norm(images, dim=0), noise
+    rss = torch.linalg.vector_norm(images, dim=0)
+    if noise_std is None:
+        return rss, None
+    # calibration lines averaged over states have less noise than one sample: never assume more than the darkest places show
+    darkest = float(rss.reshape(-1).sort().values[rss.numel() // 20])
+    return rss, min(noise_std * gain * math.sqrt(block.shape[0]), darkest)
 
 
 def _dilate(mask: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class CoilSettings:
         low=0.0,
         high=1.0,
     )
-    block: int = setting(3, "Walsh: averaging block in pixels of the calibration image", unit="pixels", low=1, high=9)
+    block: int = setting(1, "Walsh: averaging block in pixels of the calibration image", unit="pixels", low=1, high=9)
 
 
 def estimate_coil_maps(kspace: KSpace, settings: CoilSettings | None = None, report: Report | None = None) -> Tensor:
@@ -51,7 +51,7 @@ def estimate_coil_maps(kspace: KSpace, settings: CoilSettings | None = None, rep
 
     Returns
     -------
-    complex64 ``(coil, z, y, x)``, unit root sum of squares; zero only in what ESPIRiT found to be background. One coil: ones.
+    complex64 ``(coil, z, y, x)``, unit root sum of squares; zero only in ESPIRiT's background. One coil: ones.
 
     Raises
     ------

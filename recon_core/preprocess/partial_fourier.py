@@ -64,6 +64,17 @@ def partial_axes(extents: Sequence[Extent], shape: Sequence[int]) -> tuple[int, 
     return tuple(sorted(missing, key=lambda axis: -missing[axis]))
 
 
+def complete(image: Tensor, extents: Sequence[Extent], method: str = "pocs") -> Tensor:
+    """``zero_fill`` (nothing), ``homodyne`` or ``pocs`` by name; see there. ``image`` itself when no axis is partial."""
+    if method == "zero_fill":
+        return image
+    if method == "homodyne":
+        return homodyne(image, extents)
+    if method == "pocs":
+        return pocs(image, extents)
+    raise DataError("no such method", where="partial Fourier", got=method, expected="zero_fill, homodyne or pocs")
+
+
 def homodyne(image: Tensor, extents: Sequence[Extent]) -> Tensor:
     """Homodyne detection along the axis with most missing.
 
@@ -108,7 +119,7 @@ def homodyne(image: Tensor, extents: Sequence[Extent]) -> Tensor:
     return (ifft_centred(kspace, axis) * phase.conj()).real * phase
 
 
-def pocs(image: Tensor, extents: Sequence[Extent], n_iterations: int = 12) -> Tensor:
+def pocs(image: Tensor, extents: Sequence[Extent], n_iterations: int = 6) -> Tensor:
     """Projection onto convex sets along all partial axes together.
 
     Alternates between the images with the estimated phase, ``m -> Re(m exp(-i phase)) exp(i phase)``, and the images with

@@ -126,7 +126,11 @@ def make_mask(kind: str, s: ScanSettings, rng: np.random.Generator, n_states: in
                 s.matrix_y, n_states, s.integer_acceleration(), inside, available=lines, interleaved=s.interleaved
             )
         else:
-            draw = {"random": sampling.random_variable_density, "golden": sampling.golden_angle, "vista": sampling.vista}
+            draw: dict[str, Callable[..., BoolArray]] = {
+                "random": sampling.random_variable_density,
+                "golden": sampling.golden_angle,
+                "vista": sampling.vista,
+            }
             if s.mask not in draw:
                 raise SettingError(
                     "3D mask for a 2D scan", where="simulate.mask", got=s.mask, expected=f"full, uniform, {', '.join(draw)}"

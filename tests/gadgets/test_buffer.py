@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scan_factory import flag, mrd_header, numbered_rows, readout_headers
 
 from gadgets.buffer import AcquisitionSettings, Kind, ReadoutIndex, assemble, readout_geometry, sort_readouts
+from gadgets.calibration import sampled_centre
 from gadgets.errors import SortError
 from gadgets.wire.dtypes import ACQUISITION_HEADER
 from gadgets.wire.header import Encoding, Limit, MrdHeader, parse_header
@@ -179,6 +180,13 @@ def test_asymmetric_echo_range_on_the_cropped_grid() -> None:
     assert assemble(scan, 0, numbered_rows(4, 2, 16)).readout_range == (4, 16)
 
 
+def test_readout_that_ends_early_on_the_cropped_grid() -> None:
+    header = mrd_header(32, 4, recon_x=16)
+    headers = readout_headers([{"k1": k, "center_sample": 16} for k in range(4)], n_samples=25)
+    # measured 0..24 of 32, k0 to 8, which is 4 after the crop
+    assert assemble(sort_readouts(headers, header), 0, numbered_rows(4, 2, 16)).readout_range == (0, 13)
+
+
 # flags and counters
 
 
@@ -234,6 +242,16 @@ def test_unflagged_calibration_is_the_sampled_centre_of_the_union() -> None:
     assert np.array_equal(kspace.acs[:, 0, 8].numpy(), (rows[3] + rows[8]) / 2)
     assert np.array_equal(kspace.acs[:, 0, 6].numpy(), rows[7])
     assert not kspace.acs[:, 0, 4].any()
+
+
+def test_sampled_centre_in_three_dimensions() -> None:
+    sampled = np.zeros((8, 9), bool)
+    sampled[2:6, 3:8] = True  # DC is at (4, 4)
+    sampled[6, 3:7] = sampled[1, 4:8] = True  # rows that are not complete
+    assert sampled_centre(sampled, 48) == ((2, 6), (3, 8))
+    assert sampled_centre(sampled, 4) == ((2, 6), (3, 7))
+    sampled[4, 4] = False
+    assert sampled_centre(sampled, 48) is None
 
 
 def test_no_calibration_where_the_centre_is_not_sampled() -> None:

@@ -6,6 +6,7 @@ import random
 import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from gadgets.wire import events
 from gadgets.wire.framing import FrameParser
@@ -52,7 +53,7 @@ def _oversized(good: bytes, marks: list[int], rng: random.Random) -> bytes:
         field, width = rng.choice(((36, 2), (40, 2), (178, 2), (4, 8)))  # samples, channels, trajectory dimensions, flags
         value = 0xFFFF if width == 2 else rng.getrandbits(64)
     elif number == 1026:
-        field, width, value = rng.choice(((30, 2), (32, 2))) + (0xFFFF,)
+        field, width, value = rng.choice((30, 32)), 2, 0xFFFF
     elif number == 6:
         field, width, value = 18, 8, huge
     else:
@@ -68,7 +69,7 @@ def _wrong_id(good: bytes, marks: list[int], rng: random.Random) -> bytes:
 
 
 def _pieces(good: bytes, marks: list[int]) -> list[bytes]:
-    return [good[a:b] for a, b in zip(marks, marks[1:], strict=False)]
+    return [good[a:b] for a, b in pairwise(marks)]
 
 
 def _shuffled(good: bytes, marks: list[int], rng: random.Random) -> bytes:

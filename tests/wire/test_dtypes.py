@@ -26,8 +26,8 @@ from tests.wire import streams
 
 
 def test_headers_equal_the_library() -> None:
-    assert ACQUISITION_HEADER == np.dtype(hdf5.acquisition_header_dtype)
-    assert IMAGE_HEADER == np.dtype(hdf5.image_header_dtype)
+    assert np.dtype(hdf5.acquisition_header_dtype) == ACQUISITION_HEADER
+    assert np.dtype(hdf5.image_header_dtype) == IMAGE_HEADER
     theirs = np.dtype(hdf5.waveform_header_dtype)
     assert WAVEFORM_HEADER.itemsize == theirs.itemsize == 40
     assert {n: WAVEFORM_HEADER.fields[n] for n in WAVEFORM_HEADER.names or ()} == dict(theirs.fields or {})  # type: ignore[index]

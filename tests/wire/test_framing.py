@@ -17,6 +17,7 @@ from gadgets.wire import codec, events
 from gadgets.wire.dtypes import DATA_TYPES, READOUT_RECORD, Flag, any_flag
 from gadgets.wire.framing import FrameParser, Limits
 from tests.wire import streams
+from tests.wire.hostile import boundaries
 from tests.wire.streams import flatten, parse
 
 SESSIONS = {nul: streams.session(nul) for nul in (False, True)}
@@ -156,7 +157,7 @@ def test_truncation_is_named(cut: int) -> None:
     data = SESSIONS[False]
     found, parser = parse(data[:cut], [cut // 2])
     assert flatten(found) == WHOLE[False][: len(flatten(found))]
-    starts = {e[2] if e[0] == "readout" else e[0].offset if len(e) == 1 else e[1] for e in WHOLE[False]} | {len(data)}  # type: ignore[attr-defined]
+    starts = {*boundaries(data), len(data)}
     if cut in starts:
         parser.finish()
     else:
@@ -332,6 +333,12 @@ def test_malformed_texts_keep_the_frame(bad: bytes) -> None:
     assert isinstance(found[0].error, errors.MalformedText)
     assert found[1] == events.Text(len(bad), "next")
     assert not parser.lost
+
+
+def test_words_of_a_server_are_always_readable() -> None:
+    assert one(struct.pack("<HI", 5, 2) + b"a\xff", "client") == events.Text(0, "a\ufffd")
+    assert one(struct.pack("<HQQ", 7, 1, 1) + b"\xff", "client") == events.Response(0, 1, "\ufffd")
+    assert one(struct.pack("<HQ", 8, 1) + b"\xff", "node") == events.ErrorText(0, "\ufffd")
 
 
 def test_bytes_behind_close_are_ignored() -> None:

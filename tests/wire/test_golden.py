@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from gadgets.errors import Disconnected
 from gadgets.wire import composite, events
 from gadgets.wire.dtypes import IMAGE_HEADER, WAVEFORM_HEADER, Flag, has_flag
 from gadgets.wire.framing import FrameParser
@@ -167,6 +168,20 @@ def test_bucket(capture: GetBytes, stored: GetStored) -> None:
                 assert_array_equal(samples, truth.samples[source])
 
 
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [("gadgetron_node_recondata.bin", composite.read_recon_data), ("gadgetron_node_bucket.bin", composite.read_bucket)],
+)
+def test_composites_from_a_buffer(name: str, read: Callable[[bytes], tuple[object, int]], capture: GetBytes) -> None:
+    data = capture(name)
+    first, second = (e for e in parse(data, "node")[2:4])
+    content, taken = read(data[first.offset + 2 :])
+    assert type(content) is type(first.content)  # type: ignore[attr-defined]
+    assert taken == second.offset - first.offset - 2
+    with pytest.raises(Disconnected):
+        read(data[first.offset + 2 : second.offset - 1])
+
+
 def test_answer_is_the_image_of_the_imaging_lines(capture: GetBytes, stored: GetStored) -> None:
     truth = stored("replayed.h5")
     images = [e for e in parse(capture("gadgetron_answer_default.bin"), "client") if isinstance(e, events.Image)]
@@ -192,4 +207,4 @@ def test_groups_split_shapes(stored: GetStored) -> None:
     headers["active_channels"][5] = 1
     found = [g.tolist() for g in groups(headers)]
     assert found[1:] == [[3, 7], [5]]
-    assert sorted(sum(found, [])) == list(range(81))
+    assert sorted(i for group in found for i in group) == list(range(81))

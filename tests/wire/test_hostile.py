@@ -16,6 +16,7 @@ from tests.wire.conftest import CAPTURES
 from tests.wire.hostile import KINDS, boundaries, hostile, hostile_streams
 
 GOODS = [streams.session(), streams.session(nul=True), (CAPTURES / "client_query.bin").read_bytes()]
+NODE = {n: (CAPTURES / n).read_bytes() for n in ("gadgetron_node_bucket.bin", "gadgetron_node_recondata.bin")}
 ROLES = ("server", "client", "node")
 
 
@@ -69,3 +70,17 @@ def test_streams_are_deterministic_and_of_every_kind() -> None:
     assert boundaries(GOODS[0])[-1] == len(GOODS[0])
     outcomes = {run(h.data, [], "server") for h in first}
     assert {"UnknownMessage", "Oversized", "Disconnected", "IllegalOrder", "MalformedText"} <= outcomes
+
+
+@given(
+    st.sampled_from(["gadgetron_node_bucket.bin", "gadgetron_node_recondata.bin"]),
+    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 255)), min_size=1, max_size=6),
+    st.integers(0, 300_000),
+)
+@settings(max_examples=80, deadline=None)
+def test_mutated_composites(name: str, changes: list[tuple[int, int]], cut: int) -> None:
+    data = bytearray(NODE[name])
+    start = FrameParser(role="node").feed(data)[2].offset
+    for at, value in changes:
+        data[start + at] = value
+    run(bytes(data[: start + cut]), [start + cut // 2] if cut // 2 < len(data) - start else [], "node")

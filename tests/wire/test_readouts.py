@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ def write(path: Path, *parts: bytes | bytearray) -> tuple[Path, events.Readouts]
     )
 
 
-def pick(event: events.Readouts, index: object) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def pick(event: events.Readouts, index: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return event.headers[index], event.offsets[index], event.payload_bytes[index]
 
 

@@ -119,7 +119,7 @@ def test_early_close_is_fatal() -> None:
         connection.sendall(streams.image() + codec.close())
 
     data = bytes(codec.acquisitions(*streams.readouts(100, 8, 256)))
-    with pytest.raises(ClientAborted, match="stopped reading|broke|everything|without CLOSE"):
+    with pytest.raises(ClientAborted, match=r"stopped reading|broke|everything|without CLOSE"):
         scan(behave, messages=[data] * 50)
 
 
@@ -128,7 +128,7 @@ def test_reset_is_fatal() -> None:
         drain(connection)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
-    with pytest.raises(ClientAborted, match="broke|without CLOSE"):
+    with pytest.raises(ClientAborted, match=r"broke|without CLOSE"):
         scan(behave)
 
 
