@@ -69,8 +69,7 @@ def assemble(scan: SortedScan, slice_index: int, rows: NDArray[np.complex64], *,
     """
     if not 0 <= slice_index < scan.n_slices:
         raise DataError("no such slice", where="buffer", got=slice_index, expected=f"0 to {scan.n_slices - 1}")
-    rows = np.asarray(rows)
-    if rows.ndim != 3 or rows.shape[0] != scan.n_readouts or rows.shape[2] != scan.n_x or not rows.shape[1]:
+    if len(rows.shape) != 3 or rows.shape[0] != scan.n_readouts or rows.shape[2] != scan.n_x or not rows.shape[1]:
         raise DataError(
             "rows have the wrong shape", where="buffer", got=rows.shape, expected=f"({scan.n_readouts}, coils, {scan.n_x})"
         )
@@ -123,7 +122,7 @@ def _mean(
     visit[order] = np.arange(len(linear)) - np.repeat(starts, counts[counts > 0])
     by_visit = np.argsort(visit, kind="stable")
     ends = np.cumsum(np.bincount(visit))
-    step = max(1, CHUNK_BYTES // max(1, rows[0].nbytes))
+    step = max(1, CHUNK_BYTES // max(1, 8 * rows.shape[1] * rows.shape[2]))
     begin = 0
     for n_visit, end in enumerate(ends.tolist()):
         for b in range(begin, end, step):

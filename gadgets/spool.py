@@ -190,7 +190,7 @@ class ScanLog:
         self._spool = spool
         self._peer = peer
         self._started = datetime.now(UTC)
-        self._name = f"{self._started:%Y%m%dT%H%M%S}.{self._started.microsecond // 1000:03d}Z-{secrets.token_hex(4)}.mrd"
+        self._name = f"{self._started:%Y%m%dT%H%M%S.%f}Z-{secrets.token_hex(4)}.mrd"
         self._fd = -1
         self._path: Path | None = None
         self._kept = False

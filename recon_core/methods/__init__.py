@@ -1,1 +1,54 @@
-"""Reconstruction methods: one module each, the same contract for all (see ``recon_core.types``)."""
+"""Reconstruction methods: one module each, the same contract for all.
+
+A method is a module of this package with ``NAME``, ``SUMMARY``, ``NEEDS_COIL_MAPS``, a frozen dataclass ``Settings`` (fields made
+with ``recon_core.settings.setting``) and ``reconstruct(kspace, scan, settings, report) -> Result``. Adding the file is all it
+takes: discovery walks the package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from typing import Any, Protocol, cast
+
+from recon_core.errors import UnknownMethod
+from recon_core.types import KSpace, Report, Result, ScanInfo
+
+
+class Method(Protocol):
+    """What every module of this package has."""
+
+    NAME: str
+    SUMMARY: str
+    NEEDS_COIL_MAPS: bool
+    Settings: type
+
+    def reconstruct(self, kspace: KSpace, scan: ScanInfo, settings: Any, report: Report) -> Result:
+        """Images (and maps) of one slice or slab."""
+        ...
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """All methods by name, sorted."""
+    found: dict[str, Method] = {}
+    for entry in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{entry.name}")
+        if hasattr(module, "reconstruct") and hasattr(module, "NAME"):
+            found[module.NAME] = cast(Method, module)
+    return dict(sorted(found.items()))
+
+
+def get_method(name: str) -> Method:
+    """The method called ``name``.
+
+    Raises
+    ------
+    UnknownMethod
+        There is none; the known ones are listed.
+    """
+    try:
+        return methods()[name]
+    except KeyError:
+        raise UnknownMethod("no such method", got=repr(name), expected="one of " + ", ".join(methods())) from None
