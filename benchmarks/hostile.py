@@ -32,6 +32,7 @@ from gadgets.wire.framing import FrameParser
 from tests.wire.hostile import Hostile, boundaries, hostile
 
 CAPTURES = Path(__file__).parent.parent / "tests" / "data" / "wire-captures"
+CHAINS = Path(__file__).parent.parent / "configs"
 HANG_SECONDS = 2.0
 MEMORY_MB = 200.0
 GOOD_EVERY = 500
@@ -42,7 +43,7 @@ def good_streams() -> list[bytes]:
     recorded = (CAPTURES / "client_config_file.bin").read_bytes()
     body = recorded[2 + 1024 :]  # behind the CONFIG_FILE: header, readouts, CLOSE
     waves = (CAPTURES / "client_waveforms.bin").read_bytes()[2 + 1024 :]
-    script = '<configuration><version>2</version><stream><external><execute name="gadgets" target="fourier" type="python"/></external></stream></configuration>'
+    script = (CHAINS / "fourier.xml").read_text()
     return [
         bytes(codec.config_file("fourier")) + body,
         bytes(codec.config_file("cg_sense.xml")) + waves,

@@ -70,7 +70,18 @@ def header(matrix: int, slices: int) -> bytes:
 def server() -> Iterator[tuple[subprocess.Popen[str], int]]:
     """``recon serve`` on a free port, spool on."""
     with tempfile.TemporaryDirectory() as spool:
-        command = [sys.executable, "-m", "gadgets.cli", "serve", "--port", "0", "--spool", f"{spool}/spool", "--log-level", "warning"]
+        command = [
+            sys.executable,
+            "-m",
+            "gadgets.cli",
+            "serve",
+            "--port",
+            "0",
+            "--spool",
+            f"{spool}/spool",
+            "--log-level",
+            "warning",
+        ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             assert process.stdout is not None
@@ -128,7 +139,7 @@ class PeakMemory(threading.Thread):
         for p in [self.process, *self.process.children(recursive=True)]:
             with contextlib.suppress(psutil.Error):
                 total += p.memory_full_info().pss
-        for path in Path("/dev/shm").glob(f"{SCRATCH_PREFIX}*/*"):  # noqa: S108
+        for path in Path("/dev/shm").glob(f"{SCRATCH_PREFIX}*/*"):
             with contextlib.suppress(OSError):
                 total += path.stat().st_blocks * 512
         return total

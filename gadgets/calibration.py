@@ -36,7 +36,7 @@ def calibration_lines(
 ) -> CalibrationLines | None:
     """The calibration readouts of the slice at position ``slice_index``.
 
-    Flagged readouts if there are any. Otherwise the imaging readouts in the largest contiguous block about DC whose every
+    Flagged readouts if there are any. Otherwise the imaging readouts in a contiguous block about DC whose every
     position is sampled in at least one state (grown greedily, at most ``settings.calibration_lines`` in each direction).
     ``None`` when that block has fewer than `FEWEST_LINES` lines in an encoded direction.
     """

@@ -21,10 +21,10 @@ from defusedxml.ElementTree import fromstring
 from gadgets.buffer import AcquisitionSettings
 from gadgets.errors import ConfigRefused, UnknownChain
 from gadgets.images import OutputSettings
-from recon_core.preprocess.settings import PreprocessSettings
 from recon_core.coils.estimate import CoilSettings
 from recon_core.errors import SettingError
 from recon_core.methods import get_method
+from recon_core.preprocess.settings import PreprocessSettings
 from recon_core.settings import SettingInfo, describe, parse_settings
 
 MODULE = "gadgets"
@@ -134,7 +134,9 @@ def chain_from_script(text: str, overrides: Mapping[str, Any] | None = None, *, 
     if not stripped.startswith("<"):
         if CHAIN_NAME.fullmatch(stripped.removesuffix(".xml")):
             return load_chain(stripped, overrides, directory=directory)
-        raise ConfigRefused("neither a chain name nor a configuration", where="CONFIG_SCRIPT", expected="a v2 <configuration>")
+        raise ConfigRefused(
+            "neither a chain name nor a configuration", where="CONFIG_SCRIPT", expected="a v2 <configuration>"
+        )
     name, properties = _chain_properties(stripped, where="CONFIG_SCRIPT")
     own = {key: value for key, value in properties.items() if key not in META_PROPERTIES}
     return load_chain(name, {**own, **(overrides or {})}, directory=directory)
@@ -184,8 +186,10 @@ def _build(name: str, properties: dict[str, str], overrides: dict[str, Any]) -> 
     values.update(overrides)
     unknown = sorted(set(values) - set(owner))
     if unknown:
-        raise SettingError("unknown setting", where=f"chain {name}", got=", ".join(unknown), expected="one of " + ", ".join(owner))
-    parsed = {
+        raise SettingError(
+            "unknown setting", where=f"chain {name}", got=", ".join(unknown), expected="one of " + ", ".join(owner)
+        )
+    parsed: dict[str, Any] = {
         group: parse_settings(cls, {k: v for k, v in values.items() if owner[k] == group}, where=f"chain {name}")
         for group, cls in groups.items()
     }
@@ -210,7 +214,9 @@ def _chain_properties(text: str, *, where: str) -> tuple[str, dict[str, str]]:
     """Target and properties of a v2 document that consists of inert readers and writers and one chain of ours."""
     root = _parse(text, where=where)
     if _tag(root) != "configuration":
-        raise ConfigRefused("not a Gadgetron v2 configuration", where=where, got=f"<{_tag(root)}>", expected="<configuration>")
+        raise ConfigRefused(
+            "not a Gadgetron v2 configuration", where=where, got=f"<{_tag(root)}>", expected="<configuration>"
+        )
     target: str | None = None
     properties: dict[str, str] = {}
     for part in root:
@@ -222,13 +228,17 @@ def _chain_properties(text: str, *, where: str) -> tuple[str, dict[str, str]]:
             for entry in part:
                 pair = (_child_text(entry, "dll") or "", _child_text(entry, "classname") or "")
                 if pair not in INERT_PARTS:
-                    raise ConfigRefused("names a library", where=f"{where} <{tag}>", got="/".join(pair), expected="a chain name")
+                    raise ConfigRefused(
+                        "names a library", where=f"{where} <{tag}>", got="/".join(pair), expected="a chain name"
+                    )
         elif tag == "stream":
             target, properties = _stream(part, where=where)
         else:
             raise ConfigRefused("unknown element", where=where, got=f"<{tag}>")
     if target is None:
-        raise ConfigRefused("names no chain", where=where, expected=f'<execute name="{MODULE}" target="(a chain)" type="python"/>')
+        raise ConfigRefused(
+            "names no chain", where=where, expected=f'<execute name="{MODULE}" target="(a chain)" type="python"/>'
+        )
     return target, properties
 
 
@@ -238,7 +248,9 @@ def _stream(stream: Element, *, where: str) -> tuple[str | None, dict[str, str]]
         return None, {}
     if len(nodes) > 1 or _tag(nodes[0]) != "external":
         found = ", ".join(f"<{_tag(n)}>" for n in nodes[:4])
-        raise ConfigRefused("names gadgets", where=f"{where} <stream>", got=found, expected="one <external> with a chain's name")
+        raise ConfigRefused(
+            "names gadgets", where=f"{where} <stream>", got=found, expected="one <external> with a chain's name"
+        )
     target: str | None = None
     properties: dict[str, str] = {}
     for entry in nodes[0]:
@@ -246,12 +258,16 @@ def _stream(stream: Element, *, where: str) -> tuple[str | None, dict[str, str]]
         if tag == "execute":
             if entry.get("name") != MODULE or entry.get("type", "python") != "python":
                 got = f"{entry.get('type', '')} {entry.get('name', '')}".strip()
-                raise ConfigRefused("names code", where=f"{where} <execute>", got=repr(got[:64]), expected=f'name="{MODULE}"')
+                raise ConfigRefused(
+                    "names code", where=f"{where} <execute>", got=repr(got[:64]), expected=f'name="{MODULE}"'
+                )
             target = entry.get("target", "")
         elif tag == "configuration":
             properties = _properties(entry, where=where)
         else:
-            raise ConfigRefused("not allowed here", where=f"{where} <external>", got=f"<{tag}>", expected="<execute>, <configuration>")
+            raise ConfigRefused(
+                "not allowed here", where=f"{where} <external>", got=f"<{tag}>", expected="<execute>, <configuration>"
+            )
     if target is not None and not CHAIN_NAME.fullmatch(target):
         raise UnknownChain("no such chain", where=where, got=repr(target[:64]))
     return target, properties
@@ -261,7 +277,9 @@ def _properties(node: Element, *, where: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for prop in node:
         if _tag(prop) != "property":
-            raise ConfigRefused("unknown element", where=f"{where} <configuration>", got=f"<{_tag(prop)}>", expected="<property>")
+            raise ConfigRefused(
+                "unknown element", where=f"{where} <configuration>", got=f"<{_tag(prop)}>", expected="<property>"
+            )
         name = prop.get("name") or _child_text(prop, "name")
         value = prop.get("value") if prop.get("value") is not None else _child_text(prop, "value")
         if not name or value is None:

@@ -67,12 +67,22 @@ def _overrides(pairs: list[str]) -> dict[str, str]:
 
 @app.command()
 def serve(
-    host: Annotated[str, typer.Option(help="Address to listen on. MRD has neither encryption nor passwords: keep to loopback.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. MRD has neither encryption nor passwords: keep to loopback.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="TCP port; 0 takes a free one.", min=0, max=65535)] = 9002,
-    workers: Annotated[int | None, typer.Option(help="Compute processes; 0 computes in the server. Default: one for each two cores.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Compute threads of each worker. Default: the cores, shared out.")] = None,
-    spool: Annotated[Path | None, typer.Option(help="Folder for the verbatim raw data of every scan. Default: the state folder.")] = None,
-    keep_raw: Annotated[bool, typer.Option("--keep-raw/--no-keep-raw", help="Keep captured raw data after the scan.")] = True,
+    workers: Annotated[
+        int | None, typer.Option(help="Compute processes; 0 computes in the server. Default: one for each two cores.")
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Compute threads of each worker. Default: the cores, shared out.")
+    ] = None,
+    spool: Annotated[
+        Path | None, typer.Option(help="Folder for the verbatim raw data of every scan. Default: the state folder.")
+    ] = None,
+    keep_raw: Annotated[
+        bool, typer.Option("--keep-raw/--no-keep-raw", help="Keep captured raw data after the scan.")
+    ] = True,
     spool_gb: Annotated[float, typer.Option(help="Raw data kept at most, GB; the oldest go first.", min=0.1)] = 50.0,
     scan_gb: Annotated[float, typer.Option(help="Largest scan accepted, GB.", min=0.001)] = 20.0,
     configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
@@ -130,7 +140,9 @@ def replay(
 @app.command()
 def run(
     source: Annotated[Path, typer.Argument(help="MRD raw file (.h5) or a raw capture of the spool (.mrd).")],
-    config: Annotated[str | None, typer.Option("--config", "-c", help="Chain to reconstruct with; a capture brings its own.")] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="Chain to reconstruct with; a capture brings its own.")
+    ] = None,
     output: Annotated[Path, typer.Option("--out", "-o", help="MRD image file to write.")] = Path("out.h5"),
     montage: Annotated[Path | None, typer.Option(help="Folder for a PNG of each series.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; repeat for several.")] = None,
@@ -185,30 +197,31 @@ def _show(result: Any, output: Path, montage: Path | None) -> None:
 @app.command()
 def simulate(
     kind: Annotated[str, typer.Argument(help="cine, molli, satrec or mgre.")],
-    output: Annotated[Path, typer.Argument(help="MRD raw file to write; the truth goes beside it.")],
+    output: Annotated[Path, typer.Argument(help="MRD raw file to write; the truth goes beside it.")] = Path("simulated.h5"),
     settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; repeat for several.")] = None,
     describe: Annotated[bool, typer.Option("--describe", help="List this kind's settings and stop.")] = False,
 ) -> None:
     """Write a full MRD raw file of a simulated scan, with the ground truth beside it."""
-    from gadgets.simulate import SimulationSettings
     from gadgets.simulate import simulate as run_simulation
-    from recon_core.settings import parse_settings
+    from recon_core.simulation.options import settings_for
 
+    values = settings_for(kind, _overrides(settings or []))
     if describe:
-        _print_settings("simulate", SimulationSettings)
+        _print_settings(f"simulate {kind}", values)
         return
-    chosen = parse_settings(SimulationSettings, _overrides(settings or []), where="simulate")
-    out.print(run_simulation(kind, output, chosen), highlight=False)
+    summary = run_simulation(kind, output, values)
+    for key, value in asdict(summary).items():
+        print(f"{key:<16}  {value}")
 
 
-def _print_settings(title: str, cls: type) -> None:
+def _print_settings(title: str, values: Any) -> None:
     from recon_core.settings import describe
 
     table = Table(title=title)
     for column in ("setting", "type", "default", "range", "help"):
         table.add_column(column)
-    for info in describe(cls):
-        table.add_row(info.name, info.kind.__name__, str(info.default), _range(info), info.help)
+    for info in describe(type(values)):
+        table.add_row(info.name, info.kind.__name__, str(getattr(values, info.name)), _range(info), info.help)
     out.print(table)
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from gadgets.montage import write_montages
 from gadgets.replay import ReplayResult, replay
-from gadgets.simulate import SimulationSettings, simulate
+from gadgets.simulate import simulate
 from recon_core.errors import ReconError
 
 out = Console()
@@ -42,7 +42,7 @@ def main(
     folder.mkdir(parents=True)
     cine = folder / "cine_raw.h5"
     out.print("simulating a 12-frame cine, 4-fold undersampled ...")
-    simulate("cine", cine, SimulationSettings(states=12, matrix=160, coils=8, acceleration=4.0))
+    simulate("cine", cine, {"matrix_x": 160, "matrix_y": 160, "coils": 8, "mask": "vista", "acceleration": 4.0})
     cases = [
         Case("measured phantom, 2 coils", MEASURED, "fourier"),
         Case("simulated cine", cine, "cg_sense"),

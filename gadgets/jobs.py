@@ -92,7 +92,13 @@ class Jobs:
         inner.add_done_callback(done)
 
     def _retry(
-        self, outer: Future[T], task: Callable[..., T], args: tuple[Any, ...], left: int, error: BaseException, dead: Executor | None
+        self,
+        outer: Future[T],
+        task: Callable[..., T],
+        args: tuple[Any, ...],
+        left: int,
+        error: BaseException,
+        dead: Executor | None,
     ) -> None:
         with self._lock:
             if dead is None or self._executor is dead:
@@ -187,7 +193,7 @@ def _reserve(path: Path, n_bytes: int) -> None:
 
 
 def _scratch_root() -> str | None:
-    shared = Path("/dev/shm")  # noqa: S108 - private directories (mode 0700) are made inside it
+    shared = Path("/dev/shm")
     with contextlib.suppress(OSError):
         if os.access(shared, os.W_OK) and shutil.disk_usage(shared).free >= MIN_SHARED_BYTES:
             return str(shared)
@@ -197,7 +203,7 @@ def _scratch_root() -> str | None:
 def remove_stale_scratch() -> int:
     """Delete scratch directories whose process no longer exists; returns how many."""
     removed = 0
-    for root in {Path("/dev/shm"), Path(tempfile.gettempdir())}:  # noqa: S108
+    for root in {Path("/dev/shm"), Path(tempfile.gettempdir())}:
         for folder in root.glob(f"{SCRATCH_PREFIX}*-*"):
             owner = folder.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]
             if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():

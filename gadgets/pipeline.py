@@ -60,7 +60,9 @@ class Scan:
         Sends one line to the operator at once; may be called from the connection's thread only.
     """
 
-    def __init__(self, chain: Chain, header: MrdHeader, raw: ScanLog, services: Services, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, chain: Chain, header: MrdHeader, raw: ScanLog, services: Services, say: Callable[[str], None]
+    ) -> None:
         self.chain, self.header, self.raw, self.services, self.say = chain, header, raw, services, say
         self.index = ReadoutIndex()
         self.n_waveforms = 0
@@ -114,7 +116,7 @@ class Scan:
             if len(self.index) == 0:
                 raise SortError("no readouts", where="scan", got=f"{self.n_waveforms} waveforms", expected="readouts")
             sorted_scan = sort_readouts(self.index.headers, self.header, self.chain.acquisition)
-            if len(sorted_scan.noise_rows) and not sorted_scan.n_imaging:
+            if len(sorted_scan.noise_rows) and not len(sorted_scan.imaging):
                 yield from self._noise_only(sorted_scan)
                 return
             for note in sorted_scan.notes:
@@ -134,7 +136,9 @@ class Scan:
         source = LogSlice(str(self.raw.path), index.headers[rows], index.offsets[rows], index.payload_bytes[rows])
         estimate = self.services.jobs.submit(estimate_noise, source).result()
         if self.services.noise is None or not self.header.measurement_id:
-            raise SortError("a noise measurement that cannot be stored", where="scan", expected="a measurementID in the header")
+            raise SortError(
+                "a noise measurement that cannot be stored", where="scan", expected="a measurementID in the header"
+            )
         self.services.noise.put(self.header.measurement_id, estimate.covariance, estimate.dwell_time)
         channels = estimate.covariance.shape[0]
         yield codec.text(f"INF noise measurement stored: {channels} channels, {estimate.n_samples} samples\n")
@@ -165,7 +169,13 @@ class Scan:
                 n_images += 1
                 yield message
         seconds = time.perf_counter() - started
-        log.info("event=scan_done chain=%s images=%d slices=%d seconds=%.3f", self.chain.name, n_images, sorted_scan.n_slices, seconds)
+        log.info(
+            "event=scan_done chain=%s images=%d slices=%d seconds=%.3f",
+            self.chain.name,
+            n_images,
+            sorted_scan.n_slices,
+            seconds,
+        )
         yield codec.text(f"INF {self.chain.name}: {n_images} images in {seconds:.1f} s after the last readout\n")
 
     def _submit_slice(
@@ -202,7 +212,13 @@ class Scan:
         return (None, error) if error is not None else (future.result(), None)
 
     def _fall_back(
-        self, sorted_scan: SortedScan, rows: RowFiles, number: int, n_done: int, failure: BaseException, reports: ReportReader
+        self,
+        sorted_scan: SortedScan,
+        rows: RowFiles,
+        number: int,
+        n_done: int,
+        failure: BaseException,
+        reports: ReportReader,
     ) -> tuple[Result, str]:
         """The fallback chain's images of a slice whose method failed, loudly; or the failure itself."""
         reason = str(failure) if isinstance(failure, ReconError | MemoryError) else type(failure).__name__

@@ -161,7 +161,9 @@ class Preparation:
         if len(rows):
             channels = np.unique(self._index.headers["active_channels"][rows])
             if channels.tolist() != [self._n_channels]:
-                raise SortError("the noise readouts have other channels", where="scan", got=channels, expected=self._n_channels)
+                raise SortError(
+                    "the noise readouts have other channels", where="scan", got=channels, expected=self._n_channels
+                )
             self._noise = self._jobs.submit(estimate_noise, self._log_slice(rows))
         else:
             self._use_stored_noise()
@@ -203,7 +205,11 @@ class Preparation:
             self._settle_noise(self._noise.result())
         while len(self._chunks) < n_chunks:
             number = len(self._chunks)
-            if self._first_compressed is not None and number >= self._first_compressed and not self._compression_known(wait_for):
+            if (
+                self._first_compressed is not None
+                and number >= self._first_compressed
+                and not self._compression_known(wait_for)
+            ):
                 return
             self._submit(number)
             if self._calibration is not None and self._first_compressed is None and self._calibration.complete:
@@ -246,7 +252,10 @@ class Preparation:
         assert self._calibration is not None
         encoding = chosen_encoding(self._header, self._acquisition)
         central = np.ones(len(rows), bool)
-        for name, n in (("kspace_encode_step_1", encoding.encoded_matrix[1]), ("kspace_encode_step_2", encoding.encoded_matrix[0])):
+        for name, n in (
+            ("kspace_encode_step_1", encoding.encoded_matrix[1]),
+            ("kspace_encode_step_2", encoding.encoded_matrix[0]),
+        ):
             limit = encoding.limits.get(name)
             centre = n // 2 if limit is None else limit.center
             central &= np.abs(headers["idx"][name].astype(np.int64) - centre) <= CALIBRATION_HALF_WIDTH
@@ -267,7 +276,9 @@ class Preparation:
             for f in futures:
                 f.result()
             rows = {number: np.concatenate(parts) for number, parts in self._calibration.rows.items()}
-            job = CompressionJob(self._row_files(len(early) * self._size, compressed=False), rows, self._settings.virtual_coils)
+            job = CompressionJob(
+                self._row_files(len(early) * self._size, compressed=False), rows, self._settings.virtual_coils
+            )
             self._matrices = self._jobs.submit(compression_matrices, job)
         if not (wait_for or self._matrices.done()):
             return False

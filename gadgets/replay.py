@@ -356,13 +356,17 @@ def _connect(host: str, port: int, seconds: float) -> socket.socket:
                     got=error.strerror or "time-out",
                     remedy="Start one: recon serve",
                 ) from None
-            time.sleep(RETRY_SECONDS)
+            _retry()
             continue
         except OSError as error:
             raise ReplayFailed("cannot connect", where=f"{host}:{port}", got=error.strerror or str(error)) from None
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
+
+
+def _retry() -> None:
+    time.sleep(RETRY_SECONDS)
 
 
 def _settle_times(result: ReplayResult, images: _Images, sender: _Sender) -> None:
@@ -401,8 +405,7 @@ def _is_noise_only(result: ReplayResult) -> bool:
 def fresh_group(path: Path, group: str | None) -> str:
     """``group`` (or the time of day, as the real client names it) with a number behind it when the file has it already."""
     wanted = group or f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-    taken: set[str] = set()
-    if path.exists() and h5py.is_hdf5(path):
-        with h5py.File(path, "r") as file:
-            taken = set(file)
-    return next(name for name in (wanted, *(f"{wanted} ({i})" for i in range(2, 1_000_000))) if name not in taken)
+    if not (path.exists() and h5py.is_hdf5(path)):
+        return wanted
+    with h5py.File(path, "r") as file:
+        return next(name for name in (wanted, *(f"{wanted} ({i})" for i in range(2, len(file) + 3))) if name not in file)

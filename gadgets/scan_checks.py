@@ -168,7 +168,8 @@ def repeats_note(
 
 def moving_note(headers: Headers, imaging: Placement, slices: tuple[int, ...], log: SortLog) -> None:
     # positions that are not finite are repaired and noted with the geometry
-    position = np.nan_to_num(headers["position"][imaging.rows].astype(np.float64), posinf=0.0, neginf=0.0)
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        position = np.nan_to_num(headers["position"][imaging.rows].astype(np.float64), posinf=0.0, neginf=0.0)
     order = np.argsort(imaging.slice, kind="stable")
     starts = np.searchsorted(imaging.slice[order], np.arange(len(slices)))
     low = np.minimum.reduceat(position[order], starts, axis=0)

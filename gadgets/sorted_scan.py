@@ -21,6 +21,9 @@ SATURATION_PREFIX = "SaturationTime_ms_"
 """``userParameterDouble`` or ``userParameterLong`` ``SaturationTime_ms_0``, ``_1``, ...: saturation times in ms. MRD has no
 field of its own for them."""
 
+PREPARATION = "MagnetizationPreparation"
+"""``userParameterString``; with the value ``saturation`` the header's TI list holds saturation times."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -179,14 +182,28 @@ def times_by_counter(times: tuple[float, ...], states: tuple[Mapping[str, int], 
 
 
 def saturation_list(header: MrdHeader) -> tuple[float, ...]:
-    """The saturation times of the user parameters ``SaturationTime_ms_0``, ``_1``, ... in s, up to the first gap."""
+    """Saturation times in s: user parameters ``SaturationTime_ms_0``, ``_1``, ... up to the first gap, or else the TI list.
+
+    The TI list only where the user parameter ``MagnetizationPreparation`` says so.
+    """
     times: list[float] = []
     while True:
         name = f"{SATURATION_PREFIX}{len(times)}"
         value = header.user_double.get(name, header.user_long.get(name))
         if value is None:
-            return tuple(times)
+            break
         times.append(float(value) * 1e-3)
+    return tuple(times) if times or not is_saturation_prepared(header) else header.inversion_times
+
+
+def inversion_list(header: MrdHeader) -> tuple[float, ...]:
+    """The TI list in s, empty where it holds saturation times."""
+    return () if is_saturation_prepared(header) else header.inversion_times
+
+
+def is_saturation_prepared(header: MrdHeader) -> bool:
+    """Whether the header says that the TI list belongs to a saturation preparation."""
+    return header.user_string.get(PREPARATION, "").strip().lower() == "saturation"
 
 
 def _only(values: tuple[float, ...]) -> float | None:

@@ -46,6 +46,7 @@ from gadgets.sorted_scan import (
     Placement,
     SortedScan,
     echo_times,
+    inversion_list,
     saturation_list,
     times_by_counter,
 )
@@ -129,7 +130,7 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
         geometry=geometry,
         source_headers=source,
         echo_times=echo_times(header, states),
-        inversion_times=times_by_counter(header.inversion_times, states),
+        inversion_times=times_by_counter(inversion_list(header), states),
         saturation_times=times_by_counter(saturation_list(header), states),
     )
 

@@ -133,7 +133,7 @@ def _matrix_for(matrices: dict[int, NDArray[np.complex64]], number: int) -> NDAr
 def _write(path: str, rows: NDArray[np.complex64]) -> None:
     # written, not mapped: a full memory file system answers ENOSPC here and would answer SIGBUS there
     with open(path, "r+b", buffering=0) as file:
-        view = memoryview(rows.reshape(-1).view(np.uint8))
+        view = memoryview(rows.reshape(-1).view(np.uint8).data)
         while view:
             view = view[file.write(view) :]
 

@@ -15,7 +15,7 @@ from recon_core.preprocess.coil_compression import compress, compress_geometric,
 from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.preprocess.partial_fourier import Extent, homodyne, measured_extent, partial_axes, pocs
 from recon_core.preprocess.settings import PreprocessSettings
-from recon_core.types import COIL, K1, K2, X, ImageSeries, KSpace, ParameterMap, Report, Result, ScanInfo
+from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, ParameterMap, Report, Result, ScanInfo, X
 
 COIL_IMAGE_AXES = (K2, K1)
 """Phase-encoding axes of hybrid k-space, which become z and y."""
@@ -116,7 +116,9 @@ def _complete(result: Result, kspace: KSpace, settings: PreprocessSettings) -> R
     """Partial Fourier on the combined images of methods that keep the phase."""
     extents = extents_of(kspace)
     images = tuple(
-        replace(series, data=complete(series.data, extents, settings.partial_fourier)) if series.data.is_complex() else series
+        replace(series, data=complete(series.data, extents, settings.partial_fourier))
+        if series.data.is_complex()
+        else series
         for series in result.images
     )
     return replace(result, images=images)

@@ -21,6 +21,9 @@ from recon_core.errors import CalibrationError
 
 Tensor = torch.Tensor
 
+TOLERANCE = 1e-6
+"""Of the leading eigenvalue. It is near 1 and its distance to the next about 1 / (grid points along an axis)^2."""
+
 WEIGHT_FLOOR = 1e-3
 """Weight of a position without signal in the choice of phases, relative to the brightest position."""
 
@@ -158,9 +161,11 @@ def _first_guess(v: Tensor, weight: Tensor) -> np.ndarray:
 def _leading_phase(connection: sparse.csr_matrix, guess: np.ndarray) -> np.ndarray:
     if len(guess) < 4:
         return _phase_of(guess)
+    # the guess may be orthogonal to the answer (a sign change across a zero): a fixed random part opens every direction
+    random = np.random.default_rng(0).standard_normal((2, len(guess)))
+    start = guess + np.abs(guess).mean() * (random[0] + 1j * random[1])
     try:
-        # a shift makes the wanted eigenvalue the largest in magnitude as well; loose tolerance: only phases are used
-        _, vectors = eigsh(connection, k=1, which="LA", v0=guess, tol=1e-3, ncv=min(len(guess) - 1, 24), maxiter=400)
+        _, vectors = eigsh(connection, k=1, which="LA", v0=start, tol=TOLERANCE, ncv=min(len(guess) - 1, 32), maxiter=400)
         return _phase_of(vectors[:, 0])
     except ArpackNoConvergence:
         # any phases are valid maps; these are merely less smooth

@@ -71,9 +71,13 @@ class CartesianSense:
         return (self.n_states, *self._maps.shape[1:])
 
     @property
-    def largest_weight(self) -> float:
-        """Upper bound of the largest eigenvalue of ``normal`` over that of ``S^H S``."""
-        return float(self._weights_squared.max())
+    def norm_bound(self) -> float:
+        """Upper bound of the largest eigenvalue of ``normal``: largest weight squared times largest ``sum_c |s_c|^2``.
+
+        Nearly reached where a state is fully sampled at the largest weight, hence no power iteration.
+        """
+        largest_map = float(self._maps.abs().square().sum(0).max())
+        return float(self._weights_squared.max()) * largest_map
 
     def enter_image(self, image: Tensor) -> Tensor:
         """Centred ``(state, z, y, x)`` to the working layout."""

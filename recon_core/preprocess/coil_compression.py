@@ -53,7 +53,7 @@ def compress(data: Tensor, matrix: Tensor, coil_axis: int) -> Tensor:
     return torch.movedim(matrix.to(data.device) @ moved, -2, coil_axis)
 
 
-def geometric_compression(acs: Tensor, n_virtual: int, *, window: int = 5) -> Tensor:
+def geometric_compression(acs: Tensor, n_virtual: int, *, window: int = 3) -> Tensor:
     """Geometric coil compression: a matrix for every position along the fully sampled readout, aligned between neighbours.
 
     At each x the leading eigenvectors of the coil covariance over ``window`` positions; then, outward from the strongest

@@ -22,6 +22,9 @@ AXES = (-3, -2, -1)
 ASYMMETRY = 0.05
 """Sides that differ by at most this part of the axis count as equal: regular undersampling may end a few lines early."""
 
+EDGE = 0.5
+"""Homodyne: part of the symmetric band over which the weight goes from 1 to 2 and to 0."""
+
 FEWEST_BOTH_SIDES = 4
 """Half-width of the narrowest symmetric band from which a phase is taken, in samples."""
 
@@ -78,8 +81,8 @@ def complete(image: Tensor, extents: Sequence[Extent], method: str = "pocs") -> 
 def homodyne(image: Tensor, extents: Sequence[Extent]) -> Tensor:
     """Homodyne detection along the axis with most missing.
 
-    ``Re(IFFT(w F image) * exp(-i phase)) * exp(i phase)`` with ``w = 2`` on the samples without a measured mirror, a linear
-    ramp 2..0 across the symmetric band, so that ``w(k) + w(-k) = 2``. Direct, but removes what phase the low-resolution
+    ``Re(IFFT(w F image) * exp(-i phase)) * exp(i phase)`` with ``w = 2`` on the samples without a measured mirror, 1 in
+    the symmetric band and linear in between, so that ``w(k) + w(-k) = 2``. Direct, but removes what phase the low-resolution
     estimate misses. Other partial axes stay zero-filled: the method is defined for one.
 
     Parameters
@@ -109,7 +112,10 @@ def homodyne(image: Tensor, extents: Sequence[Extent]) -> Tensor:
     half = _half_band(extent, n)
     k = torch.arange(n, device=image.device) - n // 2
     before, after = _sides(extent, n)
-    ramp = (1.0 + k / (half + 1.0)).clamp(0.0, 2.0)
+    # flat at 1 about the centre: a linear phase shifts the symmetry centre of k-space, and a ramp across the whole band
+    # would turn that shift into a wrong brightness
+    edge = max(1.0, EDGE * half)
+    ramp = 1.0 + torch.sgn(k) * ((k.abs() - (half + 1 - edge)) / edge).clamp(0.0, 1.0)
     if before > after:
         ramp = 2.0 - ramp
     longer = max(before, after)

@@ -200,7 +200,7 @@ class TorsoPhantom:
         pulse = 1.0 + 0.05 * float(contraction(phase - 0.10))
         dx, dy = x - 0.024, y - (self.body[1] - 0.066)
         canvas.paint(soft(ellipse(dx, dy, 0.0128 * pulse, 0.0128 * pulse), e), t["muscle"], LABELS["muscle"])
-        flow = 0.05 * self.cloud(dy / pulse + phase * 0.01, dx / pulse)
+        flow = 0.05 * self.cloud(dy / pulse + 0.002 * np.cos(2 * np.pi * phase), dx / pulse)
         canvas.paint(soft(ellipse(dx, dy, 0.0112 * pulse, 0.0112 * pulse), e), t["blood"], LABELS["aorta"], flow)
 
     def _heart(self, canvas: Canvas, x: FloatArray, y: FloatArray, z: float, phase: float) -> None:

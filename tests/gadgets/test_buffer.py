@@ -247,7 +247,7 @@ def test_unflagged_calibration_is_the_sampled_centre_of_the_union() -> None:
 def test_sampled_centre_in_three_dimensions() -> None:
     sampled = np.zeros((8, 9), bool)
     sampled[2:6, 3:8] = True  # DC is at (4, 4)
-    sampled[6, 3:7] = sampled[1, 4:8] = True  # rows that are not complete
+    sampled[6, [3, 5, 6, 7]] = sampled[1, 4:8] = True  # rows that are not complete
     assert sampled_centre(sampled, 48) == ((2, 6), (3, 8))
     assert sampled_centre(sampled, 4) == ((2, 6), (3, 7))
     sampled[4, 4] = False
@@ -529,6 +529,13 @@ def test_times_per_state() -> None:
     assert info.repetition_time is None and info.flip_angle == 0.1 and info.field_strength == 2.89
     unfit = sort_readouts(headers, mrd_header(echo_times=(0.001,), inversion_times=(1.0, 2.0, 3.0, 4.0))).scan_info(0)
     assert unfit.echo_times == () and unfit.inversion_times == ()
+
+
+def test_ti_list_of_a_saturation_preparation() -> None:
+    headers = readout_headers([c for s in range(3) for c in lines(8, set=s)])
+    header = mrd_header(inversion_times=(0.1, 0.2, 0.9), user_string={"MagnetizationPreparation": "saturation"})
+    info = sort_readouts(headers, header).scan_info(0)
+    assert info.saturation_times == (0.1, 0.2, 0.9) and info.inversion_times == ()
 
 
 def test_source_header_is_the_earliest_nearest_to_the_centre() -> None:

@@ -162,7 +162,7 @@ def test_samples_stay_on_the_grid(n: int, n_samples: int, centre: int, pre: int,
     fields = {"number_of_samples": n_samples, "center_sample": centre, "discard_pre": pre, "discard_post": post}
     headers = readout_headers([{**fields, "flags": flag(22) if reverse else 0}])
     kept = n_samples - pre - post
-    literal = n // 2 - centre + (post if reverse else pre)
+    literal = n // 2 - (centre or n_samples // 2) + (post if reverse else pre)  # 0: not set
     try:
         g = readout_geometry(headers, mrd_header(n), AcquisitionSettings())
     except SortError:
@@ -170,7 +170,7 @@ def test_samples_stay_on_the_grid(n: int, n_samples: int, centre: int, pre: int,
         return
     assert 0 <= g.k0_start[0] <= g.k0_start[0] + kept <= n
     assert (g.first[0], g.last[0], g.reverse[0]) == (pre, n_samples - post, reverse)
-    if centre and literal >= 0 and literal + kept <= n:
+    if literal >= 0 and literal + kept <= n:
         assert g.k0_start[0] == (0 if kept == n else literal)
 
 

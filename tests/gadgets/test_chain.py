@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from gadgets.chain import chain_from_script, chain_names, config_directory, describe_chain, load_chain, noise_dependency_request
+from gadgets.chain import (
+    chain_from_script,
+    chain_names,
+    config_directory,
+    describe_chain,
+    load_chain,
+    noise_dependency_request,
+)
 from gadgets.errors import ConfigRefused, UnknownChain
 from recon_core.errors import SettingError
 from recon_core.methods import methods
@@ -32,7 +39,9 @@ def test_the_suffix_of_the_file_is_optional() -> None:
     assert load_chain("llr.xml") == load_chain("llr")
 
 
-@pytest.mark.parametrize("name", ["default.xml", "", "../configs/llr", "/etc/passwd", "PATH", "llr.xml.xml", "LLR", "os", "llr\0", "x" * 900])
+@pytest.mark.parametrize(
+    "name", ["default.xml", "", "../configs/llr", "/etc/passwd", "PATH", "llr.xml.xml", "LLR", "os", "llr\0", "x" * 900]
+)
 def test_an_unknown_name_is_an_error_that_lists_the_known_ones(name: str) -> None:
     with pytest.raises(UnknownChain) as caught:
         load_chain(name)
@@ -78,12 +87,14 @@ def test_a_shipped_file_sent_as_a_script_is_the_same_chain() -> None:
 def test_a_script_may_be_a_bare_name_or_carry_settings() -> None:
     assert chain_from_script(" cg_sense \n").name == "cg_sense"
     text = (config_directory() / "fourier.xml").read_text()
-    changed = text.replace("</configuration>\n    </external>", '<property name="prewhiten" value="false"/></configuration></external>')
+    changed = text.replace(
+        "</configuration>\n    </external>", '<property name="prewhiten" value="false"/></configuration></external>'
+    )
     assert changed != text
     assert chain_from_script(changed).preprocess.prewhiten is False
 
 
-STREAM = '<configuration><version>2</version><stream>{}</stream></configuration>'
+STREAM = "<configuration><version>2</version><stream>{}</stream></configuration>"
 
 
 @pytest.mark.parametrize(

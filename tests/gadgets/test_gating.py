@@ -77,6 +77,26 @@ def test_arrhythmic_beats_are_rejected_and_counted(odd: float, clock: bool) -> N
     check(keep_all.phase[known], truth[known], 8, 0.15 if clock else 0.4)
 
 
+def test_a_long_last_beat_is_rejected_by_its_late_readouts() -> None:
+    headers, _ = beats([800.0, 820.0, 800.0, 1400.0])
+    assert cardiac_phases(headers, AcquisitionSettings(cardiac_phases=8)).rejected.tolist() == [False, False, False, True]
+
+
+def test_a_beat_just_over_the_limit_is_no_pause_while_readouts_continue() -> None:
+    headers, truth = beats([600.0, 600.0, 901.0, 600.0], tr_ms=4.0, clock=False)
+    gating = cardiac_phases(headers, AcquisitionSettings(cardiac_phases=2, arrhythmia_rejection=0.0))
+    assert gating.rr[2] == pytest.approx(0.9, abs=0.005)
+    check(gating.phase, truth, 2, 0.05)
+
+
+def test_rejected_readouts_are_counted_by_the_buffer() -> None:
+    headers, _ = beats([800.0, 800.0, 400.0, 800.0, 800.0, 800.0], tr_ms=5.0)
+    scan = sort_readouts(headers, mrd_header(), AcquisitionSettings(cardiac_phases=4))
+    assert scan.skipped == {"arrhythmia": 80}
+    assert len(scan.imaging) == len(headers) - 80
+    assert not np.isin(np.arange(320, 400), scan.imaging.rows).any()
+
+
 def test_a_pause_in_the_acquisition_is_not_an_arrhythmia() -> None:
     headers, truth = beats([800.0] * 9)
     breath_holds = (truth >= 0) & ~np.isin(np.arange(len(headers)) // 40, (3, 4, 5))  # beats 3 to 5 are not acquired

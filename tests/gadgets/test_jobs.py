@@ -81,7 +81,9 @@ def test_scratch_is_reserved_and_removed() -> None:
     assert not path.exists() and not scratch.path.exists()
 
 
-def test_scratch_of_a_dead_process_is_removed_and_of_a_living_one_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scratch_of_a_dead_process_is_removed_and_of_a_living_one_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     dead = tmp_path / f"{SCRATCH_PREFIX}{2**22 + 1}-abc"  # beyond the largest process id
     living = tmp_path / f"{SCRATCH_PREFIX}{os.getpid()}-abc"

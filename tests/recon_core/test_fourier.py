@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from recon_core.errors import DataError
 from recon_core.fourier import centre_slice, fft_centred, ifft_centred, resize_centred
 

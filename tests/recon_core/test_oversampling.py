@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+
 from recon_core.errors import DataError
 from recon_core.preprocess.oversampling import to_recon_matrix
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+
 from recon_core.errors import DataError
 from recon_core.fourier import centre_slice
 from recon_core.preprocess import readout

@@ -1,0 +1,150 @@
+"""What every method does at its door: check the k-space, scale it once, build the acquisition operator, know the noise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from recon_core.errors import CalibrationError, DataError
+from recon_core.fourier import ifft_centred
+from recon_core.operators.cartesian import CartesianSense
+from recon_core.types import K1, K2, KSpace, Report
+
+Tensor = torch.Tensor
+
+PEAK = 0.999
+"""The quantile of the coil-combined calibration image that becomes 1."""
+
+MOST_WEIGHT = 2.0
+"""Averages count by their number up to this many times the typical one: more would slow every solver (condition number)."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """``min |A x - b|^2`` in scaled units, in the operator's working layout.
+
+    Attributes
+    ----------
+    operator
+        ``A = W F S`` with ``W = sqrt(counts / typical count)``.
+    rhs
+        ``A^H b``, working images.
+    scale
+        Measured units per scaled unit; results are multiplied with it on the way out.
+    noise
+        Standard deviation of a complex sample of the weighted, scaled data.
+    noise_measured
+        False when ``noise`` had to be estimated from the outer k-space.
+    """
+
+    operator: CartesianSense
+    rhs: Tensor
+    scale: float
+    noise: float
+    noise_measured: bool
+
+    def leave(self, images: Tensor) -> Tensor:
+        """Working images to centred ``(state, z, y, x)`` in measured units, complex64."""
+        return (self.operator.leave_image(images) * self.scale).to(torch.complex64)
+
+
+def check_kspace(kspace: KSpace, where: str) -> None:
+    """Raise ``DataError`` unless shapes fit, something was sampled and every value is finite."""
+    data, counts = kspace.data, kspace.counts
+    if data.ndim != 5 or not data.is_complex():
+        raise DataError("not a k-space", where=where, got=f"{tuple(data.shape)} {data.dtype}", expected="complex (state, coil, k2, k1, x)")
+    expected = (data.shape[0], data.shape[2], data.shape[3])
+    if tuple(counts.shape) != expected:
+        raise DataError("counts do not fit the k-space", where=where, got=tuple(counts.shape), expected=expected)
+    if not bool((counts > 0).any()):
+        raise DataError("nothing was sampled", where=where, remedy="Check the encoding limits and the acceleration in the header")
+    if not bool(torch.isfinite(torch.view_as_real(data)).all()) or not bool(torch.isfinite(counts).all()):
+        raise DataError("k-space holds values that are not finite", where=where)
+    empty = (counts <= 0).flatten(1).all(dim=1).nonzero().flatten().tolist()
+    if empty:
+        raise DataError("states without any sample", where=where, got=f"states {empty}", remedy="Check which counter makes the states")
+
+
+def check_maps(kspace: KSpace, where: str) -> Tensor:
+    """The coil maps, or a typed error when they are missing, do not fit, or are not usable."""
+    maps = kspace.coil_maps
+    if maps is None:
+        raise CalibrationError("this method needs coil maps", where=where, remedy="Acquire calibration lines or estimate maps first")
+    expected = tuple(kspace.data.shape[1:])
+    if tuple(maps.shape) != expected:
+        raise DataError("coil maps do not fit the k-space", where=where, got=tuple(maps.shape), expected=expected)
+    if not bool(torch.isfinite(torch.view_as_real(maps)).all()):
+        raise DataError("coil maps hold values that are not finite", where=where)
+    if not bool((maps != 0).any()):
+        raise CalibrationError("coil maps are zero everywhere", where=where, remedy="Check the calibration lines")
+    return maps
+
+
+def pose(kspace: KSpace, where: str, report: Report) -> Problem:
+    """Check, scale and weigh one slice or slab.
+
+    Raises
+    ------
+    DataError
+        Shapes do not fit, nothing (or a whole state not) sampled, values that are not finite.
+    CalibrationError
+        No usable coil maps.
+    """
+    check_kspace(kspace, where)
+    maps = check_maps(kspace, where)
+    scale = signal_scale(kspace)
+    if scale == 0:
+        report.warn("all samples are zero")
+        scale = 1.0
+    sampled = kspace.counts[kspace.counts > 0]
+    typical = float(sampled.median())
+    weights = (kspace.counts / typical).clamp(0, MOST_WEIGHT).sqrt()
+    operator = CartesianSense(maps, weights)
+    rhs = operator.adjoint(operator.enter_data(kspace.data / scale))
+    measured = kspace.noise_std is not None and kspace.noise_std > 0
+    noise = float(kspace.noise_std or 0.0) if measured else outer_noise(kspace)
+    return Problem(operator, rhs, scale, noise / math.sqrt(typical) / scale, measured)
+
+
+def signal_scale(kspace: KSpace) -> float:
+    """99.9th percentile of the coil-combined magnitude image of the calibration lines (of all lines, if there are none)."""
+    if kspace.acs is not None and bool((kspace.acs != 0).any()):
+        lines = kspace.acs
+    else:
+        counts = kspace.counts[:, None, :, :, None]
+        lines = (kspace.data * counts).sum(0) / counts.sum(0).clamp_min(1)
+    # squares of raw data in volts underflow in float32
+    peak = float(lines.abs().max())
+    if peak == 0:
+        return 0.0
+    images = ifft_centred(lines / peak, (K2, K1))
+    if kspace.coil_maps is not None:
+        magnitude = (kspace.coil_maps.conj() * images).sum(0).abs().flatten()
+    else:
+        magnitude = images.abs().square().sum(0).sqrt().flatten()
+    rank = max(1, math.ceil(PEAK * magnitude.numel()))
+    quantile = float(magnitude.kthvalue(rank).values)
+    # an object smaller than a thousandth of the image
+    return peak * (quantile if quantile > 0 else float(magnitude.max()))
+
+
+def outer_noise(kspace: KSpace) -> float:
+    """Noise of one complex sample (``counts`` = 1), estimated where there is least signal.
+
+    The outer quarter of the sampled positions, all readout positions: for complex Gaussian noise ``|n|^2`` is exponential, so
+    its lower quartile is ``-ln(3/4) sigma^2``; the lower quartile hardly sees what signal remains. Biased upwards, never down.
+    """
+    counts = kspace.counts
+    k2 = (torch.arange(counts.shape[1], device=counts.device) - counts.shape[1] // 2) / max(1, counts.shape[1] // 2)
+    k1 = (torch.arange(counts.shape[2], device=counts.device) - counts.shape[2] // 2) / max(1, counts.shape[2] // 2)
+    distance = torch.maximum(k2.abs()[:, None], k1.abs()[None, :]).expand(counts.shape)
+    sampled = counts > 0
+    far = sampled & (distance >= torch.quantile(distance[sampled].float(), 0.75))
+    samples = kspace.data.movedim(1, -1)[far]  # (position, x, coil)
+    power = samples.abs().square() * counts[far][:, None, None]
+    # one variance per coil: without prewhitening coils differ
+    per_coil = power.flatten(0, 1)
+    quartile = per_coil.kthvalue(max(1, per_coil.shape[0] // 4), dim=0).values
+    return math.sqrt(float(quartile.mean()) / -math.log(0.75))
