@@ -60,6 +60,18 @@ def test_capture_is_private_and_has_a_sidecar_without_the_address(tmp_path: Path
     assert not list((tmp_path / "spool").glob(".*")), "no half-written sidecar is left"
 
 
+def test_a_large_capture_takes_no_more_room_than_it_has(tmp_path: Path) -> None:
+    """Blocks are reserved ahead while a scan runs, invisibly, and given back at its end."""
+    block = os.urandom(1 << 20)
+    log = make(tmp_path).open()
+    for _ in range(3):
+        log.append(block)
+    assert log.path.stat().st_size == 3 << 20
+    path = log.finish("complete")
+    assert path is not None and path.read_bytes() == 3 * block
+    assert path.stat().st_blocks * 512 <= (3 << 20) + (64 << 10)
+
+
 def test_names_sort_by_time(tmp_path: Path) -> None:
     spool = make(tmp_path)
     paths = [keep(spool, SESSION) for _ in range(3)]

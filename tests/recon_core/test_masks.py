@@ -119,7 +119,10 @@ def test_uniform_2d_with_caipirinha_shift() -> None:
         (lambda g: masks.vista(64, 2, 2, 80, g), "does not fit"),
         (lambda g: masks.uniform(64, 2, 2.5, 4), "not an integer"),
         (lambda g: masks.uniform_2d((8, 8), 1, (0, 2)), "not an acceleration"),
-        (lambda g: masks.random_variable_density(64, 1, 2, 30, g, available=masks.partial_fourier_lines(64, 0.6)), "not acquired"),
+        (
+            lambda g: masks.random_variable_density(64, 1, 2, 30, g, available=masks.partial_fourier_lines(64, 0.6)),
+            "not acquired",
+        ),
         (lambda g: masks.partial_fourier_lines(64, 0.4), "partial Fourier"),
         (lambda g: masks.poisson_disc((8, 8), 1, 2, (0, 0), g, available=np.ones((4, 4), bool)), "wrong shape"),
     ],

@@ -1,0 +1,66 @@
+"""Simulated scans as wire messages, and how far images are from the truth."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from gadgets.simulate import Stream, simulate, simulate_stream
+from gadgets.wire import codec
+from gadgets.wire.events import Image
+
+
+@dataclass(frozen=True)
+class SimulatedScan:
+    """A raw file, the same scan as wire messages, and the truth ``(slice, state, z, y, x)``."""
+
+    path: Path
+    stream: Stream
+
+    @property
+    def header(self) -> str:
+        return self.stream.header_text
+
+    @property
+    def messages(self) -> list[bytes]:
+        """Readouts as the wire has them, in batches."""
+        return [bytes(codec.acquisitions(headers, samples)) for headers, samples in self.stream.batches]
+
+    @property
+    def truth(self) -> NDArray[np.float32]:
+        return np.abs(self.stream.truth.images).astype(np.float32)
+
+    @property
+    def tissue(self) -> NDArray[np.bool_]:
+        return self.stream.truth.tissue
+
+
+def simulated(kind: str, path: Path, **settings: Any) -> SimulatedScan:
+    """Simulate once, as a file and in memory."""
+    simulate(kind, path, settings)
+    return SimulatedScan(path, simulate_stream(kind, settings))
+
+
+def stack(images: list[Image], n_states: int) -> NDArray[np.float64]:
+    """Images of one series as ``(slice, state, z, y, x)``, by their one-based index."""
+    ordered = sorted(images, key=lambda image: int(image.header["image_index"]))
+    data = np.stack([image.data[0] for image in ordered]).astype(float)
+    return data.reshape(-1, n_states, *data.shape[1:])
+
+
+def error(images: NDArray[np.floating], truth: NDArray[np.floating], where: NDArray[np.bool_]) -> float:
+    """nRMSE of magnitudes inside ``where`` ``(slice, z, y, x)``, after the best common scale (coil combination is free of it)."""
+    inside = np.broadcast_to(where[:, None], truth.shape)
+    a, b = np.abs(images)[inside], np.abs(truth)[inside]
+    return float(np.linalg.norm(a * (a @ b) / (a @ a) - b) / np.linalg.norm(b))
+
+
+def file_images(path: Path, group: str) -> NDArray[np.float64]:
+    """All images of a group of an MRD image file, in order."""
+    with h5py.File(path) as file:
+        return np.concatenate([file[group][name]["data"][:] for name in sorted(file[group])]).astype(float)
