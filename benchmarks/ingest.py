@@ -184,11 +184,12 @@ def busy(active: bool) -> Iterator[None]:
         worker.join()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
+    """Run every case and write ``results/ingest.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--spool", type=Path, help="where captures go; default: the temporary directory")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(arguments)
     rows, results = [], []
     with tempfile.TemporaryDirectory(prefix="ingest-", dir=chosen.spool) as folder:
         for case in CASES:

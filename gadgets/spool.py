@@ -126,9 +126,9 @@ class Spool:
         finished = [path for path in sorted(sizes) if sidecar(path).exists()]
         status = {path: capture_status(path) for path in finished}
         kept_failed = sum(sizes[path] for path in finished if status[path] != "complete")
-        while used > self.max_bytes or _free(root) < self.min_free_bytes:
-            if not finished:
-                return _free(root) >= self.min_free_bytes
+        # when others have filled the disk, removing captures would lose them and not help
+        helps = _free(root) + sum(sizes[path] for path in finished) >= self.min_free_bytes
+        while finished and (used > self.max_bytes or (helps and _free(root) < self.min_free_bytes)):
             complete = [path for path in finished if status[path] == "complete"]
             victim = complete[0] if complete and kept_failed <= self.max_bytes // 2 else finished[0]
             finished.remove(victim)
@@ -139,7 +139,7 @@ class Spool:
             used -= sizes[victim]
             kept_failed -= sizes[victim] if status[victim] != "complete" else 0
             logger.info("event=capture_evicted file=%s bytes=%d status=%s", victim.name, sizes[victim], status[victim])
-        return True
+        return _free(root) >= self.min_free_bytes
 
     def place(self, needed: int, tried: set[Path]) -> tuple[Path, bool]:
         """Where a log of at least ``needed`` bytes may go, and whether it is kept there.
@@ -247,7 +247,7 @@ class ScanLog:
         if self._fd < 0:
             self._create(len(view))
         offset = self.size
-        if self._kept and RESERVE_FROM <= self.size and self.size + len(view) > self._reserved:
+        if self._kept and self.size >= RESERVE_FROM and self.size + len(view) > self._reserved:
             self._reserved = self.size + RESERVE_BYTES if _reserve(self._fd, self.size) else 1 << 62
         while view:
             try:

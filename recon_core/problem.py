@@ -109,23 +109,29 @@ def pose(kspace: KSpace, where: str, report: Report) -> Problem:
 
 
 def signal_scale(kspace: KSpace) -> float:
-    """99.9th percentile of the coil-combined magnitude image of the calibration lines (of all lines, if there are none)."""
-    if kspace.acs is not None and bool((kspace.acs != 0).any()):
-        lines = kspace.acs
+    """99.9th percentile of the coil-combined magnitude images of the calibration lines, all states together.
+
+    State by state where the states hold those lines themselves: in the mean over inversion times the signs cancel. Separate
+    calibration lines come next, and without any the zero-filled images.
+    """
+    centre = kspace.acs_mask if kspace.acs_mask is not None else kspace.mask.all(0)
+    if bool(centre.any()) and bool(kspace.mask[:, centre].all()):
+        lines = kspace.data * centre[:, :, None]
+    elif kspace.acs is not None:
+        lines = kspace.acs[None]
     else:
-        counts = kspace.counts[:, None, :, :, None]
-        lines = (kspace.data * counts).sum(0) / counts.sum(0).clamp_min(1)
+        lines = kspace.data
     # squares of raw data in volts underflow in float32
     peak = float(lines.abs().max())
     if peak == 0:
         return 0.0
-    images = ifft_centred(lines / peak, (K2, K1))
-    if kspace.coil_maps is not None:
-        magnitude = (kspace.coil_maps.conj() * images).sum(0).abs().flatten()
-    else:
-        magnitude = images.abs().square().sum(0).sqrt().flatten()
-    rank = max(1, math.ceil(PEAK * magnitude.numel()))
-    quantile = float(magnitude.kthvalue(rank).values)
+    maps = None if kspace.coil_maps is None else kspace.coil_maps.conj()
+    parts = []
+    for state in lines:
+        images = ifft_centred(state / peak, (K2, K1))
+        parts.append(torch.linalg.vector_norm(images, dim=0) if maps is None else (maps * images).sum(0).abs())
+    magnitude = torch.stack(parts).flatten()
+    quantile = float(magnitude.kthvalue(max(1, math.ceil(PEAK * magnitude.numel()))).values)
     # an object smaller than a thousandth of the image
     return peak * (quantile if quantile > 0 else float(magnitude.max()))
 
@@ -134,7 +140,7 @@ def outer_noise(kspace: KSpace) -> float:
     """Noise of one complex sample (``counts`` = 1), estimated where there is least signal.
 
     The outer quarter of the sampled positions, all readout positions: for complex Gaussian noise ``|n|^2`` is exponential, so
-    its lower quartile is ``-ln(3/4) sigma^2``; the lower quartile hardly sees what signal remains. Biased upwards, never down.
+    its lowest tenth ends at ``-ln(0.9) sigma^2``; the tenth hardly sees what signal remains. Biased upwards if at all.
     """
     counts = kspace.counts
     k2 = (torch.arange(counts.shape[1], device=counts.device) - counts.shape[1] // 2) / max(1, counts.shape[1] // 2)
@@ -143,8 +149,8 @@ def outer_noise(kspace: KSpace) -> float:
     sampled = counts > 0
     far = sampled & (distance >= torch.quantile(distance[sampled].float(), 0.75))
     samples = kspace.data.movedim(1, -1)[far]  # (position, x, coil)
-    power = samples.abs().square() * counts[far][:, None, None]
+    power = samples.abs().double().square() * counts[far][:, None, None]
     # one variance per coil: without prewhitening coils differ
     per_coil = power.flatten(0, 1)
-    quartile = per_coil.kthvalue(max(1, per_coil.shape[0] // 4), dim=0).values
-    return math.sqrt(float(quartile.mean()) / -math.log(0.75))
+    tenth = per_coil.kthvalue(max(1, per_coil.shape[0] // 10), dim=0).values
+    return math.sqrt(float(tenth.mean()) / -math.log(0.9))

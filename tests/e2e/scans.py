@@ -32,8 +32,13 @@ class SimulatedScan:
         return [bytes(codec.acquisitions(headers, samples)) for headers, samples in self.stream.batches]
 
     @property
-    def truth(self) -> NDArray[np.float32]:
-        return np.abs(self.stream.truth.images).astype(np.float32)
+    def truth(self) -> NDArray[np.float64]:
+        """What whitened coils show: the object times ``sqrt(S^H C^-1 S)``, since unit-norm maps belong to whitened coils."""
+        truth = self.stream.truth
+        maps = truth.coil_maps.astype(complex)
+        whitened = np.einsum("dc,sczyx->sdzyx", np.linalg.inv(np.linalg.cholesky(truth.noise_covariance)), maps)
+        shading = np.sqrt((np.abs(whitened) ** 2).sum(axis=1))
+        return np.asarray(np.abs(truth.images) * shading[:, None])
 
     @property
     def tissue(self) -> NDArray[np.bool_]:

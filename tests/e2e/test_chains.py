@@ -10,8 +10,9 @@ from gadgets.service import Service
 from tests.e2e.scans import SimulatedScan, error, stack
 from tests.strict_client import StrictClient
 
-LARGEST_ERROR = {"fourier": 0.5, "cg_sense": 0.12, "llr": 0.06, "grasp_pro": 0.12}
-"""nRMSE inside tissue of the three-fold undersampled cine; ``fourier`` does not unfold and is only here to run."""
+LARGEST_ERROR = {"fourier": 0.4, "cg_sense": 0.15, "llr": 0.08, "grasp_pro": 0.12}
+LARGEST_ERROR_3D = {"fourier": 0.4, "cg_sense": 0.19, "llr": 0.09, "grasp_pro": 0.15}
+"""nRMSE inside tissue, three-fold undersampled; ``fourier`` does not unfold and is only here to run."""
 
 
 @pytest.mark.parametrize("chain", chain_names())
@@ -32,7 +33,7 @@ def test_a_chain_reconstructs_a_three_dimensional_multi_echo_scan(chain: str, se
     assert len(answer.images) == 4
     assert tuple(answer.images[0].header["matrix_size"]) == (48, 40, 12)
     images = stack(answer.images, 4)
-    assert error(images, mgre.truth, mgre.tissue) < LARGEST_ERROR[chain]
+    assert error(images, mgre.truth, mgre.tissue) < LARGEST_ERROR_3D[chain]
 
 
 def test_learning_from_neighbours_in_time_pays(service: Service, cine: SimulatedScan) -> None:
@@ -46,7 +47,7 @@ def test_learning_from_neighbours_in_time_pays(service: Service, cine: Simulated
 def test_fully_sampled_images_equal_the_truth_up_to_noise(service: Service, full_cine: SimulatedScan) -> None:
     for chain in ("cg_sense", "llr"):
         answer = StrictClient(service.host, service.port).scan(chain, header=full_cine.header, messages=full_cine.messages)
-        assert error(stack(answer.images, 4), full_cine.truth, full_cine.tissue) < 0.05
+        assert error(stack(answer.images, 4), full_cine.truth, full_cine.tissue) < 0.025
 
 
 def test_settings_of_the_console_reach_the_images(service: Service, full_cine: SimulatedScan) -> None:

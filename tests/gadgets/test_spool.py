@@ -178,6 +178,22 @@ def test_too_little_free_space_goes_to_temporary_storage(tmp_path: Path) -> None
     assert list((tmp_path / "temporary").iterdir()) == []
 
 
+def test_a_disk_that_others_have_filled_costs_no_captures(tmp_path: Path) -> None:
+    path = keep(make(tmp_path), SESSION)
+    log = make(tmp_path, min_free_bytes=1 << 62).open()
+    log.append(b"abc")
+    assert path.exists() and not log.kept
+
+
+def test_captures_make_room_for_new_ones_when_that_helps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = make(tmp_path, min_free_bytes=1500)
+    old, new = keep(spool, b"o" * 1000), keep(spool, b"n" * 1000)
+    monkeypatch.setattr("gadgets.spool._free", lambda folder: 3000 - sum(p.stat().st_size for p in folder.glob("*.mrd")))
+    log = spool.open()
+    log.append(b"abc")
+    assert log.kept and not old.exists() and new.exists()
+
+
 def test_spool_off_keeps_nothing(tmp_path: Path) -> None:
     spool = Spool(None, temporary_directories=(tmp_path,))
     log = spool.open()
