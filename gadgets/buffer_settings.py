@@ -42,10 +42,10 @@ class AcquisitionSettings:
         False, "Use calibration-only readouts of the same encoding as image data too (embedded reference lines)."
     )
     calibration: str = setting(
-        "mean",
-        "Calibration lines of several states: their mean, or only the state with the strongest signal (inversion recovery "
-        "and long echo times, where a mean cancels).",
-        choices=("mean", "strongest"),
+        "principal",
+        "Calibration lines of several states: their principal component (contrast and phase may change, as after an inversion), "
+        "their mean, or only the state with the strongest signal. States that do not share the lines are always averaged.",
+        choices=("principal", "mean", "strongest"),
     )
     calibration_lines: int = setting(
         48,

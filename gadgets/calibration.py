@@ -14,6 +14,11 @@ from gadgets.sorted_scan import Placement
 FEWEST_LINES = 4
 """A centre that is narrower than this (in a direction that is encoded) says nothing about coils."""
 
+ENOUGH_LINES = 12
+"""A centre that all states share is taken if it is at least this wide, even if some states have more."""
+
+Block = tuple[tuple[int, int], tuple[int, int]]
+
 
 @dataclass(frozen=True)
 class CalibrationLines:
@@ -36,17 +41,20 @@ def calibration_lines(
 ) -> CalibrationLines | None:
     """The calibration readouts of the slice at position ``slice_index``.
 
-    Flagged readouts if there are any. Otherwise the imaging readouts in a contiguous block about DC whose every
-    position is sampled in at least one state (grown greedily, at most ``settings.calibration_lines`` in each direction).
+    Flagged readouts if there are any. Otherwise the imaging readouts in a contiguous block about DC (grown greedily, at most
+    ``settings.calibration_lines`` in each direction) whose every position is sampled in all states; when that block has fewer
+    than `ENOUGH_LINES` lines in an encoded direction, in at least one state: such a block mixes the states' contrasts.
     ``None`` when that block has fewer than `FEWEST_LINES` lines in an encoded direction.
     """
     flagged = calibration.take(calibration.slice == slice_index)
     if len(flagged):
         return CalibrationLines(flagged, _complete_states(flagged, grid))
     own = imaging.take(imaging.slice == slice_index)
-    sampled = np.zeros(grid, bool)
-    sampled[own.k2, own.k1] = True
-    block = sampled_centre(sampled, settings.calibration_lines)
+    block = _shared_centre(own, grid, settings.calibration_lines)
+    if block is None:
+        sampled = np.zeros(grid, bool)
+        sampled[own.k2, own.k1] = True
+        block = sampled_centre(sampled, settings.calibration_lines)
     if block is None:
         return None
     (z0, z1), (y0, y1) = block
@@ -56,7 +64,7 @@ def calibration_lines(
     return CalibrationLines(centre, _complete_states(centre, grid))
 
 
-def sampled_centre(sampled: NDArray[np.bool_], largest: int) -> tuple[tuple[int, int], tuple[int, int]] | None:
+def sampled_centre(sampled: NDArray[np.bool_], largest: int) -> Block | None:
     """The block about DC in which everything is sampled, as ``((k2 start, stop), (k1 start, stop))``.
 
     Grows from DC by a row or a column at a time, each side in turn, as long as the new one is complete. ``None`` when DC
@@ -82,6 +90,20 @@ def sampled_centre(sampled: NDArray[np.bool_], largest: int) -> tuple[tuple[int,
                     side[axis] = new if side is lo else new + 1
                     growing = True
     return (lo[0], hi[0]), (lo[1], hi[1])
+
+
+def _shared_centre(own: Placement, grid: tuple[int, int], largest: int) -> Block | None:
+    """The block that every state samples, if it is wide enough."""
+    states = np.unique(own.state)
+    n_sampled = np.zeros(grid, np.int64)
+    for state in states:
+        sampled = np.zeros(grid, bool)
+        sampled[own.k2[own.state == state], own.k1[own.state == state]] = True
+        n_sampled += sampled
+    block = sampled_centre(n_sampled == len(states), largest)
+    if block is None or any(stop - start < min(n, ENOUGH_LINES) for n, (start, stop) in zip(grid, block, strict=True)):
+        return None
+    return block
 
 
 def calibration_notes(

@@ -209,7 +209,7 @@ class RowFiles:
     def __len__(self) -> int:
         return self.n_readouts
 
-    def __getitem__(self, rows: NDArray[np.intp]) -> NDArray[np.complex64]:
+    def __getitem__(self, rows: NDArray[np.integer]) -> NDArray[np.complex64]:
         rows = np.asarray(rows)
         out = np.empty((len(rows), self.n_coils, self.n_x), np.complex64)
         owner = rows // self.chunk

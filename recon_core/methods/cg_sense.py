@@ -13,8 +13,9 @@ NAME = "cg_sense"
 SUMMARY = "Parallel imaging by regularised least squares, state by state"
 NEEDS_COIL_MAPS = True
 
-SIGNAL_POWER = 0.1
-"""Mean square of an image whose peak is 1, for the Wiener-like weight noise^2 / signal^2."""
+SIGNAL_POWER = 0.04
+"""Mean square of an image whose peak is 1, for the Wiener weight noise^2 / signal^2. Within 4 % of the best nRMSE on ten
+cases of 0.3 to 4 % noise, 4x and 8x, inversion recovery, cine and measured kidney."""
 
 LEAST_WEIGHT = 1e-4
 """Keeps noiseless data solvable in float32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from gadgets.service import Service
 from gadgets.simulate import Stream, simulate, simulate_stream
 from gadgets.wire import codec
+from gadgets.wire.dtypes import Flag
 from gadgets.wire.events import Image
+from tests.strict_client import Answer, StrictClient
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,65 @@ def file_images(path: Path, group: str) -> NDArray[np.float64]:
     """All images of a group of an MRD image file, in order."""
     with h5py.File(path) as file:
         return np.concatenate([file[group][name]["data"][:] for name in sorted(file[group])]).astype(float)
+
+
+Batches = list[tuple[NDArray[np.void], NDArray[np.complex64]]]
+
+
+def in_memory(kind: str, **settings: Any) -> SimulatedScan:
+    """A simulated scan without a file (and, unless asked for, without waveforms)."""
+    return SimulatedScan(Path("(in memory)"), simulate_stream(kind, {"waveforms": False, **settings}))
+
+
+def encoded(batches: Batches) -> list[bytes]:
+    """Batches of readouts as wire messages."""
+    return [bytes(codec.acquisitions(headers, samples)) for headers, samples in batches]
+
+
+def one_by_one(batches: Batches) -> list[bytes]:
+    """The same bytes, each readout a piece of its own."""
+    return [
+        bytes(codec.acquisitions(headers[i : i + 1], samples[i : i + 1]))
+        for headers, samples in batches
+        for i in range(len(headers))
+    ]
+
+
+def is_noise(headers: NDArray[np.void]) -> NDArray[np.bool_]:
+    """Which readouts are noise measurements."""
+    return np.asarray(headers["flags"] >> np.uint64(Flag.ACQ_IS_NOISE_MEASUREMENT - 1) & np.uint64(1), dtype=bool)
+
+
+def noise_part(scan: SimulatedScan) -> Batches:
+    """The noise readouts, which the simulation has as a batch of their own."""
+    return [batch for batch in scan.stream.batches if is_noise(batch[0]).any()]
+
+
+def imaging_part(scan: SimulatedScan) -> Batches:
+    """Everything else."""
+    return [batch for batch in scan.stream.batches if not is_noise(batch[0]).any()]
+
+
+def ask(
+    service: Service,
+    chain: str,
+    scan: SimulatedScan,
+    *,
+    messages: Iterable[bytes] | None = None,
+    header: str | None = None,
+    **overrides: object,
+) -> Answer:
+    """One scan through the server by the strict client; ``overrides`` go as FIRE parameters, as text."""
+    parameters = {name: str(value) for name, value in overrides.items()}
+    client = StrictClient(service.host, service.port, dialect="fire" if parameters else "gadgetron")
+    return client.scan(
+        chain,
+        header=scan.header if header is None else header,
+        messages=scan.messages if messages is None else messages,
+        parameters=parameters or None,
+    )
+
+
+def complaints(answer: Answer) -> list[str]:
+    """Errors and warnings that the operator gets."""
+    return [text for text in answer.texts if text.startswith(("ERR", "WRN"))]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from scan_factory import flag, mrd_header, numbered_rows, readout_headers
 
 from gadgets.buffer import AcquisitionSettings, Kind, ReadoutIndex, assemble, readout_geometry, sort_readouts
 from gadgets.calibration import sampled_centre
@@ -18,6 +17,7 @@ from gadgets.wire.dtypes import ACQUISITION_HEADER
 from gadgets.wire.header import Encoding, Limit, MrdHeader, parse_header
 from recon_core.errors import DataError
 from recon_core.settings import parse_settings
+from tests.gadgets.scan_factory import flag, mrd_header, numbered_rows, readout_headers
 
 DATA = Path(__file__).parents[1] / "data"
 DEFAULT = AcquisitionSettings()
@@ -267,6 +267,26 @@ def test_strongest_state_for_calibration() -> None:
     scan = sort_readouts(headers, mrd_header(), AcquisitionSettings(calibration="strongest"))
     acs = assemble(scan, 0, rows).acs
     assert acs is not None and np.array_equal(acs[:, 0].numpy(), rows[8:].transpose(1, 0, 2))
+
+
+def test_principal_component_of_an_inversion_recovery_keeps_the_signal() -> None:
+    rng = np.random.default_rng(3)
+    signal = (rng.standard_normal((8, 2, 16)) + 1j * rng.standard_normal((8, 2, 16))).astype(np.complex64)
+    rows = np.concatenate([signal, -signal, 0.1 * signal])  # the mean of the three nearly cancels
+    headers = readout_headers(lines(8, set=0) + lines(8, set=1) + lines(8, set=2))
+    acs = assemble(sort_readouts(headers, mrd_header()), 0, rows).acs
+    assert acs is not None
+    ratio = acs[:, 0].numpy() / signal.transpose(1, 0, 2)
+    assert np.allclose(ratio, ratio[0, 0, 0], rtol=1e-4)
+    assert np.isclose(abs(ratio[0, 0, 0]), np.sqrt(2.01), rtol=1e-4)
+
+
+def test_a_centre_that_all_states_share_is_preferred_to_a_wider_mixed_one() -> None:
+    centre = list(range(10, 22))  # 12 lines around DC of 32
+    counters = [{"k1": k, "phase": 0} for k in [8, 9, *centre]] + [{"k1": k, "phase": 1} for k in [*centre, 22, 23]]
+    rows = numbered_rows(len(counters), 2, 16)
+    kspace = assemble(sort_readouts(readout_headers(counters), mrd_header(16, 32)), 0, rows)
+    assert kspace.acs_mask is not None and kspace.acs_mask[0].nonzero().flatten().tolist() == centre
 
 
 def test_averages_segments_and_repeats() -> None:

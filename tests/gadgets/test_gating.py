@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scan_factory import mrd_header, numbered_rows, readout_headers
 
 from gadgets.buffer import AcquisitionSettings, assemble, sort_readouts
 from gadgets.errors import SortError
 from gadgets.gating import cardiac_phases
+from tests.gadgets.scan_factory import mrd_header, numbered_rows, readout_headers
 
 TICK_MS = 2.5
 
