@@ -53,7 +53,9 @@ def coils(n: int, n_coils: int, rng: np.random.Generator) -> NDArray[np.complex1
     maps = []
     for angle in 2 * np.pi * (np.arange(n_coils) + 0.2 * rng.standard_normal(n_coils)) / n_coils:
         cy, cx = 1.15 * np.sin(angle), 1.15 * np.cos(angle)
-        phase = rng.uniform(0, 2 * np.pi) + rng.normal(0, 0.7) * x + rng.normal(0, 0.7) * y + np.arctan2(y - 2 * cy, x - 2 * cx)
+        phase = (
+            rng.uniform(0, 2 * np.pi) + rng.normal(0, 0.7) * x + rng.normal(0, 0.7) * y + np.arctan2(y - 2 * cy, x - 2 * cx)
+        )
         maps.append(np.exp(1j * phase) / ((y - cy) ** 2 + (x - cx) ** 2 + 0.35))
     stack = np.stack(maps)
     return (stack / np.sqrt(np.sum(np.abs(stack) ** 2, axis=0)))[:, None]
@@ -67,7 +69,9 @@ def inversion_recovery(n: int, rng: np.random.Generator, n_states: int = 9) -> N
     for _ in range(12):
         r, a = rng.uniform(0, 0.42), rng.uniform(0, 2 * np.pi)
         half = rng.uniform(0.04, 0.16, 2)
-        ellipses.append((1.1 * r * np.sin(a), r * np.cos(a), half[0], half[1], rng.uniform(0.4, 1.0), rng.uniform(0.25, 2.2)))
+        ellipses.append(
+            (1.1 * r * np.sin(a), r * np.cos(a), half[0], half[1], rng.uniform(0.4, 1.0), rng.uniform(0.25, 2.2))
+        )
     for cy, cx, ry, rx, density, value in ellipses:
         inside = ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2 < 1
         m0[inside], t1[inside] = density, value
@@ -98,12 +102,16 @@ def cine(n: int, rng: np.random.Generator, n_states: int = 12) -> NDArray[np.com
         edge = 1.5 / n
         in_wall = 1 / (1 + np.exp((r - r_out) / edge))
         in_blood = 1 / (1 + np.exp((r - r_in) / edge))
-        frame = body * (1 - in_wall) + in_wall * ((1 - in_blood) * 0.45 * wall[iy, ix] + in_blood * (1 - 0.1 * np.sin(2 * np.pi * t)))
+        frame = body * (1 - in_wall) + in_wall * (
+            (1 - in_blood) * 0.45 * wall[iy, ix] + in_blood * (1 - 0.1 * np.sin(2 * np.pi * t))
+        )
         frames.append(frame * phase)
     return np.stack(frames)[:, None]
 
 
-def masks(n: int, n_states: int, n_lines: int, n_acs: int, rng: np.random.Generator) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+def masks(
+    n: int, n_states: int, n_lines: int, n_acs: int, rng: np.random.Generator
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """``n_acs`` centre lines in every state, plus ``n_lines`` drawn anew for each with a density that falls outwards."""
     acs = np.zeros((1, n), bool)
     acs[0, n // 2 - n_acs // 2 : n // 2 - n_acs // 2 + n_acs] = True

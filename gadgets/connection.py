@@ -118,12 +118,24 @@ class Connection:
                 return
             if not view:
                 return self._ended()
-            self._bytes += len(view)
-            self._keep(view)
+            try:
+                view = self._gather(view)
+            except Disconnected as error:
+                return self._vanished(error)
             for event in self.parser.feed(view):
                 self._take(event)
             if self.parser.lost:
                 return self._drain(bytes(view[-2:]))
+
+    def _gather(self, view: memoryview) -> memoryview:
+        """Keep ``view`` and what has arrived meanwhile, piece by piece, before any of it is looked at."""
+        held, more = 0, view
+        while more is not None:
+            held += len(more)
+            self._bytes += len(more)
+            self._keep(more)
+            more = self.peer.receive_more(held)
+        return self.peer.received(held)
 
     def _patience(self) -> float:
         timing = self.peer.timing

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from gadgets.errors import Disconnected
 
 CLOSE_BYTES = b"\x04\x00"
-BUFFER_BYTES = 1 << 20
+PIECE_BYTES = 1 << 20  # one read: still in the processor's cache when it is written to the log
+BUFFER_BYTES = 4 * PIECE_BYTES  # what is framed at once when data wait: framing costs by the call, not by the byte
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,28 @@ class Peer:
         if timeout != self._receive_timeout:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _timeval(timeout))
             self._receive_timeout = timeout
+        return self._read(0, 0)
+
+    def receive_more(self, held: int) -> memoryview | None:
+        """What has arrived meanwhile, behind the first ``held`` bytes of the buffer; ``None`` when nothing has, or it is full.
+
+        The end of the stream is not reported here but by the next ``receive``.
+        """
+        return self._read(held, socket.MSG_DONTWAIT) or None if held < len(self._buffer) else None
+
+    def received(self, held: int) -> memoryview:
+        """The first ``held`` bytes of the buffer: everything since the last ``receive``."""
+        return self._buffer[:held]
+
+    def _read(self, at: int, flags: int) -> memoryview | None:
         try:
-            n = self.socket.recv_into(self._buffer)
+            n = self.socket.recv_into(self._buffer[at : at + PIECE_BYTES], 0, flags)
         except BlockingIOError:
             return None
         except OSError as error:
             self.gone = True
             raise Disconnected("the connection was reset", got=error.strerror) from error
-        return self._buffer[:n]
+        return self._buffer[at : at + n]
 
     def send(self, message: bytes | bytearray | memoryview) -> None:
         """One whole message.

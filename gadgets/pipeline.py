@@ -10,7 +10,11 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from gadgets.buffer import SortedScan, sort_readouts
 from gadgets.chain import Chain, load_chain
@@ -19,7 +23,7 @@ from gadgets.images import ImageWriter, sending_order
 from gadgets.jobs import Jobs, ReportReader, Scratch
 from gadgets.noise_store import NoiseStore
 from gadgets.preparation import CHUNK_BYTES, Preparation
-from gadgets.readouts import ReadoutIndex
+from gadgets.readouts import Kind, ReadoutIndex, classify
 from gadgets.spool import ScanLog
 from gadgets.tasks import LogSlice, RowFiles, SliceJob, estimate_noise, from_portable, reconstruct_slice
 from gadgets.wire import codec
@@ -37,10 +41,11 @@ PROGRESS_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Services:
-    """What every scan of a server shares."""
+    """What every scan of a server shares. ``configs`` is the folder of chain files, the shipped one when ``None``."""
 
     jobs: Jobs
     noise: NoiseStore | None = None
+    configs: Path | None = None
     device: str = "cpu"
     chunk_bytes: int = CHUNK_BYTES
 
@@ -115,10 +120,11 @@ class Scan:
         try:
             if len(self.index) == 0:
                 raise SortError("no readouts", where="scan", got=f"{self.n_waveforms} waveforms", expected="readouts")
-            sorted_scan = sort_readouts(self.index.headers, self.header, self.chain.acquisition)
-            if len(sorted_scan.noise_rows) and not len(sorted_scan.imaging):
-                yield from self._noise_only(sorted_scan)
+            kind = classify(self.index.headers, self.header, self.chain.acquisition)
+            if (kind == Kind.NOISE).any() and not (kind <= Kind.CALIBRATION_AND_IMAGING).any():
+                yield from self._noise_only(np.flatnonzero(kind == Kind.NOISE))
                 return
+            sorted_scan = sort_readouts(self.index.headers, self.header, self.chain.acquisition)
             for note in sorted_scan.notes:
                 self._warn(note)
             rows = self.preparation.rows()
@@ -130,9 +136,9 @@ class Scan:
         """Forget the scan's intermediate files; the raw log is the connection's."""
         self.scratch.close()
 
-    def _noise_only(self, sorted_scan: SortedScan) -> Iterator[bytes]:
+    def _noise_only(self, rows: NDArray[np.intp]) -> Iterator[bytes]:
         """A separate noise scan: keep its covariance for the scans that depend on it."""
-        rows, index = sorted_scan.noise_rows, self.index
+        index = self.index
         source = LogSlice(str(self.raw.path), index.headers[rows], index.offsets[rows], index.payload_bytes[rows])
         estimate = self.services.jobs.submit(estimate_noise, source).result()
         if self.services.noise is None or not self.header.measurement_id:
@@ -226,7 +232,9 @@ class Scan:
             raise failure
         log.warning("event=fallback chain=%s to=%s slice=%d reason=%r", self.chain.name, self.chain.fallback, number, reason)
         self.say(f"WRN {self.chain.name} failed in slice {number} ({reason}); its images come from {self.chain.fallback}\n")
-        fallback = load_chain(self.chain.fallback)
+        fallback = load_chain(self.chain.fallback, directory=self.services.configs)
+        # what the rows went through, and what the console asked for, holds for the stand-in as well
+        fallback = replace(fallback, preprocess=self.chain.preprocess)
         future = self._submit_slice(sorted_scan, rows, number, fallback, as_fallback=True)
         result, error = self._await(future, reports, number, n_done, sorted_scan.n_slices)
         if result is None:

@@ -53,7 +53,7 @@ class Service:
         self.jobs = Jobs(workers, threads=options.threads)
         self.noise = NoiseStore(options.noise) if options.noise is not None else None
         self.spool = Spool(options.spool, max_bytes=options.spool_bytes, max_scan_bytes=options.scan_bytes)
-        self.services = Services(self.jobs, self.noise, device=choose_device(options.device))
+        self.services = Services(self.jobs, self.noise, options.configs, device=choose_device(options.device))
         self.server = Server(
             options.host,
             options.port,

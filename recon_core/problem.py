@@ -54,24 +54,35 @@ def check_kspace(kspace: KSpace, where: str) -> None:
     """Raise ``DataError`` unless shapes fit, something was sampled and every value is finite."""
     data, counts = kspace.data, kspace.counts
     if data.ndim != 5 or not data.is_complex():
-        raise DataError("not a k-space", where=where, got=f"{tuple(data.shape)} {data.dtype}", expected="complex (state, coil, k2, k1, x)")
+        raise DataError(
+            "not a k-space",
+            where=where,
+            got=f"{tuple(data.shape)} {data.dtype}",
+            expected="complex (state, coil, k2, k1, x)",
+        )
     expected = (data.shape[0], data.shape[2], data.shape[3])
     if tuple(counts.shape) != expected:
         raise DataError("counts do not fit the k-space", where=where, got=tuple(counts.shape), expected=expected)
     if not bool((counts > 0).any()):
-        raise DataError("nothing was sampled", where=where, remedy="Check the encoding limits and the acceleration in the header")
+        raise DataError(
+            "nothing was sampled", where=where, remedy="Check the encoding limits and the acceleration in the header"
+        )
     if not bool(torch.isfinite(torch.view_as_real(data)).all()) or not bool(torch.isfinite(counts).all()):
         raise DataError("k-space holds values that are not finite", where=where)
     empty = (counts <= 0).flatten(1).all(dim=1).nonzero().flatten().tolist()
     if empty:
-        raise DataError("states without any sample", where=where, got=f"states {empty}", remedy="Check which counter makes the states")
+        raise DataError(
+            "states without any sample", where=where, got=f"states {empty}", remedy="Check which counter makes the states"
+        )
 
 
 def check_maps(kspace: KSpace, where: str) -> Tensor:
     """The coil maps, or a typed error when they are missing, do not fit, or are not usable."""
     maps = kspace.coil_maps
     if maps is None:
-        raise CalibrationError("this method needs coil maps", where=where, remedy="Acquire calibration lines or estimate maps first")
+        raise CalibrationError(
+            "this method needs coil maps", where=where, remedy="Acquire calibration lines or estimate maps first"
+        )
     expected = tuple(kspace.data.shape[1:])
     if tuple(maps.shape) != expected:
         raise DataError("coil maps do not fit the k-space", where=where, got=tuple(maps.shape), expected=expected)
@@ -129,7 +140,11 @@ def signal_scale(kspace: KSpace) -> float:
     parts = []
     for state in lines:
         images = ifft_centred(state / peak, (K2, K1))
-        parts.append(torch.linalg.vector_norm(images, dim=0) if maps is None else (maps * images).sum(0).abs())
+        parts.append(
+            torch.linalg.vector_norm(torch.view_as_real(images), dim=(0, -1))
+            if maps is None
+            else (maps * images).sum(0).abs()
+        )
     magnitude = torch.stack(parts).flatten()
     quantile = float(magnitude.kthvalue(max(1, math.ceil(PEAK * magnitude.numel()))).values)
     # an object smaller than a thousandth of the image

@@ -13,7 +13,7 @@ from recon_core.fourier import fft_centred, ifft_centred
 from recon_core.methods import Method, get_method
 from recon_core.preprocess.coil_compression import compress, compress_geometric, compression_matrix, geometric_compression
 from recon_core.preprocess.oversampling import to_recon_matrix
-from recon_core.preprocess.partial_fourier import Extent, homodyne, measured_extent, partial_axes, pocs
+from recon_core.preprocess.partial_fourier import Extent, complete, measured_extent, partial_axes
 from recon_core.preprocess.settings import PreprocessSettings
 from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, ParameterMap, Report, Result, ScanInfo, X
 
@@ -85,16 +85,26 @@ def compress_coils(kspace: KSpace, settings: PreprocessSettings) -> KSpace:
 
 
 def extents_of(kspace: KSpace) -> tuple[Extent, Extent, Extent]:
-    """First and one past the last measured index along z, y and x (states share the extent of their union)."""
+    """First and one past the last measured index along z, y and x (states share the extent of their union).
+
+    Undersampled patterns seldom end on the outermost line: an end that is missing no more than twice the largest gap inside the
+    pattern counts as measured. Partial Fourier is what is missing beyond that.
+    """
     z, y = measured_extent(kspace.mask)
-    return z, y, kspace.readout_range or (0, int(kspace.data.shape[X]))
+    sampled = kspace.mask.any(dim=0)
+    return (
+        _to_edge(z, sampled.any(dim=1)),
+        _to_edge(y, sampled.any(dim=0)),
+        kspace.readout_range or (0, int(kspace.data.shape[X])),
+    )
 
 
-def complete(images: torch.Tensor, extents: tuple[Extent, Extent, Extent], how: str) -> torch.Tensor:
-    """Fill unmeasured outer k-space of complex images ``(..., z, y, x)`` by ``how``: zero_fill, homodyne or pocs."""
-    if how == "zero_fill" or not partial_axes(extents, images.shape):
-        return images
-    return homodyne(images, extents) if how == "homodyne" else pocs(images, extents)
+def _to_edge(extent: Extent, sampled: torch.Tensor) -> Extent:
+    lines = sampled.nonzero()[:, 0]
+    gap = int(lines.diff().max()) if len(lines) > 1 else 1
+    n, tolerance = len(sampled), 2 * gap if gap > 1 else 0
+    start, stop = extent
+    return (0 if start <= tolerance else start), (n if n - stop <= tolerance else stop)
 
 
 def _without_maps(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe, report: Report) -> Result:

@@ -25,9 +25,7 @@ LEAST_WEIGHT = 1e-4
 class Settings:
     """How much and how long."""
 
-    weight: float = setting(
-        1.0, "Tikhonov weight, as a multiple of noise power over signal power", low=0.0, high=1e6
-    )
+    weight: float = setting(1.0, "Tikhonov weight, as a multiple of noise power over signal power", low=0.0, high=1e6)
     iterations: int = setting(30, "most CG iterations", low=1, high=1000)
     tolerance: float = setting(1e-3, "relative residual at which a state is done", low=1e-7, high=0.5)
 

@@ -56,7 +56,7 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
         if adaptive:
             images.append((maps.conj() * coil_images).sum(0))
         else:
-            images.append(torch.linalg.vector_norm(coil_images, dim=0))
+            images.append(torch.linalg.vector_norm(torch.view_as_real(coil_images), dim=(0, -1)))
         report.progress((index + 1) / kspace.n_states)
     name = "image" if adaptive else "magnitude"
     return Result(images=(ImageSeries(name, torch.stack(images)),))

@@ -127,7 +127,9 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
         tolerance=1e-3,
         n_batch_axes=0,
     )
-    inner = llr.Settings(**{name: getattr(settings, name) for name in ("weight", "block", "block_3d", "power", "iterations", "tolerance")})
+    inner = llr.Settings(
+        **{name: getattr(settings, name) for name in ("weight", "block", "block_3d", "power", "iterations", "tolerance")}
+    )
     solved = llr.solve(problem, subspace.forward, subspace.adjoint, start.solution, inner, report)
     result = llr.finish(NAME, problem, subspace.forward(solved.solution), solved, report)
     return replace(

@@ -48,7 +48,10 @@ class Settings:
     block: int = setting(6, "side of the blocks in 2D", unit="pixels", low=2, high=64)
     block_3d: int = setting(4, "side of the blocks in 3D", unit="voxels", low=2, high=32)
     power: float = setting(
-        0.0, "p of the shrinkage: 1 soft threshold (nuclear norm), less keeps strong components whole; 0: by the noise", low=0.0, high=1.0
+        0.0,
+        "p of the shrinkage: 1 soft threshold (nuclear norm), less keeps strong components whole; 0: by the noise",
+        low=0.0,
+        high=1.0,
     )
     iterations: int = setting(40, "most iterations", low=1, high=2000)
     tolerance: float = setting(0.0, "relative change at which to stop early; 0 runs all iterations", low=0.0, high=0.1)

@@ -36,9 +36,9 @@ def largest_eigenvalue(
     x = torch.randn(shape, dtype=dtype, generator=generator)
     value = 0.0
     for _ in range(iterations):
-        x = x / torch.linalg.vector_norm(x)
+        x = x / _norm(x)
         y = normal(x)
-        value = float(torch.linalg.vector_norm(y))
+        value = _norm(y)
         if value == 0 or not math.isfinite(value):
             return value
         x = y
@@ -88,10 +88,10 @@ def proximal_gradient(
         new = prox(y - step * gradient(y), iteration)
         moved = new - x
         against = float(_real_inner(y - new, moved)) > 0
-        size = float(torch.linalg.vector_norm(new))
+        size = _norm(new)
         if not math.isfinite(size):
             raise NumericalError("not finite", where="proximal gradient", got=f"iteration {iteration + 1}")
-        change = float(torch.linalg.vector_norm(moved)) / size if size > 0 else 0.0
+        change = _norm(moved) / size if size > 0 else 0.0
         if against:
             restarts += 1
             t, y = 1.0, new
@@ -111,3 +111,8 @@ def _real_inner(a: Tensor, b: Tensor) -> Tensor:
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
     return (a * b).sum()
+
+
+def _norm(a: Tensor) -> float:
+    # the norm of the complex type takes hypot of every element: 14 ms instead of 0.3 for 9 x 192^2
+    return float(torch.linalg.vector_norm(torch.view_as_real(a) if a.is_complex() else a))
