@@ -31,6 +31,8 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: see gadgets.jobs.WORKER_ENVIRONMENT
+
 LOG_FORMAT = "%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
 
 

@@ -119,17 +119,18 @@ class Connection:
             if not view:
                 return self._ended()
             try:
-                view = self._gather(view)
+                fresh = self._gather(view)
             except Disconnected as error:
                 return self._vanished(error)
-            for event in self.parser.feed(view):
+            for event in self.parser.feed(fresh):
                 self._take(event)
             if self.parser.lost:
-                return self._drain(bytes(view[-2:]))
+                return self._drain(bytes(fresh[-2:]))
 
     def _gather(self, view: memoryview) -> memoryview:
         """Keep ``view`` and what has arrived meanwhile, piece by piece, before any of it is looked at."""
-        held, more = 0, view
+        held = 0
+        more: memoryview | None = view
         while more is not None:
             held += len(more)
             self._bytes += len(more)
@@ -168,6 +169,7 @@ class Connection:
             if not view:
                 return
             self._keep(view)
+            self._bytes += len(view)
             total += len(view)
             tail = (tail + bytes(view[-2:]))[-2:]
 

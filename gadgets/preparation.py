@@ -23,6 +23,7 @@ from gadgets.errors import SortError
 from gadgets.jobs import Jobs, Scratch
 from gadgets.noise_store import NoiseStore
 from gadgets.readouts import Kind, ReadoutIndex, chosen_encoding, classify, readout_geometry
+from gadgets.scan_checks import COMPLEX_BYTES, MAX_EXPANSION, refuse_out_of_proportion
 from gadgets.tasks import (
     ChunkJob,
     CompressionJob,
@@ -237,6 +238,10 @@ class Preparation:
             where = f"readout {start + int(keep[bad])}"
             raise SortError("the number of channels changed", where=where, got=int(channels[bad]), expected=self._n_channels)
         self._n_x = placement.n_x
+        sampled = int(source.headers["number_of_samples"][keep].astype(np.int64).sum()) * self._n_channels * COMPLEX_BYTES
+        grid = len(rows) * self._n_channels * placement.n_encoded * COMPLEX_BYTES
+        given = f"for {len(keep)} readouts on a grid of {placement.n_encoded}"
+        refuse_out_of_proportion("the readout grid", grid, sampled, given, MAX_EXPANSION)
         matrices = None
         if self._first_compressed is not None and number >= self._first_compressed:
             assert self._matrices is not None

@@ -15,6 +15,16 @@ from gadgets.readouts import Headers
 from gadgets.sorted_scan import STATE_COUNTERS, Placement, place_name
 from gadgets.wire.header import Encoding
 
+COMPLEX_BYTES = 8
+MAX_EXPANSION = 128
+"""K-space over sampled bytes: acceleration, partial Fourier and short readouts together stay far below."""
+
+MAX_INTERPOLATION = 8
+"""Further growth of images that the console may ask for."""
+
+SMALL_BYTES = 64 << 20
+"""Always granted, whatever was sampled."""
+
 MOVED = 1e-2
 """mm; slice positions of one slice that differ by more are worth a note."""
 
@@ -104,14 +114,46 @@ def announced(
         log.notes.append(text)
 
 
-def too_large(encoding: Encoding, n_x: int, n_states: int, n_channels: int, settings: AcquisitionSettings) -> None:
-    gib = math.prod((n_states, n_channels, *encoding.encoded_matrix[:2], n_x)) * 8 / 2**30
-    if gib > settings.max_slice_gib:
+def too_large(
+    encoding: Encoding, n_x: int, n_states: int, n_channels: int, sampled_bytes: int, settings: AcquisitionSettings
+) -> None:
+    """Refuse k-space and images that no real scan of ``sampled_bytes`` has, before anything of that size is allocated."""
+    matrix = (*encoding.encoded_matrix[:2], n_x)
+    needed = math.prod((n_states, n_channels, *matrix)) * COMPLEX_BYTES
+    what = f"for {n_states} states, {n_channels} channels, matrix {encoding.encoded_matrix}"
+    if needed > settings.max_slice_gib * 2**30:
         raise SortError(
             "k-space of one slice is too large",
             where="header",
-            got=f"{gib:.1f} GiB for {n_states} states, {n_channels} channels, matrix {encoding.encoded_matrix}",
+            got=f"{needed / 2**30:.1f} GiB {what}",
             expected=f"at most {settings.max_slice_gib} GiB",
+        )
+    refuse_out_of_proportion("k-space of one slice", needed, sampled_bytes, what, MAX_EXPANSION)
+    fov = (*encoding.encoded_fov[:2], encoding.encoded_fov[2] * n_x / encoding.encoded_matrix[2])
+    image = n_states * n_channels * COMPLEX_BYTES
+    for size, extent, recon_size, recon_extent in zip(matrix, fov, encoding.recon_matrix, encoding.recon_fov, strict=True):
+        # images are interpolated over the whole encoded field of view before they are cropped
+        stretched = recon_size * extent / recon_extent if recon_extent > 0 and extent > 0 and recon_size + size > 2 else 1
+        image *= math.ceil(max(recon_size, min(stretched, 2.0**62)))
+    what = f"for {n_states} states, matrix {encoding.recon_matrix}"
+    refuse_out_of_proportion("the reconstructed matrix", image, sampled_bytes, what, MAX_EXPANSION * MAX_INTERPOLATION)
+
+
+def refuse_out_of_proportion(what: str, needed: int, sampled_bytes: int, given: str, ratio: int) -> None:
+    """Memory is given in proportion to what was really received: a few bytes of header must not claim gigabytes.
+
+    Raises
+    ------
+    SortError
+        ``needed`` is more than ``ratio`` times ``sampled_bytes`` and ``SMALL_BYTES``.
+    """
+    if needed > ratio * sampled_bytes + SMALL_BYTES:
+        raise SortError(
+            f"{what} is out of proportion to the samples received",
+            where="header",
+            got=f"{needed / 2**20:.0f} MiB {given} from {sampled_bytes / 2**20:.1f} MiB of samples",
+            expected=f"at most {ratio} times as much",
+            remedy="Check the matrix sizes in the header",
         )
 
 

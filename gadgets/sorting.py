@@ -40,7 +40,16 @@ from gadgets.readouts import (
     readout_geometry,
     readout_name,
 )
-from gadgets.scan_checks import SortLog, announced, complete, lines_note, moving_note, repeats_note, too_large
+from gadgets.scan_checks import (
+    COMPLEX_BYTES,
+    SortLog,
+    announced,
+    complete,
+    lines_note,
+    moving_note,
+    repeats_note,
+    too_large,
+)
 from gadgets.sorted_scan import (
     STATE_COUNTERS,
     Placement,
@@ -93,6 +102,11 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
     counters = _counters(headers)
     if settings.cardiac_phases:
         inside &= _gate(headers, candidates, inside, counters, settings, log)
+    elif header.user_long.get("RetroGatedImages", 0) > 1:
+        log.notes.append(
+            f"the header says that {header.user_long['RetroGatedImages']} cardiac phases are to be re-binned "
+            f"retrospectively; set cardiac_phases to do so: the phase counter is used"
+        )
     rows = candidates[inside[candidates]]
     if not len(rows):
         raise SortError("no imaging readouts are left", where="scan", got=f"skipped: {log.skipped}")
@@ -103,7 +117,8 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
     imaging, slices, states = complete(imaging, slices, states, encoding, settings, log)
     calibration = _calibration(counters, is_calibration & inside_grid(k2, k1, encoding), slices, states, k2, k1, log)
     announced(encoding, slices, states, settings, log)
-    too_large(encoding, readouts.n_x, len(states), n_channels, settings)
+    sampled = int(headers["number_of_samples"][rows].astype(np.int64).sum()) * n_channels * COMPLEX_BYTES
+    too_large(encoding, readouts.n_x, len(states), n_channels, sampled, settings)
     lines_note(imaging, slices, states, encoding, bool(settings.cardiac_phases), log)
     repeats_note(imaging, counters, encoding, settings, log)
 

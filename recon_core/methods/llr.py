@@ -20,7 +20,7 @@ NAME = "llr"
 SUMMARY = "Locally low rank over states, with parallel imaging"
 NEEDS_COIL_MAPS = True
 
-WEIGHT = 0.4
+WEIGHT = 0.35
 """Threshold as a part of the largest singular value of a block of pure noise. Nearly best for noise from 0.3 to 4 % of the
 peak, on inversion recovery, cine and measured kidney series (``benchmarks/quality.py``): the gradient step damps noise."""
 
