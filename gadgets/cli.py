@@ -31,7 +31,8 @@ app = typer.Typer(
 out = Console()
 err = Console(stderr=True)
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: see gadgets.jobs.WORKER_ENVIRONMENT
+for _name, _value in {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}.items():
+    os.environ.setdefault(_name, _value)  # before numpy and torch are imported: see gadgets.jobs.WORKER_ENVIRONMENT
 
 LOG_FORMAT = "%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
 
@@ -74,10 +75,10 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="TCP port; 0 takes a free one.", min=0, max=65535)] = 9002,
     workers: Annotated[
-        int | None, typer.Option(help="Compute processes; 0 computes in the server. Default: one for each two cores.")
+        int | None, typer.Option(help="Compute processes; 0 computes in the server. Default: one for each two cores.", min=0)
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(help="Compute threads of each worker. Default: the cores, shared out.")
+        int | None, typer.Option(help="Compute threads of each worker. Default: the cores, shared out.", min=1)
     ] = None,
     spool: Annotated[
         Path | None, typer.Option(help="Folder for the verbatim raw data of every scan. Default: the state folder.")
@@ -150,13 +151,21 @@ def run(
     settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; repeat for several.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
     configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Compute processes; 0 computes in this one. Default: as many as the server has.", min=0),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Compute threads of each worker. As many as the server's give the same bits.", min=1)
+    ] = None,
 ) -> None:
     """Reconstruct a file here and now, through the same pipeline as the server, without one."""
     from gadgets.replay import replay as run_replay
     from gadgets.service import Service, ServiceOptions
 
     _log_to_stderr("warning")
-    options = ServiceOptions(port=0, workers=0, spool=None, configs=configs, device=device)
+    # the server's own defaults: sums depend on the number of threads in their last bits
+    options = ServiceOptions(port=0, workers=workers, threads=threads, spool=None, configs=configs, device=device)
     with Service(options) as service, _progress() as bar:
         result = run_replay(
             source, host=service.host, port=service.port, config=config, out=output,

@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SCRATCH_PREFIX = "recon-gadgets-"
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that wait must sleep, not spin: the reader, other workers and the client share these cores. With spinning threads a
-reconstruction beside other busy processes takes two to three times as long."""
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
+"""Threads that wait must sleep, not spin: the reader, other workers and the client share these cores. numpy's and scipy's BLAS only
+gets small problems here, and its threads spin for longer than those take; torch has its own."""
 
 MIN_SHARED_BYTES = 1 << 30
 """With less room than this in shared memory (64 MiB in a container by default), scratch files go to the temporary directory."""

@@ -22,6 +22,7 @@ import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -347,6 +348,8 @@ class ScanLog:
             with contextlib.suppress(OSError):  # network file systems may have no locks
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._fd, self._path, self._kept, self._reserved = fd, home / self._name, kept, 0
+            if not kept:  # also when nobody ends the log: the process exits, or forgets it
+                weakref.finalize(self, _forget, home, os.getpid())
             self._tried.add(folder)
             if not kept and self._spool.root is not None:
                 logger.error("event=spool_full file=%s action=temporary_storage folder=%s", self._name, folder)
@@ -367,6 +370,11 @@ class ScanLog:
                 self._fd, self._path, self._kept = old_fd, old_path, old_kept
         self._left.append(old_path)
         os.close(old_fd)
+
+
+def _forget(home: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child must not remove its parent's files
+        shutil.rmtree(home, ignore_errors=True)
 
 
 def _copy(source: int, target: int, size: int) -> None:

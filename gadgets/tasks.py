@@ -5,7 +5,7 @@ Every task can be repeated: the raw log is only read, and each task writes a fil
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +20,16 @@ from gadgets.errors import SortError
 from gadgets.jobs import FileReport
 from gadgets.readouts import ReadoutGeometry
 from gadgets.wire.readouts import read_samples
-from recon_core.errors import DataError
+from recon_core.errors import DataError, ReconError
+from recon_core.fourier import fft_centred
+from recon_core.methods import methods
 from recon_core.preprocess.coil_compression import compression_matrix
 from recon_core.preprocess.noise import noise_covariance
 from recon_core.preprocess.readout import finite_readouts, prepare_readouts
 from recon_core.reconstruct import Recipe, reconstruct
-from recon_core.types import ImageSeries, KSpace, ParameterMap, Result, ScanInfo
+from recon_core.types import K1, K2, ImageSeries, KSpace, ParameterMap, Result, ScanInfo
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -307,13 +311,20 @@ def _plain(extras: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def rehearse() -> None:
-    """Run every stage once on tiny data, so that a worker's first scan pays no import, planning or allocation."""
-    samples = np.zeros((2, 2, 8), np.complex64)
-    samples[..., 4] = 1
+    """Run every stage and every method once on tiny data: a worker's first scan pays no import, planning or allocation."""
+    n_states, n_coils, n = 5, 4, 32
     whole = np.zeros(2, np.intp)
-    prepare_readouts(
-        samples, first=whole, last=whole + 8, reverse=whole > 0, k0_start=whole, n_encoded=8, n_x=4, whitening=None
-    )
-    torch.fft.fftn(torch.ones(2, 8, 8, dtype=torch.complex64), dim=(-2, -1))
-    torch.linalg.eigh(torch.eye(4, dtype=torch.complex64))
-    os.getpid()
+    samples = np.ones((2, n_coils, n), np.complex64)
+    prepare_readouts(samples, first=whole, last=whole + n, reverse=whole > 0, k0_start=whole, n_encoded=n, n_x=n)
+    grid = torch.linspace(-1, 1, n)
+    disc = ((grid[:, None] ** 2 + grid**2) < 0.5).to(torch.complex64)
+    sensitivity = torch.stack([torch.exp(1j * c * grid[:, None] + 0.3 * c * grid) for c in range(n_coils)])
+    contrast = torch.linspace(1, 2, n_states)[:, None, None, None, None]
+    data = fft_centred(contrast * (sensitivity * disc)[:, None], (K2, K1)).to(torch.complex64)
+    kspace = KSpace(data, torch.ones(n_states, 1, n), data[-1], torch.ones(1, n, dtype=torch.bool))
+    scan = ScanInfo((1, n, n), (0.01, 0.2, 0.2), (1, n, n), (0.01, 0.2, 0.2))
+    for name, method in methods().items():
+        try:
+            reconstruct(kspace, scan, Recipe(name, method.Settings()))
+        except ReconError as error:
+            log.warning("event=rehearsal_failed method=%s error=%r", name, str(error))

@@ -62,5 +62,7 @@ assert not set(BLOCKED) & set(sys.modules)
 
 
 def test_every_module_imports_with_the_outside_blocked() -> None:
-    done = subprocess.run([sys.executable, "-c", BLOCKED_IMPORT], capture_output=True, text=True, cwd=ROOT.parent, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED_IMPORT], capture_output=True, text=True, cwd=ROOT.parent, timeout=120
+    )
     assert done.returncode == 0, done.stderr

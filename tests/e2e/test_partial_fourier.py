@@ -59,7 +59,7 @@ def test_averages_reduce_noise_by_their_square_root(service: Service) -> None:
         assert len(answer.images) == 2 and not complaints(answer)
         images, truth = stack(answer.images, 2), np.sqrt(2) * scan.truth
         level.append(scatter(images, truth, scan.tissue))
-    assert error(stack(ask(service, "cg_sense", quiet).images, 2), quiet.truth, quiet.tissue) < 0.005
+    assert error(stack(ask(service, "cg_sense", quiet).images, 2), quiet.truth, quiet.tissue) < 0.01
     assert level[0] == pytest.approx(1.0, rel=0.1)  # magnitudes of whitened data
     assert level[0] / level[1] == pytest.approx(np.sqrt(2), rel=0.1)
     assert level[0] / level[2] == pytest.approx(2.0, rel=0.15)
@@ -119,11 +119,9 @@ def test_geometry_of_an_oblique_stack(service: Service) -> None:
         np.testing.assert_allclose(header["position"], expected.position + shift * expected.slice_dir, atol=1e-3)
         np.testing.assert_allclose(header["field_of_view"], [300.0, 360.0, 8.0], atol=1e-3)
         assert tuple(header["matrix_size"]) == (48, 64, 1)
-    assert error(np.concatenate([stack([i], 1) for i in _by_slice(answer.images)]), scan.truth, scan.tissue) < 0.03
-
-
-def _by_slice(images: list) -> list:
-    return sorted(images, key=lambda image: int(image.header["slice"]))
+    images = np.concatenate([stack([i], 1) for i in sorted(answer.images, key=lambda i: int(i.header["slice"]))])
+    assert error(images, scan.truth, scan.tissue) < 0.05
+    assert error(images[::-1], scan.truth, scan.tissue) > 0.1  # each slice where it belongs
 
 
 def with_recon_space(header: str, matrix: tuple[int, int, int], fov: tuple[float, float, float]) -> str:

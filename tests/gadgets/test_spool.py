@@ -1,6 +1,7 @@
 """The spool: raw bytes are on disk at once, bounded, private, and a full disk never loses a scan."""
 
 import errno
+import gc
 import json
 import logging
 import os
@@ -200,6 +201,14 @@ def test_spool_off_keeps_nothing(tmp_path: Path) -> None:
     log.append(b"abc")
     assert log.path.read_bytes() == b"abc"
     assert log.finish("failed", "even then") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forgotten_log_leaves_no_temporary_file(tmp_path: Path) -> None:
+    log = Spool(None, temporary_directories=(tmp_path,)).open()
+    log.append(b"abc")
+    del log
+    gc.collect()
     assert list(tmp_path.iterdir()) == []
 
 
