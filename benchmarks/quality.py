@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -190,6 +191,8 @@ def main() -> int:
                 # a server is warm: FFT plans and thread pools exist before the first scan
                 run_case(defaultdict(Tally), data, maps, options.threads, False, 1)
             run_case(tallies, data, maps, options.threads, version is not None, options.repeats)
+            errors = ", ".join(f"{name} {tally.error[-1]:.4f}" for name, tally in tallies.items())
+            print(f"{kind} {acceleration}x, seed {seed}: {errors}", file=sys.stderr, flush=True)
         case = f"{kind} {acceleration}x+{ACS}"
         summary = {name: tally.summary() for name, tally in tallies.items()}
         document[case] = {"methods": summary, "llr_against_bart": verdict(summary)}

@@ -67,7 +67,8 @@ def check_kspace(kspace: KSpace, where: str) -> None:
         raise DataError(
             "nothing was sampled", where=where, remedy="Check the encoding limits and the acceleration in the header"
         )
-    if not bool(torch.isfinite(torch.view_as_real(data)).all()) or not bool(torch.isfinite(counts).all()):
+    finite = all(bool(torch.isfinite(torch.view_as_real(state)).all()) for state in data)
+    if not finite or not bool(torch.isfinite(counts).all()):
         raise DataError("k-space holds values that are not finite", where=where)
     empty = (counts <= 0).flatten(1).all(dim=1).nonzero().flatten().tolist()
     if empty:
@@ -113,7 +114,7 @@ def pose(kspace: KSpace, where: str, report: Report) -> Problem:
     typical = float(sampled.median())
     weights = (kspace.counts / typical).clamp(0, MOST_WEIGHT).sqrt()
     operator = CartesianSense(maps, weights)
-    rhs = operator.adjoint(operator.enter_data(kspace.data / scale))
+    rhs = operator.project(kspace.data, scale)
     measured = kspace.noise_std is not None and kspace.noise_std > 0
     noise = float(kspace.noise_std or 0.0) if measured else outer_noise(kspace)
     return Problem(operator, rhs, scale, noise / math.sqrt(typical) / scale, measured)
@@ -126,25 +127,23 @@ def signal_scale(kspace: KSpace) -> float:
     calibration lines come next, and without any the zero-filled images.
     """
     centre = kspace.acs_mask if kspace.acs_mask is not None else kspace.mask.all(0)
+    source, window = kspace.data, None
     if bool(centre.any()) and bool(kspace.mask[:, centre].all()):
-        lines = kspace.data * centre[:, :, None]
+        window = centre[:, :, None]
     elif kspace.acs is not None:
-        lines = kspace.acs[None]
-    else:
-        lines = kspace.data
+        source = kspace.acs[None]
     # squares of raw data in volts underflow in float32
-    peak = float(lines.abs().max())
+    peak = max(float(state.abs().max()) for state in source)
     if peak == 0:
         return 0.0
     maps = None if kspace.coil_maps is None else kspace.coil_maps.conj()
     parts = []
-    for state in lines:
-        images = ifft_centred(state / peak, (K2, K1))
-        parts.append(
-            torch.linalg.vector_norm(torch.view_as_real(images), dim=(0, -1))
-            if maps is None
-            else (maps * images).sum(0).abs()
-        )
+    for state in source:
+        images = ifft_centred(state / peak if window is None else state / peak * window, (K2, K1))
+        if maps is None:
+            parts.append(torch.linalg.vector_norm(torch.view_as_real(images), dim=(0, -1)))
+        else:
+            parts.append((maps * images).sum(0).abs())
     magnitude = torch.stack(parts).flatten()
     quantile = float(magnitude.kthvalue(max(1, math.ceil(PEAK * magnitude.numel()))).values)
     # an object smaller than a thousandth of the image

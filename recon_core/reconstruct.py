@@ -10,7 +10,7 @@ import torch
 from recon_core.coils.estimate import CoilSettings, estimate_coil_maps
 from recon_core.errors import DataError
 from recon_core.fourier import fft_centred, ifft_centred
-from recon_core.methods import Method, get_method
+from recon_core.methods import Method, get_method, needs_coil_maps
 from recon_core.preprocess.coil_compression import compress, compress_geometric, compression_matrix, geometric_compression
 from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.preprocess.partial_fourier import Extent, complete, measured_extent, partial_axes
@@ -60,7 +60,7 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, recipe: Recipe, report: Report |
     if not bool((kspace.counts > 0).any()):
         raise DataError("nothing was sampled", where=f"slice {scan.slice_index}")
     kspace = compress_coils(kspace, recipe.preprocess)
-    if method.NEEDS_COIL_MAPS:
+    if needs_coil_maps(method, recipe.settings):
         if kspace.coil_maps is None:
             kspace = replace(kspace, coil_maps=estimate_coil_maps(kspace, recipe.coils, report))
         result = method.reconstruct(kspace, scan, recipe.settings, report)

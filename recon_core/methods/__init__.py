@@ -40,6 +40,12 @@ def methods() -> dict[str, Method]:
     return dict(sorted(found.items()))
 
 
+def needs_coil_maps(method: Method, settings: Any) -> bool:
+    """Whether a method needs coil maps with these settings: its ``needs_coil_maps(settings)`` if it has one, else the constant."""
+    decide = getattr(method, "needs_coil_maps", None)
+    return bool(decide(settings)) if decide is not None else method.NEEDS_COIL_MAPS
+
+
 def get_method(name: str) -> Method:
     """The method called ``name``.
 

@@ -99,6 +99,14 @@ class CartesianSense:
         """Weighted working data to working images."""
         return (torch.fft.ifftn(y * self._weights, dim=self._axes, norm="ortho") * self._maps_conj).sum(1)
 
+    def project(self, kspace: Tensor, scale: float) -> Tensor:
+        """``A^H b`` for centred hybrid data divided by ``scale``: state by state, so that no second k-space is ever held."""
+        images = []
+        for data, weights in zip(kspace, self._weights_squared, strict=True):
+            y = torch.fft.ifftshift(data, dim=(-3, -2)).movedim(-1, -3) * (weights / scale)
+            images.append((torch.fft.ifftn(y, dim=self._axes, norm="ortho") * self._maps_conj).sum(0))
+        return torch.stack(images)
+
     def normal(self, x: Tensor) -> Tensor:
         """``S^H F^H W^2 F S x``, a few columns at a time so that the coil images never leave the cache.
 

@@ -25,15 +25,21 @@ class ProximalResult:
 
 
 def largest_eigenvalue(
-    normal: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.dtype, *, iterations: int = 12, seed: int = 0
+    normal: Callable[[Tensor], Tensor],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    device: torch.device | str = "cpu",
+    iterations: int = 12,
+    seed: int = 0,
 ) -> float:
     """Largest eigenvalue of a Hermitian positive semi-definite operator by power iteration; approached from below.
 
-    The start is drawn on the CPU from ``seed``, so that all devices agree. 12 iterations reach 1 to 3 % on SENSE normals;
-    a step that uses it should be shortened accordingly.
+    The start is drawn on the CPU from ``seed``, so that all devices agree. A step
+    length that uses it should be a little shorter. (``CartesianSense.norm_bound`` needs no iterations.)
     """
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, dtype=dtype, generator=generator)
+    x = torch.randn(shape, dtype=dtype, generator=generator).to(device)
     value = 0.0
     for _ in range(iterations):
         x = x / _norm(x)

@@ -33,7 +33,7 @@ class Listener(Report):
 
 
 def run(method: Method, series: SmallSeries, kspace: KSpace | None = None, **settings: Any) -> Result:
-    chosen = parse_settings(method.Settings, settings)
+    chosen: Any = parse_settings(method.Settings, settings)
     return method.reconstruct(kspace or series.kspace, series.scan, chosen, Report())
 
 
@@ -56,7 +56,8 @@ def test_declares_itself(method: Method) -> None:
     assert get_method(method.NAME) is method
     assert method.SUMMARY and isinstance(method.NEEDS_COIL_MAPS, bool)
     fields = dataclasses.fields(method.Settings)
-    assert method.Settings.__dataclass_params__.frozen
+    settings_class: Any = method.Settings
+    assert settings_class.__dataclass_params__.frozen
     assert all(info.help for info in describe(method.Settings)) and len(fields) == len(describe(method.Settings))
 
 
