@@ -348,6 +348,8 @@ class Connection:
                 self._log.finish(status, _note(self._failure), chain=self._label(), readouts=self.n_readouts)
             else:
                 self._log.discard()
+        if self._failure is not None:
+            self._failure.__traceback__ = None  # it holds this connection's frames, and they hold it: a cycle
         level = logging.INFO if self._bytes else logging.DEBUG
         logger.log(
             level,

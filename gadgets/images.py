@@ -333,7 +333,8 @@ class ImageWriter:
             yield Image(offset=0, header=header, attributes=text, data=np.ascontiguousarray(pixels[np.newaxis]))
 
     def _label(self, name: str, suffix: str) -> str:
-        parts = [self.chain, "" if name.lower() in (self.chain, "image", "images", "magnitude") else name, suffix]
+        chain = self.chain if self.fallback_of is None else f"{self.chain}_instead_of_{self.fallback_of}"
+        parts = [chain, "" if name.lower() in (self.chain, "image", "images", "magnitude") else name, suffix]
         return "_".join(part for part in parts if part)
 
     def _fallback_note(self) -> tuple[str, ...]:

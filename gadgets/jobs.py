@@ -10,19 +10,22 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import threading
 import time
+import traceback
 import uuid
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from gadgets.errors import JobFailed
+from recon_core.errors import ReconError
 from recon_core.types import ImageSeries, Report
 
 log = logging.getLogger(__name__)
@@ -52,7 +55,9 @@ class Jobs:
         self.workers = workers
         self.threads = threads or max(1, (os.cpu_count() or 1) // max(workers, 1))
         self._lock = threading.Lock()
+        self._one_retry = threading.Lock()
         self._executor: Executor | None = None
+        self._closed = False
 
     def warm(self) -> None:
         """Start every worker now, so that the first scan does not wait for imports."""
@@ -73,15 +78,17 @@ class Jobs:
         """Stop the workers; running tasks are not waited for."""
         with self._lock:
             executor, self._executor = self._executor, None
+            self._closed = True
         if executor is not None:
             _shutdown(executor)
 
     def _start(self, outer: Future[T], task: Callable[..., T], args: tuple[Any, ...], attempts_left: int) -> None:
+        executor: Executor | None = None
         try:
             executor = self._get()
             inner = executor.submit(task, *args)
         except Exception as error:
-            self._retry(outer, task, args, attempts_left, error, None)
+            self._retry(outer, task, args, attempts_left, error, executor)
             return
 
         def done(finished: Future[T]) -> None:
@@ -91,6 +98,10 @@ class Jobs:
             elif _is_dead_worker(error):
                 self._retry(outer, task, args, attempts_left, error, executor)
             else:
+                if not isinstance(error, ReconError):
+                    # neither words nor values: they may quote the scan. The places are enough to find it
+                    name, kind = task.__name__, type(error).__name__
+                    log.error("event=task_crashed task=%s error=%s at=%s", name, kind, _places(error))
                 outer.set_exception(error)
 
         inner.add_done_callback(done)
@@ -105,17 +116,30 @@ class Jobs:
         dead: Executor | None,
     ) -> None:
         with self._lock:
-            if dead is None or self._executor is dead:
+            if self._executor is dead:
                 self._executor = None
+            closed = self._closed
+        if closed:
+            outer.set_exception(JobFailed("the server is stopping", where=task.__name__))
+            return
         if left <= 0:
             outer.set_exception(JobFailed("a worker process died twice", where=task.__name__, got=type(error).__name__))
             return
         log.warning("event=worker_died task=%s error=%s action=retry", task.__name__, type(error).__name__)
+
+        def again() -> None:
+            # one at a time: the task that killed the worker must not take the retries of innocent ones with it
+            with self._one_retry:
+                self._start(outer, task, args, left - 1)
+                wait([outer])
+
         # a fresh thread: callbacks run in the dead executor's own management thread, which must not start another one
-        threading.Thread(target=self._start, args=(outer, task, args, left - 1), daemon=True).start()
+        threading.Thread(target=again, name="retry", daemon=True).start()
 
     def _get(self) -> Executor:
         with self._lock:
+            if self._closed:
+                raise JobFailed("the server is stopping", where="workers")
             if self._executor is None:
                 self._executor = self._make()
             return self._executor
@@ -128,6 +152,13 @@ class Jobs:
         return ProcessPoolExecutor(
             self.workers, timeout=None, initializer=_warm, initargs=(self.threads,), env=WORKER_ENVIRONMENT
         )
+
+
+def _places(error: BaseException) -> str:
+    """Where a task failed, innermost last: ``file:line>file:line``; in the worker's process when it was one."""
+    lines = str(error.__cause__) if error.__cause__ is not None else "".join(traceback.format_tb(error.__traceback__))
+    found = re.findall(r'File "([^"]+)", line (\d+)', lines)
+    return ">".join(f"{Path(file).name}:{line}" for file, line in found[-8:])
 
 
 def _is_dead_worker(error: BaseException) -> bool:

@@ -36,7 +36,15 @@ def test_completing_k_space_is_three_times_better_than_zeros(chain: str, service
 
 def test_partial_fourier_together_with_undersampling(service: Service) -> None:
     scan = in_memory(
-        "cine", matrix_x=96, matrix_y=96, coils=6, states=2, snr=200.0, partial_fourier=0.75, mask="uniform", acceleration=2.0
+        "cine",
+        matrix_x=96,
+        matrix_y=96,
+        coils=6,
+        states=2,
+        snr=200.0,
+        partial_fourier=0.75,
+        mask="uniform",
+        acceleration=2.0,
     )
 
     def of(how: str) -> float:
@@ -130,9 +138,7 @@ def with_recon_space(header: str, matrix: tuple[int, int, int], fov: tuple[float
     def axes(values: tuple[float, ...]) -> str:
         return "".join(f"<{name}>{value}</{name}>" for name, value in zip("xyz", values, strict=True))
 
-    space = (
-        f"<reconSpace><matrixSize>{axes(matrix)}</matrixSize><fieldOfView_mm>{axes(fov)}</fieldOfView_mm></reconSpace>"
-    )
+    space = f"<reconSpace><matrixSize>{axes(matrix)}</matrixSize><fieldOfView_mm>{axes(fov)}</fieldOfView_mm></reconSpace>"
     return re.sub(r"<reconSpace>.*</reconSpace>", space, header)
 
 
