@@ -29,12 +29,16 @@ import numpy as np
 
 from benchmarks.common import print_table, write_result
 from gadgets.buffer import ReadoutIndex
-from gadgets.handlers import ChainRequest, Say
+from gadgets.chain import load_chain
+from gadgets.handlers import ChainRequest, OpenScan, Say
+from gadgets.jobs import Jobs
+from gadgets.pipeline import Scan, Services
 from gadgets.server import Server
 from gadgets.spool import ScanLog, Spool
 from gadgets.wire import codec
 from gadgets.wire.dtypes import ACQUISITION_HEADER
 from gadgets.wire.events import Readouts, Waveform
+from gadgets.wire.header import parse_header
 
 HEADER = """<?xml version="1.0"?>
 <ismrmrdHeader xmlns="http://www.ismrm.org/ISMRMRD">
@@ -121,7 +125,11 @@ class IndexOnly:
 
 def ours(path: Path, case: Case, spool: Path) -> float:
     """Seconds for one stream through the server, spool on."""
-    with Server(port=0, open_scan=IndexOnly, spool=Spool(spool)) as server:
+    return _through(path, case, spool, IndexOnly)
+
+
+def _through(path: Path, case: Case, spool: Path, open_scan: OpenScan) -> float:
+    with Server(port=0, open_scan=open_scan, spool=Spool(spool)) as server:
         seconds = _play(server.port, path)
     stored = sum(capture.stat().st_size for capture in spool.glob("*.mrd"))
     if stored != path.stat().st_size:
@@ -165,6 +173,28 @@ def _play(port: int, path: Path, serve: Callable[[], None] | None = None) -> flo
     return seconds
 
 
+class Preparing(Scan):
+    """The real scan up to the last readout: whitening, readout transform and crop run in the worker while it is read."""
+
+    def finish(self) -> Iterator[bytes]:
+        IndexOnly.last = self  # type: ignore[assignment]  # both have an index
+        self.abandon()
+        yield codec.text(f"INF {len(self.index)} readouts\n")
+
+
+def preparing(path: Path, case: Case, spool: Path) -> float:
+    """Seconds for one stream through the server, spool on, while a worker prepares what has arrived."""
+    services = Services(WORKER)
+
+    def open_scan(request: ChainRequest, header: str, raw: ScanLog, say: Say) -> Scan:
+        return Preparing(load_chain("fourier"), parse_header(header), raw, services, say)
+
+    return _through(path, case, spool, open_scan)
+
+
+WORKER = Jobs(1, threads=1)
+
+
 def compute_for_ever() -> None:
     """A compute worker that is never idle: FFTs of a 32-coil slice."""
     data = np.random.default_rng(0).standard_normal((32, 256, 512)).astype(np.complex64)
@@ -174,20 +204,24 @@ def compute_for_ever() -> None:
 
 @contextmanager
 def busy(active: bool) -> Iterator[None]:
-    """While inside, one worker process computes (when ``active``)."""
+    """While inside, one of our worker processes computes (when ``active``)."""
     if not active:
         yield
         return
-    worker = multiprocessing.get_context("spawn").Process(target=compute_for_ever, daemon=True)
-    worker.start()
+    worker = Jobs(1, threads=1)
+    worker.warm()
+    worker.submit(compute_for_ever)
     try:
         yield
     finally:
-        worker.kill()
-        worker.join()
+        worker.close()
 
 
-SERVERS = {"recon-gadgets, spool on": ours, "pip gadgetron Connection": gadgetron}
+SERVERS = {
+    "recon-gadgets, spool on": ours,
+    "the same, and preparing in a worker": preparing,
+    "pip gadgetron Connection, discards": gadgetron,
+}
 
 
 def compare(stream: Path, case: Case, spool: Path, runs: int) -> dict[str, list[float]]:
@@ -218,6 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     results: list[dict[str, Any]] = []
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="ingest-", dir=chosen.spool) as folder, stream_folder() as streams:
+        WORKER.warm()
         for case in CASES:
             stream = streams / "stream.bin"
             write_stream(stream, case)

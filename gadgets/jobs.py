@@ -36,6 +36,9 @@ WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 """Threads that wait must sleep, not spin: the reader, other workers and the client share these cores. numpy's and scipy's BLAS only
 gets small problems here, and its threads spin for longer than those take; torch has its own."""
 
+WORKER_NICENESS = 10
+"""Computing yields to reading: where cores are short, the scanner's readouts come first. An idle machine does not notice."""
+
 MIN_SHARED_BYTES = 1 << 30
 """With less room than this in shared memory (64 MiB in a container by default), scratch files go to the temporary directory."""
 
@@ -150,7 +153,7 @@ class Jobs:
         from loky import ProcessPoolExecutor
 
         return ProcessPoolExecutor(
-            self.workers, timeout=None, initializer=_warm, initargs=(self.threads,), env=WORKER_ENVIRONMENT
+            self.workers, timeout=None, initializer=_start_worker, initargs=(self.threads,), env=WORKER_ENVIRONMENT
         )
 
 
@@ -172,6 +175,12 @@ def _shutdown(executor: Executor) -> None:
         executor.shutdown(wait=True, kill_workers=True)  # type: ignore[call-arg]  # loky's extension
     except TypeError:
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(threads: int) -> None:
+    with contextlib.suppress(OSError):
+        os.nice(WORKER_NICENESS)
+    _warm(threads)
 
 
 def _warm(threads: int) -> None:

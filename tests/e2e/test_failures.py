@@ -9,7 +9,6 @@ import signal
 import socket
 import struct
 import threading
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from defusedxml.ElementTree import fromstring
 from numpy.typing import NDArray
 
 from gadgets.chain import config_directory
+from gadgets.errors import JobFailed
 from gadgets.jobs import SCRATCH_PREFIX
 from gadgets.service import Service, ServiceOptions
 from gadgets.wire import codec
@@ -75,7 +76,7 @@ def has(headers: NDArray[np.void], flag: Flag) -> NDArray[np.bool_]:
 
 def values(attributes: str, name: str) -> list[str]:
     """All values of an image attribute."""
-    root = ElementTree.fromstring(attributes)
+    root = fromstring(attributes)
     return [value.text or "" for meta in root if meta.findtext("name") == name for value in meta.iter("value")]
 
 
@@ -336,6 +337,15 @@ def test_a_worker_that_is_killed_in_mid_scan_costs_nothing(small_chunks: Service
     for at in (len(pieces) // 2, len(pieces) - 1):
         answer = ask(small_chunks, "cg_sense", scan, messages=killing(at))
         np.testing.assert_array_equal(stack(answer.images, 2), expected)
+
+
+def test_a_task_that_kills_its_worker_takes_no_other_task_with_it(service: Service) -> None:
+    poison = service.jobs.submit(os._exit, 1)
+    innocent = [service.jobs.submit(abs, -number) for number in range(6)]
+    assert [future.result(60) for future in innocent] == list(range(6))
+    with pytest.raises(JobFailed, match="died twice"):
+        poison.result(60)
+    assert service.jobs.submit(abs, -7).result(60) == 7
 
 
 def test_a_client_that_vanishes_leaves_no_traces(small_chunks: Service, scan: SimulatedScan) -> None:

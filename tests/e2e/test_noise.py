@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import xml.etree.ElementTree as ElementTree
-
 import numpy as np
 import pytest
+from defusedxml.ElementTree import fromstring
 from numpy.typing import NDArray
 
 from gadgets.replay import NOISE_SCRIPT
@@ -110,7 +109,7 @@ def test_the_dependency_connection_gets_the_measured_numbers(service: Service, s
     client = StrictClient(service.host, service.port)
     answer = client.scan(script=NOISE_SCRIPT.format("noise_3"), dependency=True)
     assert len(answer.dependencies) == 1 and not answer.texts
-    root = ElementTree.fromstring(answer.dependencies[0])
+    root = fromstring(answer.dependencies[0])
     told = {meta.findtext("name"): meta.findtext("value") for meta in root.iter("meta")}
     ((headers, samples),) = noise_part(scan)
     flat = samples.astype(complex).transpose(1, 0, 2).reshape(COILS, -1)
