@@ -31,7 +31,7 @@ from recon_core.types import KSpace, Report, ScanInfo
 N, COILS, ACS = 192, 8, 16
 CASES = (("inversion_recovery", 4), ("inversion_recovery", 8), ("cine", 4), ("cine", 8))
 LLR_WEIGHTS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
-LLR_ITERATIONS = 100
+LLR_ITERATIONS = (30, 50, 100)
 WAVELET_WEIGHTS = (0.001, 0.002, 0.005)
 OURS = ("cg_sense", "llr", "grasp_pro")
 
@@ -140,28 +140,23 @@ def run_case(
     note("BART pics l2, 30 its", bart.images_from_bart(answer.data), answer.wall_s, answer.cpu_s, 0.01)
     weight, answer = best(WAVELET_WEIGHTS, lambda w: ["-R", f"W:3:0:{w}", "-i", "100"])
     note("BART pics wavelet, 100 its", bart.images_from_bart(answer.data), answer.wall_s, answer.cpu_s, weight)
-    weight, answer = best(LLR_WEIGHTS, lambda w: low_rank(w, LLR_ITERATIONS))
-    note(f"BART pics LLR, {LLR_ITERATIONS} its", bart.images_from_bart(answer.data), answer.wall_s, answer.cpu_s, weight)
-    for iterations in (50, 30):
-        answer = pics(*low_rank(weight, iterations))
-        name = f"BART pics LLR, {iterations} its, same weight"
-        note(name, bart.images_from_bart(answer.data), answer.wall_s, answer.cpu_s, weight)
+    for iterations in LLR_ITERATIONS:
+        weight, answer = best(LLR_WEIGHTS, lambda w, n=iterations: low_rank(w, n))  # type: ignore[misc]
+        note(f"BART pics LLR, {iterations} its", bart.images_from_bart(answer.data), answer.wall_s, answer.cpu_s, weight)
 
 
-def verdict(summary: dict[str, Any]) -> dict[str, Any] | None:
-    """``llr`` against BART's LLR at its best weight: error and time ratios."""
-    theirs = [entry for name, entry in summary.items() if name.startswith("BART pics LLR")]
-    if not theirs:
-        return None
+def verdict(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """``llr`` against BART's LLR at its best weight, for each of BART's iteration counts: ratios of medians, ours over theirs."""
     ours = summary["llr"]
-    best = min(theirs, key=lambda entry: entry["nrmse_median"])
-    better = [a <= b for a, b in zip(ours["nrmse"], best["nrmse"], strict=True)]
     return {
-        "nrmse_ratio": ours["nrmse_median"] / best["nrmse_median"],
-        "nrmse_no_worse_in_every_seed": all(better),
-        "wall_ratio": ours["wall_s_median"] / best["wall_s_median"],
-        "cpu_ratio": ours["cpu_s_median"] / best["cpu_s_median"],
-        "cpu_ratio_to_30_its": ours["cpu_s_median"] / min(entry["cpu_s_median"] for entry in theirs),
+        name: {
+            "nrmse_ratio": ours["nrmse_median"] / theirs["nrmse_median"],
+            "worst_seed_nrmse_ratio": max(a / b for a, b in zip(ours["nrmse"], theirs["nrmse"], strict=True)),
+            "wall_ratio": ours["wall_s_median"] / theirs["wall_s_median"],
+            "cpu_ratio": ours["cpu_s_median"] / theirs["cpu_s_median"],
+        }
+        for name, theirs in summary.items()
+        if name.startswith("BART pics LLR")
     }
 
 
@@ -205,9 +200,12 @@ def main() -> int:
     )
     columns = ["series", "method", "nRMSE", "SSIM", "wall s", "CPU s", "weight"]
     print_table(f"Quality and time, medians of {options.seeds} seeds: {title}", columns, rows)
-    for case, entry in document.items():
-        if entry["llr_against_bart"]:
-            print(case, {k: round(v, 3) for k, v in entry["llr_against_bart"].items()})
+    ratios = [
+        [case, name, *(round(value, 3) for value in entry.values())]
+        for case, both in document.items()
+        for name, entry in both["llr_against_bart"].items()
+    ]
+    print_table("llr over BART's LLR", ["series", "against", "nRMSE", "nRMSE, worst seed", "wall", "CPU"], ratios)
     settings = {key: str(value) for key, value in vars(options).items() if key != "kidney"}
     write_result(options.name, {"settings": settings, "bart": version, "cases": document})
     return 0

@@ -28,7 +28,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,  # locals hold MRD headers, and those hold patient data
 )
-out = Console()
+PIPE_COLUMNS = 160
+out = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS)
 err = Console(stderr=True)
 
 for _name, _value in {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}.items():
@@ -42,8 +43,8 @@ def main() -> None:
     try:
         app()
     except ReconError as error:
-        err.print(f"[red]recon: {type(error).__name__}:[/red] ", end="")
-        err.print(str(error), markup=False, highlight=False)
+        err.print(f"[red]recon: {type(error).__name__}:[/red] ", end="", soft_wrap=True)
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
@@ -163,7 +164,7 @@ def run(
     from gadgets.replay import replay as run_replay
     from gadgets.service import Service, ServiceOptions
 
-    _log_to_stderr("warning")
+    _log_to_stderr("error")  # warnings come as the server's words as well
     # the server's own defaults: sums depend on the number of threads in their last bits
     options = ServiceOptions(port=0, workers=workers, threads=threads, spool=None, configs=configs, device=device)
     with Service(options) as service, _progress() as bar:
@@ -177,7 +178,7 @@ def run(
 def _progress() -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        console=err, transient=not err.is_terminal,
+        console=err, disable=not err.is_terminal,
     )  # fmt: skip
 
 
@@ -192,17 +193,19 @@ def _bar(bar: Progress) -> Any:
 
 def _show(result: Any, output: Path, montage: Path | None) -> None:
     for line in result.texts:
-        err.print(line.rstrip(), markup=False, highlight=False)
+        err.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
     out.print(
         f"{result.n_images} images in {output} (group {result.group}); {result.readouts_per_second:.0f} readouts/s, "
         f"first image {result.seconds_to_first_image:.3f} s and last {result.seconds_to_last_image:.3f} s after the last readout",
+        markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     if montage is not None:
         from gadgets.montage import write_montages
 
         for path in write_montages(output, montage, group=result.group):
-            out.print(str(path), highlight=False)
+            out.print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -228,12 +231,18 @@ def simulate(
 def _print_settings(title: str, values: Any) -> None:
     from recon_core.settings import describe
 
-    table = Table(title=title)
-    for column in ("setting", "type", "default", "range", "help"):
-        table.add_column(column)
+    table = _table("setting", "type", "default", "range", "help", title=title)
     for info in describe(type(values)):
         table.add_row(info.name, info.kind.__name__, str(getattr(values, info.name)), _range(info), info.help)
     out.print(table)
+
+
+def _table(*columns: str, title: str | None = None) -> Table:
+    """A table whose names stay in one piece, so that they can be copied."""
+    table = Table(title=title)
+    for column in columns:
+        table.add_column(column, no_wrap=column in ("chain", "setting"))
+    return table
 
 
 def _range(info: Any) -> str:
@@ -271,9 +280,7 @@ def chains(
         ]  # fmt: skip
         print(json.dumps(document, indent=2))
         return
-    table = Table()
-    for column in ("chain", "method", "fallback", "what it does"):
-        table.add_column(column)
+    table = _table("chain", "method", "fallback", "what it does")
     for c in loaded:
         table.add_row(c.name, c.method, c.fallback or "-", c.summary)
     out.print(table)
@@ -283,9 +290,7 @@ def chains(
 
 
 def _print_chain_settings(name: str, groups: Any) -> None:
-    table = Table(title=f"settings of {name}")
-    for column in ("group", "setting", "type", "default", "range", "help"):
-        table.add_column(column)
+    table = _table("group", "setting", "type", "default", "range", "help", title=f"settings of {name}")
     for group, infos in groups.items():
         for info in infos:
             table.add_row(group, info.name, info.kind.__name__, str(info.default), _range(info), info.help)

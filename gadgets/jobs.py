@@ -180,7 +180,15 @@ def _shutdown(executor: Executor) -> None:
 def _start_worker(threads: int) -> None:
     with contextlib.suppress(OSError):
         os.nice(WORKER_NICENESS)
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
     _warm(threads)
+
+
+def _end_with(parent: int) -> None:
+    """A server that is killed cannot stop its workers: they have to notice, or they would keep their memory for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _warm(threads: int) -> None:

@@ -24,11 +24,14 @@ WEIGHT = 0.35
 """Threshold as a part of the largest singular value of a block of pure noise. Nearly best for noise from 0.3 to 4 % of the
 peak, on inversion recovery, cine and measured kidney series (``benchmarks/quality.py``): the gradient step damps noise."""
 
-LEAST_NOISE = 3e-4
+LEAST_NOISE = 1e-3
 """Noise, relative to the peak, below which undersampling artefacts and float32 matter more."""
 
-START_NOISE = 0.03
+START_NOISE = 0.06
 """Thresholds begin as if this were the noise: undersampling artefacts, not noise, rule the first iterations."""
+
+DESCENT = 0.75
+"""Part of the iterations over which threshold and power change."""
 
 WARM_START_WEIGHT, WARM_START_ITERATIONS = 0.03, 8
 """Tikhonov weight and iterations of the CG-SENSE images from which the iterations start."""
@@ -53,7 +56,7 @@ class Settings:
         low=0.0,
         high=1.0,
     )
-    iterations: int = setting(40, "most iterations", low=1, high=2000)
+    iterations: int = setting(30, "most iterations", low=1, high=2000)
     tolerance: float = setting(0.0, "relative change at which to stop early; 0 runs all iterations", low=0.0, high=0.1)
 
 
@@ -91,13 +94,13 @@ def solve(
     power = settings.power or shrinkage_power(noise)
     target = lower(problem.rhs)
     grids = np.random.default_rng(SEED)
-    descent = max(1, settings.iterations // 2)
+    descent = max(1, round(settings.iterations * DESCENT))
 
     def gradient(x: torch.Tensor) -> torch.Tensor:
         return lower(operator.normal(lift(x))).sub_(target)
 
     def prox(z: torch.Tensor, iteration: int) -> torch.Tensor:
-        # half the iterations: threshold from `first` to `final`, power from 1 (convex) to its goal
+        # first part of the iterations: threshold from `first` to `final`, power from 1 (convex) to its goal
         part = min(1.0, iteration / descent)
         threshold = final * (first / final) ** (1 - part) if final > 0 else 0.0
         now = 1.0 + (power - 1.0) * part
@@ -117,6 +120,7 @@ def solve(
         step=step,
         max_iterations=settings.iterations,
         tolerance=settings.tolerance,
+        min_iterations=descent + 1,
         on_iteration=lambda done: report.progress(done / settings.iterations, NAME),
     )
 
@@ -130,7 +134,7 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
 
     ``B_b x`` is the matrix pixels x states of block b. The default weight follows the noise: a block of pure noise of standard
     deviation ``sigma`` has singular values up to ``sigma (sqrt(pixels) + sqrt(states))`` (Marchenko-Pastur). Starts from a few
-    iterations of CG-SENSE; the threshold falls and the shrinkage leaves the convex case during the first half (continuation).
+    iterations of CG-SENSE; the threshold falls and the shrinkage leaves the convex case during the first three quarters (continuation).
 
     A single state has no rank to speak of and is reconstructed by ``cg_sense``; the result's notes say so.
 

@@ -74,8 +74,11 @@ class LocallyLowRank:
         """
         spatial = tuple(images.shape[1:])
         sides = self.sides(spatial)
-        axes = tuple(range(1, images.ndim))
-        moved = torch.roll(images, shift, axes)
+        # torch copies once for each axis, also when it does not move
+        turned = [(by, axis) for axis, (by, n) in enumerate(zip(shift, spatial, strict=True), 1) if by % n]
+        moved = images
+        if turned:
+            moved = torch.roll(images, tuple(by for by, _ in turned), tuple(axis for _, axis in turned))
         counts = tuple(-(-n // side) for n, side in zip(spatial, sides, strict=True))
         missing = [count * side - n for n, count, side in zip(spatial, counts, sides, strict=True)]
         if any(missing):
@@ -90,4 +93,6 @@ class LocallyLowRank:
         inverse = [order.index(axis) for axis in range(len(order))]
         joined = matrices.reshape(*counts, *sides, len(images)).permute(inverse).reshape(moved.shape)
         joined = joined[(slice(None), *(slice(n) for n in spatial))]
-        return torch.roll(joined, tuple(-s for s in shift), axes)
+        if turned:
+            joined = torch.roll(joined, tuple(-by for by, _ in turned), tuple(axis for _, axis in turned))
+        return joined

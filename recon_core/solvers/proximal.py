@@ -59,6 +59,7 @@ def proximal_gradient(
     step: float,
     max_iterations: int,
     tolerance: float = 0.0,
+    min_iterations: int = 0,
     on_iteration: Callable[[int], None] | None = None,
 ) -> ProximalResult:
     """FISTA with adaptive restart for ``min f(x) + g(x)``.
@@ -75,7 +76,8 @@ def proximal_gradient(
     initial
         First guess; never edited.
     tolerance
-        Stop when the relative change falls below it; 0 runs all iterations.
+        Stop when the relative change falls below it, after ``min_iterations`` (of a continuation) at the earliest; 0 runs all
+        iterations.
 
     Raises
     ------
@@ -108,7 +110,7 @@ def proximal_gradient(
         x, done = new, iteration + 1
         if on_iteration is not None:
             on_iteration(done)
-        if change <= tolerance:
+        if change <= tolerance and done >= min_iterations:
             break
     return ProximalResult(x, done, change, change <= tolerance, restarts)
 
@@ -116,7 +118,7 @@ def proximal_gradient(
 def _real_inner(a: Tensor, b: Tensor) -> Tensor:
     if a.is_complex():
         a, b = torch.view_as_real(a), torch.view_as_real(b)
-    return (a * b).sum()
+    return torch.dot(a.reshape(-1), b.reshape(-1))
 
 
 def _norm(a: Tensor) -> float:

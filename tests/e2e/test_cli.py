@@ -63,8 +63,8 @@ def serving(folder: Path, *options: str) -> Iterator[Serving]:
             yield Serving(process, int(listening[1]), folder / "log", spool, temporary)
         finally:
             if process.poll() is None:
-                process.kill()
-            process.communicate()
+                process.terminate()
+            process.communicate(timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def test_replay_writes_images_and_says_how_it_went(server: Serving, scan: Simula
     out, pictures = tmp_path / "out.h5", tmp_path / "pictures"
     done = recon("replay", scan.path, "--config", "cg_sense", "--port", server.port, "--out", out, "--montage", pictures)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"6 images in .*out\.h5 \(group .*\); \d+ readouts/s, first image \d", done.stdout.replace("\n", " "))
+    assert re.search(r"6 images in .*out\.h5 \(group .*\); \d+ readouts/s, first image \d", done.stdout)
     assert "INF cg_sense: 6 images" in done.stderr
     with h5py.File(out) as file:
         (group,) = file.values()
@@ -125,8 +125,8 @@ def test_replay_fails_with_the_server_s_words(server: Serving, scan: SimulatedSc
     out = tmp_path / "out.h5"
     done = recon("replay", scan.path, "--config", "no_such_chain", "--port", server.port, "--out", out)
     assert done.returncode == 1
-    words = " ".join(done.stderr.split())
-    assert "UnknownChain" in words and "cg_sense" in words and "Traceback" not in words
+    (line,) = done.stderr.splitlines()
+    assert "UnknownChain" in line and "cg_sense" in line
     assert not out.exists()
 
 
@@ -164,7 +164,9 @@ def test_run_gives_the_server_s_bits_with_the_defaults_of_both(server: Serving, 
 
 def test_run_fails_in_one_line(scan: SimulatedScan, tmp_path: Path) -> None:
     done = recon("run", scan.path, "--config", "cg_sense", "--out", tmp_path / "out.h5", "--set", "nonsense=1")
-    assert done.returncode == 1 and "nonsense" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "SettingError" in line and "nonsense" in line
 
 
 # ---- the other commands ----------------------------------------------------------------------------------------------------
@@ -173,9 +175,8 @@ def test_run_fails_in_one_line(scan: SimulatedScan, tmp_path: Path) -> None:
 def test_simulate_lists_its_settings_and_writes_a_scan(tmp_path: Path) -> None:
     described = recon("simulate", "mgre", "--describe")
     assert described.returncode == 0
-    told = "".join(described.stdout.split())
     for setting in fields(ScanSettings):
-        assert setting.name in told, setting.name
+        assert re.search(rf"\b{setting.name}\b", described.stdout), setting.name
     out = tmp_path / "satrec.h5"
     done = recon("simulate", "satrec", out, "--set", "matrix_x=48", "--set", "matrix_y=48", "--set", "coils=2")
     assert done.returncode == 0, done.stderr
@@ -201,11 +202,10 @@ def test_chains_lists_every_setting_for_people_and_for_programs() -> None:
             assert all(by_name[key]["default"] == getattr(settings, key) for key in by_name)
             assert all(info["help"] and info["kind"] in ("bool", "int", "float", "str") for info in by_name.values())
     described = recon("chains", "llr", "--describe")
-    told = "".join(described.stdout.split())
     assert described.returncode == 0
     for infos in chains["llr"]["settings"].values():
         for info in infos:
-            assert info["name"] in told, info["name"]
+            assert re.search(rf"\b{info['name']}\b", described.stdout), info["name"]
     assert recon("chains", "nothing").returncode == 1
 
 
@@ -260,7 +260,7 @@ def test_a_killed_server_leaves_nothing_that_its_successor_does_not_clear(scan: 
         _, alive = psutil.wait_procs(children, timeout=30)
         assert not alive, [p.cmdline() for p in alive]
         with serving(tmp_path / "second", "--spool", str(tmp_path / "spool")):
-            assert not list(Path("/dev/shm").glob(f"recon-gadgets-{first.process.pid}-*"))
+            assert not first.scratch()
             (told,) = (json.loads(path.read_text()) for path in (tmp_path / "spool").glob("*.json"))
             assert told["status"] == "truncated"
 

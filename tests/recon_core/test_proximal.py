@@ -74,6 +74,10 @@ def test_stops_when_nothing_changes_and_counts() -> None:
         lambda x: x - b, lambda z, _: z, b * 0, step=1.0, max_iterations=50, tolerance=1e-9, on_iteration=seen.append
     )
     assert found.converged and found.iterations == len(seen) < 5
+    later = proximal_gradient(
+        lambda x: x - b, lambda z, _: z, b * 0, step=1.0, max_iterations=50, tolerance=1e-9, min_iterations=20
+    )
+    assert later.converged and later.iterations == 20
 
 
 def test_divergence_is_an_error() -> None:
