@@ -33,6 +33,7 @@ CASES = (("inversion_recovery", 4), ("inversion_recovery", 8), ("cine", 4), ("ci
 LLR_WEIGHTS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
 LLR_ITERATIONS = (30, 50, 100)
 WAVELET_WEIGHTS = (0.001, 0.002, 0.005)
+KIDNEY = Path(__file__).parent.parent / "tests" / "data" / "molli" / "kidney_molli.npz"
 OURS = ("cg_sense", "llr", "grasp_pro")
 
 
@@ -163,11 +164,12 @@ def verdict(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=200, help="defaults were tuned on 0 to 2 and 100 to 101")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each of our methods per seed")
     parser.add_argument("--threads", type=int, default=1, help="OMP threads of BART and torch threads of ours")
     parser.add_argument("--noise", type=float, default=0.01, help="per complex sample, relative to the peak")
     parser.add_argument("--maps", choices=("true", "ecalib"), default="true", help="coil maps that both sides get")
-    parser.add_argument("--kidney", type=Path, help="kidney_molli.npz: adds the measured series times simulated coils")
+    parser.add_argument("--kidney", type=Path, default=KIDNEY, help="measured series, times simulated coils")
     parser.add_argument("--name", default="quality", help="of the file in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -179,10 +181,10 @@ def main() -> int:
     document: dict[str, Any] = {}
     for kind, acceleration in cases:
         tallies: dict[str, Tally] = defaultdict(Tally)
-        for seed in range(options.seeds):
+        for seed in range(options.first_seed, options.first_seed + options.seeds):
             data = make(kind, acceleration, options.noise, seed, options.kidney)
             maps = data.coil_maps if options.maps == "true" else estimated_maps(data, options.threads)
-            if seed == 0:
+            if seed == options.first_seed:
                 # a server is warm: FFT plans and thread pools exist before the first scan
                 run_case(defaultdict(Tally), data, maps, options.threads, False, 1)
             run_case(tallies, data, maps, options.threads, version is not None, options.repeats)

@@ -74,6 +74,8 @@ class Connection:
         self._noise_id: str | None = None  # set on a noise-dependency connection: only 1019 and CLOSE may be answered
         self._closed = False  # nothing more is to be read
         self._complete = False  # the peer's CLOSE has come
+        self._tail = b""  # the last two bytes that came
+        self._answering = False  # nothing is read any more: a peer that is gone now will not take the images either
         self._started = time.monotonic()
         self._bytes = 0
 
@@ -114,18 +116,18 @@ class Connection:
                 if self._pending is not None and self._failure is None:
                     self._fail(self._pending)
                     continue
-                self._fail(WireError("nothing was received for too long", where="connection", got=f"{self._patience():g} s"))
-                return
+                return self._fail(self._silence())
             if not view:
                 return self._ended()
             try:
                 fresh = self._gather(view)
             except Disconnected as error:
                 return self._vanished(error)
+            self._tail = (self._tail + bytes(fresh[-2:]))[-2:]
             for event in self.parser.feed(fresh):
                 self._take(event)
             if self.parser.lost:
-                return self._drain(bytes(fresh[-2:]))
+                return self._drain(self._tail)
 
     def _gather(self, view: memoryview) -> memoryview:
         """Keep ``view`` and what has arrived meanwhile, piece by piece, before any of it is looked at."""
@@ -142,7 +144,18 @@ class Connection:
         timing = self.peer.timing
         if self._pending is not None and self.header_text is not None:
             return timing.grace
-        return timing.handshake if self.header_text is None else timing.idle
+        patience = timing.handshake if self.header_text is None else timing.idle
+        if self.parser.in_message:
+            return min(patience, timing.stall_close if self._tail == codec.close() else timing.stall)
+        return patience
+
+    def _silence(self) -> WireError:
+        """Nothing came for as long as this connection waits."""
+        seconds = f"{self._patience():g} s"
+        if self.parser.in_message:
+            remedy = "Are there as many samples and channels as the readouts' headers say?" if self.n_readouts else None
+            return self.parser.incomplete(f"nothing came for too long ({seconds})", remedy)
+        return WireError("nothing was received for too long", where="connection", got=seconds)
 
     def _keep(self, view: memoryview) -> None:
         """Raw bytes are on disk before anything else is done with them."""
@@ -276,7 +289,14 @@ class Connection:
     # -- answering -------------------------------------------------------------------------------------------------------
 
     def say(self, text: str) -> None:
-        """One line to the operator, at once. Lost when the peer is gone, kept back where it would abort the peer."""
+        """One line to the operator, at once. Kept back where it would abort the peer.
+
+        Raises
+        ------
+        Disconnected
+            The peer is gone while its images are being made: computing them has no purpose. (While it is being read, the words
+            are lost and reading finds out by itself.)
+        """
         line = " ".join(text.split())[:2000]
         if self._noise_id is not None:
             logger.info("event=kept_back connection=%s text=%r", self.name, line)
@@ -285,6 +305,8 @@ class Connection:
             self.peer.send(codec.text(line + "\n"))
         except Disconnected:
             logger.info("event=unsaid connection=%s text=%r", self.name, line)
+            if self._answering:
+                raise
 
     def _answer(self) -> None:
         """After the peer's CLOSE."""
@@ -295,6 +317,9 @@ class Connection:
         if self.header_text is None:
             return self.say("WRN CLOSE came before the MRD header: there is nothing to reconstruct")
         scan, said = self._open(), False
+        self._answering = True
+        if self._log is not None and self._log.lost_by_its_spool:
+            self.say("WRN the raw data of this scan are not kept: the spool cannot take them")
         for message in scan.finish():
             if self.stopping:
                 raise Disconnected("the server is stopping", where="connection")
@@ -316,7 +341,7 @@ class Connection:
         """Report the first failure, stop computing, and go on reading."""
         if self._failure is not None:
             return
-        self._failure, self._pending = error, None
+        self._failure, self._pending, self._answering = error, None, False
         if isinstance(error, ReconError):
             logger.warning("event=failed connection=%s error=%s text=%r", self.name, type(error).__name__, str(error))
             words = f"{type(error).__name__}: {error}"

@@ -73,9 +73,11 @@ class Jobs:
 
     def submit(self, task: Callable[..., T], *args: Any) -> Future[T]:
         """Run ``task(*args)`` on a worker; its future answers even when the worker process dies (one retry)."""
-        outer: Future[T] = Future()
-        self._start(outer, task, args, attempts_left=1)
-        return outer
+        return self.scope().submit(task, *args)
+
+    def scope(self) -> Scope:
+        """Tasks that can be given up together: those of one scan."""
+        return Scope(self)
 
     def close(self) -> None:
         """Stop the workers; running tasks are not waited for."""
@@ -85,32 +87,44 @@ class Jobs:
         if executor is not None:
             _shutdown(executor)
 
-    def _start(self, outer: Future[T], task: Callable[..., T], args: tuple[Any, ...], attempts_left: int) -> None:
+    def _start(
+        self, scope: Scope, outer: Future[T], task: Callable[..., T], args: tuple[Any, ...], attempts_left: int
+    ) -> None:
+        if scope.abandoned:
+            outer.set_exception(given_up(task.__name__))
+            return
         executor: Executor | None = None
         try:
             executor = self._get()
             inner = executor.submit(task, *args)
         except Exception as error:
-            self._retry(outer, task, args, attempts_left, error, executor)
+            self._retry(scope, outer, task, args, attempts_left, error, executor)
             return
 
         def done(finished: Future[T]) -> None:
+            scope.forget(finished)
+            if finished.cancelled():
+                outer.set_exception(given_up(task.__name__))
+                return
             error = finished.exception()
             if error is None:
                 outer.set_result(finished.result())
             elif _is_dead_worker(error):
-                self._retry(outer, task, args, attempts_left, error, executor)
+                self._retry(scope, outer, task, args, attempts_left, error, executor)
             else:
-                if not isinstance(error, ReconError):
+                # the files of an abandoned scan are gone: what its tasks say about that is no news
+                if not isinstance(error, ReconError) and not scope.abandoned:
                     # neither words nor values: they may quote the scan. The places are enough to find it
                     name, kind = task.__name__, type(error).__name__
                     log.error("event=task_crashed task=%s error=%s at=%s", name, kind, _places(error))
                 outer.set_exception(error)
 
+        scope.remember(inner)
         inner.add_done_callback(done)
 
     def _retry(
         self,
+        scope: Scope,
         outer: Future[T],
         task: Callable[..., T],
         args: tuple[Any, ...],
@@ -125,6 +139,9 @@ class Jobs:
         if closed:
             outer.set_exception(JobFailed("the server is stopping", where=task.__name__))
             return
+        if scope.abandoned:
+            outer.set_exception(given_up(task.__name__))
+            return
         if left <= 0:
             outer.set_exception(JobFailed("a worker process died twice", where=task.__name__, got=type(error).__name__))
             return
@@ -133,7 +150,7 @@ class Jobs:
         def again() -> None:
             # one at a time: the task that killed the worker must not take the retries of innocent ones with it
             with self._one_retry:
-                self._start(outer, task, args, left - 1)
+                self._start(scope, outer, task, args, left - 1)
                 wait([outer])
 
         # a fresh thread: callbacks run in the dead executor's own management thread, which must not start another one
@@ -155,6 +172,48 @@ class Jobs:
         return ProcessPoolExecutor(
             self.workers, timeout=None, initializer=_start_worker, initargs=(self.threads,), env=WORKER_ENVIRONMENT
         )
+
+
+class Scope:
+    """The tasks of one scan. ``submit`` as in `Jobs`; ``abandon`` drops those that wait and silences those that run.
+
+    A running task ends by itself, at the latest when its report finds that the scan's folder is gone (`FileReport`).
+    """
+
+    def __init__(self, jobs: Jobs) -> None:
+        self._jobs = jobs
+        self._lock = threading.Lock()
+        self._open: set[Future[Any]] = set()
+        self.abandoned = False
+
+    def submit(self, task: Callable[..., T], *args: Any) -> Future[T]:
+        """Run ``task(*args)`` on a worker, unless the scan has been abandoned: then the future holds a ``JobFailed``."""
+        outer: Future[T] = Future()
+        self._jobs._start(self, outer, task, args, attempts_left=1)
+        return outer
+
+    def abandon(self) -> None:
+        """Give up every task that is not done; later ones are not begun."""
+        with self._lock:
+            self.abandoned = True
+            left = list(self._open)
+        for future in left:
+            future.cancel()
+
+    def remember(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._open.add(future)
+            late = self.abandoned
+        if late:
+            future.cancel()
+
+    def forget(self, future: Future[Any]) -> None:
+        with self._lock:
+            self._open.discard(future)
+
+
+def given_up(task: str) -> JobFailed:
+    return JobFailed("the scan was given up", where=task)
 
 
 def _places(error: BaseException) -> str:
@@ -267,7 +326,13 @@ def remove_stale_scratch() -> int:
 
 
 class FileReport(Report):
-    """A method's report, written to files so that it crosses the process border without locks or pickles."""
+    """A method's report, written to files so that it crosses the process border without locks or pickles.
+
+    Raises
+    ------
+    JobFailed
+        From ``progress``, when the folder is gone: the scan was given up, and so is the task.
+    """
 
     def __init__(self, folder: Path, tag: str) -> None:
         self.folder, self.tag = folder, tag
@@ -299,6 +364,8 @@ class FileReport(Report):
         with contextlib.suppress(OSError):  # a report must never fail a reconstruction
             part.write_bytes(data)
             os.replace(part, path)
+        if not self.folder.is_dir():
+            raise given_up(self.tag)
 
 
 class ReportReader:

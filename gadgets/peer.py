@@ -30,7 +30,9 @@ class Timing:
     """How long one connection waits, in s."""
 
     handshake: float = 120.0  # for the next byte until the MRD header is there
-    idle: float = 3600.0  # for the next byte during a scan: breath-holds, table moves, a paused sequence
+    idle: float = 3600.0  # for the next message during a scan: breath-holds, table moves, a paused sequence
+    stall: float = 30.0  # for the rest of a message: scanners pause between messages, never inside one
+    stall_close: float = 1.5  # the same behind the bytes of a CLOSE: the header announced more samples than came
     send: float = 60.0  # for a peer that does not take what is sent to it
     grace: float = 0.5  # after the header, before an unknown chain name is reported: FIRE's JSON text may still name another
     quiet_close: float = 0.3  # framing lost: silence after the bytes of a CLOSE

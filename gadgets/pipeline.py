@@ -37,6 +37,7 @@ from recon_core.types import Result
 log = logging.getLogger(__name__)
 
 PROGRESS_SECONDS = 2.0
+MAX_WARNINGS = 20  # lines to the operator in one scan
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,15 @@ class Scan:
         self.index = ReadoutIndex()
         self.n_waveforms = 0
         self.scratch = Scratch()
+        self.tasks = services.jobs.scope()
+        self._said: set[str] = set()
         self.preparation = Preparation(
             self.index,
             header,
             chain.acquisition,
             chain.preprocess,
             raw_path=lambda: str(raw.path),
-            jobs=services.jobs,
+            jobs=self.tasks,
             scratch=self.scratch,
             noise=services.noise,
             warn=self._warn,
@@ -103,8 +106,19 @@ class Scan:
         self.n_waveforms += 1
 
     def _warn(self, message: str) -> None:
-        log.warning("event=warning message=%r", message)
-        self.say(f"WRN {message}\n")
+        if message not in self._said:
+            log.warning("event=warning message=%r", message)
+        self._tell(message)
+
+    def _tell(self, message: str) -> None:
+        """To the operator: each warning once, and not by the hundred, or the console would show nothing else."""
+        if message in self._said:
+            return
+        self._said.add(message)
+        if len(self._said) <= MAX_WARNINGS:
+            self.say(f"WRN {message}\n")
+        elif len(self._said) == MAX_WARNINGS + 1:
+            self.say("WRN there are more warnings; the server's log has them\n")
 
     # ---- after the last readout ----------------------------------------------------------------------------------------
 
@@ -133,14 +147,15 @@ class Scan:
             self.abandon()
 
     def abandon(self) -> None:
-        """Forget the scan's intermediate files; the raw log is the connection's."""
+        """Drop the scan's tasks and intermediate files; the raw log is the connection's."""
+        self.tasks.abandon()
         self.scratch.close()
 
     def _noise_only(self, rows: NDArray[np.intp]) -> Iterator[bytes]:
         """A separate noise scan: keep its covariance for the scans that depend on it."""
         index = self.index
         source = LogSlice(str(self.raw.path), index.headers[rows], index.offsets[rows], index.payload_bytes[rows])
-        estimate = self.services.jobs.submit(estimate_noise, source).result()
+        estimate = self.tasks.submit(estimate_noise, source).result()
         if self.services.noise is None or not self.header.measurement_id:
             raise SortError(
                 "a noise measurement that cannot be stored", where="scan", expected="a measurementID in the header"
@@ -198,7 +213,7 @@ class Scan:
             as_fallback=as_fallback,
             device=self.services.device,
         )
-        return self.services.jobs.submit(reconstruct_slice, job)
+        return self.tasks.submit(reconstruct_slice, job)
 
     def _await(
         self, future: Future[Result], reports: ReportReader, number: int, n_done: int, n_slices: int
@@ -231,7 +246,7 @@ class Scan:
         if self.chain.fallback is None:
             raise failure
         log.warning("event=fallback chain=%s to=%s slice=%d reason=%r", self.chain.name, self.chain.fallback, number, reason)
-        self.say(f"WRN {self.chain.name} failed in slice {number} ({reason}); its images come from {self.chain.fallback}\n")
+        self._tell(f"{self.chain.name} failed in slice {number} ({reason}); its images come from {self.chain.fallback}")
         fallback = load_chain(self.chain.fallback, directory=self.services.configs)
         # what the rows went through, and what the console asked for, holds for the stand-in as well
         fallback = replace(fallback, preprocess=self.chain.preprocess)

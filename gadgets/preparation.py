@@ -19,8 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from gadgets.buffer_settings import AcquisitionSettings
-from gadgets.errors import SortError
-from gadgets.jobs import Jobs, Scratch
+from gadgets.errors import SortError, SpoolError
+from gadgets.jobs import Scope, Scratch
 from gadgets.noise_store import NoiseStore
 from gadgets.readouts import Kind, ReadoutIndex, chosen_encoding, classify, readout_geometry
 from gadgets.scan_checks import COMPLEX_BYTES, MAX_EXPANSION, refuse_out_of_proportion
@@ -98,7 +98,7 @@ class Preparation:
         acquisition: AcquisitionSettings,
         settings: PreprocessSettings,
         raw_path: Callable[[], str],
-        jobs: Jobs,
+        jobs: Scope,
         scratch: Scratch,
         noise: NoiseStore | None,
         warn: Callable[[str], None],
@@ -221,7 +221,10 @@ class Preparation:
     def _settle_noise(self, estimate: NoiseEstimate) -> None:
         self._whitening = self._whiten(estimate.covariance, estimate.dwell_time)
         if self._store is not None and self._header.measurement_id:
-            self._store.put(self._header.measurement_id, estimate.covariance, estimate.dwell_time)
+            try:
+                self._store.put(self._header.measurement_id, estimate.covariance, estimate.dwell_time)
+            except SpoolError as error:  # this scan has its noise; only those that depend on it will miss it
+                self._warn(f"the noise measurement could not be stored for later scans: {error}")
 
     def _submit(self, number: int) -> None:
         start = number * self._size

@@ -150,8 +150,12 @@ class Spool:
         SpoolError
             Neither the spool nor temporary storage has room.
         """
-        if self.root is not None and self.root not in tried and self.make_room():
-            return self.root, True
+        if self.root is not None and self.root not in tried:
+            if not self.root.is_dir():  # somebody removed it while the server runs
+                with contextlib.suppress(SpoolError):
+                    self._make_root(self.root)
+            if self.make_room():
+                return self.root, True
         for folder in self.temporary_directories:
             # room for as much again, because the scan goes on
             if folder not in tried and folder.is_dir() and _free(folder) > max(2 * needed, 64 << 20):
@@ -219,6 +223,11 @@ class ScanLog:
     def kept(self) -> bool:
         """Whether the file stays after ``finish``."""
         return self._kept and not self._ended
+
+    @property
+    def lost_by_its_spool(self) -> bool:
+        """Whether the file will be gone after ``finish`` although captures are wanted."""
+        return self._spool.root is not None and self._path is not None and not self._kept
 
     @property
     def path(self) -> Path:
@@ -430,5 +439,9 @@ def _size(path: Path) -> int:
 
 
 def _free(folder: Path) -> int:
-    state = os.statvfs(folder)
+    """Bytes; none where there is no such folder (any more)."""
+    try:
+        state = os.statvfs(folder)
+    except OSError:
+        return -1
     return state.f_bavail * state.f_frsize

@@ -126,6 +126,21 @@ class FrameParser:
         found, self._events = self._events, []
         return found
 
+    @property
+    def in_message(self) -> bool:
+        """Whether part of a message has come and the rest of it has not."""
+        return self.offset > self._start and not (self.lost or self.closed)
+
+    def incomplete(self, what: str, remedy: str | None = None) -> Disconnected:
+        """The error that says: ``what`` (has happened) in the middle of the message in progress."""
+        return Disconnected(
+            f"{what} in the middle of {self._name}",
+            where=f"byte {self._start} of the stream",
+            got=f"{self.offset - self._start} bytes of the message",
+            expected=f"{self._expected} bytes",
+            remedy=remedy,
+        )
+
     def finish(self) -> None:
         """Say that the stream has ended.
 
@@ -134,14 +149,8 @@ class FrameParser:
         Disconnected
             The last message is incomplete. (An end between two messages is legal for the parser, with or without CLOSE.)
         """
-        got = self.offset - self._start
-        if got and not (self.lost or self.closed):
-            raise Disconnected(
-                f"the peer closed the connection in the middle of {self._name}",
-                where=f"byte {self._start} of the stream",
-                got=f"{got} bytes of the message",
-                expected=f"{self._expected} bytes",
-            )
+        if self.in_message:
+            raise self.incomplete("the peer closed the connection")
 
     # -- taking bytes ---------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,8 @@ from gadgets.errors import HeaderError
 
 MAX_ELEMENTS = 100_000
 MAX_DEPTH = 64
+MIN_FOV, MAX_FOV = 1e-3, 1e6
+"""mm; far outside what can be imaged, and well inside what float32 (image headers) and a matrix size can hold."""
 MAX_TAG_CHARACTERS = 1 << 20
 _SLICE = 64 << 10
 _NAMED_LIMITS = ("average", "slice", "contrast", "phase", "repetition", "set", "segment")
@@ -247,8 +249,13 @@ def _matrix(node: _Node, space: str, where: str) -> tuple[int, int, int]:
 def _fov(node: _Node, space: str, where: str) -> tuple[float, float, float]:
     size = _space(node, space, "fieldOfView_mm", where)
     z, y, x = (size.needed_number(axis) for axis in "zyx")
-    if min(x, y, z) < 0:
-        raise HeaderError("a field of view is negative", where=size.where, got=(x, y, z), expected="mm along x, y and z")
+    if not all(extent == 0 or MIN_FOV <= extent <= MAX_FOV for extent in (x, y, z)):  # 0: not stated
+        raise HeaderError(
+            "not a field of view",
+            where=size.where,
+            got=(x, y, z),
+            expected=f"mm along x, y and z, {MIN_FOV:g} to {MAX_FOV:g} each",
+        )
     return z / 1e3, y / 1e3, x / 1e3
 
 
