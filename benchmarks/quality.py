@@ -30,9 +30,9 @@ from recon_core.types import KSpace, Report, ScanInfo
 
 N, COILS, ACS = 192, 8, 16
 CASES = (("inversion_recovery", 4), ("inversion_recovery", 8), ("cine", 4), ("cine", 8))
-LLR_WEIGHTS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
-LLR_ITERATIONS = (30, 50, 100)
-WAVELET_WEIGHTS = (0.001, 0.002, 0.005)
+LLR_WEIGHTS = (0.0005, 0.001, 0.002, 0.004, 0.008)
+LLR_ITERATIONS = (30, 100)
+WAVELET_WEIGHTS = (0.002, 0.005)
 KIDNEY = Path(__file__).parent.parent / "tests" / "data" / "molli" / "kidney_molli.npz"
 OURS = ("cg_sense", "llr", "grasp_pro")
 
@@ -163,7 +163,7 @@ def verdict(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--first-seed", type=int, default=200, help="defaults were tuned on 0 to 2 and 100 to 101")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each of our methods per seed")
     parser.add_argument("--threads", type=int, default=1, help="OMP threads of BART and torch threads of ours")

@@ -13,7 +13,7 @@ import time
 from pathlib import PurePath
 
 from gadgets import queries
-from gadgets.errors import Disconnected, IllegalOrder, SpoolError, UnknownChain, WireError
+from gadgets.errors import Disconnected, IllegalOrder, MalformedMessage, SpoolError, UnknownChain, WireError
 from gadgets.handlers import ChainRequest as ChainRequest
 from gadgets.handlers import Handlers, Scan, with_parameters
 from gadgets.peer import Peer
@@ -154,7 +154,7 @@ class Connection:
         seconds = f"{self._patience():g} s"
         if self.parser.in_message:
             remedy = "Are there as many samples and channels as the readouts' headers say?" if self.n_readouts else None
-            return self.parser.incomplete(f"nothing came for too long ({seconds})", remedy)
+            return self.parser.incomplete(MalformedMessage, f"nothing came for too long ({seconds})", remedy)
         return WireError("nothing was received for too long", where="connection", got=seconds)
 
     def _keep(self, view: memoryview) -> None:

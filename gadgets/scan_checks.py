@@ -22,6 +22,9 @@ MAX_EXPANSION = 128
 MAX_INTERPOLATION = 8
 """Further growth of images that the console may ask for."""
 
+MAX_FINER = 16
+"""Pixels per encoded pixel along one axis: zero-filling beyond that costs seconds and shows nothing."""
+
 SMALL_BYTES = 64 << 20
 """Always granted, whatever was sampled."""
 
@@ -135,6 +138,13 @@ def too_large(
         # images are interpolated over the whole encoded field of view before they are cropped
         stretched = recon_size * extent / recon_extent if recon_extent > 0 and extent > 0 and recon_size + size > 2 else 1
         image *= math.ceil(max(recon_size, min(stretched, 2.0**62)))
+        if max(recon_size, stretched) > MAX_FINER * size:
+            raise SortError(
+                "the reconstructed matrix is out of proportion to the encoded one",
+                where="header",
+                got=f"{recon_size} pixels over {recon_extent * 1e3:g} mm from {size} over {extent * 1e3:g} mm",
+                expected=f"at most {MAX_FINER} times finer",
+            )
     what = f"for {n_states} states, matrix {encoding.recon_matrix}"
     refuse_out_of_proportion("the reconstructed matrix", image, sampled_bytes, what, MAX_EXPANSION * MAX_INTERPOLATION)
 

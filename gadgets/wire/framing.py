@@ -131,9 +131,9 @@ class FrameParser:
         """Whether part of a message has come and the rest of it has not."""
         return self.offset > self._start and not (self.lost or self.closed)
 
-    def incomplete(self, what: str, remedy: str | None = None) -> Disconnected:
+    def incomplete(self, kind: type[WireError], what: str, remedy: str | None = None) -> WireError:
         """The error that says: ``what`` (has happened) in the middle of the message in progress."""
-        return Disconnected(
+        return kind(
             f"{what} in the middle of {self._name}",
             where=f"byte {self._start} of the stream",
             got=f"{self.offset - self._start} bytes of the message",
@@ -150,7 +150,7 @@ class FrameParser:
             The last message is incomplete. (An end between two messages is legal for the parser, with or without CLOSE.)
         """
         if self.in_message:
-            raise self.incomplete("the peer closed the connection")
+            raise self.incomplete(Disconnected, "the peer closed the connection")
 
     # -- taking bytes ---------------------------------------------------------------------------------------------------
 

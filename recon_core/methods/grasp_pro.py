@@ -25,6 +25,9 @@ FEWEST_STATES = 4
 FEWEST_LINES = 4
 """Centre lines that all states must share."""
 
+GRAM_BLOCK = 1 << 16
+"""Samples per state that are held in double precision at a time."""
+
 NOISE_MARGIN = 1.1
 """A component counts when its singular value is so many times the largest that noise alone would have."""
 
@@ -85,8 +88,12 @@ def temporal_basis(kspace: KSpace, components: int, noise: float, where: str) ->
     if peak == 0:
         raise CalibrationError("the shared centre lines hold no signal", where=where, remedy="Use cg_sense")
     samples = samples / peak
-    # the Gram matrix of the states, in double precision: its condition number is the square
-    gram = (samples @ samples.mH).to(torch.complex128)
+    # the Gram matrix of the states, *summed* in double precision: its condition number is the square, and in single precision
+    # the number of components depended on the number of threads
+    gram = torch.zeros(n_states, n_states, dtype=torch.complex128, device=samples.device)
+    for block in samples.split(GRAM_BLOCK, dim=1):
+        double = block.to(torch.complex128)
+        gram += double @ double.mH
     squares, vectors = torch.linalg.eigh(gram)
     singular = squares.clamp_min(0).sqrt().flip(0)
     basis = vectors.flip(1).to(torch.complex64)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import shutil
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +72,59 @@ def test_without_workers_tasks_run_here() -> None:
     jobs = Jobs(0)
     assert jobs.submit(process_id).result(30) == os.getpid()
     jobs.close()
+
+
+def test_tasks_of_an_abandoned_scan_are_dropped_and_silent(caplog: pytest.LogCaptureFixture) -> None:
+    jobs = Jobs(0)
+    scan, other = jobs.scope(), jobs.scope()
+    running, go_on, ran = threading.Event(), threading.Event(), []
+
+    def lose_its_files() -> None:
+        running.set()
+        go_on.wait(30)
+        raise FileNotFoundError
+
+    first = scan.submit(lose_its_files)
+    waiting = scan.submit(ran.append, "waiting")
+    foreign = other.submit(ran.append, "other")
+    running.wait(30)
+    with caplog.at_level(logging.DEBUG):
+        scan.abandon()
+        with pytest.raises(JobFailed, match="given up"):
+            waiting.result(30)
+        go_on.set()
+        with pytest.raises(FileNotFoundError):
+            first.result(30)
+        foreign.result(30)
+        with pytest.raises(JobFailed, match="given up"):
+            scan.submit(ran.append, "late").result(30)
+        assert caplog.records == []
+        with pytest.raises(ZeroDivisionError):
+            other.submit(divmod, 1, 0).result(30)
+        assert "event=task_crashed task=divmod error=ZeroDivisionError" in caplog.text
+    jobs.close()
+    assert ran == ["other"]
+
+
+def test_a_waiting_task_of_an_abandoned_scan_never_reaches_its_worker(workers: Jobs, tmp_path: Path) -> None:
+    scan = workers.scope()
+    futures = [scan.submit(die_once, str(tmp_path / "never")) for _ in range(20)]
+    scan.abandon()
+    for future in futures:
+        assert isinstance(future.exception(120), JobFailed) or future.result() == "alive"
+    assert workers.submit(process_id).result(120) != os.getpid()
+
+
+def test_a_running_task_ends_when_its_scan_is_given_up(tmp_path: Path) -> None:
+    scratch = Scratch()
+    report = FileReport(scratch.path, "slice-0000")
+    report.progress(0.5)
+    scratch.close()
+    with pytest.raises(JobFailed, match="given up"):
+        report.progress(1.0)
+    with pytest.raises(JobFailed, match="given up"):
+        report.warn("nobody reads this")
+    shutil.rmtree(scratch.path, ignore_errors=True)
 
 
 def test_scratch_is_reserved_and_removed() -> None:

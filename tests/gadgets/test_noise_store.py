@@ -1,5 +1,6 @@
 """Noise covariances by measurement id."""
 
+import threading
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -105,3 +106,35 @@ def test_meta_says_what_the_real_client_prints(tmp_path: Path) -> None:
     assert root.tag == "ismrmrdMeta" and values["status"] == "success" and values["channels"] == "3"
     numbers = {name: float(text or "nan") for name, text in values.items() if name not in ("status", "channels")}
     assert numbers == {"min_sigma": 1.0, "max_sigma": 3.0, "mean_sigma": 2.0, "noise_dwell_time_us": 2.5}
+
+
+def test_readers_never_see_half_a_measurement(tmp_path: Path) -> None:
+    """Two servers write the same id at once; whoever reads gets one of them, whole."""
+    stores = [NoiseStore(tmp_path), NoiseStore(tmp_path)]
+    stores[0].put("scan", np.eye(64), 1e-6)
+    seen: set[float] = set()
+    wrong: list[object] = []
+    done = threading.Event()
+
+    def write(store: NoiseStore, scale: float) -> None:
+        for _ in range(40):
+            store.put("scan", scale * np.eye(64), scale * 1e-6)
+
+    def read() -> None:
+        while not done.is_set():
+            noise = stores[1].get("scan")
+            if noise is None or not np.array_equal(noise.covariance, round(noise.dwell_time * 1e6) * np.eye(64)):
+                wrong.append(noise)
+                return
+            seen.add(noise.dwell_time)
+
+    writers = [threading.Thread(target=write, args=(store, scale)) for store, scale in zip(stores, (2.0, 3.0), strict=True)]
+    reader = threading.Thread(target=read)
+    for thread in (reader, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    done.set()
+    reader.join()
+    assert not wrong and seen
+    assert [path.name[0] for path in tmp_path.iterdir()] != ["."] and len(list(tmp_path.iterdir())) == 1
