@@ -44,7 +44,10 @@ def read_capture(path: Path | str) -> Capture:
         raise SpoolError("cannot read the capture", where=str(path), got=error.strerror) from error
     if int.from_bytes(start, "little") not in range(1, 9) or len(start) < 2:
         raise SpoolError(
-            "not a capture of a session", where=str(path), got=start.hex() or "nothing", expected="ids 1 to 8 first"
+            "neither an MRD raw file (HDF5) nor the capture of a session",
+            where=str(path),
+            got=start.hex() or "nothing",
+            expected="ids 1 to 8 first",
         )
     info: dict[str, Any] = {}
     with contextlib.suppress(FileNotFoundError):

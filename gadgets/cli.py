@@ -46,6 +46,9 @@ def main() -> None:
         err.print(f"[red]recon: {type(error).__name__}:[/red] ", end="", soft_wrap=True)
         err.print(str(error), markup=False, highlight=False, soft_wrap=True)
         raise SystemExit(1) from None
+    except OSError as error:  # a file that cannot be written, a full disk
+        err.print(f"recon: {error.strerror or error}: {error.filename or ''}", markup=False, highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 
@@ -56,6 +59,8 @@ def _state_directory() -> Path:
 
 
 def _log_to_stderr(level: str) -> None:
+    if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise typer.BadParameter(f"got {level!r}, expected debug, info, warning or error", param_hint="--log-level")
     logging.basicConfig(level=level.upper(), format=LOG_FORMAT, stream=sys.stderr)
 
 
@@ -91,9 +96,14 @@ def serve(
     scan_gb: Annotated[float, typer.Option(help="Largest scan accepted, GB.", min=0.001)] = 20.0,
     configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
+    idle_seconds: Annotated[
+        float, typer.Option(help="Longest pause of a scanner between two messages of a scan.", min=1.0)
+    ] = 3600.0,
+    stall_seconds: Annotated[float, typer.Option(help="Longest wait for the rest of a message.", min=0.1)] = 30.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Listen for scans until interrupted."""
+    from gadgets.peer import Timing
     from gadgets.service import Service, ServiceOptions
 
     _log_to_stderr(log_level)
@@ -108,6 +118,7 @@ def serve(
         scan_bytes=int(scan_gb * 1e9),
         configs=configs,
         device=device,
+        timing=Timing(idle=idle_seconds, stall=stall_seconds),
     )
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

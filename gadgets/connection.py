@@ -13,7 +13,7 @@ import time
 from pathlib import PurePath
 
 from gadgets import queries
-from gadgets.errors import Disconnected, IllegalOrder, MalformedMessage, SpoolError, UnknownChain, WireError
+from gadgets.errors import ConfigRefused, Disconnected, IllegalOrder, MalformedMessage, SpoolError, UnknownChain, WireError
 from gadgets.handlers import ChainRequest as ChainRequest
 from gadgets.handlers import Handlers, Scan, with_parameters
 from gadgets.peer import Peer
@@ -231,6 +231,7 @@ class Connection:
             case events.ConfigScript():
                 self._configure_script(event.text)
             case events.HeaderText():
+                self._expect_scan()
                 self.header_text, self.header = event.text, parse_header(event.text)
             case events.Text():
                 self._parameters(event.text)
@@ -258,6 +259,17 @@ class Connection:
                 logger.warning("event=noise_request_unreadable connection=%s error=%r", self.name, str(error))
             return
         self._configure(ChainRequest(script=text))
+
+    def _expect_scan(self) -> None:
+        """A noise query has no header: what has one is a scan, whose sender understands words."""
+        if self._noise_id is None:
+            return
+        self._noise_id = None
+        raise ConfigRefused(
+            "the configuration of a noise query reconstructs nothing",
+            where="CONFIG_SCRIPT",
+            expected="a chain's name or configuration",
+        )
 
     def _configure(self, request: ChainRequest) -> None:
         self.request, self._pending = request, None
@@ -318,8 +330,7 @@ class Connection:
             return self.say("WRN CLOSE came before the MRD header: there is nothing to reconstruct")
         scan, said = self._open(), False
         self._answering = True
-        if self._log is not None and self._log.lost_by_its_spool:
-            self.say("WRN the raw data of this scan are not kept: the spool cannot take them")
+        self._warn_of_loss()
         for message in scan.finish():
             if self.stopping:
                 raise Disconnected("the server is stopping", where="connection")
@@ -329,6 +340,10 @@ class Connection:
             said = said or kind == TEXT_ID
         if not self.n_images and not said:
             self.say(f"WRN no image was made from {self.n_readouts} readouts")
+
+    def _warn_of_loss(self) -> None:
+        if self._log is not None and self._log.lost_by_its_spool:
+            self.say("WRN the raw data of this scan are not kept: the spool cannot take them")
 
     def _answer_noise(self) -> None:
         store, wanted = self.handlers.noise_store, self._noise_id
@@ -363,6 +378,8 @@ class Connection:
     # -- the way out -----------------------------------------------------------------------------------------------------
 
     def _leave(self) -> None:
+        if self._failure is not None and self.n_readouts:
+            self._warn_of_loss()
         self.peer.close()
         status: Status = "complete"
         if self._failure is not None:

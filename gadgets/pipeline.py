@@ -185,8 +185,12 @@ class Scan:
                 chosen = spare
             else:
                 chosen = writer
+            result = from_portable(result)
+            wanted = self.chain.output.phase or self.chain.output.complex
+            if wanted and not any(series.data.is_complex() for series in result.images):
+                self._warn("only magnitudes exist here, no phase (fourier has one with combine = adaptive)")
             pending[number] = Future()  # the result's memory is not needed twice
-            for message in chosen.images(sorted_scan, number, from_portable(result)):
+            for message in chosen.images(sorted_scan, number, result):
                 n_images += 1
                 yield message
         seconds = time.perf_counter() - started
@@ -242,17 +246,26 @@ class Scan:
         reports: ReportReader,
     ) -> tuple[Result, str]:
         """The fallback chain's images of a slice whose method failed, loudly; or the failure itself."""
-        reason = str(failure) if isinstance(failure, ReconError | MemoryError) else type(failure).__name__
+        reason = _reason(failure)
         if self.chain.fallback is None:
             raise failure
         log.warning("event=fallback chain=%s to=%s slice=%d reason=%r", self.chain.name, self.chain.fallback, number, reason)
-        self._tell(f"{self.chain.name} failed in slice {number} ({reason}); its images come from {self.chain.fallback}")
         fallback = load_chain(self.chain.fallback, directory=self.services.configs)
         # what the rows went through, and what the console asked for, holds for the stand-in as well
         fallback = replace(fallback, preprocess=self.chain.preprocess)
         future = self._submit_slice(sorted_scan, rows, number, fallback, as_fallback=True)
         result, error = self._await(future, reports, number, n_done, sorted_scan.n_slices)
+        # said when it is known: an announced image that does not come is worse than none
+        failed = f"{self.chain.name} failed in slice {number} ({reason})"
         if result is None:
             assert error is not None
+            why = "either" if _reason(error) == reason else f"({_reason(error)})"
+            self._tell(f"{failed}; {fallback.name} cannot stand in for it {why}")
             raise failure from error
+        self._tell(f"{failed}; its images come from {fallback.name}")
         return result, fallback.name
+
+
+def _reason(failure: BaseException) -> str:
+    """What may be told of a failure: our own words, or only its kind."""
+    return str(failure) if isinstance(failure, ReconError | MemoryError) else type(failure).__name__

@@ -88,6 +88,11 @@ def open_source(
     if parameters:
         fire = codec.text(json.dumps({"version": "1.1.0", "parameters": dict(parameters)}))
     path = Path(path)
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise RawFileError("cannot read the file", where=str(path), got=error.strerror) from error
     if not (path.is_file() and h5py.is_hdf5(path)):
         return CapturedSession(path, start, fire)
     if not start:

@@ -20,7 +20,7 @@ from xml.sax.saxutils import escape
 
 import h5py
 
-from gadgets.errors import Disconnected, ReplayFailed
+from gadgets.errors import Disconnected, ImageFileError, ReplayFailed
 from gadgets.image_file import ImageFile
 from gadgets.raw_source import Source, open_source
 from gadgets.wire import codec, events
@@ -131,6 +131,8 @@ def replay(
     played = open_source(
         source, config=config, script=script, parameters=parameters, dataset=dataset, strip_version=strip_version
     )
+    if out is not None and Path(out).exists() and Path(out).samefile(source):
+        raise ImageFileError("images would be written into the raw data", where=str(out), remedy="Name another file")
     result = ReplayResult(n_readouts=0, out=None if out is None else Path(out))
     where = f"{host}:{port}"
     wanted = played.header.noise_dependency if played.header is not None and ask_noise else None

@@ -13,6 +13,7 @@ from gadgets.chain import Chain, chain_from_script, chain_names, load_chain
 from gadgets.connection import ChainRequest
 from gadgets.jobs import Jobs, remove_stale_scratch
 from gadgets.noise_store import NoiseStore
+from gadgets.peer import Timing
 from gadgets.pipeline import Scan, Services
 from gadgets.server import Server
 from gadgets.spool import ScanLog, Spool
@@ -38,6 +39,7 @@ class ServiceOptions:
     configs: Path | None = None
     device: str = "auto"
     limits: Limits = field(default_factory=Limits)
+    timing: Timing = field(default_factory=Timing)
 
 
 class Service:
@@ -61,6 +63,7 @@ class Service:
             check_config=self._chain,
             spool=self.spool,
             limits=options.limits,
+            timing=options.timing,
             noise_store=self.noise,
             chain_names=lambda: chain_names(options.configs),
         )

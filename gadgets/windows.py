@@ -54,7 +54,7 @@ class Scaling:
     @property
     def offset(self) -> float:
         """Gadgetron's ScaleOffset: the code of the value zero."""
-        return -self.intercept / self.slope
+        return 0.0 - self.intercept / self.slope  # not -0.0, which some readers take for text
 
     def encode(self, values: NDArray[np.floating], valid: NDArray[np.bool_] | None = None) -> tuple[NDArray[np.uint16], int]:
         """Codes of ``values`` (any shape) and how many valid pixels did not fit and were set to the nearest code.

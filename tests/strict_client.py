@@ -202,11 +202,13 @@ def _read_answer(sock: socket.socket, answer: Answer, dependency: bool) -> None:
             raise _Abort(f"unknown message id {number}")
         if number == CLOSE:
             return
+        if number == DEPENDENCY and not dependency:
+            raise _Abort("1019 on a scan's connection: the real client writes it over its image file")
         if number == TEXT:
-            answer.texts.append(_text(sock, 4))
+            answer.texts.append(_printed(sock, 4))
         elif number == RESPONSE:
             correlation = _unsigned(sock, 8, "RESPONSE")
-            answer.responses.append((correlation, _text(sock, 8)))
+            answer.responses.append((correlation, _printed(sock, 8)))
         elif number == DEPENDENCY:
             answer.dependencies.append(_text(sock, 8))
         elif number == DICOM_WITHNAME:
@@ -226,6 +228,12 @@ def _read_answer(sock: socket.socket, answer: Answer, dependency: bool) -> None:
 
 def _text(sock: socket.socket, length_bytes: int) -> str:
     return _exactly(sock, _unsigned(sock, length_bytes, "a length"), "a text").rstrip(b"\0").decode("utf-8")
+
+
+def _printed(sock: socket.socket, length_bytes: int) -> str:
+    """As the real client prints it: up to the first NUL."""
+    raw = _exactly(sock, _unsigned(sock, length_bytes, "a length"), "a text")
+    return raw.split(b"\0", 1)[0].decode("utf-8")
 
 
 def _image(sock: socket.socket) -> Image:

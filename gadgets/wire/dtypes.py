@@ -181,7 +181,7 @@ class Flag(IntEnum):
 def concatenate_headers(parts: Sequence[NDArray[np.void]]) -> NDArray[np.void]:
     """Join arrays ``(n,)`` of one structured dtype.
 
-    ``numpy.concatenate`` compares the fields one by one, 30 us for each acquisition header array; here they are bytes.
+    ``numpy.concatenate`` compares the fields of every acquisition header array one by one; here they are bytes.
     """
     if len(parts) == 1:
         return parts[0]

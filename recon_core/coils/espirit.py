@@ -35,6 +35,9 @@ STATIONS_3D = 32
 FEWEST_LINES = 8
 """Contiguous calibration lines along a phase-encoding axis: 6 lines leave 6 % error in noise-free data, 8 leave 1.4 %."""
 
+NOISE_MARGIN = 1.25
+"""Patches overlap, so their noise is not independent: its largest singular value exceeds ``sd (sqrt(m) + sqrt(n))`` by less."""
+
 SIGNAL_LEVEL = 3.0
 """A calibration image above this multiple of its noise shows signal."""
 
@@ -63,7 +66,7 @@ def espirit_maps(
     kernel
         Side of the k-space kernel in samples; at most a third of the block.
     threshold
-        Singular values below this part of the largest are the null space.
+        Singular values below this part of the largest are the null space; so are, with ``noise_std``, those of noise.
     background
         A map is zero where the eigenvalue is below this *and* the calibration image is below ``SIGNAL_LEVEL`` times the
         noise. 0, or no ``noise_std``: maps are nowhere zero.
@@ -89,7 +92,7 @@ def espirit_maps(
     sd = None if noise_std is None else noise_std / total * math.sqrt(calibration.numel())
     if calibration.ndim == 3:
         axes = [GridAxis.spanning(n, COARSE_2D) for n in shape]
-        operators = _operator(block, axes, kernel, threshold)
+        operators = _operator(block, axes, kernel, threshold, sd)
     else:
         n_x = int(shape[-1])
         n_stations = min(STATIONS_3D, int(calibration.shape[-1]), n_x)
@@ -103,7 +106,7 @@ def espirit_maps(
             if torch.linalg.vector_norm(station) < empty:
                 # air: borrow the whole slab's average, there is no signal to be hurt
                 station = block[..., block.shape[-1] // 2]
-            parts.append(_operator(station, axes[:2], kernel, threshold))
+            parts.append(_operator(station, axes[:2], kernel, threshold, sd))
         operators = torch.stack(parts, dim=2)
     value, vector = leading_eigenvector(operators)
     low_image, low_noise = _low_resolution(block, axes, sd)
@@ -116,7 +119,7 @@ def espirit_maps(
     return maps
 
 
-def _operator(block: Tensor, axes: Sequence[GridAxis], kernel: int, threshold: float) -> Tensor:
+def _operator(block: Tensor, axes: Sequence[GridAxis], kernel: int, threshold: float, noise_std: float | None) -> Tensor:
     """The average over all shifts of the projector on the patches' subspace, as a coil matrix at each coarse position.
 
     ``G(r) = 1/|K| sum_j u_j(r) u_j(r)^H`` with ``u_j(r) = sum_p u_j[p] exp(2 pi i p r / n)`` (Uecker et al., eq. 15-18).
@@ -126,7 +129,7 @@ def _operator(block: Tensor, axes: Sequence[GridAxis], kernel: int, threshold: f
     sides = [_kernel_side(int(block.shape[1 + i]), axes[i].n, kernel) for i in range(2)]
     patches = block.unfold(1, sides[0], 1).unfold(2, sides[1], 1)
     patches = patches.permute(0, 3, 4, 1, 2).reshape(n_coils * sides[0] * sides[1], -1)
-    vectors = _signal_space(patches, threshold).reshape(n_coils, *sides, -1)
+    vectors = _signal_space(patches, threshold, noise_std).reshape(n_coils, *sides, -1)
     # G has lags -(K-1)..K-1 only: 2K-1 positions determine it, and a small Fourier sum gives it anywhere
     n_lags = [2 * s - 1 for s in sides]
     hats = torch.fft.ifft2(vectors, s=n_lags, dim=(1, 2), norm="forward").permute(1, 2, 0, 3)
@@ -140,13 +143,21 @@ def _operator(block: Tensor, axes: Sequence[GridAxis], kernel: int, threshold: f
     return 0.5 * (operator + operator.mH)
 
 
-def _signal_space(patches: Tensor, threshold: float) -> Tensor:
-    """Left singular vectors of ``(feature, patch)`` above ``threshold``, from the smaller of the two Gram matrices."""
+def _signal_space(patches: Tensor, threshold: float, noise_std: float | None) -> Tensor:
+    """Left singular vectors of ``(feature, patch)`` above ``threshold`` and noise, from the smaller of the two Gram matrices.
+
+    Where noise vectors are kept the projector is the identity, every vector its eigenvector, and the maps are random.
+    """
     wide = patches.shape[0] <= patches.shape[1]
     # double precision: a Gram matrix squares the singular values
     p = patches.to(torch.complex128)
     values, vectors = torch.linalg.eigh(p @ p.mH if wide else p.mH @ p)
-    kept = values > threshold**2 * values[-1]
+    least = threshold**2 * float(values[-1])
+    # averaged lines have less noise than one sample, and the noise may be unknown: what the weaker half of the spectrum shows
+    weak = math.sqrt(max(float(values[: (len(values) + 1) // 2].median()), 0.0) / max(p.shape))
+    noise = weak if noise_std is None else min(noise_std, weak)
+    least = max(least, (NOISE_MARGIN * noise * sum(math.sqrt(n) for n in p.shape)) ** 2)
+    kept = values > min(least, float(values[-1]) * 0.999)
     if wide:
         return vectors[:, kept].to(torch.complex64)
     return (p @ (vectors[:, kept] / values[kept].sqrt())).to(torch.complex64)

@@ -7,7 +7,7 @@ import pytest
 
 from gadgets.chain import chain_names
 from gadgets.service import Service
-from tests.e2e.scans import SimulatedScan, error, stack
+from tests.e2e.scans import SimulatedScan, ask, complaints, error, stack
 from tests.strict_client import StrictClient
 
 LARGEST_ERROR = {"fourier": 0.4, "cg_sense": 0.15, "llr": 0.08, "grasp_pro": 0.12}
@@ -66,3 +66,19 @@ def test_readouts_in_any_order_give_the_same_images(service: Service, full_cine:
     noise, *imaging = full_cine.messages
     mixed = client.scan("fourier", header=full_cine.header, messages=[noise, *imaging[::-1]])
     np.testing.assert_allclose(stack(mixed.images, 4), stack(straight.images, 4), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("chain", "settings"), [("fourier", {"combine": "adaptive"}), ("cg_sense", {}), ("fourier", {})])
+def test_phase_and_complex_images_on_request(
+    chain: str, settings: dict[str, str], service: Service, full_cine: SimulatedScan
+) -> None:
+    answer = ask(service, chain, full_cine, phase=True, complex=True, **settings)
+    by_type = {kind: [i for i in answer.images if i.header["image_type"] == kind] for kind in (1, 2, 5)}
+    if chain == "fourier" and not settings:  # a root sum of squares has no phase: said, not left out in silence
+        assert [len(images) for images in by_type.values()] == [4, 0, 0]
+        assert complaints(answer) == ["WRN only magnitudes exist here, no phase (fourier has one with combine = adaptive)\n"]
+        return
+    assert [len(images) for images in by_type.values()] == [4, 4, 4] and not complaints(answer)
+    assert len({int(i.header["image_series_index"]) for i in answer.images}) == 3
+    for magnitude, phase, whole in zip(*by_type.values(), strict=True):
+        np.testing.assert_allclose(magnitude.data * np.exp(1j * phase.data), whole.data, rtol=1e-4, atol=1e-3)

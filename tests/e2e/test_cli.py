@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import pytest
 
+from gadgets.capture import sidecar
 from gadgets.chain import chain_names, load_chain
 from gadgets.wire import codec
 from recon_core.simulation.options import ScanSettings
@@ -142,6 +143,33 @@ def test_replay_of_what_is_no_raw_file(server: Serving, tmp_path: Path) -> None:
     assert done.returncode == 1 and "missing.h5" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("replay", "missing.h5", "-c", "fourier"), "RawFileError: missing.h5: cannot read the file"),
+        (("replay", "words.h5", "-c", "fourier"), "neither an MRD raw file"),
+        (("replay", ".", "-c", "fourier"), "Is a directory"),
+        (("simulate", "cine", "words.h5/simulated.h5"), "words.h5"),
+        (("simulate", "spiral"), "expected cine, molli, satrec, mgre"),
+        (("chains", "no_such_chain"), "UnknownChain"),
+        (("serve", "--port", "0", "--workers", "0", "--spool", "words.h5/spool"), "SpoolError"),
+        (("serve", "--log-level", "loud"), "expected debug, info, warning or error"),
+    ],
+)
+def test_a_mistake_is_answered_without_a_traceback(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    (tmp_path / "words.h5").write_text("not HDF5")
+    done = subprocess.run(
+        [RECON, *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        env={**os.environ, "COLUMNS": "200"},
+    )
+    assert done.returncode in (1, 2) and "Traceback" not in done.stderr
+    assert words in done.stderr
+
+
 def test_replay_at_the_scanner_s_pace(server: Serving, scan: SimulatedScan, tmp_path: Path) -> None:
     done = recon("replay", scan.path, "-c", "fourier", "-p", server.port, "-o", tmp_path / "out.h5", "--rate", 400)
     assert done.returncode == 0, done.stderr
@@ -234,6 +262,8 @@ def test_sigterm_ends_a_server_cleanly(busy: bool, scan: SimulatedScan, tmp_path
         assert children  # worker processes
         recon("replay", scan.path, "-c", "cg_sense", "-p", server.port, "-o", tmp_path / "out.h5")
         connection = started_scan(server, scan) if busy else None
+        if busy:
+            until_capture(server.spool, server.process, len(scan.messages[0]))
         server.process.send_signal(signal.SIGTERM)
         if connection is not None:
             connection.close()
@@ -265,8 +295,8 @@ def test_a_killed_server_leaves_nothing_that_its_successor_does_not_clear(scan: 
             assert told["status"] == "truncated"
 
 
-def until_capture(spool: Path, process: subprocess.Popen[str]) -> None:
-    """Returns when the server has written the first bytes of a capture."""
-    while not any(path.stat().st_size for path in spool.glob("*.mrd")):
+def until_capture(spool: Path, process: subprocess.Popen[str], n_bytes: int = 1) -> None:
+    """Returns when the server has written so many bytes of a capture that is not finished."""
+    while not any(path.stat().st_size >= n_bytes for path in spool.glob("*.mrd") if not sidecar(path).exists()):
         assert process.poll() is None
         os.sched_yield()

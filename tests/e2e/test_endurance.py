@@ -54,9 +54,7 @@ def abandon(service: Service, scan: SimulatedScan) -> None:
         connection.sendall(codec.config_file("cg_sense") + codec.header(scan.header) + b"".join(scan.messages)[:-5000])
 
 
-def test_forty_scans_leave_nothing_behind(
-    service: Service, scan: SimulatedScan, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_forty_scans_leave_nothing_behind(service: Service, scan: SimulatedScan, caplog: pytest.LogCaptureFixture) -> None:
     broken = [(h.copy(), np.where(s == s.flat[0], np.nan, s)) for h, s in scan.stream.batches]
     good = [ask(service, "cg_sense", scan) for _ in range(3)]  # allocators and caches reach their size
     abandon(service, scan)

@@ -145,7 +145,12 @@ LENGTHS = ("0", "-1", "NaN", "inf", "1e300", "1e-300", "")
     ("path", "value"),
     [
         *((f"{space}/matrixSize/{axis}", v) for space in ("encodedSpace", "reconSpace") for axis in "xyz" for v in SIZES),
-        *((f"{space}/fieldOfView_mm/{axis}", v) for space in ("encodedSpace", "reconSpace") for axis in "xyz" for v in LENGTHS),
+        *(
+            (f"{space}/fieldOfView_mm/{axis}", v)
+            for space in ("encodedSpace", "reconSpace")
+            for axis in "xyz"
+            for v in LENGTHS
+        ),
         *((f"encodingLimits/kspace_encoding_step_1/{part}", v) for part in ("minimum", "maximum", "center") for v in SIZES),
         *((f"encodingLimits/slice/{part}", v) for part in ("minimum", "maximum") for v in ("0", "65535")),
         ("systemFieldStrength_T", "1e300"),

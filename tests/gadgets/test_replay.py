@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 import pytest
 
-from gadgets.errors import MalformedText, RawFileError, ReplayFailed, SpoolError
+from gadgets.errors import ImageFileError, MalformedText, RawFileError, ReplayFailed, SpoolError
 from gadgets.image_file import image_groups, read_images
 from gadgets.raw_source import open_source
 from gadgets.replay import ReplayResult, fresh_group, replay, replays
@@ -318,8 +318,13 @@ def test_a_truncated_capture_ends_as_it_did(served: Served, tmp_path: Path) -> N
 
 
 def test_sources_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(SpoolError, match="cannot read"):
+    with pytest.raises(RawFileError, match="cannot read"):
         open_source(tmp_path / "missing.mrd")
+    with pytest.raises(RawFileError, match="Is a directory"):
+        open_source(tmp_path, config="x")
+    (tmp_path / "words.h5").write_text("not HDF5")
+    with pytest.raises(SpoolError, match="neither an MRD raw file"):
+        open_source(tmp_path / "words.h5", config="x")
     with pytest.raises(RawFileError, match="no chain to ask for"):
         open_source(CAPTURES / "replayed.h5")
     with pytest.raises(RawFileError, match="no raw data in this group"):
@@ -330,6 +335,17 @@ def test_sources_that_are_none(tmp_path: Path) -> None:
     query.write_bytes(codec.query("x") + codec.close())
     with pytest.raises(RawFileError, match="no header"):
         open_source(query, config="x")
+
+
+def test_images_are_never_written_into_the_raw_data(tmp_path: Path, served: Served) -> None:
+    raw = tmp_path / "raw.h5"
+    raw.write_bytes((CAPTURES / "replayed.h5").read_bytes())
+    before = raw.read_bytes()
+    (tmp_path / "link.h5").symlink_to(raw)
+    for out in (raw, tmp_path / "link.h5"):
+        with pytest.raises(ImageFileError, match="raw data"):
+            replay(raw, port=served.server.port, config="fourier", out=out)
+    assert raw.read_bytes() == before
 
 
 def test_a_raw_file_whose_samples_are_short(tmp_path: Path, served: Served) -> None:

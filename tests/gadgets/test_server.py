@@ -209,7 +209,10 @@ def test_nothing_but_close_goes_to_a_reader_of_1019(served: Served, script: str)
     answer = served.client().scan(script=script, dependency=True)
     assert not answer.dependencies
     # and not even when the peer goes on with what does not belong there
-    served.client().scan(script=script, header=HEADER, messages=[data()], dependency=True)
+    served.client().scan(script=script, messages=[data()], dependency=True)
+    # a header makes it a scan, whose sender waits for images and understands words
+    [text] = errors(served.client().scan(script=script, header=HEADER, messages=[data()]))
+    assert "ConfigRefused" in text and "noise query" in text
 
 
 # -- what goes wrong -----------------------------------------------------------------------------------------------------

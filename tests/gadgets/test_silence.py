@@ -128,6 +128,10 @@ def test_a_spool_that_cannot_be_written_costs_no_scan_and_is_said(tmp_path: Path
         answer = served.client().scan("fourier", header=HEADER, messages=[data(3)])
         assert len(answer.images) == 1
         assert answer.texts == ["WRN the raw data of this scan are not kept: the spool cannot take them\n"]
+        bad = HEADER.replace("<x>8</x>", "<x>eight</x>")
+        texts = served.client().scan("fourier", header=bad, messages=[data(3)]).texts
+        assert texts[0].startswith("ERROR HeaderError") and "not kept" in texts[1]
+        assert served.client().scan(query="ismrmrd::version").texts == []
     assert "event=spool_full" in caplog.text
 
 

@@ -234,11 +234,11 @@ def test_read_capture_refuses_what_is_none(tmp_path: Path) -> None:
         read_capture(tmp_path / "missing.mrd")
     empty = tmp_path / "empty.mrd"
     empty.write_bytes(b"")
-    with pytest.raises(SpoolError, match="not a capture"):
+    with pytest.raises(SpoolError, match="nor the capture"):
         read_capture(empty)
     page = tmp_path / "page.mrd"
     page.write_bytes(b"GET / HTTP/1.1\r\n")
-    with pytest.raises(SpoolError, match="not a capture"):
+    with pytest.raises(SpoolError, match="nor the capture"):
         read_capture(page)
 
 

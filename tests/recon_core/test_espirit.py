@@ -130,3 +130,17 @@ def test_interpolation_reproduces_quadratics_at_the_right_places() -> None:
     low = GridAxis.low_resolution(48, 16)
     assert float(low.positions[8]) == 0.0
     assert float(low.step) == 3.0
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("lines", [8, 24])
+def test_noise_is_not_taken_for_signal(lines: int, known: bool) -> None:
+    """Singular values of noise above ``threshold`` made the projector the identity and the maps random (found with a raw file
+    that the real client sent: SENSE images were folded)."""
+    shape, noise = (32, 32), 0.05
+    truth = smooth_maps(4, shape)
+    g = torch.Generator().manual_seed(2)
+    images = truth * phantom(shape)
+    noisy = images + noise * torch.randn(images.shape, dtype=torch.complex64, generator=g)
+    maps = espirit_maps(calibration_block(noisy, (lines, 32)), shape, noise_std=noise if known else None, background=0.0)
+    assert combination_error(maps, images) < 0.1

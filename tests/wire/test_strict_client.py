@@ -56,12 +56,11 @@ def scan(behave: Callable[[socket.socket], None], timeout: float = 20.0, **argum
 def test_a_good_session() -> None:
     data = codec.acquisitions(*streams.readouts(5, 2, 8))
     answer = scan(
-        answering(codec.text("hello"), streams.image(), codec.response(3, "r"), codec.dependency("<m/>"), codec.close()),
+        answering(codec.text("hello"), streams.image(), codec.response(3, "r"), codec.close()),
         messages=[data],
     )
     assert answer.texts == ["hello"]  # type: ignore[attr-defined]
     assert answer.responses == [(3, "r")]  # type: ignore[attr-defined]
-    assert answer.dependencies == ["<m/>"]  # type: ignore[attr-defined]
     (image,) = answer.images  # type: ignore[attr-defined]
     np.testing.assert_array_equal(image.data.ravel(), np.arange(12))
 
@@ -91,11 +90,19 @@ def test_what_is_sent() -> None:
         ([streams.image(), streams.image((1, 1, 4, 4)), codec.close()], "two matrix sizes in series 0"),
         ([streams.image(), streams.image((2, 1, 3, 4)), codec.close()], "two matrix sizes in series 0"),
         ([codec.close(), codec.text("x")], "after the server's CLOSE"),
+        # seen with the real one: its file then has images without attributes
+        ([streams.image(), codec.dependency("<m/>"), codec.close()], "writes it over its image file"),
     ],
 )
 def test_aborts(answer: list[bytes], reason: str) -> None:
     with pytest.raises(ClientAborted, match=reason):
         scan(answering(*answer))
+
+
+def test_texts_end_at_their_first_nul() -> None:
+    answer = scan(answering(codec.text("seen\0lost\n"), codec.response(1, "a\0b"), codec.close()))
+    assert answer.texts == ["seen"]  # type: ignore[attr-defined]
+    assert answer.responses == [(1, "a")]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("message", [streams.image(), codec.text("x"), codec.response(0, "x")])
