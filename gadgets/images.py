@@ -363,11 +363,15 @@ def encode_results(
         yield from writer.messages(result, scans[position], geometries[position], position=position, stamps=seen)
 
 
-def sending_order(n_slices: int) -> tuple[int, ...]:
-    """Positions in the stack, the middle one first: it is the brightest, and its scale and window fit the others.
+def sending_order(n_slices: int, *, scaled: bool) -> tuple[int, ...]:
+    """Positions in the stack in the order in which their images leave.
 
-    ``image_index`` follows the position, so viewers still sort the stack as it was acquired.
+    Unscaled (float32) images go as acquired: clients write them to a file as they come. Where the first slice fixes the scale of
+    the whole series (``scaled``), the middle one goes first: it is the brightest, and its scale and window fit the others.
+    ``image_index`` follows the position either way.
     """
+    if not scaled:
+        return tuple(range(n_slices))
     middle = n_slices // 2
     return (middle, *(n for n in range(n_slices) if n != middle))
 

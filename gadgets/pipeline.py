@@ -171,7 +171,7 @@ class Scan:
         pending: dict[int, Future[Result]] = {}
         n_images = 0
         ahead = max(1, self.services.jobs.workers) + 1
-        order = sending_order(sorted_scan.n_slices)
+        order = sending_order(sorted_scan.n_slices, scaled=writer.pixel_type.kind == "u")
         for place, number in enumerate(order):
             for upcoming in order[place : place + ahead]:
                 if upcoming not in pending:

@@ -27,6 +27,7 @@ from recon_core.preprocess.coil_compression import compression_matrix
 from recon_core.preprocess.noise import noise_covariance
 from recon_core.preprocess.readout import finite_readouts, prepare_readouts
 from recon_core.reconstruct import Recipe, reconstruct
+from recon_core.sampling.coverage import missing_lines
 from recon_core.types import K1, K2, ImageSeries, KSpace, ParameterMap, Result, ScanInfo
 
 log = logging.getLogger(__name__)
@@ -261,19 +262,13 @@ def reconstruct_slice(job: SliceJob) -> Result:
 
 def _refuse_aliasing(kspace: KSpace) -> None:
     """Missing lines inside the measured extent mean aliasing without coil maps."""
-    for state, mask in enumerate(kspace.mask):
-        sampled = mask.nonzero()
-        if not len(sampled):
-            continue
-        low, high = sampled.min(dim=0).values, sampled.max(dim=0).values + 1
-        box = mask[low[0] : high[0], low[1] : high[1]]
-        missing = int((~box).sum())
-        if missing:
-            raise SortError(
-                f"plain Fourier cannot answer for undersampled data: {missing} of {box.numel()} lines missing",
-                where=f"fallback of state {state}",
-                remedy="Acquire calibration lines or choose another chain.",
-            )
+    missing, total = missing_lines(kspace.mask)
+    if missing:
+        raise SortError(
+            f"plain Fourier cannot answer for undersampled data: {missing} of {total} lines missing",
+            where="fallback",
+            remedy="Acquire calibration lines or choose another chain.",
+        )
 
 
 def _portable(result: Result) -> Result:

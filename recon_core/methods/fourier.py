@@ -9,6 +9,7 @@ import torch
 from recon_core.coils.estimate import estimate_coil_maps
 from recon_core.fourier import ifft_centred
 from recon_core.problem import check_kspace, check_maps
+from recon_core.sampling.coverage import missing_lines
 from recon_core.settings import setting
 from recon_core.types import K1, K2, ImageSeries, KSpace, Report, Result, ScanInfo
 
@@ -61,7 +62,18 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
             images.append(root_sum_of_squares(state))
         report.progress((index + 1) / kspace.n_states)
     name = "image" if adaptive else "magnitude"
-    return Result(images=(ImageSeries(name, torch.stack(images)),))
+    notes = _aliasing(kspace.mask)
+    for note in notes:
+        report.warn(note)
+    return Result(images=(ImageSeries(name, torch.stack(images)),), notes=notes)
+
+
+def _aliasing(mask: torch.Tensor) -> tuple[str, ...]:
+    """What the operator has to know when lines are missing inside the measured part of k-space."""
+    missing, total = missing_lines(mask)
+    if not missing:
+        return ()
+    return (f"fourier: {missing} of {total} lines are missing, the images are aliased; choose a chain that unfolds them",)
 
 
 def needs_coil_maps(settings: Settings) -> bool:

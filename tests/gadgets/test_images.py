@@ -153,8 +153,9 @@ def test_a_much_brighter_slice_is_not_cut_off_but_begins_a_series_with_a_coarser
 
 
 def test_the_middle_slice_is_sent_first() -> None:
-    assert sending_order(1) == (0,) and sending_order(5) == (2, 0, 1, 3, 4)
-    assert sorted(sending_order(8)) == list(range(8))
+    assert sending_order(1, scaled=True) == (0,) and sending_order(5, scaled=True) == (2, 0, 1, 3, 4)
+    assert sorted(sending_order(8, scaled=True)) == list(range(8))
+    assert sending_order(3, scaled=False) == (0, 1, 2)
 
 
 def test_phase_and_complex_on_request_in_series_of_their_own() -> None:
