@@ -60,3 +60,9 @@ class SignalModel(Protocol):
 
     def signal_and_jacobian(self, parameters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``q(p)`` and ``dq/dp``, ``(state, *pixels)`` and ``(state, parameter, *pixels)``."""
+
+    def curvature(self, parameters: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """``sum_i Re conj(r_i) d^2q_i/dp^2``, real ``(parameter, parameter, *pixels)``, for any ``r`` of the signal's shape.
+
+        With ``r = q(p) - y`` this is what Gauss-Newton leaves out of half the Hessian of ``sum |q - y|^2``.
+        """

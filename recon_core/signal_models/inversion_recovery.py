@@ -96,6 +96,16 @@ class ThreeParameterRecovery:
         decay = torch.exp(-times * rate)
         return a - b * decay, torch.stack((torch.ones_like(decay), -decay, b * times * decay), dim=1)
 
+    def curvature(self, parameters: Tensor, residual: Tensor) -> Tensor:
+        """``sum_i r_i d^2q_i/dp^2``: ``TI exp(-TI R)`` for B with R, ``-B TI^2 exp(-TI R)`` for R twice."""
+        _, b, rate = parameters
+        times = along_states(self.times, rate)
+        slope = times * torch.exp(-times * rate) * residual
+        second = rate.new_zeros(3, *parameters.shape)
+        second[1, 2] = second[2, 1] = slope.sum(0)
+        second[2, 2] = -b * (times * slope).sum(0)
+        return second
+
 
 def look_locker_t1(parameters: Tensor, covariance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """``T1 = T1* (B/A - 1)`` and its standard deviation, both ``(*pixels)`` in s.

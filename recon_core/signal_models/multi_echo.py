@@ -58,6 +58,26 @@ class MultiEcho:
         grown = times * signal
         return signal, torch.stack((evolution, 1j * evolution, -grown, 2j * math.pi * grown), dim=1)
 
+    def curvature(self, parameters: Tensor, residual: Tensor) -> Tensor:
+        """``sum_i Re conj(r_i) d^2q_i/dp^2``; every derivative by R2* or f is a factor ``-TE`` or ``i 2 pi TE``."""
+        times, evolution = self._evolution(parameters)
+        once = (times * evolution * residual.conj()).sum(0)
+        twice = torch.complex(parameters[0], parameters[1]) * (times * times * evolution * residual.conj()).sum(0)
+        turn = 2 * math.pi
+        entries = {
+            (0, 2): -once.real,
+            (0, 3): -turn * once.imag,
+            (1, 2): once.imag,
+            (1, 3): -turn * once.real,
+            (2, 2): twice.real,
+            (2, 3): turn * twice.imag,
+            (3, 3): -turn * turn * twice.real,
+        }
+        second = parameters.new_zeros(4, *parameters.shape)
+        for (i, j), value in entries.items():
+            second[i, j] = second[j, i] = value
+        return second
+
     def _evolution(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
         decay, field = parameters[2], parameters[3]
         times = along_states(self.times, decay)

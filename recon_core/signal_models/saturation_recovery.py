@@ -88,6 +88,18 @@ class Recovery:
         parts = (torch.stack((weight, zero, real * slope), dim=1), torch.stack((zero, weight, imag * slope), dim=1))
         return torch.complex(real * weight, imag * weight), torch.complex(*parts)
 
+    def curvature(self, parameters: Tensor, residual: Tensor) -> Tensor:
+        """``sum_i Re conj(r_i) d^2q_i/dp^2``: ``f t exp(-t R1)`` for M0 with R1, ``-M0 f t^2 exp(-t R1)`` for R1 twice."""
+        rate = parameters[-1]
+        times = along_states(self.times, rate)
+        slope = self.factor * times * torch.exp(-times * rate)
+        parts = (residual.real, residual.imag) if self.is_complex else (residual,)
+        second = rate.new_zeros(len(parameters), *parameters.shape)
+        for i, part in enumerate(parts):
+            second[i, -1] = second[-1, i] = (slope * part).sum(0)
+            second[-1, -1] -= parameters[i] * (times * slope * part).sum(0)
+        return second
+
 
 @dataclass(frozen=True)
 class SaturationRecovery(Recovery):

@@ -11,9 +11,14 @@ from recon_core.signal_models import SignalModel
 
 Tensor = torch.Tensor
 
-CHUNK_CPU, CHUNK_DEVICE = 1 << 16, 1 << 20  # pixels at a time: fits a core's cache; fills a device without filling its memory
+CHUNK_CPU, CHUNK_DEVICE = (
+    1 << 16,
+    1 << 20,
+)  # pixels at a time: fits a core's cache; fills a device without filling its memory
 FIRST_DAMPING, LEAST_DAMPING, MOST_DAMPING = 1e-2, 1e-7, 1e8
-NEAR_GAUSS_NEWTON = 0.1  # a step under more damping than this is short because it is damped, not because it has arrived
+PAD = 64  # pixels come in multiples: no remainder for scalar code, whose last bit differs from the vector code's
+NEWTON_AFTER = 6  # steps; most pixels have arrived by then, and the rest have large residuals, where Gauss-Newton is slow
+NEARLY_UNDAMPED = 0.1  # a step under more damping than this is short because it is damped, not because it has arrived
 ROUNDING = 4.0  # a residual is known to this many machine epsilons of itself and of the signal
 
 
@@ -70,6 +75,8 @@ def levenberg_marquardt(
 
     Steps solve ``(H + mu D) d = -g`` with ``H = Re J^H J + lambda``, ``g = Re J^H (q - y) + lambda (p - p_reg)`` and
     ``D = diag H`` (Marquardt's scaling: no parameter's unit matters) by an unrolled Cholesky; ``mu`` follows Nielsen's rule.
+    Pixels that have not arrived after a few steps have large residuals (a strong regulariser that contradicts the data), where
+    Gauss-Newton creeps: they get the full Hessian, with the model's curvature, wherever that is positive definite.
     Bounds are kept by projection, not by a transformation of the parameters (whose gradient vanishes far out, so that a bad
     start never returns): a parameter on its bound that the gradient pushes outwards is held for the step, the others move
     freely, and the step is cut at the box. At a solution the free parameters therefore satisfy ``g = 0`` *exactly* in the
@@ -116,8 +123,8 @@ def levenberg_marquardt(
     Notes
     -----
     No gradient flows through it. At the solution ``dp* = -(d^2F/dp^2)^-1 (d^2F/dp da) da`` for any input ``a`` (PINQI Eq. 9), so
-    a differentiable layer needs only ``parameters``, ``at_bound`` (whose entries have no derivative) and its own inputs:
-    tensors come in, positional and named as in Eq. (14), and are never edited.
+    a differentiable layer needs only this function's tensors, which are never edited, ``parameters``, ``at_bound`` (entries
+    without a derivative) and ``d^2F/dp^2 / 2 = Re J^H J + lambda + model.curvature(p, q(p) - y)``.
 
     References
     ----------
@@ -151,12 +158,16 @@ def levenberg_marquardt(
     if not bool((inputs.lower <= inputs.upper).all()):
         raise SettingError("a lower bound is above the upper one", where="least squares")
     start = real.reshape(problem.n_parameters, -1)
-    step = chunk or (CHUNK_CPU if data.device.type == "cpu" else CHUNK_DEVICE)
+    largest = chunk or (CHUNK_CPU if data.device.type == "cpu" else CHUNK_DEVICE)
     settings = _Settings(max_iterations, tolerance, noise_std, system_dtype or problem.dtype)
     n = start.shape[1]
-    parts = [
-        _solve(model, inputs.select(slice(i, i + step)), start[:, i : i + step], settings) for i in range(0, max(n, 1), step)
-    ]
+    parts = []
+    for i in range(0, n, largest):
+        index = _padded(torch.arange(i, min(i + largest, n), device=data.device))
+        found = _solve(model, inputs.select(index), start[:, index], settings)
+        parts.append([field[..., : min(largest, n - i)] for field in found])
+    if not parts:
+        parts.append(list(_solve(model, inputs, start, settings)))
     joined = [torch.cat(field, dim=-1) for field in zip(*parts, strict=True)]
     p, residual, covariance, converged, at_bound, iterations = joined
     return LeastSquaresFit(
@@ -205,6 +216,7 @@ class _State:
     cost: Tensor
     gradient: Tensor
     hessian: Tensor
+    curvature: Tensor
     damping: Tensor
     growth: Tensor
 
@@ -238,7 +250,9 @@ def _checked(
     if not bool(torch.isfinite(data).all() & torch.isfinite(initial).all()):
         raise DataError("not finite", where=where, expected="finite data and a finite start")
     if max_iterations < 1 or not 0 < tolerance < 1 or (chunk is not None and chunk < 1):
-        raise SettingError("out of range", where=where, got=f"{max_iterations} iterations, tolerance {tolerance}, chunk {chunk}")
+        raise SettingError(
+            "out of range", where=where, got=f"{max_iterations} iterations, tolerance {tolerance}, chunk {chunk}"
+        )
     if noise_std is not None and not noise_std > 0:
         raise SettingError("noise SD must be above zero", where=where, got=noise_std)
     return _Problem(len(names), torch.float64 if data.dtype in (torch.float64, torch.complex128) else torch.float32)
@@ -255,16 +269,18 @@ def _solve(model: SignalModel, inputs: _Inputs, initial: Tensor, settings: _Sett
     active = torch.isfinite(state.cost)
     now = inputs
     size = _rows(now.data).to(settings.system_dtype).square().sum(dim=(0, -1)) + (now.weight * now.reference.square()).sum(0)
-    for _ in range(settings.max_iterations):
+    for iteration in range(settings.max_iterations):
         left = int(active.sum())
         if left == 0:
             break
-        if 2 * left <= active.numel():
+        if 2 * left <= active.numel() > PAD:
             _put(final, state, where)
-            keep = active.nonzero()[:, 0]
+            keep = _padded(active.nonzero()[:, 0])
             state, now, where, size, active = state.select(keep), now.select(keep), where[keep], size[keep], active[keep]
         iterations[where] += active
-        state, arrived, lost = _step(model, now, state, active, size, settings)
+        if iteration == NEWTON_AFTER:
+            state.curvature = _normal_equations(model, now, state.p, settings, newton=True)[3]
+        state, arrived, lost = _step(model, now, state, active, size, settings, newton=iteration >= NEWTON_AFTER)
         converged[where] |= arrived
         active = active & ~arrived & ~lost
     _put(final, state, where)
@@ -274,6 +290,11 @@ def _solve(model: SignalModel, inputs: _Inputs, initial: Tensor, settings: _Sett
     return final.p, residual.to(dtype), covariance.to(dtype), converged, held, iterations
 
 
+def _padded(index: Tensor) -> Tensor:
+    """``index``, filled up with its first entry to a multiple of ``PAD``: twins compute and write the same values."""
+    return torch.cat((index, index[:1].expand(-len(index) % PAD)))
+
+
 def _put(into: _State, state: _State, where: Tensor) -> None:
     for target, source in zip(vars(into).values(), vars(state).values(), strict=True):
         target[..., where] = source
@@ -281,30 +302,32 @@ def _put(into: _State, state: _State, where: Tensor) -> None:
 
 def _begin(model: SignalModel, inputs: _Inputs, initial: Tensor, settings: _Settings) -> _State:
     p = torch.minimum(torch.maximum(initial, inputs.lower), inputs.upper)
-    cost, gradient, hessian = _normal_equations(model, inputs, p, settings)
-    return _State(p, cost, gradient, hessian, torch.full_like(cost, FIRST_DAMPING), torch.full_like(cost, 2.0))
+    equations = _normal_equations(model, inputs, p, settings, newton=False)
+    return _State(p, *equations, torch.full_like(equations[0], FIRST_DAMPING), torch.full_like(equations[0], 2.0))
 
 
 def _step(
-    model: SignalModel, inputs: _Inputs, state: _State, active: Tensor, size: Tensor, settings: _Settings
+    model: SignalModel, inputs: _Inputs, state: _State, active: Tensor, size: Tensor, settings: _Settings, newton: bool
 ) -> tuple[_State, Tensor, Tensor]:
     """One trial in every pixel: the new state, which pixels have arrived and which have given up.
 
     ``size`` is ``|y|^2 + sum lambda p_reg^2``, ``(pixel,)``.
     """
     held = _held(state.p, state.gradient, inputs)
-    step = _damped_step(state, held)
+    step, matrix = _damped_step(state, held, newton)
     trial = torch.minimum(torch.maximum(state.p + step.to(state.p.dtype), inputs.lower), inputs.upper)
     step = (trial - state.p).to(settings.system_dtype)  # as it was rounded and cut
     curved = _quadratic(state.hessian, step)
-    predicted = -2 * (state.gradient * step).sum(0) - curved
-    cost, gradient, hessian = _normal_equations(model, inputs, trial, settings)
+    predicted = -2 * (state.gradient * step).sum(0) - (_quadratic(matrix, step) if newton else curved)
+    cost, gradient, hessian, curvature = _normal_equations(model, inputs, trial, settings, newton=newton)
 
     resolution = ROUNDING * torch.finfo(state.p.dtype).eps * (state.cost + (state.cost * size).sqrt())
     unresolved = predicted <= resolution  # too small a gain to be seen in the cost: believe the quadratic model
     ratio = torch.where(unresolved, 1.0, (state.cost - cost) / predicted)
     accepted = active & torch.isfinite(cost) & (cost <= state.cost + torch.where(unresolved, resolution, 0.0)) & (ratio > 0)
-    arrived = active & (curved <= settings.tolerance**2 * size) & (state.damping <= NEAR_GAUSS_NEWTON) & (accepted | unresolved)
+    arrived = (
+        active & (curved <= settings.tolerance**2 * size) & (state.damping <= NEARLY_UNDAMPED) & (accepted | unresolved)
+    )
 
     shrunk = state.damping * (1 - (2 * ratio - 1) ** 3).clamp(0.1, 1.0)
     damping = torch.where(accepted, shrunk.clamp_min(LEAST_DAMPING), state.damping * state.growth)
@@ -316,6 +339,7 @@ def _step(
             torch.where(accepted, cost, state.cost),
             torch.where(accepted, gradient, state.gradient),
             torch.where(accepted, hessian, state.hessian),
+            torch.where(accepted, curvature, state.curvature),
             torch.where(active, damping, state.damping),
             torch.where(active, growth, state.growth),
         ),
@@ -330,9 +354,12 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _normal_equations(
-    model: SignalModel, inputs: _Inputs, p: Tensor, settings: _Settings
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cost ``(pixel,)``, half its gradient ``(parameter, pixel)`` and ``Re J^H J + lambda`` packed ``(pair, pixel)``."""
+    model: SignalModel, inputs: _Inputs, p: Tensor, settings: _Settings, *, newton: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cost ``(pixel,)``, half its gradient ``(parameter, pixel)``, ``Re J^H J + lambda`` and curvature, ``(pair, pixel)``.
+
+    The curvature is 0 unless ``newton``.
+    """
     signal, jacobian = model.signal_and_jacobian(p)
     dtype = settings.system_dtype
     residual = _rows(signal - inputs.data).to(dtype)
@@ -356,7 +383,12 @@ def _normal_equations(
         for j in range(i + 1):
             entry = dot(columns[:, i], columns[:, j])
             hessian.append(entry + inputs.weight[i] if i == j else entry)
-    return cost, torch.stack(gradient), torch.stack(hessian)
+    packed = torch.stack(hessian)
+    curvature = torch.zeros_like(packed)
+    if newton:
+        second = model.curvature(p, signal - inputs.data).to(dtype)
+        curvature = torch.stack([second[i, j] for i in range(n_parameters) for j in range(i + 1)])
+    return cost, torch.stack(gradient), packed, curvature
 
 
 def _at(i: int, j: int) -> int:
@@ -369,23 +401,35 @@ def _held(p: Tensor, gradient: Tensor, inputs: _Inputs) -> Tensor:
     return ((p <= inputs.lower) & (gradient > 0)) | ((p >= inputs.upper) & (gradient < 0))
 
 
-def _damped_step(state: _State, held: Tensor) -> Tensor:
-    """``-(H + mu D)^-1 g`` for the free parameters, 0 for the held ones."""
+def _damped_step(state: _State, held: Tensor, newton: bool) -> tuple[Tensor, Tensor]:
+    """``-(M + mu D)^-1 g`` for the free parameters, 0 for the held ones, and ``M``: the Hessian or Gauss-Newton's."""
     n = len(state.p)
-    matrix = list(state.hessian.unbind(0))
     gradient = torch.where(held, 0.0, state.gradient)
+    matrix = state.hessian
+    factor = _cholesky(_restricted(matrix, state, held), n)
+    if newton:
+        full = state.hessian + state.curvature
+        of_full = _cholesky(_restricted(full, state, held), n)
+        definite = torch.stack([of_full[_at(i, i)] > 0 for i in range(n)]).all(0)
+        factor = [torch.where(definite, a, b) for a, b in zip(of_full, factor, strict=True)]
+        matrix = torch.where(definite, full, matrix)
+    return torch.stack([-x for x in _substitute(factor, list(gradient.unbind(0)))]), matrix
+
+
+def _restricted(matrix: Tensor, state: _State, held: Tensor) -> list[Tensor]:
+    """``M + mu D``, with a unit row for every held parameter."""
+    entries = list(matrix.unbind(0))
+    n = len(held)
     any_held = bool(held.any())
     for i in range(n):
-        diagonal = matrix[_at(i, i)]
+        scale = state.hessian[_at(i, i)]
         # a column of zeros (T1 where M0 is 0) has a zero gradient too: any positive entry leaves that parameter alone
-        damped = diagonal * (1 + state.damping)
-        matrix[_at(i, i)] = torch.where(diagonal > 0, damped, 1.0)
+        entries[_at(i, i)] = torch.where(scale > 0, entries[_at(i, i)] + state.damping * scale, 1.0)
         if any_held:
-            matrix[_at(i, i)] = torch.where(held[i], 1.0, matrix[_at(i, i)])
+            entries[_at(i, i)] = torch.where(held[i], 1.0, entries[_at(i, i)])
             for j in range(i):
-                matrix[_at(i, j)] = torch.where(held[i] | held[j], 0.0, matrix[_at(i, j)])
-    factor = _cholesky(matrix, n)
-    return torch.stack([-x for x in _substitute(factor, list(gradient.unbind(0)))])
+                entries[_at(i, j)] = torch.where(held[i] | held[j], 0.0, entries[_at(i, j)])
+    return entries
 
 
 def _cholesky(matrix: list[Tensor], n: int) -> list[Tensor]:
@@ -445,7 +489,9 @@ def _statistics(inputs: _Inputs, state: _State, held: Tensor, settings: _Setting
     factor = _cholesky(hessian, n)
     identity = torch.eye(n, dtype=torch.float64, device=residual.device)
     inverse = torch.stack([torch.stack(_substitute(factor, [v.expand_as(residual) for v in row])) for row in identity])
-    of_data = torch.stack([torch.stack([hessian[_at(i, j)] - (weight[i] if i == j else 0) for j in range(n)]) for i in range(n)])
+    of_data = torch.stack(
+        [torch.stack([hessian[_at(i, j)] - (weight[i] if i == j else 0) for j in range(n)]) for i in range(n)]
+    )
     middle = (of_data[:, :, None] * inverse[None]).sum(1)
     covariance = variance * (inverse[:, :, None] * middle[None]).sum(1)
     singular = torch.stack([factor[_at(i, i)] == 0 for i in range(n)]).any(0)

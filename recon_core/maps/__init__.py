@@ -1,0 +1,1 @@
+"""Parametric maps from image series."""
