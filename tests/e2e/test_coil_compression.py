@@ -33,7 +33,9 @@ def small_chunks(service: Service) -> Iterator[Service]:
 def test_eight_virtual_coils_show_what_sixteen_show(chain: str, small_chunks: Service, scan: SimulatedScan) -> None:
     full = stack(ask(small_chunks, chain, scan).images, 4)
     answer = ask(small_chunks, chain, scan, **VIRTUAL)
-    assert len(answer.images) == 8 and not complaints(answer)
+    # plain Fourier says that it does not unfold; nothing else is wrong
+    said = [line for line in complaints(answer) if not (chain == "fourier" and "aliased" in line)]
+    assert len(answer.images) == 8 and not said
     few = stack(answer.images, 4)
     assert error(few, full, scan.tissue) < 0.05
     assert np.linalg.norm(few) == pytest.approx(np.linalg.norm(full), rel=0.05)
