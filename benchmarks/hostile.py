@@ -108,7 +108,7 @@ def good_scan(port: int, stream: bytes) -> str:
     return "no CLOSE"
 
 
-def attack(port: int, n: int, process: psutil.Process, threads: int = 4, first: int = 0) -> tuple[Tally, dict[str, float]]:
+def attack(port: int, n: int, process: psutil.Process, threads: int = 12, first: int = 0) -> tuple[Tally, dict[str, float]]:
     """Send streams ``first`` to ``first + n - 1``; a good scan must give the same images before, between and after."""
     goods = good_streams()
     marks = [boundaries(good) for good in goods]
