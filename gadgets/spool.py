@@ -16,6 +16,7 @@ import errno
 import fcntl
 import hashlib
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -41,6 +42,7 @@ TEMPORARY_PREFIX = "recon-gadgets-log-"
 CHECK_EVERY = 256 << 20  # bytes between two looks at the limits
 NOTE_CHARS = 500
 STALE_SECONDS = 3600.0
+RECOUNT_SECONDS = 60.0
 RESERVE_FROM, RESERVE_BYTES = 1 << 20, 64 << 20
 FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
 _fallocate = getattr(ctypes.CDLL(None), "fallocate64", None) if os.name == "posix" else None
@@ -95,6 +97,7 @@ class Spool:
         self.versions = dict(installed_versions() if versions is None else versions)
         self.temporary_directories = temporary_directories or (Path("/dev/shm"), Path(tempfile.gettempdir()))
         self._lock = threading.Lock()
+        self._used, self._counted = 0, -math.inf  # bytes in the folder, and when they were last counted
         self._salt = secrets.token_bytes(16)  # peers are comparable within one run of the server, and not beyond
         if self.root is not None:
             self._make_root(self.root)
@@ -112,16 +115,25 @@ class Spool:
             return []
         return sorted(path for path in self.root.glob("*.mrd") if sidecar(path).exists())
 
-    def make_room(self) -> bool:
-        """Remove the oldest finished captures above the limits; whether the limits hold now."""
+    def make_room(self, grown: int = 0) -> bool:
+        """Remove the oldest finished captures above the limits; whether the limits hold now.
+
+        ``grown`` is what a log has taken since it last said so. Files are counted anew once a minute, or when a limit seems to be
+        reached: looking at each of ten thousand captures for every connection would hold all of them up.
+        """
         if self.root is None:
             return False
         with self._lock:
+            self._used += grown
+            fresh = time.monotonic() - self._counted < RECOUNT_SECONDS
+            if fresh and self._used <= self.max_bytes and _free(self.root) >= self.min_free_bytes:
+                return True
             return self._evict(self.root)
 
     def _evict(self, root: Path) -> bool:
         sizes = {path: _size(path) for path in root.glob("*.mrd")}
-        used = sum(sizes.values())
+        used = self._used = sum(sizes.values())
+        self._counted = time.monotonic()
         if used <= self.max_bytes and _free(root) >= self.min_free_bytes:
             return True
         finished = [path for path in sorted(sizes) if sidecar(path).exists()]
@@ -138,6 +150,7 @@ class Spool:
             with contextlib.suppress(OSError):
                 sidecar(victim).unlink()
             used -= sizes[victim]
+            self._used = used
             kept_failed -= sizes[victim] if status[victim] != "complete" else 0
             logger.info("event=capture_evicted file=%s bytes=%d status=%s", victim.name, sizes[victim], status[victim])
         return _free(root) >= self.min_free_bytes
@@ -212,6 +225,7 @@ class ScanLog:
         self._next_check = CHECK_EVERY
         self._reserved = 0  # blocks up to here are allocated; never more than RESERVE_BYTES ahead
         self._ended = False
+        self._reported = 0  # bytes that the spool's total knows of
         self.size = 0
 
     @property
@@ -271,9 +285,13 @@ class ScanLog:
             self.size += written
         if self.size >= self._next_check:
             self._next_check = self.size + CHECK_EVERY
-            if self._kept and not self._spool.make_room():
+            if self._kept and not self._spool.make_room(self._growth()):
                 self._move("too little free space")
         return offset
+
+    def _growth(self) -> int:
+        grown, self._reported = self.size - self._reported, self.size
+        return grown
 
     def flush(self) -> None:
         """Force the bytes to the device. Other processes need no flush: appending does not buffer.
@@ -322,7 +340,7 @@ class ScanLog:
         except OSError as error:
             logger.error("event=sidecar_failed file=%s error=%s", path.name, error.strerror)
         self._end(keep=path)
-        self._spool.make_room()
+        self._spool.make_room(self._growth())
         return path if path.exists() else None
 
     def discard(self) -> None:

@@ -103,7 +103,7 @@ def test_oldest_complete_captures_go_first_and_running_ones_never(tmp_path: Path
     first, second = keep(spool, b"1" * 1000), keep(spool, b"2" * 1000)
     running = spool.open()
     running.append(b"r" * 1000)
-    spool.make_room()
+    spool.make_room(running.size)
     assert failed.exists(), "the raw data of a failed scan are worth more than those of one that succeeded"
     assert not first.exists() and not sidecar(first).exists()
     assert second.exists() and running.path.exists()
