@@ -26,26 +26,13 @@ from benchmarks.common import print_table, write_result
 from recon_core.maps.t1 import T1Maps, inversion_recovery_t1, molli_t1, saturation_recovery_t1
 from recon_core.signal_models import SaturationRecovery
 from recon_core.solvers.least_squares import levenberg_marquardt
+from tests.recon_core.molli_phantom import TUBES
 
 DATA = Path(__file__).parent.parent / "tests" / "data" / "molli"
 MOLLI_TIMES = (0.12, 1.12, 2.12, 3.12, 4.12, 0.20, 1.20, 2.20)
 SATURATION_TIMES = (0.5, 1.0, 1.5, 2.0, 8.0)
 T1S = (0.3, 0.6, 1.0, 1.5, 2.0)
 NOISE, SHORTENING = 0.01, 0.8
-TUBES = (
-    (58, 58),
-    (62, 77),
-    (60, 96),
-    (62, 113),
-    (76, 55),
-    (76, 89),
-    (80, 109),
-    (83, 72),
-    (97, 54),
-    (100, 78),
-    (93, 95),
-    (99, 113),
-)
 KIDNEY_REGIONS = {  # slice, rows, columns
     "kidney 1, lateral": (0, slice(105, 130), slice(69, 80)),
     "kidney 2, lower pole": (0, slice(130, 140), slice(158, 172)),

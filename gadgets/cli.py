@@ -62,6 +62,9 @@ def _log_to_stderr(level: str) -> None:
     if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise typer.BadParameter(f"got {level!r}, expected debug, info, warning or error", param_hint="--log-level")
     logging.basicConfig(level=level.upper(), format=LOG_FORMAT, stream=sys.stderr)
+    from gadgets.jobs import log_python_warnings
+
+    log_python_warnings()
 
 
 def _overrides(pairs: list[str]) -> dict[str, str]:

@@ -17,10 +17,11 @@ import threading
 import time
 import traceback
 import uuid
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 
@@ -236,7 +237,25 @@ def _shutdown(executor: Executor) -> None:
         executor.shutdown(wait=True, cancel_futures=True)
 
 
+def log_python_warnings() -> None:
+    """Warnings of libraries as one log line each; by default they are two lines on stderr, outside the log."""
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        place = f"{Path(filename).name}:{lineno}"
+        log.warning("event=library_warning kind=%s at=%s text=%r", category.__name__, place, str(message))
+
+    warnings.showwarning = show
+
+
 def _start_worker(threads: int) -> None:
+    log_python_warnings()
     with contextlib.suppress(OSError):
         os.nice(WORKER_NICENESS)
     threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()

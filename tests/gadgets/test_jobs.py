@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from gadgets.errors import JobFailed
-from gadgets.jobs import SCRATCH_PREFIX, FileReport, Jobs, ReportReader, Scratch, remove_stale_scratch
+from gadgets.jobs import SCRATCH_PREFIX, FileReport, Jobs, ReportReader, Scratch, log_python_warnings, remove_stale_scratch
 from recon_core.errors import DataError
 from recon_core.types import ImageSeries
 
@@ -163,3 +164,11 @@ def test_a_report_crosses_through_files(tmp_path: Path) -> None:
     assert (tag, series.name, series.comment) == ("slice-0003", "quick", "preview")
     np.testing.assert_array_equal(series.data.numpy().ravel(), [0, 1, 2, 3])
     assert reader.previews() == []
+
+
+def test_a_librarys_warning_is_one_log_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+    log_python_warnings()
+    warnings.showwarning("first\nsecond", RuntimeWarning, "/some/where/library.py", 7)
+    (record,) = caplog.records
+    assert "\n" not in record.getMessage() and "library.py:7" in record.getMessage()

@@ -13,22 +13,9 @@ from scipy.io import loadmat
 
 from recon_core.errors import DataError, SettingError
 from recon_core.maps.t1 import T1Maps, T1Settings, inversion_recovery_t1, molli_t1, saturation_recovery_t1
+from tests.recon_core.molli_phantom import TUBES
 
 PHANTOM = Path(__file__).parent.parent / "data" / "molli" / "myomapnet_phantom.mat"
-TUBES = (
-    (58, 58),
-    (62, 77),
-    (60, 96),
-    (62, 113),
-    (76, 55),
-    (76, 89),
-    (80, 109),
-    (83, 72),
-    (97, 54),
-    (100, 78),
-    (93, 95),
-    (99, 113),
-)
 MOLLI_TIMES = (0.12, 1.12, 2.12, 3.12, 4.12, 0.20, 1.20, 2.20)  # 5(3)3, as acquired: not in order
 SATURATION_TIMES = (0.5, 1.0, 1.5, 2.0, 8.0)
 T1S = (0.3, 0.5, 0.9, 1.3, 1.8)  # at 0.3 s one image of ours lies within two SD of its zero crossing
