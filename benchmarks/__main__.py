@@ -5,7 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 
-NAMES = ("gadgetron_reference", "ingest", "latency", "quality", "llr_weight", "t1_maps", "hostile", "cuda_check")
+NAMES = (
+    "gadgetron_reference",
+    "ingest",
+    "latency",
+    "quality",
+    "llr_weight",
+    "t1_maps",
+    "moe_dqinr",
+    "moe_dqinr_speed",
+    "pinqi_layers",
+    "hostile",
+    "cuda_check",
+)
 
 if __name__ == "__main__":
     failed = [name for name in NAMES if subprocess.run([sys.executable, "-m", f"benchmarks.{name}"]).returncode]

@@ -47,7 +47,7 @@ class AcquisitionSettings:
         "their mean, or only the state with the strongest signal. States that do not share the lines are always averaged.",
         choices=("principal", "mean", "strongest"),
     )
-    calibration_lines: int = setting(
+    calibration_extent: int = setting(
         48,
         "Without flagged calibration lines: the largest extent of the sampled centre that is used instead, per direction.",
         unit="lines",
@@ -66,6 +66,17 @@ class AcquisitionSettings:
     )
     physiology_channel: int = setting(0, "Which of the three physiology time stamps is the ECG trigger.", low=0, high=2)
     tick: float = setting(TICK, "Duration of one tick of the time stamps.", unit="s", low=1e-6, high=1.0)
+    inversion_times: str = setting(
+        "",
+        "Inversion time of each image of the series, separated by commas; empty: from the header or the readouts.",
+        unit="ms",
+    )
+    inversion_time_source: str = setting(
+        "auto",
+        "Inversion times from the header's list, from the readouts (user_int 4 and 5 and time stamps, as Gadgetron's MOLLI chain "
+        "expects them), or 'auto': the header's where they fit the images, else the readouts'.",
+        choices=("auto", "header", "readouts"),
+    )
     max_slice_gib: float = setting(
         64.0, "Largest k-space of one slice or slab that is allocated.", unit="GiB", low=0.001, high=4096.0
     )

@@ -42,7 +42,7 @@ def calibration_lines(
     """The calibration readouts of the slice at position ``slice_index``.
 
     Flagged readouts if there are any. Otherwise the imaging readouts in a contiguous block about DC (grown greedily, at most
-    ``settings.calibration_lines`` in each direction) whose every position is sampled in all states; when that block has fewer
+    ``settings.calibration_extent`` in each direction) whose every position is sampled in all states; when that block has fewer
     than `ENOUGH_LINES` lines in an encoded direction, in at least one state: such a block mixes the states' contrasts.
     ``None`` when that block has fewer than `FEWEST_LINES` lines in an encoded direction.
     """
@@ -50,11 +50,11 @@ def calibration_lines(
     if len(flagged):
         return CalibrationLines(flagged, _complete_states(flagged, grid))
     own = imaging.take(imaging.slice == slice_index)
-    block = _shared_centre(own, grid, settings.calibration_lines)
+    block = _shared_centre(own, grid, settings.calibration_extent)
     if block is None:
         sampled = np.zeros(grid, bool)
         sampled[own.k2, own.k1] = True
-        block = sampled_centre(sampled, settings.calibration_lines)
+        block = sampled_centre(sampled, settings.calibration_extent)
     if block is None:
         return None
     (z0, z1), (y0, y1) = block

@@ -23,6 +23,7 @@ from gadgets.errors import ConfigRefused, UnknownChain
 from gadgets.images import OutputSettings
 from recon_core.coils.estimate import CoilSettings
 from recon_core.errors import SettingError
+from recon_core.maps.settings import MapSettings
 from recon_core.methods import get_method
 from recon_core.preprocess.settings import PreprocessSettings
 from recon_core.settings import SettingInfo, describe, parse_settings
@@ -59,8 +60,8 @@ class Chain:
         Name of a module in ``recon_core.methods``.
     fallback
         The chain that answers when the method fails, or ``None``.
-    acquisition, preprocess, coils, output, settings
-        Typed settings: sorting, preprocessing, coil maps, images, and the method's own.
+    acquisition, preprocess, coils, maps, output, settings
+        Typed settings: sorting, preprocessing, coil maps, parametric maps, images, and the method's own.
     overrides
         What the peer asked for beyond the chain file, as given.
     """
@@ -72,6 +73,7 @@ class Chain:
     acquisition: AcquisitionSettings
     preprocess: PreprocessSettings
     coils: CoilSettings
+    maps: MapSettings
     output: OutputSettings
     settings: Any
     overrides: Mapping[str, Any]
@@ -81,6 +83,7 @@ SHARED_GROUPS: dict[str, type] = {
     "acquisition": AcquisitionSettings,
     "preprocess": PreprocessSettings,
     "coils": CoilSettings,
+    "maps": MapSettings,
     "output": OutputSettings,
 }
 

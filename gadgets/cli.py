@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,8 +16,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from gadgets import __version__
 from recon_core.errors import ReconError
@@ -56,6 +58,14 @@ def main() -> None:
 def _state_directory() -> Path:
     base = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
     return Path(base) / "recon-gadgets"
+
+
+def _torch_cache() -> None:
+    """Where torch's compiler keeps things: importing it (every optimiser does) makes a folder, by default in temporary storage."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recon-gadgets" / "torch"
+    with contextlib.suppress(OSError):  # a home that cannot be written: temporary storage it is
+        base.mkdir(parents=True, exist_ok=True)
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base))  # the workers inherit it
 
 
 def _log_to_stderr(level: str) -> None:
@@ -110,6 +120,7 @@ def serve(
     from gadgets.service import Service, ServiceOptions
 
     _log_to_stderr(log_level)
+    _torch_cache()
     options = ServiceOptions(
         host=host,
         port=port,
@@ -150,7 +161,7 @@ def replay(
     with _progress() as bar:
         result = run_replay(
             source, host=host, port=port, config=config, out=output, rate=rate, parameters=_overrides(settings or []),
-            progress=_bar(bar),
+            progress=_readouts_bar(bar), on_text=_reconstruction_bar(bar),
         )  # fmt: skip
     _show(result, output, montage)
 
@@ -173,30 +184,56 @@ def run(
     threads: Annotated[
         int | None, typer.Option(help="Compute threads of each worker. As many as the server's give the same bits.", min=1)
     ] = None,
+    job_folder: Annotated[
+        Path | None, typer.Option(help="Folder for loss curves, weights and figures of merit of the method.")
+    ] = None,
+    previews: Annotated[
+        bool, typer.Option("--previews/--no-previews", help="Put the chain's previews into the image file as well.")
+    ] = False,
 ) -> None:
     """Reconstruct a file here and now, through the same pipeline as the server, without one."""
     from gadgets.replay import replay as run_replay
     from gadgets.service import Service, ServiceOptions
 
+    _torch_cache()
     _log_to_stderr("error")  # warnings come as the server's words as well
     # the server's own defaults: sums depend on the number of threads in their last bits
-    options = ServiceOptions(port=0, workers=workers, threads=threads, spool=None, configs=configs, device=device)
+    options = ServiceOptions(
+        port=0, workers=workers, threads=threads, spool=None, configs=configs, device=device, previews=previews,
+        job_folder=job_folder,
+    )  # fmt: skip
     with Service(options) as service, _progress() as bar:
         result = run_replay(
             source, host=service.host, port=service.port, config=config, out=output,
-            parameters=_overrides(settings or []), progress=_bar(bar),
+            parameters=_overrides(settings or []), progress=_readouts_bar(bar), on_text=_reconstruction_bar(bar),
         )  # fmt: skip
     _show(result, output, montage)
+    if job_folder is not None and job_folder.is_dir():
+        out.print(f"what the method tells besides: {job_folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+class _Count(MofNCompleteColumn):
+    """Pieces, or per cent where the total is no number of pieces."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.percentage:.0f} %") if "left" in task.fields else super().render(task)
+
+
+class _Left(TimeRemainingColumn):
+    """The server's own estimate where it has one: it knows how many slices wait."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["left"]) if "left" in task.fields else super().render(task)
 
 
 def _progress() -> Progress:
     return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+        TextColumn("{task.description}"), BarColumn(), _Count(), TimeElapsedColumn(), _Left(),
         console=err, disable=not err.is_terminal,
     )  # fmt: skip
 
 
-def _bar(bar: Progress) -> Any:
+def _readouts_bar(bar: Progress) -> Any:
     task = bar.add_task("readouts", total=None)
 
     def advance(done: int, total: int | None) -> None:
@@ -205,12 +242,35 @@ def _bar(bar: Progress) -> Any:
     return advance
 
 
+def _reconstruction_bar(bar: Progress) -> Any:
+    """Follows the server's words about its progress; appears with the first of them."""
+    from gadgets.progress import read_progress_line
+
+    tasks: list[Any] = []
+
+    def tell(text: str) -> None:
+        said = read_progress_line(text)
+        if said is not None:
+            fraction, left = said
+            if not tasks:
+                tasks.append(bar.add_task("reconstruction", total=1.0, left=""))
+            bar.update(tasks[0], completed=fraction, left=f"about {left} left" if left else "")
+        elif tasks and text.startswith("INF "):
+            bar.update(tasks[0], completed=1.0, left="")
+
+    return tell
+
+
 def _show(result: Any, output: Path, montage: Path | None) -> None:
+    from gadgets.progress import read_progress_line
+
     for line in result.texts:
-        err.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+        if read_progress_line(line) is None:  # how far it was is no news now
+            err.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+    quick = f"; {result.n_previews} previews, first {result.seconds_to_first_preview:.3f} s" if result.n_previews else ""
     out.print(
         f"{result.n_images} images in {output} (group {result.group}); {result.readouts_per_second:.0f} readouts/s, "
-        f"first image {result.seconds_to_first_image:.3f} s and last {result.seconds_to_last_image:.3f} s after the last readout",
+        f"first image {result.seconds_to_first_image:.3f} s and last {result.seconds_to_last_image:.3f} s after the last readout{quick}",
         markup=False,
         highlight=False,
         soft_wrap=True,

@@ -19,6 +19,9 @@ MAGNITUDE, PHASE, COMPLEX = 1, 2, 5
 """``image_type`` of the MRD header. Maps are MAGNITUDE with DataRole Quantitative: consoles reject or alter the others."""
 
 STATE_COUNTERS = ("average", "contrast", "phase", "repetition", "set")
+PREVIEW_KEY = "ReconPreview"
+"""Attribute of images that others of the same scan will replace; its value is the chain of those."""
+
 MAX_COMMENT = 200  # characters of one comment: consoles join all of them into one DICOM text
 MAX_COMMENTS = 1000  # characters of all comments together
 
@@ -48,7 +51,10 @@ def read_stamp(header: Any) -> Stamp:
 
 @dataclass(frozen=True)
 class Place:
-    """What all images of one slice or slab share; ``position`` is its place in the stack from 0."""
+    """What all images of one slice or slab share; ``position`` is its place in the stack from 0.
+
+    ``preview_of`` is the chain whose final images follow, ``None`` for final images.
+    """
 
     scan: ScanInfo
     geometry: Geometry
@@ -56,6 +62,7 @@ class Place:
     stamps: Sequence[Stamp] = (Stamp(),)
     comments: tuple[str, ...] = ()
     quality: tuple[str, ...] = ()
+    preview_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,15 @@ def image_attributes(
             "GADGETRON_TS": place.scan.saturation_times,
         }
         meta |= {key: round(1e3 * per_state[state], 6) for key, per_state in times.items() if state < len(per_state)}
+    if place.preview_of is not None:
+        # the fourth value of DICOM's ImageType, where a viewer looks for what an image is
+        meta |= {PREVIEW_KEY: place.preview_of, "ImageTypeValue4": "PREVIEW"}
     return both_families(meta)
+
+
+def is_preview(attributes: str) -> bool:
+    """Whether an image's attributes say that final images follow it."""
+    return f"<name>{PREVIEW_KEY}</name>" in attributes
 
 
 def map_comment(display: MapDisplay, scaling: Scaling | None) -> str:

@@ -55,6 +55,9 @@ Comments = tuple[str, ...]
 
 DEFAULT_BITS = 12
 MAX_IMAGE_INDEX = 65535
+PREVIEW_SERIES = 1000
+"""Added to the series index of previews: the final images are numbered as if there were none."""
+
 MAX_CLIPPED = 1e-3
 """Fraction of a slice's pixels that may be clipped by the scale of its series before a new series is begun."""
 
@@ -77,6 +80,11 @@ class OutputSettings:
     )
     map_pixel_type: str = setting("uint16", "pixels of maps, in console units when float32", choices=("uint16", "float32"))
     bits_stored: int = setting(0, "bits of integer pixels; 0: BitsStored of the header, else 12", low=0, high=16)
+    preview: str = setting(
+        "auto",
+        "images sent ahead of the final ones; auto: those that the method makes; off: none; or the name of a quick chain",
+    )
+    preview_iterations: int = setting(3, "most iterations of a quick chain's preview", low=1, high=100)
 
 
 class ImageWriter:
@@ -94,6 +102,8 @@ class ImageWriter:
         The first image series index; further series count up from it.
     fallback_of
         The chain that failed and for which these images stand in; said in every image.
+    preview_of
+        The chain whose final images follow; said in every image.
 
     Raises
     ------
@@ -109,8 +119,11 @@ class ImageWriter:
         *,
         first_series: int = 1,
         fallback_of: str | None = None,
+        preview_of: str | None = None,
     ) -> None:
-        self.header, self.chain, self.settings, self.fallback_of = header, chain, settings or OutputSettings(), fallback_of
+        self.header, self.chain, self.settings = header, chain, settings or OutputSettings()
+        self.fallback_of, self.preview_of = fallback_of, preview_of
+        self._first_series = first_series
         self._numbers = _Numbers(first_series)
         self._known: dict[tuple[object, ...], Series] = {}
         stated = header.user_long.get("BitsStored")
@@ -131,6 +144,18 @@ class ImageWriter:
         """A writer for another chain's images of the same scan. The two share one count of series, so they never collide."""
         other = ImageWriter(self.header, chain, self.settings, fallback_of=self.chain)
         other._numbers = self._numbers
+        return other
+
+    def for_previews(self, chain: str, *, beside: ImageWriter | None = None) -> ImageWriter:
+        """A writer for quick images of the same scan by ``chain``.
+
+        Its series count from 1000 above these, so whether there are previews changes nothing about the final images.
+        ``beside`` is another writer of previews, with which it shares the count.
+        """
+        first = PREVIEW_SERIES + self._first_series
+        other = ImageWriter(self.header, chain, self.settings, first_series=first, preview_of=self.chain)
+        if beside is not None:
+            other._numbers = beside._numbers
         return other
 
     def events(
@@ -169,8 +194,9 @@ class ImageWriter:
             geometry=geometry,
             position=scan.slice_index if position is None else position,
             stamps=stamps or (Stamp(),),
-            comments=(*self._fallback_note(), *result.notes, *geometry.notes),
+            comments=(*self._standing(), *result.notes, *geometry.notes),
             quality=tuple(f"{name}={value:.4g}" for name, value in result.quality.items()),
+            preview_of=self.preview_of,
         )
         sent = 0
         parts = [self._images(s, place) for s in result.images] + [self._map(m, place) for m in result.maps]
@@ -333,11 +359,17 @@ class ImageWriter:
             yield Image(offset=0, header=header, attributes=text, data=np.ascontiguousarray(pixels[np.newaxis]))
 
     def _label(self, name: str, suffix: str) -> str:
-        chain = self.chain if self.fallback_of is None else f"{self.chain}_instead_of_{self.fallback_of}"
-        parts = [chain, "" if name.lower() in (self.chain, "image", "images", "magnitude") else name, suffix]
+        chain = self.preview_of or self.chain
+        if self.fallback_of is not None:
+            chain += f"_instead_of_{self.fallback_of}"
+        unnamed = (self.chain, "image", "images", "magnitude", "preview")
+        parts = [chain, "" if name.lower() in unnamed else name, suffix, "PREVIEW" if self.preview_of is not None else ""]
         return "_".join(part for part in parts if part)
 
-    def _fallback_note(self) -> tuple[str, ...]:
+    def _standing(self) -> tuple[str, ...]:
+        """What these images are when they are not the ones that were asked for."""
+        if self.preview_of is not None:
+            return (f"preview by {self.chain}: the final images of {self.preview_of} follow",)
         return () if self.fallback_of is None else (f"{self.fallback_of} failed: image from {self.chain} instead",)
 
 

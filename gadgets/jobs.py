@@ -7,6 +7,7 @@ task whose worker died can simply be run again.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -118,7 +119,7 @@ class Jobs:
                     # neither words nor values: they may quote the scan. The places are enough to find it
                     name, kind = task.__name__, type(error).__name__
                     log.error("event=task_crashed task=%s error=%s at=%s", name, kind, _places(error))
-                outer.set_exception(error)
+                outer.set_exception(out_of_memory(error) or error)
 
         scope.remember(inner)
         inner.add_done_callback(done)
@@ -144,7 +145,9 @@ class Jobs:
             outer.set_exception(given_up(task.__name__))
             return
         if left <= 0:
-            outer.set_exception(JobFailed("a worker process died twice", where=task.__name__, got=type(error).__name__))
+            words = "a worker process died twice"
+            remedy = "The system ends processes when the machine's memory is used up"
+            outer.set_exception(JobFailed(words, where=task.__name__, got=type(error).__name__, remedy=remedy))
             return
         log.warning("event=worker_died task=%s error=%s action=retry", task.__name__, type(error).__name__)
 
@@ -215,6 +218,42 @@ class Scope:
 
 def given_up(task: str) -> JobFailed:
     return JobFailed("the scan was given up", where=task)
+
+
+_ALLOCATORS = (
+    "DefaultCPUAllocator",
+    "can't allocate memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "ALLOC_FAILED",
+)
+"""How torch, cuFFT and cuBLAS say that they got no memory; all of them raise a plain ``RuntimeError`` on some path."""
+
+_AMOUNT = re.compile(r"(?:tried to allocate|unable to allocate) ([\d.]+) ?(bytes|[KMGTP]i?B)", re.IGNORECASE)
+
+
+def out_of_memory(error: BaseException) -> JobFailed | None:
+    """What to tell the operator of a failed allocation; ``None`` for any other error.
+
+    Only the amount is quoted from the library's words: the rest of them is about processes, devices and shapes.
+    """
+    words, kind = str(error), type(error).__name__  # torch is not imported here
+    if not isinstance(error, MemoryError | RuntimeError):
+        return None
+    if isinstance(error, RuntimeError) and kind != "OutOfMemoryError" and not any(mark in words for mark in _ALLOCATORS):
+        return None
+    on_gpu = kind == "OutOfMemoryError" or any(library in words for library in ("CUDA", "CUFFT", "CUBLAS"))
+    amount = _AMOUNT.search(words)
+    where = "the GPU" if on_gpu else "this machine"
+    asked = "" if amount is None else f": {_readable(amount[1], amount[2])} more were asked for"
+    return JobFailed(f"out of memory on {where}{asked}", remedy="Use fewer virtual coils or a chain that needs less")
+
+
+def _readable(number: str, unit: str) -> str:
+    if unit.lower() != "bytes":
+        return f"{number} {unit}"
+    size = float(number)
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.0f} MiB"
 
 
 def _places(error: BaseException) -> str:
@@ -372,12 +411,11 @@ class FileReport(Report):
 
     def preview(self, series: ImageSeries) -> None:
         self._previews += 1
-        path = self.folder / f"{self.tag}.preview-{self._previews:04d}"
-        with open(f"{path}.part", "wb") as handle:
-            np.savez(handle, name=series.name, comment=series.comment, data=series.data.detach().cpu().numpy())
-        os.replace(f"{path}.part", path)
+        content = io.BytesIO()
+        np.savez(content, name=series.name, comment=series.comment, data=series.data.detach().cpu().numpy())
+        self._write(f"{self.tag}.preview-{self._previews:04d}", content.getbuffer())
 
-    def _write(self, name: str, data: bytes) -> None:
+    def _write(self, name: str, data: bytes | memoryview) -> None:
         path = self.folder / name
         part = path.with_name(path.name + ".part")
         with contextlib.suppress(OSError):  # a report must never fail a reconstruction
@@ -407,14 +445,15 @@ class ReportReader:
         return [path.read_text(encoding="utf-8") for path in self._new("*.warning-????")]
 
     def previews(self) -> list[tuple[str, ImageSeries]]:
-        """Previews not read yet: task's tag and series."""
+        """Previews not read yet: task's tag and series. Their files are removed: they may be large."""
         import torch
 
         found = []
         for path in self._new("*.preview-????"):
-            with np.load(path, allow_pickle=False) as file:
+            with contextlib.suppress(OSError), np.load(path, allow_pickle=False) as file:
                 series = ImageSeries(str(file["name"]), torch.from_numpy(file["data"]), str(file["comment"]))
-            found.append((path.name.partition(".")[0], series))
+                found.append((path.name.partition(".")[0], series))
+            path.unlink(missing_ok=True)
         return found
 
     def _new(self, pattern: str) -> list[Path]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +21,24 @@ from gadgets.buffer import SortedScan, sort_readouts
 from gadgets.chain import Chain, load_chain
 from gadgets.errors import SortError
 from gadgets.images import ImageWriter, sending_order
-from gadgets.jobs import Jobs, ReportReader, Scratch
+from gadgets.job_folder import JobFolders, JobRecord
+from gadgets.jobs import Jobs, ReportReader, Scratch, out_of_memory
 from gadgets.noise_store import NoiseStore
 from gadgets.preparation import CHUNK_BYTES, Preparation
+from gadgets.previews import AUTO, OFF, Previews
+from gadgets.progress import RemainingTime, progress_line
 from gadgets.readouts import Kind, ReadoutIndex, classify
 from gadgets.spool import ScanLog
-from gadgets.tasks import LogSlice, RowFiles, SliceJob, estimate_noise, from_portable, reconstruct_slice
+from gadgets.tasks import (
+    LogSlice,
+    Role,
+    RowFiles,
+    SliceJob,
+    estimate_noise,
+    from_portable,
+    reconstruct_slice,
+    report_tag,
+)
 from gadgets.wire import codec
 from gadgets.wire.events import Readouts, Waveform
 from gadgets.wire.header import MrdHeader
@@ -42,13 +55,19 @@ MAX_WARNINGS = 20  # lines to the operator in one scan
 
 @dataclass(frozen=True)
 class Services:
-    """What every scan of a server shares. ``configs`` is the folder of chain files, the shipped one when ``None``."""
+    """What every scan of a server shares.
+
+    ``configs`` is the folder of chain files, the shipped one when ``None``; ``previews=False`` makes none, whatever chains ask for;
+    ``job_folders`` keeps what methods tell besides images.
+    """
 
     jobs: Jobs
     noise: NoiseStore | None = None
     configs: Path | None = None
     device: str = "cpu"
     chunk_bytes: int = CHUNK_BYTES
+    previews: bool = True
+    job_folders: JobFolders | None = None
 
 
 class Scan:
@@ -165,86 +184,74 @@ class Scan:
         yield codec.text(f"INF noise measurement stored: {channels} channels, {estimate.n_samples} samples\n")
 
     def _reconstruct(self, sorted_scan: SortedScan, rows: RowFiles, started: float) -> Iterator[bytes]:
+        work = SliceWork(self, sorted_scan, rows)
         writer = ImageWriter(self.header, self.chain.name, self.chain.output)
         spare: ImageWriter | None = None
-        reports = ReportReader(self.scratch.path)
-        pending: dict[int, Future[Result]] = {}
         n_images = 0
-        ahead = max(1, self.services.jobs.workers) + 1
         order = sending_order(sorted_scan.n_slices, scaled=writer.pixel_type.kind == "u")
-        for place, number in enumerate(order):
-            for upcoming in order[place : place + ahead]:
-                if upcoming not in pending:
-                    pending[upcoming] = self._submit_slice(sorted_scan, rows, upcoming, self.chain)
-            result, failure = self._await(pending[number], reports, number, place, sorted_scan.n_slices)
-            if result is None:
-                assert failure is not None
-                result, name = self._fall_back(sorted_scan, rows, number, place, failure, reports)
-                if spare is None:
-                    spare = writer.for_fallback(name)
-                chosen = spare
-            else:
-                chosen = writer
-            result = from_portable(result)
-            wanted = self.chain.output.phase or self.chain.output.complex
-            if wanted and not any(series.data.is_complex() for series in result.images):
-                self._warn("only magnitudes exist here, no phase (fourier has one with combine = adaptive)")
-            pending[number] = Future()  # the result's memory is not needed twice
-            for message in chosen.images(sorted_scan, number, result):
-                n_images += 1
-                yield message
+        previews = Previews(self._preview_chain(), self.services.configs, writer, sorted_scan, work.reports)
+        previews.begin(order, partial(work.submit, role="preview"))
+        ahead = max(1, self.services.jobs.workers) + 1
+        record = JobRecord(self.chain.name)
+        try:
+            for place, number in enumerate(order):
+                work.begin(order[place : place + ahead])
+                result, failure = yield from self._await(work, number, previews)
+                name, chosen = self.chain.name, writer
+                if result is None:
+                    assert failure is not None
+                    result, name = yield from self._fall_back(work, number, failure, previews)
+                    chosen = spare = spare or writer.for_fallback(name)
+                previews.over(number)
+                result = from_portable(result)
+                record.add(number, name, result)
+                wanted = self.chain.output.phase or self.chain.output.complex
+                if wanted and not any(series.data.is_complex() for series in result.images):
+                    self._warn("only magnitudes exist here, no phase (fourier has one with combine = adaptive)")
+                for message in chosen.images(sorted_scan, number, result):
+                    n_images += 1
+                    yield message
+        finally:
+            # pictures and files are a worker's work, and nobody waits for them
+            if self.services.job_folders is not None:
+                self.services.job_folders.keep(record, self.raw)
         seconds = time.perf_counter() - started
         log.info(
-            "event=scan_done chain=%s images=%d slices=%d seconds=%.3f",
+            "event=scan_done chain=%s images=%d previews=%d slices=%d seconds=%.3f",
             self.chain.name,
             n_images,
+            previews.n_images,
             sorted_scan.n_slices,
             seconds,
         )
         yield codec.text(f"INF {self.chain.name}: {n_images} images in {seconds:.1f} s after the last readout\n")
 
-    def _submit_slice(
-        self, sorted_scan: SortedScan, rows: RowFiles, number: int, chain: Chain, *, as_fallback: bool = False
-    ) -> Future[Result]:
-        job = SliceJob(
-            sorted_scan=sorted_scan,
-            rows=rows,
-            slice_index=number,
-            scan=sorted_scan.scan_info(number),
-            recipe=Recipe(chain.method, chain.settings, chain.preprocess, chain.coils),
-            noise_std=WHITENED_NOISE_STD if self.preparation.whitened else None,
-            report_folder=str(self.scratch.path),
-            as_fallback=as_fallback,
-            device=self.services.device,
-        )
-        return self.tasks.submit(reconstruct_slice, job)
+    def _preview_chain(self) -> Chain:
+        if self.services.previews:
+            return self.chain
+        return replace(self.chain, output=replace(self.chain.output, preview=OFF))
 
     def _await(
-        self, future: Future[Result], reports: ReportReader, number: int, n_done: int, n_slices: int
-    ) -> tuple[Result | None, BaseException | None]:
-        """The slice's result or its error; meanwhile the operator hears of progress."""
-        last_said = time.monotonic()
-        while not wait([future], timeout=0.2).done:
-            for warning in reports.warnings():
+        self, work: SliceWork, number: int, previews: Previews
+    ) -> Generator[bytes, None, tuple[Result | None, BaseException | None]]:
+        """The slice's result or its error; meanwhile previews leave as they come, and the operator hears of progress."""
+        future = work.future(number)
+        while True:
+            finished = wait([future, *previews.pending], timeout=0.2, return_when=FIRST_COMPLETED).done
+            for warning in work.reports.warnings():
                 self._warn(warning)
-            if time.monotonic() - last_said >= PROGRESS_SECONDS:
-                done = (n_done + reports.fractions().get(f"slice-{number:04d}", 0.0)) / n_slices
-                self.say(f"DBG {self.chain.name} {100 * done:.0f} %\n")
-                last_said = time.monotonic()
-        for warning in reports.warnings():
-            self._warn(warning)
+            yield from previews.messages()
+            if future in finished:
+                break
+            line = work.progress(self.chain.name)
+            if line is not None:
+                self.say(line)
         error = future.exception()
-        return (None, error) if error is not None else (future.result(), None)
+        return (None, error) if error is not None else (work.take(number), None)
 
     def _fall_back(
-        self,
-        sorted_scan: SortedScan,
-        rows: RowFiles,
-        number: int,
-        n_done: int,
-        failure: BaseException,
-        reports: ReportReader,
-    ) -> tuple[Result, str]:
+        self, work: SliceWork, number: int, failure: BaseException, previews: Previews
+    ) -> Generator[bytes, None, tuple[Result, str]]:
         """The fallback chain's images of a slice whose method failed, loudly; or the failure itself."""
         reason = _reason(failure)
         if self.chain.fallback is None:
@@ -252,9 +259,9 @@ class Scan:
         log.warning("event=fallback chain=%s to=%s slice=%d reason=%r", self.chain.name, self.chain.fallback, number, reason)
         fallback = load_chain(self.chain.fallback, directory=self.services.configs)
         # what the rows went through, and what the console asked for, holds for the stand-in as well
-        fallback = replace(fallback, preprocess=self.chain.preprocess)
-        future = self._submit_slice(sorted_scan, rows, number, fallback, as_fallback=True)
-        result, error = self._await(future, reports, number, n_done, sorted_scan.n_slices)
+        fallback = replace(fallback, preprocess=self.chain.preprocess, maps=replace(self.chain.maps, map_failure="warn"))
+        work.begin_again(number, fallback)
+        result, error = yield from self._await(work, number, previews)
         # said when it is known: an announced image that does not come is worse than none
         failed = f"{self.chain.name} failed in slice {number} ({reason})"
         if result is None:
@@ -266,6 +273,70 @@ class Scan:
         return result, fallback.name
 
 
+class SliceWork:
+    """The slices of a scan on the workers: submitted, watched, taken."""
+
+    def __init__(self, scan: Scan, sorted_scan: SortedScan, rows: RowFiles) -> None:
+        self.scan, self.sorted_scan, self.rows = scan, sorted_scan, rows
+        self.reports = ReportReader(scan.scratch.path)
+        self.remaining = RemainingTime(sorted_scan.n_slices, scan.services.jobs.workers)
+        self._pending: dict[int, tuple[Role, Future[Result]]] = {}
+        self._taken: set[int] = set()
+        self._said = time.monotonic()
+
+    def submit(self, number: int, chain: Chain, *, role: Role = "slice") -> Future[Result]:
+        """One slice by ``chain``."""
+        scan = self.scan
+        job = SliceJob(
+            sorted_scan=self.sorted_scan,
+            rows=self.rows,
+            slice_index=number,
+            scan=self.sorted_scan.scan_info(number),
+            recipe=Recipe(chain.method, chain.settings, chain.preprocess, chain.coils, chain.maps),
+            noise_std=WHITENED_NOISE_STD if scan.preparation.whitened else None,
+            report_folder=str(scan.scratch.path),
+            role=role,
+            previews=role == "slice" and chain.output.preview == AUTO and scan.services.previews,
+            device=scan.services.device,
+        )
+        return scan.tasks.submit(reconstruct_slice, job)
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        """Submit the final images of slices that are not yet under way."""
+        for number in numbers:
+            if number not in self._pending and number not in self._taken:
+                self._pending[number] = ("slice", self.submit(number, self.scan.chain))
+
+    def begin_again(self, number: int, fallback: Chain) -> None:
+        self._pending[number] = ("fallback", self.submit(number, fallback, role="fallback"))
+
+    def future(self, number: int) -> Future[Result]:
+        return self._pending[number][1]
+
+    def take(self, number: int) -> Result:
+        """The result of a slice that is done; its memory is not needed twice."""
+        self._taken.add(number)
+        return self._pending.pop(number)[1].result()
+
+    def progress(self, name: str) -> str | None:
+        """A line for the operator, when it is time for one."""
+        now = time.monotonic()
+        reported = self.reports.fractions()
+        fractions = dict.fromkeys(self._taken, 1.0)
+        for number, (role, future) in self._pending.items():
+            tag = report_tag(role, number)
+            if future.done() and future.exception() is None:
+                fractions[number] = 1.0
+            elif tag in reported:  # begun: one that waits for a worker has no time yet
+                fractions[number] = reported[tag]
+        self.remaining.update(now, fractions)
+        if now - self._said < PROGRESS_SECONDS:
+            return None
+        self._said = now
+        return progress_line(name, self.remaining.fraction, self.remaining.seconds_left(now))
+
+
 def _reason(failure: BaseException) -> str:
     """What may be told of a failure: our own words, or only its kind."""
-    return str(failure) if isinstance(failure, ReconError | MemoryError) else type(failure).__name__
+    told = out_of_memory(failure) or failure
+    return str(told) if isinstance(told, ReconError) else type(failure).__name__

@@ -21,6 +21,7 @@ from xml.sax.saxutils import escape
 import h5py
 
 from gadgets.errors import Disconnected, ImageFileError, ReplayFailed
+from gadgets.image_attributes import is_preview
 from gadgets.image_file import ImageFile
 from gadgets.raw_source import Source, open_source
 from gadgets.wire import codec, events
@@ -46,7 +47,10 @@ NOISE_SCRIPT = """<?xml version="1.0" encoding="UTF-8"?>
 
 @dataclass
 class ReplayResult:
-    """What happened. Times in s, measured here: ``seconds_to_*_image`` from the last readout's hand-over to the kernel.
+    """What happened. Times in s, measured here: ``seconds_to_*`` from the last readout's hand-over to the kernel.
+
+    ``n_images`` and the times to the first and last image are those of the final images; previews are counted on their own.
+    ``series`` has the number of images of every series, previews included.
 
     ``noise`` is the server's answer about the noise measurement (an ismrmrdMeta document), ``None`` when it knew of none.
     """
@@ -54,12 +58,14 @@ class ReplayResult:
     n_readouts: int = 0
     bytes_sent: int = 0
     n_images: int = 0
+    n_previews: int = 0
     series: dict[int, int] = field(default_factory=dict)
     texts: list[str] = field(default_factory=list)
     noise: str | None = None
     out: Path | None = None
     group: str | None = None
     send_seconds: float = 0.0
+    seconds_to_first_preview: float = float("nan")
     seconds_to_first_image: float = float("nan")
     seconds_to_last_image: float = float("nan")
 
@@ -172,15 +178,19 @@ class _Images:
         tell: Callable[[events.Image], None] | None,
     ) -> None:
         self.result, self._group, self._stack, self._tell = result, group, stack, tell
-        self.first = self.last = float("nan")
+        self.first_preview = self.first = self.last = float("nan")
         self.failure: ReconError | None = None
         self._file: ImageFile | None = None
 
     def take(self, image: events.Image) -> None:
         now = time.perf_counter()
-        self.first = now if self.result.n_images == 0 else self.first
-        self.last = now
-        self.result.n_images += 1
+        if is_preview(image.attributes):
+            self.first_preview = now if self.result.n_previews == 0 else self.first_preview
+            self.result.n_previews += 1
+        else:
+            self.first = now if self.result.n_images == 0 else self.first
+            self.last = now
+            self.result.n_images += 1
         series = int(image.header["image_series_index"])
         self.result.series[series] = self.result.series.get(series, 0) + 1
         if self._tell is not None:
@@ -374,6 +384,7 @@ def _retry() -> None:
 def _settle_times(result: ReplayResult, images: _Images, sender: _Sender) -> None:
     result.n_readouts, result.bytes_sent = sender.n_readouts, sender.bytes_sent
     result.send_seconds = sender.last - sender.first if sender.n_readouts else 0.0
+    result.seconds_to_first_preview = images.first_preview - sender.last
     result.seconds_to_first_image = images.first - sender.last
     result.seconds_to_last_image = images.last - sender.last
 

@@ -11,6 +11,7 @@ from types import TracebackType
 
 from gadgets.chain import Chain, chain_from_script, chain_names, load_chain
 from gadgets.connection import ChainRequest
+from gadgets.job_folder import JobFolders, remove_orphans
 from gadgets.jobs import Jobs, remove_stale_scratch
 from gadgets.noise_store import NoiseStore
 from gadgets.peer import Timing
@@ -26,7 +27,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServiceOptions:
-    """How a service runs. Sizes in bytes; ``spool=None`` keeps no raw data, ``workers=None`` takes one for two cores."""
+    """How a service runs. Sizes in bytes; ``spool=None`` keeps no raw data, ``workers=None`` takes one for two cores.
+
+    ``previews=False`` sends final images only. ``job_folder`` takes what methods tell besides images (arrays, curves, pictures); by
+    default each scan's goes beside its raw data.
+    """
 
     host: str = "127.0.0.1"
     port: int = 9002
@@ -38,6 +43,8 @@ class ServiceOptions:
     scan_bytes: int = 20_000_000_000
     configs: Path | None = None
     device: str = "auto"
+    previews: bool = True
+    job_folder: Path | None = None
     limits: Limits = field(default_factory=Limits)
     timing: Timing = field(default_factory=Timing)
 
@@ -55,7 +62,17 @@ class Service:
         self.jobs = Jobs(workers, threads=options.threads)
         self.noise = NoiseStore(options.noise) if options.noise is not None else None
         self.spool = Spool(options.spool, max_bytes=options.spool_bytes, max_scan_bytes=options.scan_bytes)
-        self.services = Services(self.jobs, self.noise, options.configs, device=choose_device(options.device))
+        if self.spool.root is not None:
+            remove_orphans(self.spool.root)
+        self.job_folders = JobFolders(self.jobs, options.job_folder)
+        self.services = Services(
+            self.jobs,
+            self.noise,
+            options.configs,
+            device=choose_device(options.device),
+            previews=options.previews,
+            job_folders=self.job_folders,
+        )
         self.server = Server(
             options.host,
             options.port,
@@ -86,6 +103,7 @@ class Service:
     def close(self) -> None:
         """Stop listening, end the scans, stop the workers."""
         self.server.close()
+        self.job_folders.close()
         self.jobs.close()
 
     def __enter__(self) -> Service:

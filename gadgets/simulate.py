@@ -150,7 +150,11 @@ def simulate_stream(kind: str, settings: ScanSettings | Mapping[str, Any] | None
     SettingError
         As :func:`simulate`.
     """
-    scan = simulate_kind(kind, settings)
+    return stream_of(simulate_kind(kind, settings))
+
+
+def stream_of(scan: Scan) -> Stream:
+    """A scan that exists as arrays (simulated, or semi-measured: another object's k-space in its place) as readouts."""
     text, geometry = _head(scan)
     batches = list(_batches(scan, geometry, _noise_rng(scan)))
     return Stream(text, batches, _ecg(scan) if scan.settings.waveforms else [], scan.truth)

@@ -81,8 +81,10 @@ class SortedScan:
     source_headers
         ``(slice, state)``: the acquisition header of the readout nearest to the k-space centre, with its time stamps
         (ticks as sent).
-    echo_times, inversion_times, saturation_times
+    echo_times, saturation_times
         One per state in s, or empty.
+    inversion_times
+        For each slice one per state in s, or empty: heartbeats may differ from slice to slice.
     """
 
     header: MrdHeader
@@ -102,7 +104,7 @@ class SortedScan:
     geometry: tuple[Geometry, ...]
     source_headers: Headers
     echo_times: tuple[float, ...]
-    inversion_times: tuple[float, ...]
+    inversion_times: tuple[tuple[float, ...], ...]
     saturation_times: tuple[float, ...]
 
     @property
@@ -137,7 +139,7 @@ class SortedScan:
             recon_matrix=self.encoding.recon_matrix,
             recon_fov=self.encoding.recon_fov,
             echo_times=self.echo_times,
-            inversion_times=self.inversion_times,
+            inversion_times=self.inversion_times[slice_index],
             saturation_times=self.saturation_times,
             repetition_time=_only(self.header.repetition_times),
             flip_angle=_only(self.header.flip_angles),
@@ -186,19 +188,19 @@ def saturation_list(header: MrdHeader) -> tuple[float, ...]:
 
     The TI list only where the user parameter ``MagnetizationPreparation`` says so.
     """
+    times = numbered_times(header, SATURATION_PREFIX)
+    return times if times or not is_saturation_prepared(header) else header.inversion_times
+
+
+def numbered_times(header: MrdHeader, prefix: str) -> tuple[float, ...]:
+    """User parameters ``<prefix>0``, ``<prefix>1``, ... in ms up to the first gap, as s."""
     times: list[float] = []
     while True:
-        name = f"{SATURATION_PREFIX}{len(times)}"
+        name = f"{prefix}{len(times)}"
         value = header.user_double.get(name, header.user_long.get(name))
         if value is None:
-            break
+            return tuple(times)
         times.append(float(value) * 1e-3)
-    return tuple(times) if times or not is_saturation_prepared(header) else header.inversion_times
-
-
-def inversion_list(header: MrdHeader) -> tuple[float, ...]:
-    """The TI list in s, empty where it holds saturation times."""
-    return () if is_saturation_prepared(header) else header.inversion_times
 
 
 def is_saturation_prepared(header: MrdHeader) -> bool:

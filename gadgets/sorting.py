@@ -30,6 +30,7 @@ from gadgets.calibration import calibration_notes
 from gadgets.errors import SortError
 from gadgets.gating import cardiac_phases
 from gadgets.geometry import read_geometry
+from gadgets.inversion_times import inversion_times
 from gadgets.readouts import (
     SKIP_FLAGS,
     Headers,
@@ -55,7 +56,6 @@ from gadgets.sorted_scan import (
     Placement,
     SortedScan,
     echo_times,
-    inversion_list,
     saturation_list,
     times_by_counter,
 )
@@ -127,6 +127,8 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
     log.notes.extend(dict.fromkeys(note for g in geometry for note in g.notes))
     moving_note(headers, imaging, slices, log)
     log.notes.extend(calibration_notes(imaging, calibration, slices, encoding.encoded_matrix[:2], settings))
+    inversions, told = inversion_times(header, states, source, settings)
+    log.notes.extend(told)
     return SortedScan(
         header=header,
         settings=settings,
@@ -145,7 +147,7 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
         geometry=geometry,
         source_headers=source,
         echo_times=echo_times(header, states),
-        inversion_times=times_by_counter(inversion_list(header), states),
+        inversion_times=inversions,
         saturation_times=times_by_counter(saturation_list(header), states),
     )
 

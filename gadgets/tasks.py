@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from gadgets.buffer import SortedScan, assemble
 from gadgets.errors import SortError
-from gadgets.jobs import FileReport
+from gadgets.jobs import FileReport, out_of_memory
 from gadgets.readouts import ReadoutGeometry
 from gadgets.wire.readouts import read_samples
 from recon_core.errors import DataError, ReconError
@@ -25,6 +25,7 @@ from recon_core.fourier import fft_centred
 from recon_core.methods import methods
 from recon_core.preprocess.coil_compression import compression_matrix
 from recon_core.preprocess.noise import noise_covariance
+from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.preprocess.readout import finite_readouts, prepare_readouts
 from recon_core.reconstruct import Recipe, reconstruct
 from recon_core.sampling.coverage import missing_lines
@@ -228,9 +229,13 @@ class RowFiles:
         return np.memmap(self.paths[number], np.complex64, "r", shape=(n, self.n_coils, self.n_x))
 
 
+Role = Literal["slice", "fallback", "preview"]
+"""What a slice's images are for: final ones, those of a failed method's stand-in, or quick ones ahead of them."""
+
+
 @dataclass(frozen=True)
 class SliceJob:
-    """Reconstruct one slice or slab from prepared readouts."""
+    """Reconstruct one slice or slab from prepared readouts. ``previews``: whether the method's own previews are wanted."""
 
     sorted_scan: SortedScan
     rows: RowFiles
@@ -239,8 +244,46 @@ class SliceJob:
     recipe: Recipe
     noise_std: float | None
     report_folder: str
-    as_fallback: bool = False
+    role: Role = "slice"
+    previews: bool = False
     device: str = "cpu"
+
+    @property
+    def tag(self) -> str:
+        """Under which name it reports."""
+        return report_tag(self.role, self.slice_index)
+
+
+def report_tag(role: Role, slice_index: int) -> str:
+    return f"{role}-{slice_index:04d}"
+
+
+class SliceReport(FileReport):
+    """A slice's report, whose previews are on the console's matrix as its final images will be.
+
+    A preview that cannot be shown is left out: the final images do not depend on it.
+    """
+
+    def __init__(self, job: SliceJob) -> None:
+        super().__init__(Path(job.report_folder), job.tag)
+        self._scan, self._wanted = job.scan, job.previews
+
+    def preview(self, series: ImageSeries) -> None:
+        if not self._wanted:
+            return
+        try:
+            moved = _on_console_matrix(series, self._scan)
+        except DataError as error:
+            log.warning("event=preview_failed task=%s error=%r", self.tag, str(error))
+            return
+        super().preview(moved)
+
+
+def _on_console_matrix(series: ImageSeries, scan: ScanInfo) -> ImageSeries:
+    if tuple(series.data.shape[-3:]) != scan.matrix:
+        return series  # a method without coil maps works on the console's matrix already
+    moved = to_recon_matrix(series.data, scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov)
+    return replace(series, data=moved if moved.is_complex() else moved.clamp_min(0.0))
 
 
 def reconstruct_slice(job: SliceJob) -> Result:
@@ -249,13 +292,27 @@ def reconstruct_slice(job: SliceJob) -> Result:
     Raises
     ------
     ReconError
-        From sorting, preprocessing or the method. A fallback to plain Fourier is refused for undersampled data: its images
-        would be aliased.
+        From sorting, preprocessing or the method; ``JobFailed`` when memory ran out. A fallback to plain Fourier (and a preview
+        by it) is refused for undersampled data: its images would be aliased.
     """
-    report = FileReport(Path(job.report_folder), f"slice-{job.slice_index:04d}")
+    try:
+        return _reconstruct_slice(job)
+    except (MemoryError, RuntimeError) as error:
+        told = out_of_memory(error)
+        if told is None:
+            raise
+    # outside the handler the failed attempt's arrays are gone: what the allocator keeps of them is the next one's, or another's
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    raise told
+
+
+def _reconstruct_slice(job: SliceJob) -> Result:
+    report = SliceReport(job)
+    report.progress(0.0)
     kspace = assemble(job.sorted_scan, job.slice_index, job.rows)
     kspace = replace(kspace, noise_std=job.noise_std).to(job.device)
-    if job.as_fallback and job.recipe.method == "fourier":
+    if job.role != "slice" and job.recipe.method == "fourier":
         _refuse_aliasing(kspace)
     return _portable(reconstruct(kspace, job.scan, job.recipe, report))
 

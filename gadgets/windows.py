@@ -108,6 +108,9 @@ class MapDisplay:
         Codes are centred: the middle code is zero. Otherwise code 0 would be the value 0, and is the padding.
     adaptive
         The slope is doubled (up to 16 times) when the first slice or volume does not fit.
+    arbitrary
+        The quantity has the images' own unit: slope and factor (a power of 1000, named in the unit) follow the first slice, and
+        the window goes from zero to its 99th percentile.
     """
 
     role: str
@@ -118,6 +121,7 @@ class MapDisplay:
     window: Window | None = None
     signed: bool = False
     adaptive: bool = False
+    arbitrary: bool = False
 
     def scaling(self, bits: int) -> Scaling:
         """Codes ``1 .. 2^bits - 1``; 0 is the padding."""
@@ -129,6 +133,8 @@ MAP_DISPLAYS = {
     # recommended windows of T1 at 1.5 T; `map_display` has the one for 3 T
     "t1": MapDisplay("T1", "s", "ms", 1e3, 1.0, Window(1300, 1300)),
     "t1sd": MapDisplay("T1SD", "s", "ms", 1e3, 1.0, Window(100, 200)),
+    "m0": MapDisplay("M0", "1", "", 1.0, 1.0, Window(1000, 2000), arbitrary=True),
+    "t1residual": MapDisplay("T1RESIDUAL", "1", "", 1.0, 1.0, Window(50, 100), arbitrary=True),
     "t2": MapDisplay("T2", "s", "ms", 1e3, 0.1, Window(60, 120)),
     "t2star": MapDisplay("T2STAR", "s", "ms", 1e3, 0.1, Window(40, 80)),
     "r2star": MapDisplay("R2STAR", "1/s", "1/s", 1.0, 0.1, Window(50, 100)),
@@ -195,6 +201,8 @@ def map_display(name: str, unit: str, values: NDArray[np.floating], field_streng
         raise DataError("map in an unexpected unit", where=f"map {name}", got=repr(unit), expected=repr(display.si_unit))
     if display.role == "T1" and field_strength is not None and field_strength > FIELD_3T:
         display = replace(display, window=T1_WINDOW_3T)
+    if display.arbitrary:
+        return _own_unit(display, values)
     if display.adaptive and values.size:
         # the percentile: a few wild pixels at an edge must not cost everybody else's resolution
         peak = _percentiles(np.abs(values), (99.9,))[0] * display.factor
@@ -203,6 +211,24 @@ def map_display(name: str, unit: str, values: NDArray[np.floating], field_streng
             slope *= 2
         display = replace(display, slope=slope)
     return display
+
+
+def _own_unit(display: MapDisplay, values: NDArray[np.floating]) -> MapDisplay:
+    """The images' own unit, or thousandths or thousands of it: the peak lies between 100 and 100 000, where integers are fine
+    enough for a window. The slope is a power of two that leaves later slices at least twice as much room."""
+    peak = _percentiles(np.abs(values), (99.9,))[0] if values.size else 0.0
+    if not (math.isfinite(peak) and peak > 0):
+        return display
+    power = -math.floor((math.log10(peak) - 2) / 3) if not 100 <= peak < 1e5 else 0
+    factor = 1000.0**power
+    top = _percentiles(values, (99.0,))[0] * factor
+    return replace(
+        display,
+        unit="" if power == 0 else f"1e{-3 * power}",
+        factor=factor,
+        slope=2.0 ** math.ceil(math.log2(2 * peak * factor / 4095)),
+        window=integer_window(0.0, top),
+    )
 
 
 def _generic_display(name: str, unit: str, values: NDArray[np.floating]) -> MapDisplay:

@@ -1,4 +1,4 @@
-"""One slice or slab from sorted k-space to final images: compression, coil maps, the method, partial Fourier, console matrix."""
+"""One slice or slab from sorted k-space to final images: compression, coil maps, the method, partial Fourier, console matrix, maps."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import Any
 import torch
 
 from recon_core.coils.estimate import CoilSettings, estimate_coil_maps
-from recon_core.errors import DataError
+from recon_core.errors import DataError, ReconError
 from recon_core.fourier import fft_centred, ifft_centred
+from recon_core.maps.regrid import map_on_recon_matrix
+from recon_core.maps.series_t1 import ImageNoise, image_noise, recovery_times, t1_maps
+from recon_core.maps.settings import MapSettings
 from recon_core.methods import Method, get_method, needs_coil_maps
 from recon_core.preprocess.coil_compression import compress, compress_geometric, compression_matrix, geometric_compression
 from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.preprocess.partial_fourier import Extent, complete, measured_extent, partial_axes
 from recon_core.preprocess.settings import PreprocessSettings
-from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, ParameterMap, Report, Result, ScanInfo, X
+from recon_core.problem import outer_noise
+from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, Report, Result, ScanInfo, X
 
 COIL_IMAGE_AXES = (K2, K1)
 """Phase-encoding axes of hybrid k-space, which become z and y."""
@@ -29,10 +33,14 @@ class Recipe:
     settings: Any
     preprocess: PreprocessSettings = PreprocessSettings()
     coils: CoilSettings = CoilSettings()
+    maps: MapSettings = MapSettings()
 
 
 def reconstruct(kspace: KSpace, scan: ScanInfo, recipe: Recipe, report: Report | None = None) -> Result:
     """Images and maps of one slice or slab on the console's matrix.
+
+    Maps of the recipe are fitted last, to the final images: a map is no linear function of the signal, so neither partial Fourier
+    nor interpolation may come after it. A method's own maps (of a learned or joint method) replace the recipe's.
 
     Parameters
     ----------
@@ -59,14 +67,18 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, recipe: Recipe, report: Report |
     method = get_method(recipe.method)
     if not bool((kspace.counts > 0).any()):
         raise DataError("nothing was sampled", where=f"slice {scan.slice_index}")
+    if recipe.maps.maps == "t1" and recipe.maps.map_failure == "error":
+        recovery_times(scan, kspace.n_states, recipe.maps)  # known before anything is computed
     kspace = compress_coils(kspace, recipe.preprocess)
     if needs_coil_maps(method, recipe.settings):
         if kspace.coil_maps is None:
             kspace = replace(kspace, coil_maps=estimate_coil_maps(kspace, recipe.coils, report))
         result = method.reconstruct(kspace, scan, recipe.settings, report)
         result = _complete(result, kspace, recipe.preprocess)
-        return _on_console_matrix(result, scan)
-    return _without_maps(kspace, scan, method, recipe, report)
+        result = _on_console_matrix(result, scan)
+    else:
+        result = _without_coil_maps(kspace, scan, method, recipe, report)
+    return _to_cpu(_with_parameter_maps(result, kspace, scan, recipe.maps, report))
 
 
 def compress_coils(kspace: KSpace, settings: PreprocessSettings) -> KSpace:
@@ -107,7 +119,7 @@ def _to_edge(extent: Extent, sampled: torch.Tensor) -> Extent:
     return (0 if start <= tolerance else start), (n if n - stop <= tolerance else stop)
 
 
-def _without_maps(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe, report: Report) -> Result:
+def _without_coil_maps(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe, report: Report) -> Result:
     """Methods that combine coils by magnitude: phase-sensitive steps have to come first, coil by coil."""
     extents, how = extents_of(kspace), recipe.preprocess.partial_fourier
     completes = how != "zero_fill" and bool(partial_axes(extents, scan.matrix))
@@ -119,7 +131,7 @@ def _without_maps(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe
         counts = torch.ones((data.shape[0], *data.shape[-3:-1]), dtype=torch.float32, device=data.device)
         kspace = KSpace(data, counts, noise_std=kspace.noise_std)
         scan = replace(scan, matrix=scan.recon_matrix, fov=scan.recon_fov)
-    return _to_cpu(method.reconstruct(kspace, scan, recipe.settings, report))
+    return method.reconstruct(kspace, scan, recipe.settings, report)
 
 
 def _complete(result: Result, kspace: KSpace, settings: PreprocessSettings) -> Result:
@@ -139,8 +151,7 @@ def _on_console_matrix(result: Result, scan: ScanInfo) -> Result:
         return to_recon_matrix(data, scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov)
 
     images = tuple(replace(series, data=_move_real(series, move)) for series in result.images)
-    maps = tuple(_move_map(m, move) for m in result.maps)
-    return _to_cpu(replace(result, images=images, maps=maps))
+    return replace(result, images=images, maps=tuple(map_on_recon_matrix(m, scan) for m in result.maps))
 
 
 def _move_real(series: ImageSeries, move: Any) -> torch.Tensor:
@@ -149,9 +160,28 @@ def _move_real(series: ImageSeries, move: Any) -> torch.Tensor:
     return moved if moved.is_complex() else moved.clamp_min(0.0)
 
 
-def _move_map(parameter: ParameterMap, move: Any) -> ParameterMap:
-    valid = move(parameter.valid.to(torch.float32)) > 0.5
-    return replace(parameter, data=move(parameter.data), valid=valid)
+def _with_parameter_maps(result: Result, kspace: KSpace, scan: ScanInfo, settings: MapSettings, report: Report) -> Result:
+    """The maps that the recipe asks for, fitted to the final images of the method's first series."""
+    if settings.maps == "none" or result.maps:
+        return result
+    try:
+        found = t1_maps(result.images[0], scan, _noise_of(kspace, scan), settings)
+    except ReconError as error:
+        if settings.map_failure == "error":
+            raise
+        text = f"no T1 map: {error}"
+        report.warn(text)
+        return replace(result, notes=(*result.notes, text))
+    for note in found.notes:
+        report.warn(note)
+    return replace(result, maps=found.maps, notes=(*result.notes, *found.notes), quality={**result.quality, **found.quality})
+
+
+def _noise_of(kspace: KSpace, scan: ScanInfo) -> ImageNoise | None:
+    """Measured, or estimated from outer k-space; ``None`` for data without any noise."""
+    measured = kspace.noise_std is not None and kspace.noise_std > 0
+    noise = float(kspace.noise_std or 0.0) if measured else outer_noise(kspace)
+    return image_noise(noise, kspace.counts, scan, measured=measured) if noise > 0 else None
 
 
 def _to_cpu(result: Result) -> Result:

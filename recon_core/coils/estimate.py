@@ -33,7 +33,7 @@ class CoilSettings:
         low=0.0,
         high=1.0,
     )
-    block: int = setting(1, "Walsh: averaging block in pixels of the calibration image", unit="pixels", low=1, high=9)
+    walsh_block: int = setting(1, "Walsh: averaging block in pixels of the calibration image", unit="pixels", low=1, high=9)
 
 
 def estimate_coil_maps(kspace: KSpace, settings: CoilSettings | None = None, report: Report | None = None) -> Tensor:
@@ -88,7 +88,7 @@ def estimate_coil_maps(kspace: KSpace, settings: CoilSettings | None = None, rep
     if n_2 == 1:
         block, shape = block[:, 0], shape[1:]
     if settings.method == "walsh":
-        maps = walsh_maps(block, shape, block=settings.block)
+        maps = walsh_maps(block, shape, block=settings.walsh_block)
     else:
         maps = espirit_maps(
             block,

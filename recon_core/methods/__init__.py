@@ -23,6 +23,7 @@ class Method(Protocol):
     SUMMARY: str
     NEEDS_COIL_MAPS: bool
     Settings: type
+    # optional: SUPPORTS_3D = False where slabs are refused, ROUNDING = the relative change that float32 rounding may cause
 
     def reconstruct(self, kspace: KSpace, scan: ScanInfo, settings: Any, report: Report) -> Result:
         """Images (and maps) of one slice or slab."""

@@ -11,6 +11,8 @@ y is contiguous, so the FFT runs along memory. ``CartesianSense.enter_image`` an
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from recon_core.errors import DataError
@@ -51,15 +53,53 @@ class CartesianSense:
         # (coil, x, z, y), y contiguous
         self._maps = torch.fft.ifftshift(coil_maps, dim=(-3, -2)).movedim(-1, 1).contiguous()
         self._maps_conj = self._maps.conj().resolve_conj()
-        shifted = torch.fft.ifftshift(weights, dim=(-2, -1)).to(coil_maps.real.dtype)
+        self._set_weights(weights)
+        self._plan()
+
+    def _set_weights(self, weights: Tensor) -> None:
+        shifted = torch.fft.ifftshift(weights, dim=(-2, -1)).to(self._maps.real.dtype)
         self._weights = shifted[:, None, None]  # (state, 1 coil, 1 x, k2, k1)
         self._weights_squared = self._weights**2
+
+    def _plan(self) -> None:
         # a singleton axis needs no transform
         self._axes = tuple(axis for axis in (-2, -1) if self._maps.shape[axis] > 1) or (-1,)
         n_coils, n_x = self._maps.shape[:2]
-        block = CPU_BLOCK if coil_maps.device.type == "cpu" else ACCELERATOR_BLOCK
+        block = CPU_BLOCK if self._maps.device.type == "cpu" else ACCELERATOR_BLOCK
         step = max(1, block // (n_coils * self._maps[0, 0].numel()))
         self._columns = [slice(first, min(first + step, n_x)) for first in range(0, n_x, step)]
+
+    def with_weights(self, weights: Tensor) -> CartesianSense:
+        """The same coil maps with other weights, ``(state, k2, k1)``, centred: some of the samples, or other states.
+
+        Raises
+        ------
+        DataError
+            The weights do not fit the maps.
+        """
+        expected = tuple(self._weights.shape[-2:])
+        if weights.ndim != 3 or tuple(weights.shape[1:]) != expected:
+            raise DataError("weights do not fit", where="Cartesian operator", got=tuple(weights.shape), expected=expected)
+        other = copy.copy(self)
+        other._set_weights(weights)
+        return other
+
+    def with_columns(self, columns: slice) -> CartesianSense:
+        """The operator of some readout positions only: columns are independent, so an objective is a sum over them."""
+        other = copy.copy(self)
+        other._maps = self._maps[:, columns].contiguous()
+        other._maps_conj = self._maps_conj[:, columns].contiguous()
+        other._plan()
+        return other
+
+    @property
+    def weights(self) -> Tensor:
+        """Centred ``(state, k2, k1)``, as given."""
+        return torch.fft.fftshift(self._weights[:, 0, 0], dim=(-2, -1))
+
+    @property
+    def n_coils(self) -> int:
+        return int(self._maps.shape[0])
 
     @property
     def n_states(self) -> int:

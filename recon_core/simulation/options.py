@@ -13,6 +13,8 @@ from recon_core.simulation.signal import molli_inversion_times
 
 KINDS = ("cine", "molli", "satrec", "mgre")
 
+PHANTOMS = ("auto", "tubes")
+
 MASKS = ("full", "uniform", "random", "golden", "vista", "poisson")
 
 
@@ -21,6 +23,7 @@ class ScanSettings:
     """Everything that shapes a simulated scan. Fields that a kind does not use are ignored (echo times of a cine, say)."""
 
     seed: int = setting(0, "anatomy, coils, masks and noise; the same seed gives the same file", low=0, high=2**31)
+    phantom: str = setting("auto", "auto: the kind's own anatomy; tubes: nine tubes of known T1 (satrec)", choices=PHANTOMS)
     # what is encoded
     matrix_x: int = setting(192, "readout matrix after oversampling is removed", low=16, high=1024)
     matrix_y: int = setting(192, "phase-encoding (k1) matrix", low=16, high=1024)
@@ -172,6 +175,8 @@ def check(kind: str, s: ScanSettings) -> None:
         refuse("slices", s.slices, "1 for a 3D scan")
     if s.retro_gated and kind != "cine":
         refuse("retro_gated", True, "false: only cine is gated")
+    if s.phantom == "tubes" and kind != "satrec":
+        refuse("phantom", s.phantom, "auto: tubes are for satrec")
     if s.arrhythmia and not s.retro_gated:
         refuse("arrhythmia", True, "false without retro_gated")
     if s.bipolar and kind != "mgre":

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from recon_core.simulation import brain, signal, torso
+from recon_core.simulation import brain, signal, torso, tubes
 from recon_core.simulation.encoding import FINE, smooth_field
 from recon_core.simulation.options import ScanSettings, times_of
 from recon_core.simulation.phantoms import Grid, TissueMaps, centred_axis
@@ -94,6 +94,8 @@ def make_scene(
             times = tuple(i / n for i in range(n))
             frames = chest.frames(grid, np.array(times))
         return Scene(frames, m0, off_resonance, torso.LABELS, times)
+    if s.phantom == "tubes":
+        return Scene([tubes.TubePhantom().maps(grid)], m0, off_resonance, tubes.LABELS, times_of(s, kind))
     tissue = brain.BrainPhantom(s.seed).maps(grid)
     if kind == "mgre":
         voxel = (_gap(grid.z, s.slice_thickness), _gap(grid.y, 1.0), _gap(grid.x, 1.0))

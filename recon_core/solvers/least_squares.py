@@ -8,6 +8,8 @@ import torch
 
 from recon_core.errors import DataError, SettingError
 from recon_core.signal_models import SignalModel
+from recon_core.solvers.normal_equations import normal_equations, packed_curvature, real_rows
+from recon_core.solvers.small_systems import at, cholesky, quadratic, substitute
 
 Tensor = torch.Tensor
 
@@ -67,6 +69,7 @@ def levenberg_marquardt(
     tolerance: float = 1e-5,
     system_dtype: torch.dtype | None = None,
     chunk: int | None = None,
+    statistics: bool = True,
 ) -> LeastSquaresFit:
     """Minimise ``sum_i |q_i(p) - y_i|^2 + sum_j lambda_j (p_j - p_reg_j)^2`` in each pixel, ``lower <= p <= upper``.
 
@@ -107,6 +110,8 @@ def levenberg_marquardt(
         ``torch.float64`` sums and solves the small systems in double; ``None``: as the data.
     chunk
         Pixels at a time; ``None`` chooses by device. Does not change the result.
+    statistics
+        ``False`` skips the residual and the covariance (both NaN then), which cost as much as a step.
 
     Returns
     -------
@@ -159,7 +164,7 @@ def levenberg_marquardt(
         raise SettingError("a lower bound is above the upper one", where="least squares")
     start = real.reshape(problem.n_parameters, -1)
     largest = chunk or (CHUNK_CPU if data.device.type == "cpu" else CHUNK_DEVICE)
-    settings = _Settings(max_iterations, tolerance, noise_std, system_dtype or problem.dtype)
+    settings = _Settings(max_iterations, tolerance, noise_std, system_dtype or problem.dtype, statistics)
     n = start.shape[1]
     parts = []
     for i in range(0, n, largest):
@@ -168,7 +173,7 @@ def levenberg_marquardt(
         parts.append([field[..., : min(largest, n - i)] for field in found])
     if not parts:
         parts.append(list(_solve(model, inputs, start, settings)))
-    joined = [torch.cat(field, dim=-1) for field in zip(*parts, strict=True)]
+    joined = [field[0] if len(parts) == 1 else torch.cat(field, dim=-1) for field in zip(*parts, strict=True)]
     p, residual, covariance, converged, at_bound, iterations = joined
     return LeastSquaresFit(
         p.reshape(shape),
@@ -192,6 +197,7 @@ class _Settings:
     tolerance: float
     noise_std: float | None
     system_dtype: torch.dtype
+    statistics: bool
 
 
 @dataclass(frozen=True)
@@ -268,7 +274,9 @@ def _solve(model: SignalModel, inputs: _Inputs, initial: Tensor, settings: _Sett
     where = torch.arange(n, device=device)  # the pixels that are still in ``state``
     active = torch.isfinite(state.cost)
     now = inputs
-    size = _rows(now.data).to(settings.system_dtype).square().sum(dim=(0, -1)) + (now.weight * now.reference.square()).sum(0)
+    size = real_rows(now.data).to(settings.system_dtype).square().sum(dim=(0, -1)) + (
+        now.weight * now.reference.square()
+    ).sum(0)
     for iteration in range(settings.max_iterations):
         left = int(active.sum())
         if left == 0:
@@ -279,14 +287,19 @@ def _solve(model: SignalModel, inputs: _Inputs, initial: Tensor, settings: _Sett
             state, now, where, size, active = state.select(keep), now.select(keep), where[keep], size[keep], active[keep]
         iterations[where] += active
         if iteration == NEWTON_AFTER:
-            state.curvature = _normal_equations(model, now, state.p, settings, newton=True)[3]
+            residual = model.signal(state.p) - now.data
+            state.curvature = packed_curvature(model, state.p, residual, settings.system_dtype)
         state, arrived, lost = _step(model, now, state, active, size, settings, newton=iteration >= NEWTON_AFTER)
         converged[where] |= arrived
         active = active & ~arrived & ~lost
     _put(final, state, where)
     held = _held(final.p, final.gradient, inputs)
-    residual, covariance = _statistics(inputs, final, held, settings)
     dtype = initial.dtype
+    if settings.statistics:
+        residual, covariance = _statistics(inputs, final, held, settings)
+    else:
+        residual = torch.full_like(final.cost, torch.nan)
+        covariance = residual.expand(len(final.p), len(final.p), n)
     return final.p, residual.to(dtype), covariance.to(dtype), converged, held, iterations
 
 
@@ -302,7 +315,7 @@ def _put(into: _State, state: _State, where: Tensor) -> None:
 
 def _begin(model: SignalModel, inputs: _Inputs, initial: Tensor, settings: _Settings) -> _State:
     p = torch.minimum(torch.maximum(initial, inputs.lower), inputs.upper)
-    equations = _normal_equations(model, inputs, p, settings, newton=False)
+    equations = _equations(model, inputs, p, settings, newton=False)
     return _State(p, *equations, torch.full_like(equations[0], FIRST_DAMPING), torch.full_like(equations[0], 2.0))
 
 
@@ -317,9 +330,9 @@ def _step(
     step, matrix = _damped_step(state, held, newton)
     trial = torch.minimum(torch.maximum(state.p + step.to(state.p.dtype), inputs.lower), inputs.upper)
     step = (trial - state.p).to(settings.system_dtype)  # as it was rounded and cut
-    curved = _quadratic(state.hessian, step)
-    predicted = -2 * (state.gradient * step).sum(0) - (_quadratic(matrix, step) if newton else curved)
-    cost, gradient, hessian, curvature = _normal_equations(model, inputs, trial, settings, newton=newton)
+    curved = quadratic(state.hessian, step)
+    predicted = -2 * (state.gradient * step).sum(0) - (quadratic(matrix, step) if newton else curved)
+    cost, gradient, hessian, curvature = _equations(model, inputs, trial, settings, newton=newton)
 
     resolution = ROUNDING * torch.finfo(state.p.dtype).eps * (state.cost + (state.cost * size).sqrt())
     unresolved = predicted <= resolution  # too small a gain to be seen in the cost: believe the quadratic model
@@ -348,53 +361,15 @@ def _step(
     )
 
 
-def _rows(t: Tensor) -> Tensor:
-    """Real rows: the real and imaginary parts as a trailing axis (of length 1 for real tensors)."""
-    return torch.view_as_real(t) if t.is_complex() else t[..., None]
-
-
-def _normal_equations(
+def _equations(
     model: SignalModel, inputs: _Inputs, p: Tensor, settings: _Settings, *, newton: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Cost ``(pixel,)``, half its gradient ``(parameter, pixel)``, ``Re J^H J + lambda`` and curvature, ``(pair, pixel)``.
-
-    The curvature is 0 unless ``newton``.
-    """
-    signal, jacobian = model.signal_and_jacobian(p)
+    """Cost, half its gradient, ``Re J^H J + lambda`` and the curvature, which is 0 unless ``newton``."""
+    linearised = model.signal_and_jacobian(p)
     dtype = settings.system_dtype
-    residual = _rows(signal - inputs.data).to(dtype)
-    columns = _rows(jacobian).to(dtype)
-    n_states, n_parameters = columns.shape[:2]
-    away = (p - inputs.reference).to(dtype)
-    pulled = inputs.weight.to(dtype) * away
-
-    def dot(a: Tensor, b: Tensor) -> Tensor:
-        # added up state by state: the order, and so the rounding, is the same for any number of pixels
-        total = a[0] * b[0]
-        for i in range(1, n_states):
-            total += a[i] * b[i]
-        return total[..., 0] + total[..., 1] if total.shape[-1] == 2 else total[..., 0]
-
-    cost = dot(residual, residual)
-    gradient, hessian = [], []
-    for i in range(n_parameters):
-        cost = cost + pulled[i] * away[i]
-        gradient.append(dot(columns[:, i], residual) + pulled[i])
-        for j in range(i + 1):
-            entry = dot(columns[:, i], columns[:, j])
-            hessian.append(entry + inputs.weight[i] if i == j else entry)
-    packed = torch.stack(hessian)
-    curvature = torch.zeros_like(packed)
-    if newton:
-        second = model.curvature(p, signal - inputs.data).to(dtype)
-        curvature = torch.stack([second[i, j] for i in range(n_parameters) for j in range(i + 1)])
-    return cost, torch.stack(gradient), packed, curvature
-
-
-def _at(i: int, j: int) -> int:
-    """Position of entry ``(i, j)`` in a packed symmetric matrix."""
-    i, j = max(i, j), min(i, j)
-    return i * (i + 1) // 2 + j
+    cost, gradient, hessian = normal_equations(linearised, inputs.data, p, inputs.weight, inputs.reference, dtype)
+    curvature = packed_curvature(model, p, linearised[0] - inputs.data, dtype) if newton else torch.zeros_like(hessian)
+    return cost, gradient, hessian, curvature
 
 
 def _held(p: Tensor, gradient: Tensor, inputs: _Inputs) -> Tensor:
@@ -406,14 +381,14 @@ def _damped_step(state: _State, held: Tensor, newton: bool) -> tuple[Tensor, Ten
     n = len(state.p)
     gradient = torch.where(held, 0.0, state.gradient)
     matrix = state.hessian
-    factor = _cholesky(_restricted(matrix, state, held), n)
+    factor = cholesky(_restricted(matrix, state, held), n)
     if newton:
         full = state.hessian + state.curvature
-        of_full = _cholesky(_restricted(full, state, held), n)
-        definite = torch.stack([of_full[_at(i, i)] > 0 for i in range(n)]).all(0)
+        of_full = cholesky(_restricted(full, state, held), n)
+        definite = torch.stack([of_full[at(i, i)] > 0 for i in range(n)]).all(0)
         factor = [torch.where(definite, a, b) for a, b in zip(of_full, factor, strict=True)]
         matrix = torch.where(definite, full, matrix)
-    return torch.stack([-x for x in _substitute(factor, list(gradient.unbind(0)))]), matrix
+    return torch.stack([-x for x in substitute(factor, list(gradient.unbind(0)))]), matrix
 
 
 def _restricted(matrix: Tensor, state: _State, held: Tensor) -> list[Tensor]:
@@ -422,54 +397,14 @@ def _restricted(matrix: Tensor, state: _State, held: Tensor) -> list[Tensor]:
     n = len(held)
     any_held = bool(held.any())
     for i in range(n):
-        scale = state.hessian[_at(i, i)]
+        scale = state.hessian[at(i, i)]
         # a column of zeros (T1 where M0 is 0) has a zero gradient too: any positive entry leaves that parameter alone
-        entries[_at(i, i)] = torch.where(scale > 0, entries[_at(i, i)] + state.damping * scale, 1.0)
+        entries[at(i, i)] = torch.where(scale > 0, entries[at(i, i)] + state.damping * scale, 1.0)
         if any_held:
-            entries[_at(i, i)] = torch.where(held[i], 1.0, entries[_at(i, i)])
+            entries[at(i, i)] = torch.where(held[i], 1.0, entries[at(i, i)])
             for j in range(i):
-                entries[_at(i, j)] = torch.where(held[i] | held[j], 0.0, entries[_at(i, j)])
+                entries[at(i, j)] = torch.where(held[i] | held[j], 0.0, entries[at(i, j)])
     return entries
-
-
-def _cholesky(matrix: list[Tensor], n: int) -> list[Tensor]:
-    """Packed lower factor; its diagonal holds the *inverse* pivots, 0 where a pivot is lost in rounding."""
-    factor = list(matrix)
-    for j in range(n):
-        pivot = matrix[_at(j, j)]
-        least = pivot * (4 * torch.finfo(pivot.dtype).eps)
-        for k in range(j):
-            pivot = pivot - factor[_at(j, k)].square()
-        inverse = torch.where(pivot > least, pivot.clamp_min(0).rsqrt(), 0.0)
-        factor[_at(j, j)] = inverse
-        for i in range(j + 1, n):
-            entry = matrix[_at(i, j)]
-            for k in range(j):
-                entry = entry - factor[_at(i, k)] * factor[_at(j, k)]
-            factor[_at(i, j)] = entry * inverse
-    return factor
-
-
-def _substitute(factor: list[Tensor], right: list[Tensor]) -> list[Tensor]:
-    """``(L L^T)^-1 b``."""
-    n, x = len(right), list(right)
-    for i in range(n):
-        for k in range(i):
-            x[i] = x[i] - factor[_at(i, k)] * x[k]
-        x[i] = x[i] * factor[_at(i, i)]
-    for i in reversed(range(n)):
-        for k in range(i + 1, n):
-            x[i] = x[i] - factor[_at(k, i)] * x[k]
-        x[i] = x[i] * factor[_at(i, i)]
-    return x
-
-
-def _quadratic(packed: Tensor, x: Tensor) -> Tensor:
-    total = torch.zeros_like(x[0])
-    for i in range(len(x)):
-        for j in range(i + 1):
-            total = total + packed[_at(i, j)] * x[i] * x[j] * (1 if i == j else 2)
-    return total
 
 
 def _statistics(inputs: _Inputs, state: _State, held: Tensor, settings: _Settings) -> tuple[Tensor, Tensor]:
@@ -486,14 +421,14 @@ def _statistics(inputs: _Inputs, state: _State, held: Tensor, settings: _Setting
     else:
         variance = torch.full_like(residual, torch.nan)
     hessian = list(state.hessian.double().unbind(0))
-    factor = _cholesky(hessian, n)
+    factor = cholesky(hessian, n)
     identity = torch.eye(n, dtype=torch.float64, device=residual.device)
-    inverse = torch.stack([torch.stack(_substitute(factor, [v.expand_as(residual) for v in row])) for row in identity])
+    inverse = torch.stack([torch.stack(substitute(factor, [v.expand_as(residual) for v in row])) for row in identity])
     of_data = torch.stack(
-        [torch.stack([hessian[_at(i, j)] - (weight[i] if i == j else 0) for j in range(n)]) for i in range(n)]
+        [torch.stack([hessian[at(i, j)] - (weight[i] if i == j else 0) for j in range(n)]) for i in range(n)]
     )
     middle = (of_data[:, :, None] * inverse[None]).sum(1)
     covariance = variance * (inverse[:, :, None] * middle[None]).sum(1)
-    singular = torch.stack([factor[_at(i, i)] == 0 for i in range(n)]).any(0)
+    singular = torch.stack([factor[at(i, i)] == 0 for i in range(n)]).any(0)
     covariance = torch.where(singular, torch.inf, covariance)
     return residual, torch.where(held.any(0), torch.nan, covariance)

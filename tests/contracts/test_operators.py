@@ -10,6 +10,7 @@ import torch
 
 from recon_core.errors import DataError
 from recon_core.fourier import fft_centred
+from recon_core.operators.batched_sense import BatchedSense
 from recon_core.operators.cartesian import CartesianSense
 from recon_core.operators.linear import Composed, LinearOperator, Subspace
 
@@ -42,6 +43,8 @@ CASES = [
     Case("sense 2D odd, weighted", CartesianSense(noise(2, 1, 7, 4), weights(3, 1, 7)), (3, 4, 1, 7), (3, 2, 4, 1, 7)),
     Case("sense 3D", CartesianSense(noise(2, 4, 3, 5), weights(2, 4, 3)), (2, 5, 4, 3), (2, 2, 5, 4, 3)),
     Case("sense one coil", CartesianSense(noise(1, 1, 4, 3), weights(1, 1, 4)), (1, 3, 1, 4), (1, 1, 3, 1, 4)),
+    Case("batched sense", BatchedSense(noise(2, 3, 6, 5), weights(2, 4, 6) > 0), (2, 4, 5, 6), (2, 4, 3, 5, 6)),
+    Case("batched sense odd, weighted", BatchedSense(noise(3, 2, 7, 4), weights(3, 1, 7)), (3, 1, 4, 7), (3, 1, 2, 4, 7)),
     Case("subspace", Subspace(basis(5, 2)), (2, 3, 4), (5, 3, 4)),
     Case(
         "sense after subspace",
@@ -136,5 +139,7 @@ def test_norm_bound_holds(case: Case) -> None:
 def test_misfits_are_named() -> None:
     with pytest.raises(DataError, match="do not fit"):
         CartesianSense(noise(2, 1, 6, 5), weights(2, 1, 5))
+    with pytest.raises(DataError, match="do not fit"):
+        BatchedSense(noise(2, 3, 6, 5), weights(1, 4, 6))
     with pytest.raises(DataError, match="basis"):
         Subspace(noise(2, 3))

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from gadgets.image_attributes import is_preview
 from gadgets.service import Service
 from gadgets.simulate import Stream, simulate, simulate_stream
 from gadgets.wire import codec
@@ -135,3 +136,8 @@ def ask(
 def complaints(answer: Answer) -> list[str]:
     """Errors and warnings that the operator gets."""
     return [text for text in answer.texts if text.startswith(("ERR", "WRN"))]
+
+
+def final_images(answer: Answer) -> list[Image]:
+    """The images of an answer that are no previews."""
+    return [image for image in answer.images if not is_preview(image.attributes)]

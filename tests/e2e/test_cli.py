@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -20,7 +21,10 @@ import h5py
 import numpy as np
 import psutil
 import pytest
+from rich.console import Console
+from rich.progress import Progress, TextColumn
 
+from gadgets import cli
 from gadgets.capture import sidecar
 from gadgets.chain import chain_names, load_chain
 from gadgets.wire import codec
@@ -188,6 +192,42 @@ def test_run_gives_the_server_s_bits_with_the_defaults_of_both(server: Serving, 
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_array_equal(a[name]["data"][:], b[name]["data"][:])
+
+
+def test_run_keeps_what_the_method_tells_and_counts_previews_apart(scan: SimulatedScan, tmp_path: Path) -> None:
+    folder, out = tmp_path / "new" / "job", tmp_path / "out.h5"
+    asked = ("run", scan.path, "-c", "llr", "--out", out, "--set", "preview=cg_sense", "--job-folder", folder)
+    done = recon(*asked, "--previews")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"6 images in .*; 6 previews, first \d+\.\d+ s", done.stdout) and str(folder) in done.stdout
+    assert not re.search(r"DBG \S+ \d+ %", done.stderr)
+    quality = json.loads((folder / "quality.json").read_text())
+    assert quality["chain"] == "llr" and quality["slices"]["1"]["quality"]["iterations"] == 30.0
+    with h5py.File(out) as file:
+        (group,) = file.values()
+        assert {name: len(series["data"]) for name, series in group.items()} == {"image_1": 6, "image_1001": 6}
+
+
+def test_the_bar_follows_the_servers_words() -> None:
+    shown = io.StringIO()
+    console = Console(file=shown, force_terminal=True, width=120, color_system=None)
+    with Progress(TextColumn("{task.description}"), cli._Count(), cli._Left(), console=console, auto_refresh=False) as bar:
+        sent, tell = cli._readouts_bar(bar), cli._reconstruction_bar(bar)
+        sent(5, 10)
+        tell("WRN something else\n")
+        assert len(bar.tasks) == 1
+        tell("DBG llr 40 %, about 25 s left\n")
+        bar.refresh()
+        tell("DBG llr 80 %\n")
+        bar.refresh()
+        tell("INF llr: 6 images in 3.0 s after the last readout\n")
+        bar.refresh()
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.getvalue())
+    lines = [" ".join(line.split()) for line in plain.splitlines()]
+    assert any(line.startswith("readouts 5/10") for line in lines)
+    seen = [line for line in lines if line.startswith("reconstruction")]
+    assert {"reconstruction 40 % about 25 s left", "reconstruction 80 %"} <= set(seen)
+    assert seen[-1] == "reconstruction 100 %"
 
 
 def test_run_fails_in_one_line(scan: SimulatedScan, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gadgets.geometry import Geometry
-from gadgets.image_attributes import Stamp, read_stamp
+from gadgets.image_attributes import Stamp, is_preview, read_stamp
 from gadgets.images import ImageWriter, OutputSettings, encode_results, sending_order
 from gadgets.meta import BOTH_FAMILIES
 from gadgets.wire.dtypes import ACQUISITION_HEADER
@@ -292,6 +292,44 @@ def test_a_fallback_never_shares_a_series_with_the_chain_it_stands_in_for() -> N
     assert a[0].image_series_index != b[0].image_series_index and writer.next_series == spare.next_series == 3
     assert "llr failed: image from cg_sense instead" in values(a[0].meta, "ImageComments")
     assert "cg_sense" in a[0].meta["SequenceDescriptionAdditional"]
+
+
+@pytest.mark.parametrize("header", [mrd_header(), mrd_header(user_long={"BitsStored": 12})], ids=["float32", "uint16"])
+def test_previews_are_marked_and_leave_the_final_images_as_they_are(header: MrdHeader) -> None:
+    writer, undisturbed = ImageWriter(header, "llr"), ImageWriter(header, "llr")
+    first = writer.for_previews("grasp_pro")
+    second = writer.for_previews("grasp_pro", beside=first)
+    quick = [received(w, result(data=cine(n)), scan_info(s)) for w in (first, second) for n, s in enumerate((1, 0))]
+    final = [image for s in (1, 0) for image in received(writer, result(data=cine(9 + s)), scan_info(s))]
+    alone = [image for s in (1, 0) for image in received(undisturbed, result(data=cine(9 + s)), scan_info(s))]
+    for a, b in zip(final, alone, strict=True):
+        assert bytes(a.getHead()) == bytes(b.getHead()) and a.attribute_string == b.attribute_string
+        np.testing.assert_array_equal(a.data, b.data)
+        assert not is_preview(a.attribute_string) and "PREVIEW" not in a.attribute_string
+    # one image of each slice and state in each of their series, which are no series of final images
+    numbers = [{i.image_series_index for i in images} for images in quick]
+    assert numbers[0] == numbers[1] and numbers[2] == numbers[3]
+    assert len({*numbers[0], *numbers[2], *(i.image_series_index for i in final)}) == 3
+    assert [i.image_index for i in quick[0] + quick[1]] == [i.image_index for i in final]
+    for image, same in zip(quick[0], final, strict=False):
+        assert is_preview(image.attribute_string)
+        for key in ("SequenceDescriptionAdditional", "GADGETRON_SeqDescription"):
+            assert image.meta[key].strip("_") == "llr_PREVIEW" and len(image.meta[key]) <= 64  # DICOM's LO
+        assert image.meta["ImageTypeValue4"] == "PREVIEW"  # DICOM's CS: capitals
+        assert "preview by grasp_pro: the final images of llr follow" in values(image.meta, "ImageComments")
+        for name in ("position", "read_dir", "phase_dir", "slice_dir", "field_of_view", "matrix_size", "slice", "phase"):
+            a, b = getattr(image.getHead(), name), getattr(same.getHead(), name)
+            assert tuple(a) == tuple(b) if hasattr(a, "__len__") else a == b, name
+
+
+def test_a_preview_of_the_final_images_has_their_pixels_and_window() -> None:
+    header = mrd_header(user_long={"BitsStored": 12})
+    writer = ImageWriter(header, "llr")
+    quick, final = (received(w, result(data=cine(scale=300.0))) for w in (writer.for_previews("grasp_pro"), writer))
+    for a, b in zip(quick, final, strict=True):
+        np.testing.assert_array_equal(a.data, b.data)
+        for key in ("WindowCenter", "WindowWidth", "GADGETRON_ScaleRatio"):
+            assert a.meta[key] == b.meta[key]
 
 
 def test_whole_scans_are_encoded_lazily() -> None:

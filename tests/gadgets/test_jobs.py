@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import signal
 import threading
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,16 @@ import pytest
 import torch
 
 from gadgets.errors import JobFailed
-from gadgets.jobs import SCRATCH_PREFIX, FileReport, Jobs, ReportReader, Scratch, log_python_warnings, remove_stale_scratch
+from gadgets.jobs import (
+    SCRATCH_PREFIX,
+    FileReport,
+    Jobs,
+    ReportReader,
+    Scratch,
+    log_python_warnings,
+    out_of_memory,
+    remove_stale_scratch,
+)
 from recon_core.errors import DataError
 from recon_core.types import ImageSeries
 
@@ -163,7 +174,75 @@ def test_a_report_crosses_through_files(tmp_path: Path) -> None:
     ((tag, series),) = reader.previews()
     assert (tag, series.name, series.comment) == ("slice-0003", "quick", "preview")
     np.testing.assert_array_equal(series.data.numpy().ravel(), [0, 1, 2, 3])
-    assert reader.previews() == []
+    assert reader.previews() == [] and not list(tmp_path.glob("*.preview-*"))  # read ones are removed: they are large
+
+
+def test_a_preview_for_nobody_ends_the_task(tmp_path: Path) -> None:
+    report = FileReport(tmp_path / "gone", "slice-0000")
+    with pytest.raises(JobFailed, match="given up"):
+        report.preview(ImageSeries("quick", torch.ones(1, 1, 2, 2)))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------------
+
+
+def want_tensor() -> None:
+    torch.empty(1 << 60, dtype=torch.float32)
+
+
+def want_array() -> None:
+    np.empty(1 << 56, dtype=np.float64)
+
+
+def want_list() -> None:
+    raise MemoryError
+
+
+def want_gpu() -> None:
+    """As torch raises it; no GPU is needed for the words."""
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 139.81 GiB of which 1.19 GiB is free. "
+        "Process 4242 has 138.6 GiB memory in use."
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "place", "amount"),
+    [
+        (want_tensor, "this machine", "4294967296.00 GiB"),
+        (want_array, "this machine", "512. PiB"),
+        (want_list, "this machine", ""),
+        (want_gpu, "the GPU", "2.50 GiB"),
+    ],
+)
+def test_a_task_without_memory_says_so_in_one_sentence(
+    workers: Jobs, task: Callable[[], None], place: str, amount: str
+) -> None:
+    with pytest.raises(JobFailed, match=f"out of memory on {place}") as caught:
+        workers.submit(task).result(120)
+    words = str(caught.value)
+    assert amount in words and "fewer virtual coils" in words
+    assert not re.search(r"Process|4242|shape|alloc_cpu|GPU 0", words)
+    assert workers.submit(process_id).result(120) != os.getpid()
+
+
+@pytest.mark.parametrize(
+    ("words", "place"),
+    [
+        ("cuFFT error: CUFFT_ALLOC_FAILED", "the GPU"),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "the GPU"),
+        ("CUDA error: out of memory", "the GPU"),
+    ],
+)
+def test_libraries_of_the_gpu_without_memory(words: str, place: str) -> None:
+    assert place in str(out_of_memory(RuntimeError(words)))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shape '[3]' is invalid"), ValueError("CUDA out of memory"), DataError("x"), ZeroDivisionError()]
+)
+def test_other_failures_are_not_taken_for_memory(error: Exception) -> None:
+    assert out_of_memory(error) is None
 
 
 def test_a_librarys_warning_is_one_log_line(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

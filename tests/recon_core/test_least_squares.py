@@ -201,3 +201,12 @@ def test_bad_input_is_refused() -> None:
     for settings in bad:
         with pytest.raises(SettingError):
             levenberg_marquardt(SATURATION, y, start, **settings)
+
+
+def test_without_statistics_the_fit_is_the_same() -> None:
+    _, y, start = draw(SATURATION, 300, 0.02)
+    with_them = levenberg_marquardt(SATURATION, y, start)
+    without = levenberg_marquardt(SATURATION, y, start, statistics=False)
+    assert torch.equal(with_them.parameters, without.parameters) and torch.equal(with_them.converged, without.converged)
+    assert bool(without.residual.isnan().all()) and without.covariance.shape == with_them.covariance.shape
+    assert bool(without.covariance.isnan().all())

@@ -1,0 +1,218 @@
+"""Question: how good are PINQI's T1 maps on anatomies it has never seen, beside what a site would use otherwise?
+
+Held-out synthetic slices (split ``test``, a seed of their own) with the published recipe at 4x, 6x and 8x: nRMSE, mean absolute
+error and SSIM of T1 inside the brain. The same slices, coils, noise levels and delays at every acceleration.
+
+    python -m benchmarks.pinqi --weights pinqi=DIR/pinqi.json --weights h=DIR/h/pinqi.json --samples 8
+
+Scores are kept per sample in ``results/pinqi.json``: a second call with the same recipe only adds what is missing (new weights, more
+samples). ``--fresh`` starts over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from benchmarks import bart, pinqi_methods
+from benchmarks.common import RESULTS, print_table, write_result
+from benchmarks.pinqi_methods import Answer, Sample
+from recon_core.methods.pinqi.weights import load_weights
+from recon_core.simulation.brainweb import open_anatomy
+from recon_core.simulation.quantitative_brain import SATURATION_TIMES, QuantitativeBrains, SampleRecipe
+from recon_core.training.pinqi_tasks import EVALUATION_SEED
+
+Scores = dict[str, dict[str, dict[str, dict[str, float]]]]
+"""method, acceleration, sample: figures."""
+
+GOALS = {4.0: (0.073, 0.042, 0.961), 8.0: (0.10, 0.05, 0.939)}
+"""nRMSE, MAE in s and SSIM that the published method reaches."""
+
+
+def methods_for(options: argparse.Namespace) -> dict[str, Callable[[Sample], Answer]]:
+    """Every method that was asked for, by the name in the table."""
+    found: dict[str, Callable[[Sample], Answer]] = {}
+    if not options.only_weights:
+        found |= {"zero-filled + fit": pinqi_methods.zero_filled}
+        found |= {f"{name} + fit": pinqi_methods.classical(name) for name in ("cg_sense", "llr")}
+        if options.bart and bart.available():
+            found["BART LLR + fit"] = pinqi_methods.bart_low_rank(options.bart_iterations, options.threads)
+        if options.moba and bart.available():
+            found["BART moba"] = pinqi_methods.bart_moba(options.moba_iterations, options.threads)
+    for label, path in named_weights(options.weights).items():
+        trained = load_weights(path, options.device)
+        found[f"{label} ({str(trained.facts.get('sha256', ''))[:8]})"] = pinqi_methods.learned(trained)
+    return found
+
+
+def named_weights(given: list[str]) -> dict[str, Path]:
+    """``LABEL=FILE`` or ``FILE``; the label is then the ablation that the file was trained as."""
+    found = {}
+    for text in given:
+        label, _, path = text.rpartition("=")
+        facts = json.loads(Path(path).read_text(encoding="utf-8"))
+        found[label or str(facts.get("recipe", {}).get("ablation", Path(path).stem))] = Path(path)
+    return found
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What a reader of the table has to know of trained weights: no paths."""
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    kept = (
+        "sha256",
+        "minutes",
+        "device",
+        "anatomy",
+        "finished",
+        "steps",
+        "steps_done",
+        "samples_seen",
+        "commit",
+        "validation",
+        "recipe",
+    )
+    return {key: facts[key] for key in kept if key in facts}
+
+
+def summary(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Means over samples, and the standard deviation of nRMSE."""
+    rows = list(scores.values())
+    means = {key: statistics.fmean(row[key] for row in rows) for key in ("nrmse", "mae", "ssim", "cpu_s", "wall_s")}
+    return {
+        **means,
+        "nrmse_sd": statistics.stdev(row["nrmse"] for row in rows) if len(rows) > 1 else 0.0,
+        "samples": len(rows),
+    }
+
+
+def evaluate(options: argparse.Namespace, scores: Scores) -> dict[str, NDArray[Any]]:
+    """Add what is missing to ``scores``; the first sample's maps at the highest acceleration, for the picture."""
+    recipe = SampleRecipe(size=options.size, times=tuple(options.times))
+    brains = QuantitativeBrains(
+        open_anatomy(options.brainweb, options.device), recipe, seed=EVALUATION_SEED, device=options.device
+    )
+    methods = methods_for(options)
+    shown: dict[str, NDArray[Any]] = {}
+    for acceleration in options.accelerations:
+        supply = brains.with_recipe(accelerations=(acceleration,))
+        for index in range(options.samples):
+            sample = Sample.of(supply.batch("test", [index]), supply.recipe)
+            picture = options.picture is not None and (acceleration, index) == (max(options.accelerations), 0)
+            if picture:
+                shown |= {"truth": sample.t1, "brain": sample.brain}
+            for name, method in methods.items():
+                kept = scores.setdefault(name, {}).setdefault(f"{acceleration:g}", {})
+                if str(index) in kept and not picture:
+                    continue
+                answer = method(sample)
+                kept[str(index)] = {**sample.score(answer.t1), "cpu_s": answer.cpu_s, "wall_s": answer.wall_s}
+                if answer.weight is not None:
+                    kept[str(index)]["weight"] = answer.weight
+                if picture:
+                    shown[name] = answer.t1
+                print(
+                    f"{acceleration:g}x sample {index} {name}: nRMSE {kept[str(index)]['nrmse']:.4f}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    return shown
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What old scores must agree with to be kept."""
+    return {
+        "size": options.size,
+        "times": list(options.times),
+        "anatomy": open_anatomy(options.brainweb).name,
+        "seed": EVALUATION_SEED,
+        "t1_range": list(pinqi_methods.T1_RANGE),
+        "bart_iterations": options.bart_iterations,
+        "moba_iterations": options.moba_iterations,
+    }
+
+
+def kept_scores(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[Scores, dict[str, Any]]:
+    """Scores and descriptions of weights of an earlier call with the same recipe."""
+    path = RESULTS / f"{options.name}.json"
+    if options.fresh or not path.is_file():
+        return {}, {}
+    document = json.loads(path.read_text(encoding="utf-8"))
+    return (document["scores"], document["weights"]) if document.get("settings") == settings else ({}, {})
+
+
+def report(scores: Scores, accelerations: list[float]) -> dict[str, Any]:
+    """Print the tables; the summaries and who is better than whom."""
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    rows = []
+    for acceleration in accelerations:
+        key = f"{acceleration:g}"
+        for name, by_acceleration in scores.items():
+            if not by_acceleration.get(key):
+                continue
+            s = table.setdefault(key, {})[name] = summary(by_acceleration[key])
+            rows.append(
+                [
+                    f"{key}x",
+                    name,
+                    *(round(s[k], 4) for k in ("nrmse", "nrmse_sd", "mae", "ssim")),
+                    round(s["cpu_s"], 2),
+                    int(s["samples"]),
+                ]
+            )
+        if acceleration in GOALS:
+            rows.append(
+                [f"{key}x", "(goal)", GOALS[acceleration][0], "", GOALS[acceleration][1], GOALS[acceleration][2], "", ""]
+            )
+    columns = ["", "method", "nRMSE", "SD", "MAE s", "SSIM", "CPU s", "samples"]
+    print_table("T1 inside the brain, held-out synthetic anatomies, means", columns, rows)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--weights", action="append", default=[], metavar="[LABEL=]FILE", help="trained weights (JSON); repeat"
+    )
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--accelerations", type=float, nargs="+", default=[4.0, 6.0, 8.0])
+    parser.add_argument("--size", type=int, default=192)
+    parser.add_argument("--times", type=float, nargs="+", default=list(SATURATION_TIMES), help="s")
+    parser.add_argument("--brainweb", default=None, help="folder of BrainWeb heads; else heads drawn from the tissue atlas")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only-weights", action="store_true", help="no comparators")
+    parser.add_argument("--bart", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--bart-iterations", type=int, default=100)
+    parser.add_argument("--moba", action=argparse.BooleanOptionalAction, default=False)
+    parser.add_argument("--moba-iterations", type=int, default=12)
+    parser.add_argument("--picture", type=Path, default=None, help="PNG of the first sample at the highest acceleration")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier scores")
+    parser.add_argument("--name", default="pinqi", help="of the file in benchmarks/results")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    settings = settings_of(options)
+    scores, weights = kept_scores(options, settings)
+    weights |= {label: described(path) for label, path in named_weights(options.weights).items()}
+    shown = evaluate(options, scores)
+    table = report(scores, options.accelerations)
+    write_result(
+        options.name,
+        {"settings": settings, "bart": bart.available(), "weights": weights, "summary": table, "scores": scores},
+    )
+    if options.picture is not None:
+        from benchmarks.pinqi_montage import montage
+
+        montage(shown, options.picture, f"{max(options.accelerations):g}x")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,63 @@
+"""The one command for a GPU machine: train PINQI (or go on where the last call stopped), then measure speed and quality.
+
+    python -m benchmarks.pinqi_gpu --output DIR --max-minutes 8
+
+Needs torch, NumPy, SciPy and safetensors alone. Run it again with the same ``--output`` to train further: it resumes by itself.
+Options that it does not know go to the training (``--ablation h``, ``--batch 8``, ``--epochs 20``, ``--precision bfloat16``; see
+``python -m recon_core.training.pinqi --help``). Weights, logs and the figures' JSON lie in ``DIR``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import pinqi, pinqi_speed
+from benchmarks.common import RESULTS
+from recon_core.training import pinqi as training
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--max-minutes", type=float, default=8.0, help="of training; 0 measures only")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--samples", type=int, default=8, help="held-out slices at each acceleration; 0: no quality")
+    parser.add_argument("--size", type=int, default=192)
+    parser.add_argument("--slices", type=int, default=8, help="of the speed measurement; 0: none")
+    parser.add_argument("--comparators", action="store_true", help="zero-filled, CG-SENSE and LLR too")
+    options, of_training = parser.parse_known_args(arguments)
+    where = ["--device", options.device, "--size", str(options.size)]
+    if options.max_minutes > 0:
+        resume = ["--resume"] if (options.output / training.RECIPE).is_file() else []
+        limits = ["--output", str(options.output), "--max-minutes", str(options.max_minutes), *resume]
+        training.main([*limits, *where, *of_training])
+    weights = options.output / f"{training.NAME}.json"
+    if options.slices:
+        precisions = ["float32", "bfloat16"] if options.device.startswith("cuda") else ["float32"]
+        speed = [
+            "--weights",
+            str(weights),
+            "--slices",
+            str(options.slices),
+            "--name",
+            "pinqi_speed_gpu",
+            "--precisions",
+            *precisions,
+        ]
+        pinqi_speed.main([*speed, *where])
+        shutil.copy(RESULTS / "pinqi_speed_gpu.json", options.output)
+    if options.samples:
+        quality = ["--weights", str(weights), "--samples", str(options.samples), "--name", "pinqi_gpu", "--no-bart"]
+        pinqi.main([*quality, *where, *([] if options.comparators else ["--only-weights"])])
+        shutil.copy(RESULTS / "pinqi_gpu.json", options.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Where the inversion time of every image comes from: the console's setting, the header, or the readouts. Never a guess.
+
+1. The setting ``inversion_times``: one per image in the order of the series, ms, separated by commas.
+2. The header: user parameters ``InversionTime_ms_0``, ``_1``, ... up to the first gap, or else the TI list. It must have one
+   value for every value of one counter (contrast, set, repetition or phase), or one for every image.
+3. The readouts, where an inversion recovery's heartbeats decide (MOLLI): ``user_int[5]`` numbers the inversions, ``user_int[4]``
+   is the first image's time after its inversion in ms, and the acquisition time stamps tell how much later the others came. It is what
+   Gadgetron's MOLLI chain expects of a scanner. Used when asked for, or when the header has TIs that do not fit the images and the
+   readouts number several inversions (the two fields mean other things in other sequences).
+
+Where none of them fits there are no times, and a T1 chain refuses the scan with an error that says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from gadgets.buffer_settings import AcquisitionSettings
+from gadgets.readouts import Headers
+from gadgets.sorted_scan import is_saturation_prepared, numbered_times, times_by_counter
+from gadgets.wire.header import MrdHeader
+from recon_core.errors import SettingError
+
+States = tuple[Mapping[str, int], ...]
+Times = tuple[tuple[float, ...], ...]
+
+PREFIX = "InversionTime_ms_"
+LONGEST = 60.0  # s after an inversion; beyond that a counter or a time stamp means something else
+FIRST_TIME, INVERSION = 4, 5  # in ``user_int``
+
+
+def inversion_times(
+    header: MrdHeader, states: States, source: Headers, settings: AcquisitionSettings
+) -> tuple[Times, tuple[str, ...]]:
+    """The inversion time of each image in s, ``(slice, state)``, and notes; an empty tuple for each slice where there are none.
+
+    Parameters
+    ----------
+    header
+        The MRD header.
+    states
+        The counters of each state.
+    source
+        ``(slice, state)``: acquisition headers of the readouts nearest to the k-space centre.
+    settings
+        ``inversion_times`` and ``inversion_time_source``.
+
+    Raises
+    ------
+    SettingError
+        The setting is no list of times, or has another number of them than there are images.
+    """
+    n_slices = len(source)
+    if settings.inversion_times:
+        return (_stated(settings.inversion_times, len(states)),) * n_slices, ()
+    listed = () if is_saturation_prepared(header) else numbered_times(header, PREFIX) or header.inversion_times
+    of_header = times_by_counter(listed, states)
+    asked = settings.inversion_time_source == "readouts"
+    if settings.inversion_time_source == "header" or (
+        not asked and (not listed or len(set(of_header)) > 1 or len(states) < 3)
+    ):
+        return (of_header,) * n_slices, ()
+    of_readouts = tuple(_from_readouts(row, settings.tick) for row in source)
+    several = all(np.ptp(row["user_int"][:, INVERSION]) > 0 for row in source)
+    if not all(of_readouts) or not (asked or several):
+        if asked:
+            return ((),) * n_slices, ("the readouts hold no inversion times (user_int 4 and 5)",)
+        return (of_header,) * n_slices, ()
+    first = ", ".join(f"{1e3 * t:.0f}" for t in of_readouts[0])
+    return of_readouts, (f"inversion times from the readouts' user values and time stamps, first slice: {first} ms",)
+
+
+def _stated(text: str, n_states: int) -> tuple[float, ...]:
+    where = "acquisition.inversion_times"
+    try:
+        times = tuple(float(part) * 1e-3 for part in text.replace(";", ",").split(",") if part.strip())
+    except ValueError:
+        raise SettingError(
+            "not a list of times", where=where, got=repr(text[:80]), expected="ms, with commas between"
+        ) from None
+    if len(times) != n_states:
+        raise SettingError("count of times and of images differ", where=where, got=len(times), expected=n_states)
+    if wrong := [t for t in times if not (math.isfinite(t) and 0 <= t <= LONGEST)]:
+        raise SettingError("not an inversion time", where=where, got=f"{1e3 * wrong[0]:g} ms", expected="0 to 60000 ms")
+    return times
+
+
+def _from_readouts(row: Headers, tick: float) -> tuple[float, ...]:
+    """Times of one slice's images in s; empty where the values cannot be that."""
+    first = row["user_int"][:, FIRST_TIME].astype(np.float64) * 1e-3
+    inversion = row["user_int"][:, INVERSION]
+    stamps = row["acquisition_time_stamp"].astype(np.int64)
+    times = np.empty(len(row))
+    for number in np.unique(inversion):
+        own = inversion == number
+        if np.ptp(first[own]) > 0:  # one inversion has one first time
+            return ()
+        times[own] = first[own] + (stamps[own] - stamps[own].min()) * tick
+    if (first <= 0).any() or (times > LONGEST).any() or len(np.unique(times)) < min(3, len(times)):
+        return ()
+    return tuple(times.tolist())

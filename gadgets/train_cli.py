@@ -1,0 +1,134 @@
+"""The command ``recon train``: training of the learned methods, with a progress bar."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:  # torch takes a second to import: not for --help
+    from recon_core.training.loop import Progress as Step
+
+app = typer.Typer(name="train", help="Train the learned methods on synthetic data.", no_args_is_help=True)
+out = Console()
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=out,
+    )
+
+
+class _Bar:
+    """One bar per phase: loss beside it, validation figures above it."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bars: dict[str, int] = {}
+
+    def __call__(self, phase: str, step: Step) -> None:
+        if phase not in self._bars:
+            self._bars[phase] = self._progress.add_task(phase, total=step.steps, completed=step.step, figures="")
+        text = f"loss {step.loss:.5f}"
+        self._progress.update(self._bars[phase], completed=step.step, figures=text)  # type: ignore[arg-type]
+        if step.validation is not None:
+            figures = "  ".join(f"{name} {value:.4f}" for name, value in step.validation.figures.items())
+            self._progress.console.print(f"{phase} step {step.step}: {figures}", markup=False, highlight=False)
+
+
+@app.callback()
+def _train() -> None:
+    """Train the learned methods on synthetic data."""
+
+
+@app.command()
+def pinqi(
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints, logs, pictures and the weights.")],
+    max_minutes: Annotated[float, typer.Option(help="Stop, resumably, after this time.", min=0.01)] = math.inf,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the training in the folder was stopped.")] = False,
+    size: Annotated[int, typer.Option(help="Pixels along each side.", min=32)] = 192,
+    columns: Annotated[
+        int, typer.Option(help="Train on strips of so many readout positions, as exact as slices; 0 for slices.", min=0)
+    ] = 0,
+    batch: Annotated[int, typer.Option(help="Samples per step.", min=1)] = 16,
+    epochs: Annotated[float, typer.Option(help="Of 1952 samples each; fractions are allowed.")] = 80.0,
+    pretrain_epochs: Annotated[float, typer.Option(help="Of the networks alone, first.", min=0.0)] = 1.0,
+    acceleration: Annotated[
+        list[float] | None, typer.Option(help="May be repeated; each sample takes one. [4 to 8]")
+    ] = None,
+    times: Annotated[
+        list[float] | None, typer.Option("--time", help="Saturation delay in s, one per state; repeat.")
+    ] = None,
+    coils: Annotated[int, typer.Option(help="Receive coils of the samples.", min=1)] = 8,
+    ablation: Annotated[str, typer.Option(help="proposed, or a to i of the paper's section III-D (g1, g2).")] = "proposed",
+    brainweb: Annotated[
+        Path | None, typer.Option(help="Folder of BrainWeb's heads; without it heads are drawn from a tissue atlas.")
+    ] = None,
+    atlas: Annotated[
+        Path | None, typer.Option(help="Folder nilearn/datasets/data, for the tissue atlas at 1 mm instead of 1.5 mm.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights and samples.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the networks: float32 or bfloat16.")] = "float32",
+    recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more time.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Fuse the networks' kernels: a slow start, then faster.")
+    ] = False,
+    ema: Annotated[
+        float, typer.Option(help="Decay of a moving average of the weights; 0 for none.", min=0.0, max=0.99999)
+    ] = 0.0,
+    validate_every: Annotated[int, typer.Option(help="Steps between validations; 0 for none.", min=0)] = 250,
+    checkpoint_minutes: Annotated[float, typer.Option(help="Between checkpoints.", min=0.0)] = 10.0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them to torch.", min=0)] = 0,
+) -> None:
+    """Train PINQI's networks. Ctrl-C stops after the step in progress; --resume goes on, to the same bits on the same device.
+
+    The same without this package's server side: python -m recon_core.training.pinqi --help
+    """
+    import torch
+
+    from recon_core.training.pinqi import RunSettings, run
+    from recon_core.training.pinqi_tasks import PinqiRecipe
+
+    if threads:
+        torch.set_num_threads(threads)
+    default = PinqiRecipe()
+    recipe = PinqiRecipe(
+        ablation=ablation,
+        size=size,
+        times=tuple(times or default.times),
+        n_coils=coils,
+        accelerations=tuple(acceleration or default.accelerations),
+        columns=columns,
+        batch=batch,
+        epochs=epochs,
+        pretrain_epochs=pretrain_epochs,
+        seed=seed,
+        precision=precision,
+        ema_decay=ema,
+    )
+    settings = RunSettings(
+        device=device,
+        max_minutes=max_minutes,
+        resume=resume,
+        brainweb=None if brainweb is None else str(brainweb),
+        atlas=None if atlas is None else str(atlas),
+        recompute=recompute,
+        compile=compiled,
+        validate_every=validate_every,
+        checkpoint_minutes=checkpoint_minutes,
+    )
+    with _progress() as progress:
+        result, weights = run(recipe, output, settings, _Bar(progress))
+    state = "finished" if result.finished else "stopped; --resume goes on"
+    out.print(f"{state} after {result.minutes:.1f} min: {weights}", markup=False, highlight=False, soft_wrap=True)

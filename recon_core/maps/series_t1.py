@@ -1,0 +1,200 @@
+"""T1 maps of a reconstructed series, whichever method made it: which times, which noise, which sign, and what to tell.
+
+A regularised reconstruction fits itself: its states agree with each other better than with the truth, and the standard
+deviation from the fit's residual alone is several times too small after ``llr`` (``benchmarks/t1_maps.py`` measures it). So the
+noise of the *data* sets the scale of a pixel's standard deviation, as if the images had been unfolded without regularisation
+and without loss (geometry factor 1), and where the residual is larger than that noise (aliasing, motion) the residual does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+
+from recon_core.errors import DataError
+from recon_core.maps.settings import MapSettings
+from recon_core.maps.t1 import T1Maps, inversion_recovery_t1, molli_t1, saturation_recovery_t1
+from recon_core.types import ImageSeries, ParameterMap, ScanInfo
+
+Tensor = torch.Tensor
+
+LEAST_TIMES = 3
+"""Different times below which three parameters cannot be determined, whatever else is known."""
+
+SHARED_PHASE = 0.9
+"""Part of the series' energy that must lie on one axis of the complex plane, pixel by pixel, for its phase to give the sign."""
+
+OBJECT = 0.1
+"""A pixel belongs to the object if its RMS over the states is at least this part of the 99.9th percentile."""
+
+MOST_INVALID = 0.2
+"""Part of the object's pixels without a believable T1 above which the operator is told."""
+
+FITS = {"molli": molli_t1, "inversion_recovery": inversion_recovery_t1, "saturation_recovery": saturation_recovery_t1}
+
+
+@dataclass(frozen=True)
+class SeriesMaps:
+    """T1 and its standard deviation in s, M0 and residual in the images' unit; what the operator has to know; figures of merit."""
+
+    maps: tuple[ParameterMap, ...]
+    notes: tuple[str, ...]
+    quality: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ImageNoise:
+    """Standard deviation of one real number of an unregularised image, in its unit, and whether it was measured."""
+
+    std: float
+    measured: bool
+
+
+def recovery_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tuple[float, ...]:
+    """The times of the states in s; cheap, so that it can be asked before anything is reconstructed.
+
+    Raises
+    ------
+    DataError
+        No times, another number of times than of states, or fewer than three different ones.
+    """
+    kind = "saturation" if settings.map_model == "saturation_recovery" else "inversion"
+    times = scan.saturation_times if kind == "saturation" else scan.inversion_times
+    where = "T1 map"
+    if n_states < LEAST_TIMES:
+        raise DataError(
+            "too few images for a T1 map", where=where, got=n_states, expected=f"at least {LEAST_TIMES} {kind} times"
+        )
+    if not times:
+        raise DataError(
+            f"no {kind} times that fit the images",
+            where=where,
+            got=f"{n_states} images",
+            expected="one time for each image, in the header's TI list or in the readouts",
+            remedy="See docs/t1_maps.md for where times may stand; maps = none sends the images alone",
+        )
+    if len(times) != n_states:
+        raise DataError(f"count of {kind} times and of images differ", where=where, got=f"{len(times)} and {n_states}")
+    if (n := len(set(times))) < LEAST_TIMES:
+        raise DataError(f"too few different {kind} times", where=where, got=n, expected=f"at least {LEAST_TIMES}")
+    return times
+
+
+def image_noise(noise_std: float, counts: Tensor, scan: ScanInfo, *, measured: bool) -> ImageNoise:
+    """Noise of an image on the console's matrix, had it been unfolded without loss.
+
+    ``noise_std / sqrt(2) * sqrt(positions / samples)``: an orthonormal FFT keeps the noise of a complex sample, and a state with
+    one sample for ``R`` positions has ``sqrt(R)`` times as much; the mean square over states counts. Interpolation keeps it, a
+    coarser matrix averages it down.
+
+    Parameters
+    ----------
+    noise_std
+        Of one complex sample with ``counts`` 1, see ``KSpace.noise_std``.
+    counts
+        float32 ``(state, k2, k1)``.
+    scan
+        Encoded and console's matrix.
+    measured
+        Whether ``noise_std`` comes from a noise measurement.
+    """
+    positions = counts[0].numel()
+    per_state = positions / counts.double().sum(dim=(1, 2)).clamp_min(1.0)
+    kept = 1.0
+    for n, fov, recon_n, recon_fov in zip(scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov, strict=True):
+        kept *= min(1.0, round(recon_n * fov / recon_fov) / n) if n > 1 else 1.0
+    return ImageNoise(noise_std / math.sqrt(2) * math.sqrt(float(per_state.mean()) * kept), measured)
+
+
+def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, settings: MapSettings) -> SeriesMaps:
+    """T1 with its standard deviation, M0 and residual of one slice or slab.
+
+    Parameters
+    ----------
+    series
+        ``(state, z, y, x)``, complex or magnitude, final: on the console's matrix, partial Fourier completed. Any order of times.
+    scan
+        For the times of the states.
+    noise
+        Of the images; ``None`` where it is not known: then standard deviations come from the residual alone, and too few times
+        or states are refused sooner.
+    settings
+        Model, sign and limits.
+
+    Returns
+    -------
+    SeriesMaps
+        All maps share one ``valid``; values are 0 where it is ``False``. The standard deviation is the larger of what the noise
+        and what the fit's residual say, and the map's comment names the source.
+
+    Raises
+    ------
+    DataError
+        Times as in `recovery_times`; images that are not finite; a sign from the phase asked of magnitude images.
+    """
+    times = recovery_times(scan, len(series.data), settings)
+    signed, sign_note = _with_sign(series.data, settings.map_sign)
+    fit = FITS[settings.map_model]
+    fitted = fit(signed, times, noise_std=None if noise is None else noise.std, settings=settings.t1)
+    maps = _honest_deviation(fitted, noise, settings)
+    sign = "sign from phase" if signed.is_complex() else "sign from zero crossing"
+    t1 = replace(maps.t1, comment=f"{settings.map_model}, {len(times)} times {min(times):.3g} to {max(times):.3g} s, {sign}")
+    seen = _object(series.data)
+    share = float(t1.valid[seen].float().mean()) if bool(seen.any()) else 0.0
+    notes = [sign_note] if sign_note else []
+    if share < 1 - MOST_INVALID:
+        notes.append(f"T1: {100 * (1 - share):.0f} % of the object's pixels have no believable T1 and are left empty")
+    return SeriesMaps((t1, maps.t1_sd, maps.m0, maps.residual), tuple(notes), {"t1_valid": share})
+
+
+def _with_sign(images: Tensor, sign: str) -> tuple[Tensor, str]:
+    """Complex images where the phase is to give the sign, magnitudes otherwise; and a note where 'auto' had to decline."""
+    if not images.is_complex():
+        if sign == "phase":
+            raise DataError(
+                "only magnitudes exist, the phase cannot give the sign",
+                where="T1 map",
+                remedy="Use map_sign = magnitude, or a method that keeps the phase",
+            )
+        return images, ""
+    if sign == "phase":
+        return images, ""
+    if sign == "magnitude":
+        return images.abs(), ""
+    energy = images.abs().square().sum()
+    shared = float(images.square().sum(0).abs().sum() / energy) if float(energy) > 0 else 1.0
+    if shared >= SHARED_PHASE:
+        return images, ""
+    note = (
+        f"T1: the states share no phase ({100 * shared:.0f} % of the signal does), signs come from the zero crossing instead"
+    )
+    return images.abs(), note
+
+
+def _honest_deviation(maps: T1Maps, noise: ImageNoise | None, settings: MapSettings) -> T1Maps:
+    """The standard deviation scaled up where the residual is larger than the noise; pixels that become uncertain are emptied."""
+    if noise is None:
+        return replace(maps, t1_sd=replace(maps.t1_sd, comment="noise from the fit's residual: a lower limit"))
+    larger = (maps.residual.data / noise.std).clamp_min(1.0)
+    sd = maps.t1_sd.data * larger
+    valid = maps.t1.valid & (sd <= settings.map_max_relative_sd * maps.t1.data)
+
+    def kept(parameter: ParameterMap, data: Tensor, comment: str = "") -> ParameterMap:
+        return replace(parameter, data=torch.where(valid, data, 0.0), valid=valid, comment=comment or parameter.comment)
+
+    source = "measured noise" if noise.measured else "noise of outer k-space"
+    return T1Maps(
+        kept(maps.t1, maps.t1.data),
+        kept(maps.t1_sd, sd, f"from {source}, or the fit's residual where that is larger"),
+        kept(maps.m0, maps.m0.data),
+        kept(maps.residual, maps.residual.data),
+    )
+
+
+def _object(images: Tensor) -> Tensor:
+    strength = images.abs().square().mean(0).sqrt()
+    flat = strength.flatten()
+    top = float(flat.kthvalue(max(1, math.ceil(0.999 * flat.numel()))).values)
+    return (strength >= OBJECT * top) & (strength > 0)

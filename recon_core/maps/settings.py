@@ -1,0 +1,56 @@
+"""Which parametric maps are fitted to a chain's images, and how: the same settings for every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recon_core.maps.t1 import T1Settings
+from recon_core.settings import setting
+
+
+@dataclass(frozen=True)
+class MapSettings:
+    """Maps that are fitted to the final images (partial Fourier completed, console's matrix), pixel by pixel."""
+
+    maps: str = setting(
+        "none", "Parametric maps fitted to the final images, whichever method made them.", choices=("none", "t1")
+    )
+    map_failure: str = setting(
+        "error",
+        "When no map can be made (no inversion times, too few states): 'error' refuses the slice, 'warn' sends its images "
+        "without a map and says why.",
+        choices=("error", "warn"),
+    )
+    map_model: str = setting(
+        "molli",
+        "Recovery that is fitted: MOLLI (three parameters, Look-Locker correction), inversion recovery with one readout per "
+        "inversion, or saturation recovery.",
+        choices=("molli", "inversion_recovery", "saturation_recovery"),
+    )
+    map_sign: str = setting(
+        "auto",
+        "Sign of the signal: from the phase (all states must share it), by trying every zero crossing of the magnitudes, or 'auto': "
+        "the phase where the states share it.",
+        choices=("auto", "phase", "magnitude"),
+    )
+    map_t1_min: float = setting(T1Settings.t1_min, "Shortest plausible T1", unit="s", low=0.001, high=1.0)
+    map_t1_max: float = setting(T1Settings.t1_max, "Longest plausible T1", unit="s", low=1.0, high=60.0)
+    map_signal_floor: float = setting(
+        T1Settings.signal_floor,
+        "A pixel with less than this part of the series' 99.9th percentile has no signal and no T1",
+        low=0.0,
+        high=1.0,
+    )
+    map_max_relative_sd: float = setting(
+        T1Settings.max_relative_sd, "Largest believable standard deviation of T1, as a part of T1", low=0.001, high=10.0
+    )
+
+    @property
+    def t1(self) -> T1Settings:
+        """The limits of the T1 fit."""
+        return T1Settings(
+            t1_min=self.map_t1_min,
+            t1_max=self.map_t1_max,
+            signal_floor=self.map_signal_floor,
+            max_relative_sd=self.map_max_relative_sd,
+        )

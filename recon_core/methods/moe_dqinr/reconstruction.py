@@ -1,0 +1,303 @@
+"""MoE-dqINR as a method: a plan of stages, each of which leaves what the next one and the operator need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+
+from recon_core.errors import DataError, ReconError
+from recon_core.methods import cg_sense, grasp_pro, llr
+from recon_core.methods.moe_dqinr.diagnostics import diagnose
+from recon_core.methods.moe_dqinr.fit import FitResult, FitSettings, IterationReport, fit
+from recon_core.methods.moe_dqinr.model import MoeField
+from recon_core.methods.moe_dqinr.objective import Objective, choose_lines, make_objective
+from recon_core.methods.moe_dqinr.refine import consistent, refine
+from recon_core.methods.moe_dqinr.settings import Plan, Settings, plan_for
+from recon_core.methods.moe_dqinr.warm_start import prefit
+from recon_core.problem import Problem, pose
+from recon_core.types import ImageSeries, KSpace, Report, Result, ScanInfo
+
+Tensor = torch.Tensor
+
+NAME = "moe_dqinr"
+SUMMARY = "Scan-specific mixture-of-experts implicit neural representation"
+NEEDS_COIL_MAPS = True
+SUPPORTS_3D = False
+ROUNDING = 5e-3
+"""Hard thresholds flip with the last bit; a tenth of the error that the images have anyway."""
+
+ROUNDING_NOISE = 1e-6
+"""Data without noise still have float32's; residuals are measured in units of the noise."""
+
+POLISH_WEIGHT, POLISH_ITERATIONS = 0.03, 10
+"""Conjugate gradients from the network's images before the refinement: ``|Ex - y|^2 + 0.03 |x - x_network|^2``."""
+
+SUPPORT_LEVEL = 0.03
+"""Pixels below this (peak 1) in every state of the first estimate are air."""
+
+FAR_FROM_DATA = 3.0
+"""A state whose residual is so many times the noise is reported: the images do not explain what was measured."""
+
+
+@dataclass
+class _Stages:
+    """Progress over stages of known weight, monotone from 0 to 1."""
+
+    report: Report
+    weights: dict[str, float]
+    done: float = 0.0
+
+    def start(self, name: str) -> Callable[[float], None]:
+        first, share = self.done, self.weights[name] / sum(self.weights.values())
+        self.done = first + share
+
+        def advance(part: float) -> None:
+            self.report.progress(first + share * min(1.0, part), name)
+
+        advance(0.0)
+        return advance
+
+
+@dataclass
+class _Work:
+    """What the stages hand on."""
+
+    problem: Problem
+    objective: Objective
+    plan: Plan
+    stages: _Stages
+    notes: list[str] = field(default_factory=list)
+    quality: dict[str, float] = field(default_factory=dict)
+    extras: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Report) -> Result:
+    """Images of one slice from a representation that was fitted to nothing but its own k-space; complex64 ``(state, z, y, x)``.
+
+    ``paper``: Eq. 1-24 as published, 850 iterations from random parameters. ``default`` and ``cpu``: the network starts from a
+    low-rank image, is fitted to all lines but a few, and its images start a refinement (collaborative filter in turn with data
+    consistency) that ends where the held-out lines are predicted best. ``benchmarks/moe_dqinr.py`` shows what each part adds.
+
+    States must be in the order that the paper wants: frames in time, contrasts by inversion time. Where the header has
+    inversion times, states are sorted by them for the network.
+
+    ``extras``: ``routing_weights`` (state, expert), ``residual_coefficients`` (state, L), ``loss``, ``held_out`` (n, 2: iteration and
+    error over noise), ``refine_held_out``, ``residual_per_state`` (1: noise floor), ``singular_values``.
+
+    Raises
+    ------
+    DataError, CalibrationError
+        See ``recon_core.problem.pose``; also for a 3D slab, which the paper's coordinate (x, y) does not describe.
+    NumericalError
+        The fit left finite numbers.
+    """
+    where = f"slice {scan.slice_index}"
+    if kspace.is_3d:
+        raise DataError(
+            "moe_dqinr represents single slices", where=where, got=f"a slab of {kspace.data.shape[-3]}", remedy="Use llr"
+        )
+    order = state_order(scan, kspace.n_states)
+    kspace = in_order(kspace, order)
+    plan = plan_for(settings, kspace.data.device.type)
+    problem = pose(kspace, where, report)
+    problem = replace(problem, noise=max(problem.noise, ROUNDING_NOISE))
+    objective = make_objective(problem, kspace, plan.held_out, settings.seed)
+    work = _Work(problem, objective, plan, _Stages(report, _weights(plan)))
+    if not bool((problem.rhs != 0).any()):
+        return Result(images=(ImageSeries("image", problem.leave(torch.zeros_like(problem.rhs))),))
+    first = _first_estimate(kspace, scan, settings, work) if plan.prefit is not None or plan.refinement else None
+    images = _network(work, settings, first) if plan.network else None
+    if plan.refinement is not None:
+        assert first is not None
+        images = _refinement(work, _start(work, first, images))
+    assert images is not None
+    _judge(work, images, report)
+    report.progress(1.0)
+    back = torch.argsort(order).to(images.device)
+    return Result(
+        images=(ImageSeries("image", problem.leave(images[back])),),
+        quality=work.quality,
+        notes=tuple(work.notes),
+        extras=work.extras,
+    )
+
+
+def state_order(scan: ScanInfo, n_states: int) -> Tensor:
+    """Which state comes first, second, ...: by inversion (or saturation) time where there are some, else as acquired."""
+    times = scan.inversion_times or scan.saturation_times
+    if len(times) != n_states:
+        return torch.arange(n_states)
+    return torch.argsort(torch.tensor(times, dtype=torch.float64), stable=True)
+
+
+def in_order(kspace: KSpace, order: Tensor) -> KSpace:
+    """The k-space with its states in this order."""
+    if bool((order == torch.arange(len(order))).all()):
+        return kspace
+    order = order.to(kspace.data.device)
+    return replace(kspace, data=kspace.data[order], counts=kspace.counts[order])
+
+
+def _weights(plan: Plan) -> dict[str, float]:
+    """Rough shares of the time, for the progress that the operator sees."""
+    shares = {"first estimate": 0.05, "warm start": 0.15, "network": 0.1, "stopping": 0.35, "refinement": 0.35}
+    if not plan.network:
+        del shares["warm start"], shares["network"]
+    if plan.refinement is None:
+        del shares["stopping"], shares["refinement"]
+        shares["network"] = 1.0
+    return shares
+
+
+def _first_estimate(kspace: KSpace, scan: ScanInfo, settings: Settings, work: _Work) -> Tensor:
+    """A quick low-rank image of the lines that the network may see."""
+    advance = work.stages.start("first estimate")
+    seen = kspace
+    if work.objective.held_out is not None:
+        kept_out = choose_lines(kspace, work.plan.held_out, settings.seed)
+        seen = replace(
+            kspace,
+            data=kspace.data.masked_fill(kept_out[:, None, :, :, None], 0),
+            counts=kspace.counts.masked_fill(kept_out, 0),
+        )
+    quiet = Report()
+    try:
+        result = grasp_pro.reconstruct(seen, scan, grasp_pro.Settings(iterations=15), quiet)
+    except ReconError:
+        # too few states or too few lines in common for a temporal subspace
+        result = llr.reconstruct(seen, scan, llr.Settings(iterations=15), quiet)
+        if kspace.n_states == 1:
+            work.notes.append(f"{NAME}: only one state, started from {cg_sense.NAME}")
+    advance(1.0)
+    return work.problem.operator.enter_image(result.images[0].data) / work.problem.scale
+
+
+def _network(work: _Work, settings: Settings, first: Tensor | None) -> Tensor:
+    """Fit the representation; its working images."""
+    plan, operator = work.plan, work.problem.operator
+    support = None
+    if plan.support and first is not None:
+        support = first.abs().amax(0) > SUPPORT_LEVEL
+        support = support if bool(support.any()) else None
+    moe = MoeField(
+        plan.configuration,
+        work.objective.n_rows,
+        operator.image_shape[1:],
+        settings.variant,
+        torch.Generator().manual_seed(settings.seed),
+        work.problem.rhs.device,
+        support=support,
+    )
+    if plan.prefit is not None and first is not None and settings.variant != "residual_only":
+        advance = work.stages.start("warm start")
+        prefit(moe, first, plan.prefit, on_iteration=_advancing(advance))
+    advance = work.stages.start("network")
+    fitted = fit(moe, work.objective, plan.fit, _advancing(advance))
+    _keep(work, moe, fitted, plan.fit)
+    return fitted.images
+
+
+def _advancing(advance: Callable[[float], None]) -> Callable[[IterationReport], None]:
+    return lambda now: advance(now.iteration / now.iterations)
+
+
+def _keep(work: _Work, moe: MoeField, fitted: FitResult, settings: FitSettings) -> None:
+    found = diagnose(moe, work.objective, fitted.images)
+    work.quality |= {
+        "network_iterations": float(fitted.iterations),
+        "network_residual": float(found.residuals.mean()),
+        "network_residual_worst": float(found.residuals.max()),
+        "network_rank": float(found.rank),
+    }
+    if fitted.held_out:
+        work.quality["network_held_out"] = min(error for _, error in fitted.held_out)
+        work.extras["held_out"] = np.array(fitted.held_out, dtype=np.float64)
+    if moe.router is not None:
+        work.extras["routing_weights"] = found.routing.numpy()
+    if moe.residual is not None:
+        work.extras["residual_coefficients"] = moe.residual_coefficients().detach().cpu().numpy()
+    work.extras["loss"] = fitted.losses.numpy()
+
+
+def _start(work: _Work, first: Tensor, network: Tensor | None) -> Tensor:
+    """Where the refinement starts: the low-rank image or the network's, polished; whichever predicts the held-out lines better."""
+    if network is None:
+        return first
+    seen = work.objective
+    polished = consistent(seen.operator, seen.rhs, network, POLISH_WEIGHT, POLISH_ITERATIONS)
+    if seen.held_out is None:
+        return polished
+    errors = {"first": seen.held_out.relative_error(first), "network": seen.held_out.relative_error(polished)}
+    work.quality |= {f"{name}_estimate_held_out": error for name, error in errors.items()}
+    return polished if errors["network"] < errors["first"] else first
+
+
+def _refinement(work: _Work, start: Tensor) -> Tensor:
+    """Collaborative filter and data consistency; stopped where held-out lines say."""
+    settings, problem, seen = work.plan.refinement, work.problem, work.objective
+    assert settings is not None
+    stop_after = settings.iterations
+    advance = work.stages.start("stopping")
+    if seen.held_out is not None:
+        rest, errors = seen.held_out, []
+
+        def look(iteration: int, filtered: Tensor) -> None:
+            errors.append(rest.relative_error(filtered))
+            advance((iteration + 1) / settings.iterations)
+
+        refine(seen.operator, seen.rhs, problem.noise, start, settings, look)
+        stop_after = int(np.argmin(errors)) + 1
+        work.extras["refine_held_out"] = np.array(errors)
+        work.quality["held_out"] = min(errors)
+    work.quality["refine_iterations"] = float(stop_after)
+    advance = work.stages.start("refinement")
+    return refine(
+        problem.operator,
+        problem.rhs,
+        problem.noise,
+        start,
+        settings,
+        lambda iteration, _: advance((iteration + 1) / stop_after),
+        stop_after,
+    )
+
+
+def _judge(work: _Work, images: Tensor, report: Report) -> None:
+    """Residual of each state against the noise floor and the rank of the series, of the images that leave."""
+    every = make_full(work)
+    residuals = every.relative_residuals(images).cpu()
+    work.extras["residual_per_state"] = residuals.numpy()
+    flat = images.flatten(1)
+    singular = torch.linalg.eigvalsh((flat @ flat.mH).to(torch.complex128)).clamp_min(0).sqrt().flip(0).cpu()
+    work.extras["singular_values"] = singular.numpy()
+    work.quality |= {
+        "residual": float(residuals.mean()),
+        "residual_worst": float(residuals.max()),
+        "noise": work.problem.noise,
+    }
+    worst = int(residuals.argmax())
+    if not math.isfinite(float(residuals.sum())):
+        raise DataError("residuals are not finite", where=NAME)
+    if float(residuals[worst]) > FAR_FROM_DATA:
+        text = f"{NAME}: state {worst} explains its data to {float(residuals[worst]):.1f} times the noise only"
+        work.notes.append(text)
+        report.warn(text)
+
+
+def make_full(work: _Work) -> Objective:
+    """The objective of all samples: those that were fitted and those that were held out."""
+    seen, rest = work.objective, work.objective.held_out
+    if rest is None:
+        return seen
+    return replace(
+        seen,
+        operator=work.problem.operator,
+        rhs=work.problem.rhs,
+        energy=seen.energy + rest.energy,
+        n_samples=seen.n_samples + rest.n_samples,
+        held_out=None,
+    )

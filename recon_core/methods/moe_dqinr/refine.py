@@ -1,0 +1,127 @@
+"""From a first estimate to the final images: data consistency in turn with a collaborative filter of falling strength.
+
+Half-quadratic splitting of ``|A x - b|^2 / 2 + R(x)``:
+
+    z = filter(x + beta (x - x_before), sigma_k)
+    x = argmin_x |A x - b|^2 / 2 + mu_k |x - z|^2 / 2,   mu_k = lambda (noise / sigma_k)^2
+
+``sigma_k`` falls geometrically from what undersampling artefacts look like down to the noise. The answer is the last ``z``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from recon_core.operators.cartesian import CartesianSense
+from recon_core.solvers.cg import conjugate_gradient
+from recon_core.solvers.collaborative import PatchGroups, PatchSettings
+
+Tensor = torch.Tensor
+
+LEAST_NOISE = 1e-3
+"""Noise, relative to the peak, below which undersampling artefacts and float32 matter more."""
+
+QUIET = 0.005
+"""Noise, relative to the peak, up to which the full ``pull`` holds. With more, data consistency brings back more noise than
+artefacts and the pull falls with the noise's root to half (tuned on anatomies 0 to 2, ``benchmarks/dynamic_cells.py``)."""
+
+
+@dataclass(frozen=True)
+class RefineSettings:
+    """How long and how strongly.
+
+    Attributes
+    ----------
+    iterations, first_sigma, last_sigma
+        ``sigma_k`` falls from ``first_sigma`` (relative to the peak) to ``last_sigma`` times the noise.
+    threshold
+        Of the filter, in units of ``sigma_k``.
+    pull
+        lambda for little noise (see ``QUIET``): how strongly data consistency is drawn to the filtered images.
+    momentum
+        beta.
+    regroup
+        Iterations after which similar patches are looked for again.
+    cg_iterations
+        Of each data consistency step.
+    patches
+        Size and reach of the patch groups.
+    """
+
+    iterations: int = 14
+    first_sigma: float = 0.04
+    last_sigma: float = 1.0
+    threshold: float = 1.7
+    pull: float = 0.6
+    momentum: float = 0.8
+    regroup: int = 5
+    cg_iterations: int = 2
+    patches: PatchSettings = PatchSettings()
+
+    def sigma(self, iteration: int, noise: float) -> float:
+        """``sigma_k``, never rising: with more noise than ``first_sigma`` it is the noise from the beginning."""
+        last = self.last_sigma * max(noise, LEAST_NOISE)
+        first = max(self.first_sigma, last)
+        part = iteration / max(1, self.iterations - 1)
+        return float(first * (last / first) ** part)
+
+    def weight(self, iteration: int, noise: float) -> float:
+        """``mu_k``."""
+        pull = self.pull * min(1.0, max(0.5, math.sqrt(QUIET / max(noise, LEAST_NOISE))))
+        return pull * (max(noise, LEAST_NOISE) / self.sigma(iteration, noise)) ** 2
+
+
+def refine(
+    operator: CartesianSense,
+    rhs: Tensor,
+    noise: float,
+    start: Tensor,
+    settings: RefineSettings,
+    on_iteration: Callable[[int, Tensor], bool | None] | None = None,
+    stop_after: int | None = None,
+) -> Tensor:
+    """Refined working images ``(state, x, 1, y)``, scaled units.
+
+    Parameters
+    ----------
+    operator, rhs
+        ``A`` and ``A^H b``.
+    noise
+        Standard deviation of a complex sample.
+    start
+        First estimate, working images.
+    on_iteration
+        Called with the number of the iteration and its ``z``; an answer of ``False`` ends the loop.
+    stop_after
+        Leave after so many iterations of the same schedule.
+    """
+    x, before = start, start
+    z = start
+    groups: PatchGroups | None = None
+    for iteration in range(min(settings.iterations, stop_after or settings.iterations)):
+        sigma = settings.sigma(iteration, noise)
+        if groups is None or iteration % settings.regroup == 0:
+            groups = PatchGroups(x[:, :, 0], settings.patches)
+        moved = x + settings.momentum * (x - before)
+        z = groups.filter(moved[:, :, 0], sigma, settings.threshold)[:, :, None]
+        if on_iteration is not None and on_iteration(iteration, z) is False:
+            break
+        before = x
+        x = consistent(operator, rhs, z, settings.weight(iteration, noise), settings.cg_iterations)
+    return z
+
+
+def consistent(operator: CartesianSense, rhs: Tensor, prior: Tensor, weight: float, iterations: int) -> Tensor:
+    """``argmin_x |A x - b|^2 / 2 + weight |x - prior|^2 / 2`` by conjugate gradients from the prior."""
+    return conjugate_gradient(
+        lambda c: operator.normal(c).add_(c, alpha=weight),
+        rhs + weight * prior,
+        initial=prior.contiguous(),
+        max_iterations=iterations,
+        tolerance=1e-4,
+        n_batch_axes=0,
+    ).solution

@@ -1,0 +1,273 @@
+"""PINQI as a method: a scan is brought to what the network was trained on, and its answer back to the scan's units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from recon_core.errors import DataError, NumericalError
+from recon_core.methods.pinqi.installed import installed_weights
+from recon_core.methods.pinqi.model import PinqiOutput
+from recon_core.methods.pinqi.parameter_maps import Agreement, agreement, parameter_maps
+from recon_core.methods.pinqi.settings import Settings
+from recon_core.methods.pinqi.weights import TrainedPinqi, check_times
+from recon_core.operators.batched_sense import BatchedSense
+from recon_core.problem import check_kspace, check_maps, pose
+from recon_core.types import ImageSeries, KSpace, ParameterMap, Report, Result, ScanInfo
+
+Tensor = torch.Tensor
+
+NAME = "pinqi"
+SUMMARY = "Physics-informed learned T1 maps from undersampled saturation recovery (PINQI)"
+NEEDS_COIL_MAPS = True
+SUPPORTS_3D = False
+
+MOST_EMPTY = 0.2  # part of the pixels with signal without a believable T1 above which the operator is told
+
+
+def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Report) -> Result:
+    """T1, M0 and images of one slice by the installed weights that the settings name; see `reconstruct_with`.
+
+    Raises
+    ------
+    WeightError
+        Weights that are missing, damaged, or trained for other states or delays.
+    DataError, CalibrationError, NumericalError
+        As `reconstruct_with`.
+    """
+    check_geometry(kspace, scan)
+    trained = installed_weights(settings.weights, kspace.data.device, settings.precision)
+    return reconstruct_with(trained, kspace, scan, settings, report)
+
+
+def reconstruct_with(trained: TrainedPinqi, kspace: KSpace, scan: ScanInfo, settings: Settings, report: Report) -> Result:
+    """T1, M0 and images of one slice by a trained network.
+
+    K-space is scaled so that the 99.9th percentile of the images of the calibration lines, all delays together (the longest one
+    rules it), equals that of the training samples; states are sorted as the network knows them, and put back. Both are undone.
+
+    Parameters
+    ----------
+    trained
+        On the device of the k-space.
+    kspace
+        With coil maps. Averages count by their number. ``noise_std`` sets the scale of standard deviations and of the quality check;
+        ``None``: estimated from the outer lines.
+    scan
+        ``saturation_times`` in s, one per state, any order.
+
+    Returns
+    -------
+    Result
+        Images complex64 ``(state, z, y, x)``; maps ``T1`` and ``T1_SD`` (s), ``M0`` (images' unit), ``M0_phase`` (rad), float32
+        ``(z, y, x)``; ``quality``: residuals of images and of maps over the noise, what noise leaves unexplained, part of valid pixels.
+
+    Raises
+    ------
+    DataError
+        A slab; no, or not one per state, saturation times; k-space that does not fit together.
+    WeightError
+        The weights were trained for other states or delays.
+    CalibrationError
+        No usable coil maps.
+    NumericalError
+        Results that are not finite, or (``quality_failure = error``) maps that contradict the data.
+
+    References
+    ----------
+    PINQI (Zimmermann et al., doi:10.1109/TCI.2024.3388869), Eq. (10)-(14), (19) and section III-C.
+    """
+    where = check_geometry(kspace, scan)
+    check_kspace(kspace, where)
+    check_maps(kspace, where)
+    order = state_order(trained, saturation_times(kspace, scan, where))
+    if not bool((kspace.data != 0).any()):
+        return _nothing(kspace, report)
+    report.progress(0.0, NAME)
+    applied = apply_network(trained, kspace, order, where, report)
+    found, scale, noise = applied.found, applied.scale, applied.noise
+    report.progress(0.9, NAME)
+    agreed = agreement(applied.operator, applied.data, found, applied.signal, noise)
+    notes = _judge(agreed, applied.noise_measured, settings, where)
+    comment = "; ".join((_origin(trained), *notes))
+    maps, share = parameter_maps(trained.network.model, applied.operator, found, agreed, noise, scale, settings, comment)
+    if share < 1 - MOST_EMPTY:
+        notes = (
+            *notes,
+            f"pinqi: {100 * (1 - share):.0f} % of the pixels with signal have no believable T1 and are left empty",
+        )
+    for note in notes:
+        report.warn(note)
+    images = applied.operator.leave_image(found.images)[0, torch.argsort(order), None] * scale
+    report.progress(1.0)
+    return Result(
+        images=(ImageSeries("image", images.to(torch.complex64)),),
+        maps=maps,
+        quality={
+            "residual": agreed.images,
+            "residual_maps": agreed.maps,
+            "unexplained": agreed.unexplained,
+            "noise": noise,
+            "t1_valid": share,
+            "linear_converged": float(all(r.all_converged for r in found.linear)),
+            "unconverged_pixels": float(found.nonlinear[-1].n_unconverged) if found.nonlinear else 0.0,
+        },
+        notes=notes,
+    )
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What the network made of one slice, in its own units and order of states.
+
+    Attributes
+    ----------
+    operator, data
+        Acquisition of one sample, and its weighted working data.
+    found, signal
+        Parameters and images, and the signal ``q(p)`` of the parameters.
+    scale
+        Measured units per unit of the network.
+    noise, noise_measured
+        SD of a complex sample of ``data``, and whether it was measured or estimated from the outer lines.
+    """
+
+    operator: BatchedSense
+    data: Tensor
+    found: PinqiOutput
+    signal: Tensor
+    scale: float
+    noise: float
+    noise_measured: bool
+
+
+def apply_network(trained: TrainedPinqi, kspace: KSpace, order: Tensor, where: str, report: Report) -> Applied:
+    """Sort, scale and reconstruct one slice whose k-space and maps have been checked.
+
+    Raises
+    ------
+    NumericalError
+        Results that are not finite.
+    """
+    order = order.to(kspace.data.device)
+    kspace = replace(kspace, data=kspace.data[order], counts=kspace.counts[order])
+    problem = pose(kspace, where, report)
+    scale, noise = problem.scale / trained.amplitude, problem.noise * trained.amplitude
+    assert kspace.coil_maps is not None
+    operator = BatchedSense(kspace.coil_maps[None, :, 0], problem.operator.weights[None, :, 0])
+    data = operator.enter_data(kspace.data[None, :, :, 0] / scale)
+    with torch.no_grad():
+        found = trained.network(operator, operator.adjoint(data))
+        signal = trained.network.model.signal(found.parameters.movedim(1, 0)).movedim(0, 1)
+    if not bool(torch.isfinite(found.parameters).all() & torch.isfinite(torch.view_as_real(found.images)).all()):
+        raise NumericalError("the network's result is not finite", where=where, remedy="The chain's fallback can answer")
+    return Applied(operator, data, found, signal, scale, noise, problem.noise_measured)
+
+
+def check_geometry(kspace: KSpace, scan: ScanInfo) -> str:
+    """Where we are, for errors; raises ``DataError`` for a slab."""
+    where = f"slice {scan.slice_index}"
+    if kspace.is_3d:
+        raise DataError(
+            "pinqi reconstructs single slices", where=where, got=f"a slab of {kspace.data.shape[-3]}", remedy="Use llr"
+        )
+    return where
+
+
+def saturation_times(kspace: KSpace, scan: ScanInfo, where: str) -> tuple[float, ...]:
+    """The delays of the states in s.
+
+    Raises
+    ------
+    DataError
+        None, or another number than of states.
+    """
+    times = scan.saturation_times
+    if not times:
+        raise DataError(
+            "no saturation times",
+            where=where,
+            got=f"{kspace.n_states} states",
+            expected="one delay for each state, in the header's TI list or user parameters",
+            remedy="See docs/pinqi.md for where times may stand; llr reconstructs the images without them",
+        )
+    if len(times) != kspace.n_states:
+        raise DataError(
+            "count of saturation times and of states differ",
+            where=where,
+            got=f"{len(times)} times, {kspace.n_states} states",
+            remedy="Check the TI list of the header",
+        )
+    return times
+
+
+def state_order(trained: TrainedPinqi, times: tuple[float, ...]) -> Tensor:
+    """Which state of the scan is the network's first, second, ...
+
+    Raises
+    ------
+    WeightError
+        The weights were trained for other states or delays.
+    """
+    ours = torch.argsort(torch.tensor(times, dtype=torch.float64), stable=True)
+    ranks = torch.argsort(torch.argsort(torch.tensor(trained.times, dtype=torch.float64), stable=True))
+    order = ours[ranks] if len(ours) == len(ranks) else ours
+    check_times(trained, [times[i] for i in order.tolist()])
+    return order
+
+
+def longest_delay_calibration(kspace: KSpace, scan: ScanInfo) -> KSpace:
+    """The k-space with the calibration lines of the longest delay alone, where that state holds them all; else unchanged.
+
+    What coil maps are estimated from, if they are estimated as published: the state with the most signal and the least contrast.
+    """
+    times = scan.saturation_times
+    if kspace.acs_mask is None or len(times) != kspace.n_states or not bool(kspace.acs_mask.any()):
+        return kspace
+    longest = max(range(len(times)), key=times.__getitem__)
+    if not bool(kspace.mask[longest][kspace.acs_mask].all()):
+        return kspace
+    return replace(kspace, acs=kspace.data[longest] * kspace.acs_mask[None, :, :, None])
+
+
+def _judge(agreed: Agreement, noise_measured: bool, settings: Settings, where: str) -> tuple[str, ...]:
+    """Nothing, or what the operator has to know of maps that contradict the data."""
+    if not agreed.fails(settings):
+        return ()
+    source = "measured noise" if noise_measured else "noise of outer k-space"
+    text = (
+        f"pinqi: the maps do not fit the measured data (residual {agreed.maps:.1f} times the {source}, "
+        f"{100 * agreed.unexplained:.0f} % of the signal unexplained)"
+    )
+    if settings.quality_failure == "error":
+        raise NumericalError(
+            "the maps do not fit the measured data",
+            where=where,
+            got=f"residual {agreed.maps:.1f} times the {source}, {100 * agreed.unexplained:.0f} % of the signal unexplained",
+            expected=f"below {settings.quality_noise:g} times, or below {100 * settings.quality_signal:g} %",
+            remedy="The chain's fallback can answer; motion, wrong delays or an imperfect saturation are common causes",
+        )
+    return (text,)
+
+
+def _origin(trained: TrainedPinqi) -> str:
+    digest = str(trained.facts.get("sha256", ""))[:8] or "unsaved"
+    return f"PINQI, weights {digest}, {len(trained.times)} delays {min(trained.times):g} to {max(trained.times):g} s"
+
+
+def _nothing(kspace: KSpace, report: Report) -> Result:
+    """Images and maps of data that are all zero: zero, nothing valid."""
+    text = "pinqi: all samples are zero"
+    report.warn(text)
+    report.progress(1.0)
+    shape = tuple(kspace.data.shape[2:])
+    zero = torch.zeros(shape, device=kspace.data.device)
+    nothing = zero.bool()
+    images = torch.zeros((kspace.n_states, *shape), dtype=torch.complex64, device=kspace.data.device)
+    units = {"T1": "s", "T1_SD": "s", "M0": "1", "M0_phase": "rad"}
+    return Result(
+        images=(ImageSeries("image", images),),
+        maps=tuple(ParameterMap(name, zero, unit, nothing, text) for name, unit in units.items()),
+        notes=(text,),
+    )

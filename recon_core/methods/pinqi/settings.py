@@ -1,0 +1,44 @@
+"""What a user may choose of PINQI as a method; everything else was decided when its weights were trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recon_core.methods.pinqi.model import PRECISIONS
+from recon_core.settings import setting
+
+DEFAULT_WEIGHTS = "pinqi_t1"
+FAILURES = ("mark", "error")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which weights, and what may be believed of the maps."""
+
+    weights: str = setting(DEFAULT_WEIGHTS, "name of the installed weights, see docs/pinqi.md; never a path")
+    precision: str = setting("float32", "of the networks; bfloat16 is for GPUs", choices=PRECISIONS)
+    t1_min: float = setting(0.05, "shortest plausible T1", unit="s", low=0.001, high=1.0)
+    t1_max: float = setting(6.0, "longest plausible T1", unit="s", low=1.0, high=60.0)
+    signal_floor: float = setting(
+        0.05, "a pixel whose series is below this part of its 99.9th percentile (RMS over states) has no T1", low=0.0, high=1.0
+    )
+    max_relative_sd: float = setting(
+        1.0,
+        "largest standard deviation of T1 as a part of T1; it is that of a fit without regularisation, so more than the error",
+        low=0.001,
+        high=10.0,
+    )
+    quality_noise: float = setting(
+        2.0,
+        "the maps fail when their residual against the measured data is above this many times the noise",
+        low=1.0,
+        high=1000.0,
+    )
+    quality_signal: float = setting(
+        0.1, "... and what noise does not explain of it is above this part of the data (both must hold)", low=0.0, high=1.0
+    )
+    quality_failure: str = setting(
+        "mark",
+        "maps that fail: 'mark' says so and empties the pixels that do not fit, 'error' lets the chain's fallback answer",
+        choices=FAILURES,
+    )

@@ -1,0 +1,107 @@
+"""Trained weights with what they were trained for: written by training, read by the method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recon_core.methods.pinqi.model import Pinqi, PinqiSettings
+from recon_core.signal_models import SaturationRecovery, SignalModel
+from recon_core.training.checkpoint import WeightError, load_into, read_pair, write_pair
+
+FORMAT = 1
+MODELS = {"saturation_recovery": SaturationRecovery}
+TIME_TOLERANCE = 1e-3  # s: headers round
+
+
+@dataclass(frozen=True)
+class TrainedPinqi:
+    """A network and what it is good for.
+
+    Attributes
+    ----------
+    network
+        In evaluation mode, on the device asked for.
+    times
+        Delay of every state in s, in the order in which the network knows them.
+    amplitude
+        What `recon_core.problem.signal_scale` gives for a typical training sample: a scan must be brought to it.
+    facts
+        Everything else that the JSON says: recipe, seed, commit, metrics, sha256.
+    """
+
+    network: Pinqi
+    times: tuple[float, ...]
+    amplitude: float
+    facts: Mapping[str, Any]
+
+
+def save_weights(directory: str | Path, name: str, network: Pinqi, times: Sequence[float], facts: Mapping[str, Any]) -> Path:
+    """Write ``<name>.safetensors`` and ``<name>.json``.
+
+    Parameters
+    ----------
+    facts
+        Recipe, seed, commit, metrics, ``amplitude``.
+    """
+    model = next(key for key, kind in MODELS.items() if isinstance(network.model, kind))
+    settings = {k: v for k, v in asdict(network.settings).items() if k not in ("precision", "recompute")}
+    stated = {
+        "method": "pinqi",
+        "format": FORMAT,
+        "signal_model": model,
+        "times": list(times),
+        "is_complex": network.model.is_complex,
+        "network": settings,
+        **facts,
+    }
+    return write_pair(directory, name, network.state_dict(), stated)
+
+
+def load_weights(path: str | Path, device: torch.device | str = "cpu", precision: str = "float32") -> TrainedPinqi:
+    """The network whose JSON is ``path``.
+
+    Raises
+    ------
+    WeightError
+        Missing, damaged (sha256), of another method or another network.
+    """
+    tensors, facts = read_pair(path, device)
+    where = Path(path).name
+    if facts.get("method") != "pinqi" or facts.get("format") != FORMAT or facts.get("signal_model") not in MODELS:
+        got = f"{facts.get('method')} format {facts.get('format')}, {facts.get('signal_model')}"
+        raise WeightError("weights of another kind", where=where, got=got, expected=f"pinqi format {FORMAT}")
+    try:
+        times, amplitude = tuple(float(t) for t in facts["times"]), float(facts["amplitude"])
+        settings = PinqiSettings(**{**facts["network"], "precision": precision})
+        model: SignalModel = MODELS[facts["signal_model"]](times, is_complex=bool(facts["is_complex"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightError("incomplete description of weights", where=where, got=str(error)) from None
+    network = Pinqi(model, settings).to(device).eval()
+    load_into(network, tensors, where)
+    return TrainedPinqi(network.requires_grad_(False), times, amplitude, facts)
+
+
+def check_times(trained: TrainedPinqi, times: Sequence[float]) -> None:
+    """Refuse a scan with other delays than the weights were trained for.
+
+    Raises
+    ------
+    WeightError
+        Another number of states, or another delay by more than a millisecond.
+    """
+    same = len(times) == len(trained.times) and all(
+        abs(a - b) <= TIME_TOLERANCE for a, b in zip(times, trained.times, strict=True)
+    )
+    if not same:
+        raise WeightError(
+            "the weights were trained for other delays",
+            where="pinqi",
+            got=f"{len(times)} states: " + ", ".join(f"{t:g}" for t in times) + " s",
+            expected=f"{len(trained.times)} states: " + ", ".join(f"{t:g}" for t in trained.times) + " s",
+            remedy="train weights for these delays, or use the chain's fallback",
+        )

@@ -1,0 +1,1 @@
+"""Convolutional networks that more than one method may use."""

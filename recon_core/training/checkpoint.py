@@ -1,0 +1,181 @@
+"""Tensors and JSON on disk: training states that can be resumed, and weights that can be trusted. No pickles.
+
+A file pair is a ``.safetensors`` file and a JSON that states its sha256. The JSON is written last and atomically, and names the
+tensor file: whoever finds a JSON finds a complete pair, however the writer died.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from recon_core.errors import DataError, ReconError
+
+Tensor = torch.Tensor
+
+
+class WeightError(ReconError):
+    """A weight file or checkpoint is missing, damaged, or made for something else."""
+
+
+# ------------------------------------------------------------------------------------------------------------ file pairs
+
+
+def write_pair(
+    directory: str | Path, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], version: str = ""
+) -> Path:
+    """Write ``<name><version>.safetensors`` and ``<name>.json``, atomically; other versions of the tensors are removed after.
+
+    Parameters
+    ----------
+    tensors
+        On any device; written as they are, bit for bit.
+    facts
+        JSON; ``file`` and ``sha256`` are added.
+    version
+        Distinguishes the tensor file from the one it replaces, so that the old pair is whole until the new one is.
+
+    Returns
+    -------
+    Path
+        The JSON.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    file = directory / f"{name}{version}.safetensors"
+    part = file.with_suffix(".safetensors.part")
+    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part)
+    part.chmod(0o644)  # weights are for all users of the machine; the library writes for the owner alone
+    digest = sha256_of(part)
+    _settle(part, file)
+    stated = directory / f"{name}.json"
+    temporary = stated.with_suffix(".json.part")
+    temporary.write_text(json.dumps({"file": file.name, "sha256": digest, **facts}, indent=1) + "\n", encoding="utf-8")
+    _settle(temporary, stated)
+    if version:
+        for other in directory.glob(f"{name}*.safetensors"):
+            if other != file:
+                other.unlink()
+    return stated
+
+
+def read_pair(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of the pair whose JSON is ``path``.
+
+    Raises
+    ------
+    WeightError
+        No such pair, not JSON, a digest that differs from the stated one, or a file that is not safetensors.
+    """
+    path = Path(path)
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        file = path.parent / Path(str(facts["file"])).name
+        stated = facts["sha256"]
+    except FileNotFoundError:
+        raise WeightError("no such weights", where=path.name) from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightError("not a description of weights", where=path.name, got=type(error).__name__) from None
+    if not file.is_file():
+        raise WeightError("the tensors are missing", where=path.name, got=f"no {file.name}")
+    found = sha256_of(file)
+    if found != stated:
+        raise WeightError(
+            "wrong sha256",
+            where=file.name,
+            got=found[:16],
+            expected=str(stated)[:16],
+            remedy="the file is damaged or was exchanged: install it again",
+        )
+    try:
+        return load_file(file, device=str(device)), facts
+    except SafetensorError as error:
+        raise WeightError("not a safetensors file", where=file.name, got=str(error)) from None
+
+
+def sha256_of(path: str | Path) -> str:
+    """Hexadecimal digest of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load weights by name.
+
+    Raises
+    ------
+    WeightError
+        Names or shapes differ.
+    """
+    wanted = module.state_dict()
+    wrong = sorted(set(wanted) ^ set(tensors)) or sorted(k for k in wanted if wanted[k].shape != tensors[k].shape)
+    if wrong:
+        raise WeightError("weights of another network", where=where, got=f"{len(wrong)} tensors differ, first {wrong[0]}")
+    module.load_state_dict(dict(tensors))
+
+
+def _settle(part: Path, final: Path) -> None:
+    """Rename once the bytes are on disk, so that a crash leaves either the old file or the new one."""
+    with open(part, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(part, final)
+
+
+# -------------------------------------------------------------------------------------------------------- training state
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every tensor of an optimiser's state, named ``<parameter number>.<entry>``."""
+    return {
+        f"{number}.{entry}": value
+        for number, state in optimizer.state_dict()["state"].items()
+        for entry, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `optimizer_tensors` gave; settings of the groups stay the optimiser's own."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        number, _, entry = name.partition(".")
+        state.setdefault(int(number), {})[entry] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The global generators of torch (CPU and every CUDA device) and NumPy, as tensors and JSON."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002 - the global one, whoever uses it
+    tensors = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.asarray(keys, np.uint32).view(np.int32).copy())}
+    if torch.cuda.is_available():
+        tensors |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return tensors, {"kind": kind, "position": int(position), "has_gauss": int(has_gauss), "gauss": float(gauss)}
+
+
+def restore_random_state(tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+    """Put back what `random_state` gave.
+
+    Raises
+    ------
+    DataError
+        The state of another number of CUDA devices.
+    """
+    torch.set_rng_state(tensors["torch"].cpu())
+    keys = tensors["numpy"].cpu().numpy().view(np.uint32)
+    np.random.set_state((facts["kind"], keys, facts["position"], facts["has_gauss"], facts["gauss"]))  # noqa: NPY002
+    states = [tensors[f"cuda{i}"].cpu() for i in range(len([k for k in tensors if k.startswith("cuda")]))]
+    here = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if states and here:
+        if len(states) != here:
+            raise DataError("another number of devices", where="checkpoint", got=here, expected=len(states))
+        torch.cuda.set_rng_state_all(states)

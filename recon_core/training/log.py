@@ -1,0 +1,43 @@
+"""A training's log as CSV: a row per report, consistent also after a crash."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+
+class TrainingLog:
+    """Rows by step number; the last column holds validation figures as ``name=value`` words.
+
+    Parameters
+    ----------
+    path
+        The file; begun, folder and all, by the first row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, step: int, figures: Mapping[str, float], validation: Mapping[str, float]) -> None:
+        """Append a row."""
+        new = not self.path.is_file()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(["step", *figures, "validation"])
+            texts = " ".join(f"{name}={value:.6g}" for name, value in validation.items())
+            writer.writerow([step, *(f"{value:.6g}" for value in figures.values()), texts])
+
+    def forget_after(self, step: int) -> None:
+        """Drop the rows of later steps: a crash undid them, and they will be written again."""
+        if not self.path.is_file():
+            return
+        with open(self.path, newline="", encoding="utf-8") as file:
+            rows = list(csv.reader(file))
+        kept = rows[:1] + [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= step]
+        part = self.path.with_suffix(".csv.part")
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(kept)
+        part.replace(self.path)

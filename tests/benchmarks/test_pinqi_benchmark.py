@@ -1,0 +1,99 @@
+"""The comparison of PINQI with others: same fit for all, known answers come back, scores are kept and added to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import common, pinqi, pinqi_phantom, pinqi_speed
+from benchmarks.pinqi_methods import T1_RANGE, Sample, classical, fitted, learned, zero_filled
+from recon_core.methods.pinqi.weights import TrainedPinqi, load_weights
+from recon_core.simulation.head_atlas import HeadAtlas
+from recon_core.simulation.options import settings_for
+from recon_core.simulation.quantitative_brain import SATURATION_TIMES, QuantitativeBrains, SampleRecipe
+from recon_core.simulation.scan import simulate_scan
+from recon_core.simulation.tubes import PROTOCOL
+from tests.recon_core.pinqi.saturation_scan import save_network
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """No networks: the signal model alone."""
+    return save_network(tmp_path_factory.mktemp("weights"), times=SATURATION_TIMES)
+
+
+@pytest.fixture(scope="module")
+def trained(weights: Path) -> TrainedPinqi:
+    return load_weights(weights)
+
+
+def sample(acceleration: float, noise: float) -> Sample:
+    recipe = SampleRecipe(size=48, n_coils=4, accelerations=(acceleration,), acs=8, noise=(noise, noise))
+    return Sample.of(QuantitativeBrains(HeadAtlas(), recipe, seed=3).batch("test", [0]), recipe)
+
+
+def test_complete_data_give_every_method_the_true_map(trained: TrainedPinqi) -> None:
+    s = sample(1.0, 1e-5)
+    for name, method in {"zero": zero_filled, "cg": classical("cg_sense"), "pinqi": learned(trained)}.items():
+        answer = method(s)
+        assert s.score(answer.t1)["nrmse"] < 0.01, name
+        assert answer.cpu_s > 0 and answer.wall_s > 0
+        assert T1_RANGE[0] <= answer.t1.min() and answer.t1.max() <= T1_RANGE[1]
+
+
+def test_undersampling_ranks_the_simple_methods(trained: TrainedPinqi) -> None:
+    s = sample(2.0, 0.005)
+    zero, sense, joined = (s.score(m(s).t1)["nrmse"] for m in (zero_filled, classical("cg_sense"), learned(trained)))
+    assert joined < zero and sense < zero
+
+
+def test_the_common_fit_keeps_its_range() -> None:
+    images = torch.ones(5, 2, 3, dtype=torch.complex64)  # recovered at once
+    assert np.allclose(fitted(images, SATURATION_TIMES), T1_RANGE[0], atol=0.05)
+    rising = torch.tensor(SATURATION_TIMES).reshape(5, 1, 1).expand(5, 2, 3).to(torch.complex64)  # never recovers
+    assert np.allclose(fitted(rising, SATURATION_TIMES), T1_RANGE[1], rtol=1e-4)
+
+
+def test_scores_are_kept_and_only_what_is_missing_is_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (common, pinqi):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    words = ["--size", "32", "--accelerations", "2", "--no-bart", "--samples"]
+    pinqi.main([*words, "1"])
+    first = json.loads((tmp_path / "pinqi.json").read_text())
+    assert set(first["scores"]) == {"zero-filled + fit", "cg_sense + fit", "llr + fit"}
+    capsys.readouterr()
+    pinqi.main([*words, "1", "--weights", f"physics={weights}", "--picture", str(tmp_path / "p.png")])
+    second = json.loads((tmp_path / "pinqi.json").read_text())
+    (added,) = set(second["scores"]) - set(first["scores"])
+    assert added.startswith("physics (") and second["weights"]["physics"]["sha256"].startswith(added[9:17])
+    assert (tmp_path / "p.png").stat().st_size > 10_000
+    kept = {n: s["2"]["0"]["nrmse"] for n, s in first["scores"].items()}
+    assert {n: second["scores"][n]["2"]["0"]["nrmse"] for n in kept} == pytest.approx(kept)
+    assert str(weights.parent) not in (tmp_path / "pinqi.json").read_text()  # no paths of a machine
+    capsys.readouterr()
+    pinqi.main([*words, "1", "--weights", f"physics={weights}"])
+    assert "sample 0" not in capsys.readouterr().err  # nothing was left to do
+
+
+def test_parts_of_the_time_are_found(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    pinqi_speed.main(["--size", "64", "--slices", "1", "--repeats", "1", "--weights", str(weights)])
+    parts = json.loads((tmp_path / "pinqi_speed.json").read_text())["float32"]["parts_s"]
+    assert parts["conjugate gradients"] > 0 and parts["per-pixel solver"] > 0
+    assert parts["UNet of images"] == 0  # these weights have none
+
+
+def test_the_phantom_arrives_whitened_and_calibrated() -> None:
+    values = {**PROTOCOL, "matrix_x": 64, "matrix_y": 64, "coils": 4, "acceleration": 2.0, "snr": 100.0}
+    scan = simulate_scan("satrec", settings_for("satrec", values))
+    kspace, info = pinqi_phantom.acquired(scan, 0)
+    assert kspace.data.shape == (5, 4, 1, 64, 64) and info.saturation_times == SATURATION_TIMES
+    assert (kspace.data.abs().sum(dim=(1, 2, 4)) > 0).equal(kspace.mask[:, 0])
+    air = kspace.data[..., :4][kspace.mask[:, None, :, :, None].expand(-1, 4, -1, -1, 4)]  # columns beside the tubes
+    assert float(air.abs().square().mean().sqrt()) == pytest.approx(np.sqrt(2), rel=0.1)

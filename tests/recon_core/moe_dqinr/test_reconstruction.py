@@ -1,0 +1,183 @@
+"""The method as a whole: presets, stages, what comes back, and what happens when something is missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from recon_core.errors import DataError
+from recon_core.methods import get_method
+from recon_core.methods.moe_dqinr.reconstruction import in_order, state_order
+from recon_core.methods.moe_dqinr.refine import RefineSettings, consistent, refine
+from recon_core.methods.moe_dqinr.settings import Settings, plan_for
+from recon_core.problem import pose
+from recon_core.types import Report, Result
+from tests.recon_core.small_series import SmallSeries, small_series
+
+METHOD = get_method("moe_dqinr")
+
+
+def run(series: SmallSeries, **settings: Any) -> Result:
+    return METHOD.reconstruct(series.kspace, series.scan, Settings(**settings), Report())
+
+
+def test_auto_is_the_preset_of_the_device() -> None:
+    assert plan_for(Settings(), "cpu").name == "cpu"
+    assert plan_for(Settings(), "cuda").name == "default"
+    assert plan_for(Settings(preset="default"), "cpu").name == "default"
+
+
+def test_paper_is_the_published_method_and_nothing_else() -> None:
+    dynamic = plan_for(Settings(preset="paper"), "cuda")
+    assert dynamic.configuration.name == "dynamic" and dynamic.fit.iterations == 850
+    assert (dynamic.fit.lr_image, dynamic.fit.lr_state) == (1e-3, 2e-3)
+    assert dynamic.prefit is None and dynamic.refinement is None and dynamic.held_out == 0.0 and not dynamic.support
+    assert plan_for(Settings(preset="paper", configuration="quantitative"), "cpu").configuration.n_experts == 10
+
+
+def test_default_is_better_than_locally_low_rank() -> None:
+    series = small_series()
+    llr = get_method("llr")
+    low_rank = llr.reconstruct(series.kspace, series.scan, llr.Settings(), Report())
+    assert series.error(run(series).images[0].data) < 0.7 * series.error(low_rank.images[0].data)
+
+
+def test_what_comes_back_besides_images() -> None:
+    series = small_series()
+    result = run(series, configuration="dynamic")
+    n_states = len(series.kspace.data)
+    routing = result.extras["routing_weights"]
+    assert routing.shape == (n_states, 7) and np.allclose(routing.sum(1), 1, atol=1e-5) and (routing >= 0).all()
+    assert result.extras["residual_coefficients"].shape == (n_states, 2)
+    assert result.extras["residual_per_state"].shape == (n_states,)
+    assert len(result.extras["loss"]) == result.quality["network_iterations"]
+    assert result.extras["held_out"].shape[1] == 2
+    assert 0.5 < result.quality["residual"] < 2.0
+    assert 1 <= result.quality["refine_iterations"] <= RefineSettings().iterations
+    assert len(result.extras["refine_held_out"]) == RefineSettings().iterations
+
+
+def test_paper_preset_runs_on_any_data() -> None:
+    series = small_series()
+    result = run(series, preset="paper", iterations=2, configuration="quantitative")
+    assert result.extras["routing_weights"].shape == (6, 10)
+    assert "residual_coefficients" not in result.extras and "refine_held_out" not in result.extras
+
+
+@pytest.mark.parametrize("variant", ["full", "residual_only", "no_residual"])
+def test_variants_of_table_4(variant: str) -> None:
+    result = run(small_series(), variant=variant)
+    assert ("routing_weights" in result.extras) == (variant != "residual_only")
+    assert ("residual_coefficients" in result.extras) == (variant != "no_residual")
+
+
+def test_network_images_alone_are_what_the_network_says() -> None:
+    series = small_series()
+    result = run(series, refine=False)
+    assert "refine_held_out" not in result.extras
+    singular = result.extras["singular_values"]
+    # background, experts and residual basis: rank at most K + L (6 states here)
+    assert singular.shape == (6,)
+    refined = run(series)
+    assert series.error(refined.images[0].data) < series.error(result.images[0].data)
+
+
+def test_without_a_network_there_is_no_routing() -> None:
+    result = run(small_series(), network=False)
+    assert "routing_weights" not in result.extras and "residual" in result.quality
+
+
+def test_fully_sampled_lines_leave_nothing_to_hold_out() -> None:
+    series = small_series(keep=1.0)
+    result = run(series)
+    assert "refine_held_out" not in result.extras and result.quality["refine_iterations"] == RefineSettings().iterations
+    assert series.error(result.images[0].data) < 0.02
+
+
+def test_one_state_is_said() -> None:
+    result = run(small_series(n_states=1, keep=0.6))
+    assert any("one state" in note for note in result.notes)
+
+
+def test_states_are_sorted_by_inversion_time_and_put_back() -> None:
+    series = small_series()
+    times = (0.3, 0.1, 0.5, 0.2, 0.4, 0.6)
+    scan = replace(series.scan, inversion_times=times)
+    order = state_order(scan, 6)
+    assert order.tolist() == [1, 3, 0, 4, 2, 5]
+    sorted_kspace = in_order(series.kspace, order)
+    assert torch.equal(sorted_kspace.data[0], series.kspace.data[1])
+    # shuffled in, shuffled out
+    result = METHOD.reconstruct(series.kspace, scan, Settings(configuration="quantitative"), Report())
+    assert series.error(result.images[0].data) < 0.05
+
+
+def test_a_slab_is_refused_with_a_remedy() -> None:
+    with pytest.raises(DataError, match="single slices"):
+        run(small_series((8, 18, 15)))
+
+
+def test_a_state_far_from_its_data_is_reported() -> None:
+    class Listener(Report):
+        def __init__(self) -> None:
+            self.said: list[str] = []
+
+        def warn(self, message: str) -> None:
+            self.said.append(message)
+
+    series, listener = small_series(), Listener()
+    result = METHOD.reconstruct(series.kspace, series.scan, Settings(preset="paper", iterations=2), listener)
+    assert any("times the noise" in note for note in result.notes)
+    assert list(result.notes) == listener.said
+
+
+def test_data_without_noise_are_data() -> None:
+    series = small_series(noise=0.0)
+    series = replace(series, kspace=replace(series.kspace, noise_std=None))
+    result = run(series)
+    assert series.error(result.images[0].data) < 0.03 and np.isfinite(result.quality["residual"])
+
+
+def test_rectangular_matrix() -> None:
+    series = small_series((1, 40, 24))
+    assert series.error(run(series).images[0].data) < 0.05
+
+
+def test_strength_falls_to_the_noise_and_never_rises() -> None:
+    settings = RefineSettings()
+    for noise in (0.0, 0.001, 0.01, 0.1):
+        sigmas = [settings.sigma(k, noise) for k in range(settings.iterations)]
+        assert sigmas == sorted(sigmas, reverse=True)
+        assert sigmas[-1] == pytest.approx(max(noise, 1e-3))
+
+
+def test_data_consistency_is_the_minimum() -> None:
+    """Gradient of ``|A x - b|^2 / 2 + mu |x - z|^2 / 2`` vanishes."""
+    series = small_series()
+    problem = pose(series.kspace, "test", Report())
+    prior = torch.randn(problem.rhs.shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(2))
+    x = consistent(problem.operator, problem.rhs, prior, 0.3, 60)
+    gradient = problem.operator.normal(x) - problem.rhs + 0.3 * (x - prior)
+    assert float(gradient.abs().max()) < 1e-3
+
+
+def test_refinement_can_be_left_early() -> None:
+    series = small_series()
+    problem = pose(series.kspace, "test", Report())
+    seen: list[int] = []
+    refine(
+        problem.operator,
+        problem.rhs,
+        problem.noise,
+        problem.rhs,
+        RefineSettings(),
+        lambda k, _: seen.append(k),
+        stop_after=3,
+    )
+    assert seen == [0, 1, 2]
+    seen.clear()
+    refine(problem.operator, problem.rhs, problem.noise, problem.rhs, RefineSettings(), lambda k, _: k < 1 or False)

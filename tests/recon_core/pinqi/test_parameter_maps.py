@@ -1,0 +1,88 @@
+"""Standard deviations against the least-squares covariance and against spread, and residuals against known noise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from recon_core.methods.pinqi.model import PinqiOutput
+from recon_core.methods.pinqi.parameter_maps import agreement, image_noise_variance, relaxation_deviation
+from recon_core.methods.pinqi.settings import Settings
+from recon_core.operators.batched_sense import BatchedSense
+from recon_core.signal_models import SaturationRecovery
+from recon_core.solvers.least_squares import levenberg_marquardt
+from tests.recon_core.small_series import coil_maps
+
+TIMES = (0.5, 1.0, 1.5, 2.0, 8.0)
+MODEL = SaturationRecovery(TIMES)
+
+
+def parameters(n: int = 64, seed: int = 0) -> torch.Tensor:
+    g = torch.Generator().manual_seed(seed)
+    t1 = 0.4 + 2.0 * torch.rand(n, generator=g)
+    m0 = torch.polar(0.5 + 0.5 * torch.rand(n, generator=g), torch.randn(n, generator=g))
+    return torch.stack((m0.real, m0.imag, 1 / t1))
+
+
+def test_equal_noise_gives_the_covariance_of_an_unregularised_fit() -> None:
+    p = parameters().double()
+    t1, sd = relaxation_deviation(MODEL, p, torch.full((5,), 0.02**2))
+    fit = levenberg_marquardt(MODEL, MODEL.signal(p), p, noise_std=0.02)
+    assert torch.allclose(t1, 1 / p[2])
+    assert torch.allclose(sd, fit.covariance[2, 2].sqrt() / p[2] ** 2, rtol=1e-6)
+
+
+def test_states_of_different_noise_by_monte_carlo() -> None:
+    """A weighted fit on many noisy copies: its spread is the bound, within 15 %."""
+    p = parameters(1, seed=3)
+    deviation = torch.tensor([0.01, 0.02, 0.01, 0.03, 0.005])
+    n = 4000
+    g = torch.Generator().manual_seed(1)
+    noise = torch.complex(*(torch.randn(5, n, generator=g) * deviation[:, None] for _ in range(2)))
+    data = MODEL.signal(p) + noise
+    # weighting by Newton steps from the truth: an estimator of its own, not the code under test
+    found = p.double().expand(3, n).clone()
+    for _ in range(8):
+        signal, jacobian = MODEL.signal_and_jacobian(found)
+        rows = torch.view_as_real(jacobian / deviation[:, None, None]).permute(2, 0, 3, 1).reshape(n, 10, 3)
+        left = torch.view_as_real((data - signal) / deviation[:, None]).permute(1, 0, 2).reshape(n, 10, 1).double()
+        found += torch.linalg.lstsq(rows, left).solution[..., 0].mT
+    _, sd = relaxation_deviation(MODEL, p, deviation**2)
+    assert float((1 / found[2]).std()) == pytest.approx(float(sd), rel=0.15)
+
+
+def test_what_the_data_do_not_determine_is_infinite_and_no_noise_is_zero() -> None:
+    p = parameters(2)
+    p[:2, 1] = 0.0  # no magnetisation, so no rate
+    _, sd = relaxation_deviation(MODEL, p, torch.full((5,), 1e-4))
+    assert bool(torch.isfinite(sd[0])) and bool(torch.isinf(sd[1]))
+    assert float(relaxation_deviation(MODEL, p, torch.zeros(5))[1][0]) == 0.0
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.0])
+def test_residuals_of_the_truth_are_the_noise(noise: float) -> None:
+    rng = np.random.default_rng(0)
+    n_y, n_x = 30, 24
+    maps = torch.from_numpy(coil_maps((1, n_y, n_x), 4, rng)[None, :, 0])
+    weights = torch.from_numpy((rng.random((1, 5, n_y)) < 0.5).astype(float))
+    weights[..., 12:18] = np.sqrt(2)
+    operator = BatchedSense(maps, weights)
+    p = parameters(n_y * n_x).double().reshape(1, 3, n_x, n_y)
+    signal = MODEL.signal(p[0]).to(torch.complex128)[None]
+    clean = operator.forward(signal)
+    g = torch.Generator().manual_seed(2)
+    sampled = torch.fft.ifftshift(weights > 0, dim=-1)[:, :, None, None]
+    data = clean + noise * torch.randn(clean.shape, dtype=clean.dtype, generator=g) * sampled
+    found = PinqiOutput(p, signal, (p,))
+    agreed = agreement(operator, data, found, signal, noise)
+    assert not agreed.fails(Settings())
+    assert agreed.maps == agreed.images == pytest.approx(1.0 if noise else 0.0, abs=0.02)
+    if noise:
+        assert float(agreed.local.mean()) == pytest.approx(1.0, abs=0.05) and agreed.local.shape == (n_y, n_x)
+    # the same for another signal: a tenth too bright is ten per cent unexplained
+    bright = agreement(operator, data, PinqiOutput(p, 1.1 * signal, (p,)), 1.1 * signal, noise or 1e-6)
+    assert bright.unexplained == pytest.approx(0.1, abs=0.01) and bright.fails(Settings(quality_signal=0.05))
+    assert float(bright.misfit.median()) > 0.01
+    share = weights.square().mean(-1)[0]
+    assert torch.allclose(image_noise_variance(operator, 0.3), 0.045 / share)

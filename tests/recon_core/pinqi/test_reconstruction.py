@@ -1,0 +1,239 @@
+"""PINQI as a method: units, order, errors and marks. Weights are saved and loaded for real; none claims a quality it cannot have."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recon_core.errors import DataError, NumericalError, ReconError
+from recon_core.methods.pinqi.installed import FOLDERS, find_weights
+from recon_core.methods.pinqi.model import PinqiSettings
+from recon_core.methods.pinqi.reconstruction import longest_delay_calibration, reconstruct, reconstruct_with
+from recon_core.methods.pinqi.settings import Settings
+from recon_core.methods.pinqi.weights import TrainedPinqi
+from recon_core.training.checkpoint import WeightError
+from recon_core.types import KSpace, Report, Result
+from tests.recon_core.pinqi.saturation_scan import TIMES, SaturationScan, saturation_scan, save_network, saved_network
+
+
+@pytest.fixture(scope="module")
+def physics(tmp_path_factory: pytest.TempPathFactory) -> TrainedPinqi:
+    return saved_network(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> TrainedPinqi:
+    """Both networks, at random, one iteration."""
+    return saved_network(tmp_path_factory.mktemp("weights"), PinqiSettings(n_iterations=1))
+
+
+class Listener(Report):
+    def __init__(self) -> None:
+        self.fractions: list[float] = []
+        self.warnings: list[str] = []
+
+    def progress(self, fraction: float, message: str = "") -> None:
+        self.fractions.append(fraction)
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def run(trained: TrainedPinqi, s: SaturationScan, kspace: KSpace | None = None, **settings: object) -> Result:
+    return reconstruct_with(trained, kspace or s.kspace, s.scan, Settings(**settings), Report())  # type: ignore[arg-type]
+
+
+def maps_of(result: Result) -> dict[str, np.ndarray]:
+    return {m.name: m.data[0].numpy() for m in result.maps}
+
+
+@pytest.mark.parametrize("shape", [(25, 22), (20, 27)])
+@pytest.mark.parametrize("scale", [1.0, 3e-7, 2e6])
+def test_the_true_maps_come_back_in_the_scans_units(physics: TrainedPinqi, shape: tuple[int, int], scale: float) -> None:
+    s = saturation_scan(shape, scale=scale)
+    result = run(physics, s)
+    found = maps_of(result)
+    valid = result.maps[0].valid[0].numpy()
+    assert np.array_equal(valid, s.body)
+    assert np.abs(found["T1"] - s.t1)[valid].max() < 0.01
+    assert np.abs(found["M0"] - abs(s.m0))[valid].max() < 0.005 * scale
+    assert np.abs(found["M0_phase"] - np.angle(s.m0))[valid].max() < 0.01
+    assert all((m.data[~m.valid] == 0).all() and m.valid is result.maps[0].valid for m in result.maps)
+    assert [m.unit for m in result.maps] == ["s", "s", "1", "rad"]
+    images = result.images[0].data[:, 0].numpy()
+    truth = np.stack([s.m0 * (1 - np.exp(-t / s.t1)) for t in TIMES])
+    assert np.linalg.norm(images - truth) < 0.005 * np.linalg.norm(truth)
+    assert result.quality["t1_valid"] == 1.0 and not result.notes
+
+
+def test_undersampled_states_are_joined_by_the_signal_model(physics: TrainedPinqi) -> None:
+    s = saturation_scan(keep=0.5)
+    found = maps_of(run(physics, s))["T1"]
+    assert np.median(np.abs(found - s.t1)[s.body]) < 0.05
+
+
+def test_states_in_any_order_give_the_same_maps_and_come_back_in_their_order(physics: TrainedPinqi) -> None:
+    s, order = saturation_scan(keep=0.6), [2, 0, 3, 1]
+    k = s.kspace
+    shuffled = replace(k, data=k.data[order], counts=k.counts[order])
+    scan = replace(s.scan, saturation_times=tuple(TIMES[i] for i in order))
+    a = run(physics, s)
+    b = reconstruct_with(physics, shuffled, scan, Settings(), Report())
+    assert torch.equal(a.images[0].data[order], b.images[0].data)
+    assert torch.equal(a.maps[0].data, b.maps[0].data)
+
+
+def test_weights_that_know_the_states_in_another_order(tmp_path: Path) -> None:
+    descending = saved_network(tmp_path, times=TIMES[::-1])
+    s = saturation_scan()
+    assert np.abs(maps_of(run(descending, s))["T1"] - s.t1)[s.body].max() < 0.01
+
+
+def test_random_networks_run_on_any_matrix_and_leave_the_callers_arrays_alone(untrained: TrainedPinqi) -> None:
+    s, listener = saturation_scan((35, 22), keep=0.4), Listener()
+    k = s.kspace
+    before = [t.clone() for t in (k.data, k.counts, k.acs, k.coil_maps) if t is not None]
+    result = reconstruct_with(untrained, k, s.scan, Settings(), listener)
+    assert all(
+        torch.equal(a, b) for a, b in zip(before, [k.data, k.counts, k.acs, k.coil_maps], strict=True) if b is not None
+    )
+    assert result.images[0].data.shape == (4, 1, 35, 22) and result.images[0].data.dtype == torch.complex64
+    assert all(m.data.shape == (1, 35, 22) and bool(m.data.isfinite().all()) for m in result.maps)
+    assert listener.fractions == sorted(listener.fractions) and listener.fractions[-1] == 1.0
+    assert all(isinstance(v, float) and np.isfinite(v) for v in result.quality.values())
+
+
+def test_one_coil_and_unknown_noise(physics: TrainedPinqi) -> None:
+    s = saturation_scan(n_coils=1, noise=1e-3)
+    result = run(physics, s, replace(s.kspace, noise_std=None))
+    valid = result.maps[0].valid[0].numpy()
+    assert (valid & s.body).sum() > 0.98 * s.body.sum()
+    assert np.abs(maps_of(result)["T1"] - s.t1)[valid & s.body].max() < 0.05
+
+
+def test_nothing_but_zeros_gives_nothing_and_says_so(physics: TrainedPinqi) -> None:
+    s = saturation_scan()
+    assert s.kspace.acs is not None
+    zero = replace(s.kspace, data=torch.zeros_like(s.kspace.data), acs=torch.zeros_like(s.kspace.acs))
+    result = run(physics, s, zero)
+    assert not result.maps[0].valid.any() and float(result.images[0].data.abs().max()) == 0
+    assert "all samples are zero" in result.notes[0] and {m.name for m in result.maps} == {"T1", "T1_SD", "M0", "M0_phase"}
+
+
+def test_data_that_contradict_the_model_are_marked_or_refused(physics: TrainedPinqi) -> None:
+    s = saturation_scan(noise=1e-3)
+    spoiled = s.kspace.data.clone()
+    spoiled[3] *= 0.3  # the longest delay is darker than the shorter ones: no recovery looks like that
+    k = replace(s.kspace, data=spoiled)
+    result = run(physics, s, k)
+    assert "do not fit the measured data" in result.notes[0]
+    assert all("do not fit" in m.comment for m in result.maps)
+    assert result.quality["t1_valid"] < 0.5 and result.quality["residual_maps"] > 2
+    with pytest.raises(NumericalError, match="do not fit") as refused:
+        run(physics, s, k, quality_failure="error")
+    assert refused.value.remedy
+    good = run(physics, s)
+    assert not good.notes and "do not fit" not in good.maps[0].comment and good.quality["residual_maps"] < 1.2
+
+
+def test_pixels_at_a_bound_are_marked(physics: TrainedPinqi) -> None:
+    s = saturation_scan(noise=1e-4)
+    bright = s.kspace.data.clone()
+    bright[:3] = bright[3] * 1.5  # the short delays are brighter than the long one: the rate runs to its bound
+    result = run(physics, s, replace(s.kspace, data=bright), quality_noise=1000.0, quality_signal=1.0)
+    assert not result.maps[0].valid[0].numpy()[s.body].any()
+
+
+def test_standard_deviation_is_the_spread_under_noise(physics: TrainedPinqi) -> None:
+    """Fully sampled, no networks: an unregularised fit. Each pixel's error over its claimed SD has an RMS of 1."""
+    first = saturation_scan((20, 16), noise=0.02)
+    inside = first.body
+    ratios = []
+    for repeat in range(6):
+        found = maps_of(run(physics, saturation_scan((20, 16), noise=0.02, noise_seed=100 + repeat)))
+        ratios.append(((found["T1"] - first.t1) / np.maximum(found["T1_SD"], 1e-9))[inside])
+    assert np.sqrt(np.mean(np.square(ratios))) == pytest.approx(1.0, abs=0.15)
+
+
+def test_averages_lower_the_standard_deviation(physics: TrainedPinqi) -> None:
+    """Data with four averages everywhere, of the same noise per readout: half the spread."""
+    s = saturation_scan((20, 16), noise=0.02)
+    four = replace(s.kspace, counts=4 * s.kspace.counts)
+    once, averaged = (run(physics, s, k).maps[1].data[0].numpy()[s.body] for k in (s.kspace, four))
+    # the same data are noisier than claimed, and the residual says so: by two, but for the three of eight numbers that are fitted
+    assert np.median(averaged / once) == pytest.approx(np.sqrt(5 / 8), abs=0.1)
+    quiet = saturation_scan((20, 16), noise=0.01)
+    really = run(physics, quiet, replace(quiet.kspace, counts=4 * quiet.kspace.counts, noise_std=0.02))
+    assert np.median(really.maps[1].data[0].numpy()[s.body] / once) == pytest.approx(0.5, abs=0.05)
+
+
+def test_calibration_from_the_longest_delay() -> None:
+    s = saturation_scan(keep=0.4)
+    k = longest_delay_calibration(s.kspace, s.scan)
+    assert k.acs is not None and k.acs_mask is not None
+    assert torch.equal(k.acs[:, k.acs_mask], s.kspace.data[3][:, k.acs_mask])
+    assert not k.acs[:, ~k.acs_mask].any()
+    assert longest_delay_calibration(s.kspace, replace(s.scan, saturation_times=())) is s.kspace
+    counts = s.kspace.counts.clone()
+    counts[3, 0, 13] = 0  # the longest delay lacks a line: the mean of the states stays
+    lacking = replace(s.kspace, counts=counts)
+    assert longest_delay_calibration(lacking, s.scan) is lacking
+
+
+# -------------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("times", "error", "why"),
+    [
+        ((), DataError, "no saturation times"),
+        ((0.5, 1.0, 8.0), DataError, "count of saturation times"),
+        ((0.5, 1.0, 2.5, 8.0), WeightError, "other delays"),
+    ],
+)
+def test_missing_or_other_delays_are_refused(
+    physics: TrainedPinqi, times: tuple[float, ...], error: type[ReconError], why: str
+) -> None:
+    s = saturation_scan()
+    with pytest.raises(error, match=why) as refused:
+        reconstruct_with(physics, s.kspace, replace(s.scan, saturation_times=times), Settings(), Report())
+    assert refused.value.remedy
+
+
+def test_another_number_of_states_and_slabs_are_refused(physics: TrainedPinqi) -> None:
+    s = saturation_scan(times=(0.5, 1.0, 8.0))
+    with pytest.raises(WeightError, match="3 states"):
+        run(physics, s)
+    k = saturation_scan().kspace
+    slab = replace(k, data=k.data.expand(-1, -1, 2, -1, -1))
+    with pytest.raises(DataError, match="single slices"):
+        run(physics, s, slab)
+
+
+def test_weights_are_found_by_name_in_the_named_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = saturation_scan()
+    save_network(tmp_path / "a", "site")
+    monkeypatch.setenv(FOLDERS, str(tmp_path / "a"))
+    result = reconstruct(s.kspace, s.scan, Settings(weights="site"), Report())
+    assert np.abs(maps_of(result)["T1"] - s.t1)[s.body].max() < 0.01
+    save_network(tmp_path, "outside")
+    for name in ("nowhere", "../outside", str(tmp_path / "outside"), ""):
+        with pytest.raises(WeightError, match="weights"):
+            find_weights(name)
+    with pytest.raises(WeightError, match="site"):  # says what there is
+        find_weights("nowhere")
+
+
+def test_damaged_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    s = saturation_scan()
+    tensors = save_network(tmp_path, "site").with_suffix(".safetensors")
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(bytes(content))
+    monkeypatch.setenv(FOLDERS, str(tmp_path))
+    with pytest.raises(WeightError, match="sha256"):
+        reconstruct(s.kspace, s.scan, Settings(weights="site"), Report())

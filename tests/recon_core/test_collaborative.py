@@ -1,0 +1,95 @@
+"""The collaborative filter: exact where nothing is thresholded, better than the noise where there is structure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from recon_core.errors import DataError
+from recon_core.solvers.collaborative import PatchGroups, PatchSettings, principal_images
+
+
+def series(n_states: int = 5, shape: tuple[int, int] = (40, 36), seed: int = 0) -> torch.Tensor:
+    """Two discs of different time courses on a ramp, with a smooth phase; complex (state, row, column)."""
+    y, x = torch.meshgrid(torch.linspace(-1, 1, shape[0]), torch.linspace(-1, 1, shape[1]), indexing="ij")
+    first = ((y + 0.3) ** 2 + (x + 0.2) ** 2 < 0.2).float()
+    second = ((y - 0.4) ** 2 + (x - 0.3) ** 2 < 0.1).float()
+    times = torch.linspace(0, 1, n_states)
+    frames = [0.3 + 0.1 * x + first * (1 - t) + second * t for t in times]
+    return torch.stack(frames) * torch.exp(1j * (0.5 * x + y * y))
+
+
+def noisy(clean: torch.Tensor, sigma: float, seed: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return clean + sigma * torch.randn(clean.shape, dtype=clean.dtype, generator=generator)
+
+
+def test_without_a_threshold_nothing_changes() -> None:
+    images = noisy(series(), 0.1)
+    filtered = PatchGroups(images, PatchSettings()).filter(images, 0.0, 2.0)
+    assert torch.allclose(filtered, images, atol=2e-6)
+
+
+def test_takes_away_most_of_the_noise_and_little_of_the_object() -> None:
+    clean = series()
+    images = noisy(clean, 0.1)
+    filtered = PatchGroups(images, PatchSettings()).filter(images, 0.1, 2.5)
+    before, after = (images - clean).abs().square().mean().sqrt(), (filtered - clean).abs().square().mean().sqrt()
+    assert float(after) < 0.35 * float(before)
+
+
+def test_filter_follows_scale_and_phase_of_the_images() -> None:
+    images = noisy(series(), 0.1)
+    factor = 30.0 * torch.exp(torch.tensor(0.7j))
+    reference = PatchGroups(images, PatchSettings()).filter(images, 0.1, 2.0)
+    moved = PatchGroups(images * factor, PatchSettings()).filter(images * factor, 3.0, 2.0)
+    assert torch.allclose(moved / factor, reference, atol=1e-4)
+
+
+def test_images_wrap_around() -> None:
+    images = noisy(series(), 0.1)
+    settings = PatchSettings(stride=1)
+    reference = PatchGroups(images, settings).filter(images, 0.1, 2.0)
+    rolled = torch.roll(images, (7, 11), (1, 2))
+    filtered = PatchGroups(rolled, settings).filter(rolled, 0.1, 2.0)
+    # partners at equal distance may be taken in another order
+    difference = (torch.roll(filtered, (-7, -11), (1, 2)) - reference).abs()
+    assert float(difference.square().mean().sqrt()) < 0.01
+
+
+def test_similar_patches_are_found() -> None:
+    """A pattern that repeats every 8 columns: partners are whole periods away."""
+    row = torch.tensor([0.0, 3.0, 1.0, 7.0, 2.0, 9.0, 4.0, 5.0]).repeat(4)
+    images = (row[None, None, :] * torch.linspace(1, 2, 32)[None, :, None]).to(torch.complex64)
+    groups = PatchGroups(images, PatchSettings(group=2, reach=8, stride=4))
+    origin = groups.pixels.reshape(-1, 2, 16)[:, :, 0]
+    rows, columns = origin // 32, origin % 32
+    assert bool(((columns[:, 1] - columns[:, 0]) % 8 == 0).all())
+    assert bool((rows[:, 1] == rows[:, 0]).all())
+
+
+@pytest.mark.parametrize("shape", [(9, 31), (5, 5), (30, 7)])
+@pytest.mark.parametrize("n_states", [1, 4])
+def test_any_matrix_and_number_of_states(shape: tuple[int, int], n_states: int) -> None:
+    images = noisy(series(n_states, shape), 0.05)
+    filtered = PatchGroups(images, PatchSettings()).filter(images, 0.05, 2.0)
+    assert filtered.shape == images.shape and bool(torch.isfinite(filtered.abs()).all())
+
+
+def test_every_pixel_is_covered_whatever_the_stride() -> None:
+    images = torch.ones(2, 21, 19, dtype=torch.complex64)
+    filtered = PatchGroups(images, PatchSettings(side=4, stride=4)).filter(images, 0.01, 2.0)
+    assert torch.allclose(filtered, images, atol=1e-5)
+
+
+def test_groups_that_cannot_be_transformed_are_refused() -> None:
+    with pytest.raises(DataError, match="power of two"):
+        PatchGroups(series(), PatchSettings(group=6))
+    with pytest.raises(DataError, match="do not fit"):
+        PatchGroups(series(), PatchSettings(side=64))
+
+
+def test_principal_images_hold_the_energy_of_a_low_rank_series() -> None:
+    clean = series()  # rank 2 in real terms: constant and slope in time
+    strongest = principal_images(clean, 2)
+    assert float(strongest.abs().square().sum()) == pytest.approx(float(clean.abs().square().sum()), rel=1e-5)

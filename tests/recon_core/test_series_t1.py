@@ -1,0 +1,280 @@
+"""T1 maps behind a reconstruction: which times, which noise, which sign; maps come last; what is refused and what is said."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from recon_core.errors import DataError
+from recon_core.maps.regrid import map_on_recon_matrix
+from recon_core.maps.series_t1 import ImageNoise, image_noise, recovery_times, t1_maps
+from recon_core.maps.settings import MapSettings
+from recon_core.methods import get_method
+from recon_core.preprocess.oversampling import to_recon_matrix
+from recon_core.reconstruct import Recipe, reconstruct
+from recon_core.settings import parse_settings
+from recon_core.types import ImageSeries, KSpace, ParameterMap, Report, Result, ScanInfo
+from tests.recon_core.small_series import centred_fft, coil_maps
+
+N = 48
+TIMES = (0.12, 1.12, 2.12, 3.12, 4.12, 0.20, 1.20, 2.20)  # 5(3)3, as acquired: not in order
+T1 = MapSettings(maps="t1")
+FOV = (0.008, 0.3, 0.3)
+SCAN = ScanInfo((1, N, N), FOV, (1, N, N), FOV, inversion_times=TIMES)
+
+
+class Listener(Report):
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def object_t1(n: int = N) -> tuple[np.ndarray, np.ndarray]:
+    """A disc of T1 = 1.2 s around one of 0.4 s: T1 ``(y, x)`` in s and the density."""
+    y, x = np.meshgrid(*[(np.arange(n) - n // 2) / (n / 2)] * 2, indexing="ij")
+    r = np.hypot(y, x)
+    return np.where(r < 0.35, 0.4, 1.2), 1 / (1 + np.exp((r - 0.75) * n / 2))
+
+
+def molli_images(n: int = N, phase: np.ndarray | None = None, shortening: float = 0.8) -> torch.Tensor:
+    """complex128 ``(state, 1, y, x)``."""
+    t1, density = object_t1(n)
+    y, x = np.meshgrid(*[(np.arange(n) - n // 2) / (n / 2)] * 2, indexing="ij")
+    ti = np.array(TIMES)[:, None, None]
+    signal = shortening - (1 + shortening) * np.exp(-ti / (shortening * t1))
+    own = np.exp(1j * (0.6 * x - 0.5 * y)) if phase is None else np.exp(1j * phase)
+    return torch.from_numpy(density * signal * own)[:, None]
+
+
+def molli_kspace(noise: float, keep: float = 1.0, n_coils: int = 4, n_acs: int = 12, seed: int = 0) -> KSpace:
+    """Hybrid k-space of `molli_images` with true maps; every state keeps its own part of the lines."""
+    rng = np.random.default_rng(seed)
+    maps = coil_maps((1, N, N), n_coils, rng)
+    full = centred_fft(molli_images().numpy()[:, None] * maps, (-3, -2))
+    full = full + noise * (rng.standard_normal(full.shape) + 1j * rng.standard_normal(full.shape)) / np.sqrt(2)
+    acs = np.zeros((1, N), bool)
+    acs[0, N // 2 - n_acs // 2 : N // 2 + n_acs // 2] = True
+    mask = (rng.random((len(TIMES), 1, N)) < keep) | acs
+    data = torch.from_numpy((full * mask[:, None, :, :, None]).astype(np.complex64))
+    lines = data[4] * torch.from_numpy(acs)[None, :, :, None]
+    counts = torch.from_numpy(mask.astype(np.float32))
+    true = torch.from_numpy(maps.astype(np.complex64))
+    return KSpace(data, counts, lines, torch.from_numpy(acs), coil_maps=true, noise_std=noise)
+
+
+def recipe(method: str, maps: MapSettings = T1, **settings: object) -> Recipe:
+    return Recipe(method, parse_settings(get_method(method).Settings, settings), maps=maps)
+
+
+def interior(n: int = N, margin: float = 4.0) -> np.ndarray:
+    """Pixels that are not within ``margin`` pixels of an edge of the object."""
+    y, x = np.meshgrid(*[np.arange(n) - n // 2] * 2, indexing="ij")
+    r = np.hypot(y, x)
+    return (r < 0.35 * n / 2 - margin) | ((r > 0.35 * n / 2 + margin) & (r < 0.75 * n / 2 - margin))
+
+
+@pytest.mark.parametrize("method", ["cg_sense", "llr", "grasp_pro"])
+def test_every_method_delivers_the_true_t1_from_undersampled_data(method: str) -> None:
+    result = reconstruct(molli_kspace(0.01, keep=0.35), SCAN, recipe(method))
+    assert [(m.name, m.unit) for m in result.maps] == [("T1", "s"), ("T1_SD", "s"), ("M0", "1"), ("T1_residual", "1")]
+    truth, _ = object_t1()
+    inside = interior()
+    t1, valid = result.maps[0].data[0].numpy(), result.maps[0].valid[0].numpy()
+    assert valid[inside].mean() > 0.99
+    error = np.linalg.norm(t1[inside & valid] - truth[inside & valid]) / np.linalg.norm(truth[inside & valid])
+    assert error < 0.05
+    assert 0.9 < result.quality["t1_valid"] <= 1.0 and not result.notes
+
+
+def test_magnitudes_of_fourier_give_the_same_map_by_their_zero_crossing() -> None:
+    result = reconstruct(molli_kspace(0.003), SCAN, recipe("fourier"))
+    assert "zero crossing" in result.maps[0].comment
+    signed = reconstruct(molli_kspace(0.003), SCAN, recipe("cg_sense"))
+    assert "sign from phase" in signed.maps[0].comment
+    inside = interior() & result.maps[0].valid[0].numpy() & signed.maps[0].valid[0].numpy()
+    assert inside.sum() > 0.98 * interior().sum()
+    np.testing.assert_allclose(result.maps[0].data[0].numpy()[inside], signed.maps[0].data[0].numpy()[inside], rtol=0.02)
+
+
+def test_the_standard_deviation_is_the_spread_over_repeated_scans() -> None:
+    """Fully sampled, noise known: the claimed SD equals the spread of T1 in repeated noise draws."""
+    maps = [reconstruct(molli_kspace(0.03, seed=seed), SCAN, recipe("cg_sense")).maps for seed in range(12)]
+    # the coils differ with the seed, too; unit-norm maps make that irrelevant
+    t1, sd = (np.stack([m[i].data[0].numpy() for m in maps]) for i in (0, 1))
+    inside = interior() & np.stack([m[0].valid[0].numpy() for m in maps]).all(0)
+    spread = np.sqrt((t1[:, inside].var(0, ddof=1) / t1[:, inside].mean(0) ** 2).mean())
+    claimed = np.sqrt((sd[:, inside] ** 2 / t1[:, inside] ** 2).mean())
+    assert claimed == pytest.approx(spread, rel=0.25)
+    assert "measured noise" in maps[0][1].comment
+
+
+def test_the_standard_deviation_after_regularisation_is_not_below_the_error() -> None:
+    result = reconstruct(molli_kspace(0.02, keep=0.2), SCAN, recipe("llr"))
+    residual_only = t1_maps(result.images[0], SCAN, None, T1).maps
+    truth, _ = object_t1()
+    inside = interior() & result.maps[0].valid[0].numpy()
+    error = float(np.sqrt(np.mean((result.maps[0].data[0].numpy() - truth)[inside] ** 2)))
+    claimed, too_small = (float(np.sqrt(np.mean(m[1].data[0].numpy()[inside] ** 2))) for m in (result.maps, residual_only))
+    assert too_small < 0.7 * error < claimed < 3 * error
+    assert "lower limit" in residual_only[1].comment
+
+
+def test_noise_of_an_image_follows_acceleration_averages_and_matrix() -> None:
+    counts = torch.zeros(2, 1, N)
+    counts[:, :, ::4] = 1
+    assert image_noise(math.sqrt(2), counts, SCAN, measured=True).std == pytest.approx(2.0)
+    assert image_noise(math.sqrt(2), 4 * counts, SCAN, measured=True).std == pytest.approx(1.0)
+    half = replace(SCAN, recon_matrix=(1, N // 2, N // 2))
+    assert image_noise(math.sqrt(2), counts, half, measured=True).std == pytest.approx(1.0)
+    double = replace(SCAN, recon_matrix=(1, 2 * N, 2 * N))
+    assert image_noise(math.sqrt(2), counts, double, measured=True).std == pytest.approx(2.0)
+    rng = np.random.default_rng(1)
+    image = torch.from_numpy(rng.standard_normal((1, 64, 64)) + 1j * rng.standard_normal((1, 64, 64))).to(torch.complex64)
+    for n, expected in ((32, 0.5), (128, 1.0)):
+        moved = to_recon_matrix(image, (1, 64, 64), FOV, (1, n, n), FOV)
+        assert float(moved.real.std()) == pytest.approx(expected, rel=0.05)
+
+
+def test_maps_are_fitted_on_the_console_matrix_and_do_not_ring() -> None:
+    """Zero-filling keeps the measured pixels, so every second pixel is what the encoded grid gives; interpolating the map is worse."""
+    finer = replace(SCAN, recon_matrix=(1, 2 * N, 2 * N))
+    result = reconstruct(molli_kspace(0.002), finer, recipe("cg_sense"))
+    assert tuple(result.maps[0].data.shape) == (1, 2 * N, 2 * N) == tuple(result.images[0].data.shape[1:])
+    coarse = reconstruct(molli_kspace(0.002), SCAN, recipe("cg_sense")).maps[0]
+    even = (slice(None), slice(None, None, 2), slice(None, None, 2))
+    both = coarse.valid & result.maps[0].valid[even]
+    assert float((both == coarse.valid).float().mean()) > 0.99
+    torch.testing.assert_close(result.maps[0].data[even][both], coarse.data[both], rtol=5e-3, atol=0)
+    truth, _ = object_t1(2 * N)
+    t1, valid = result.maps[0].data[0].numpy(), result.maps[0].valid[0].numpy()
+    sinc = to_recon_matrix(coarse.data, SCAN.matrix, FOV, finer.recon_matrix, FOV)[0].numpy()
+    inside = valid & (interior(2 * N, 2.0))
+    fitted, interpolated = (float(np.abs(t - truth)[inside].mean()) for t in (t1, sinc))
+    assert fitted < 0.8 * interpolated
+
+
+def test_partial_fourier_is_completed_before_the_fit() -> None:
+    k = molli_kspace(0.002)
+    cut = k.counts.clone()
+    cut[:, :, : N // 4] = 0
+    partial = replace(k, data=k.data * (cut > 0)[:, None, :, :, None], counts=cut)
+    filled = reconstruct(partial, SCAN, recipe("cg_sense")).maps[0]
+    whole = reconstruct(k, SCAN, recipe("cg_sense")).maps[0]
+    both = (filled.valid & whole.valid)[0].numpy() & interior(margin=3.0)
+    assert both.sum() > 0.95 * interior(margin=3.0).sum()
+    np.testing.assert_allclose(filled.data[0].numpy()[both], whole.data[0].numpy()[both], rtol=0.08)
+
+
+def test_times_decide_before_anything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    method = get_method("cg_sense")
+
+    def never(*_: object) -> Result:
+        raise AssertionError("reconstructed although no map can be made")
+
+    monkeypatch.setattr(method, "reconstruct", never)
+    for times, words in (
+        ((), "no inversion times"),
+        (TIMES[:5], "count of inversion times"),
+        ((0.3,) * 8, "too few different inversion times"),
+        ((0.1, 0.1, 0.1, 0.1, 0.5, 0.5, 0.5, 0.5), "too few different inversion times"),
+    ):
+        with pytest.raises(DataError, match=words):
+            reconstruct(molli_kspace(0.01), replace(SCAN, inversion_times=times), recipe("cg_sense"))
+
+
+def test_one_state_is_refused_or_sent_without_a_map() -> None:
+    k = molli_kspace(0.01)
+    one = replace(k, data=k.data[4:5], counts=k.counts[4:5])
+    single = replace(SCAN, inversion_times=(4.12,))
+    with pytest.raises(DataError, match="too few images for a T1 map"):
+        reconstruct(one, single, recipe("cg_sense"))
+    listener = Listener()
+    result = reconstruct(one, single, recipe("cg_sense", replace(T1, map_failure="warn")), listener)
+    assert len(result.images) == 1 and not result.maps
+    assert listener.warnings == list(result.notes) and "no T1 map" in listener.warnings[0]
+
+
+def test_three_times_need_known_noise() -> None:
+    images, times = molli_images()[[0, 1, 3]].to(torch.complex64), (TIMES[0], TIMES[1], TIMES[3])
+    scan = replace(SCAN, inversion_times=times)
+    assert bool(t1_maps(ImageSeries("image", images), scan, ImageNoise(0.005, True), T1).maps[0].valid.any())
+    with pytest.raises(DataError, match="too few different times"):
+        t1_maps(ImageSeries("image", images), scan, None, T1)
+
+
+def test_states_that_share_no_phase_fall_back_to_the_zero_crossing_and_say_so() -> None:
+    images = molli_images()
+    drift = torch.exp(1j * torch.linspace(0, 5, len(images), dtype=torch.float64))[:, None, None, None]
+    drifting = ImageSeries("image", (images * drift).to(torch.complex64))
+    found = t1_maps(drifting, SCAN, None, T1)
+    assert "share no phase" in found.notes[0] and "zero crossing" in found.maps[0].comment
+    truth, _ = object_t1()
+    inside = interior() & found.maps[0].valid[0].numpy()
+    assert inside.sum() > 0.95 * interior().sum()
+    np.testing.assert_allclose(found.maps[0].data[0].numpy()[inside], truth[inside], rtol=0.02)
+    with pytest.raises(DataError, match="only magnitudes"):
+        t1_maps(ImageSeries("image", images.abs().float()), SCAN, None, replace(T1, map_sign="phase"))
+
+
+def test_many_unbelievable_pixels_are_told() -> None:
+    images = molli_images().to(torch.complex64)
+    images[..., : N // 2] = images[:1, ..., : N // 2].abs()  # no recovery in the left half
+    listener = Listener()
+    found = t1_maps(ImageSeries("image", images), SCAN, None, replace(T1, map_sign="phase"))
+    assert found.quality["t1_valid"] < 0.7 and "no believable T1" in found.notes[0]
+    assert not listener.warnings
+    t1 = found.maps[0]
+    assert not bool(t1.data[~t1.valid].any())
+
+
+def test_other_recoveries_and_limits_are_settings() -> None:
+    t1, density = object_t1()
+    tau = (0.5, 1.0, 1.5, 2.0, 8.0)
+    images = torch.from_numpy(np.stack([density * (1 - np.exp(-t / t1)) for t in tau]))[:, None].to(torch.complex64)
+    scan = replace(SCAN, inversion_times=(), saturation_times=tau)
+    found = t1_maps(ImageSeries("image", images), scan, None, replace(T1, map_model="saturation_recovery"))
+    inside = interior() & found.maps[0].valid[0].numpy()
+    np.testing.assert_allclose(found.maps[0].data[0].numpy()[inside], t1[inside], rtol=0.02)
+    short = t1_maps(ImageSeries("image", images), scan, None, replace(T1, map_model="saturation_recovery", map_t1_max=1.0))
+    assert float(short.maps[0].data.max()) <= 1.0
+    with pytest.raises(DataError, match="no saturation times"):
+        recovery_times(SCAN, 8, replace(T1, map_model="saturation_recovery"))
+
+
+def test_a_methods_own_maps_stay_and_are_moved_without_ringing() -> None:
+    valid = torch.ones(1, 8, 8, dtype=torch.bool)
+    valid[:, :, 4:] = False
+    data = torch.where(valid, 1.0, 0.0)
+    data[:, 4:] *= 2
+    scan = ScanInfo((1, 8, 8), (0.008, 0.2, 0.2), (1, 16, 16), (0.008, 0.2, 0.2))
+    moved = map_on_recon_matrix(ParameterMap("T1", data, "s", valid), scan)
+    assert tuple(moved.data.shape) == (1, 16, 16)
+    inside = moved.data[moved.valid]
+    assert (
+        float(inside.min()) == 1.0 and float(inside.max()) == 2.0
+    )  # between the two, never beyond; empty pixels do not bleed
+    assert not bool(moved.data[~moved.valid].any()) and not bool(moved.valid[..., 9:].any())
+    assert float(moved.data[0, 8, 0]) == 2.0 and float(moved.data[0, 6, 0]) == 1.0  # pixel i goes to 2 i
+    cropped = map_on_recon_matrix(
+        ParameterMap("T1", data, "s", valid), ScanInfo((1, 8, 8), (0.008, 0.2, 0.2), (1, 4, 4), (0.008, 0.1, 0.1))
+    )
+    assert torch.equal(cropped.data, data[:, 2:6, 2:6]) and torch.equal(cropped.valid, valid[:, 2:6, 2:6])
+    wrapped = torch.tensor([[[3.0, -3.0, 3.0, -3.0]]])
+    phase = map_on_recon_matrix(
+        ParameterMap("p", wrapped, "rad", torch.ones(1, 1, 4, dtype=torch.bool)),
+        ScanInfo((1, 1, 4), (0.008, 0.1, 0.1), (1, 1, 8), (0.008, 0.1, 0.1)),
+    )
+    assert set(phase.data[phase.valid].tolist()) == {3.0, -3.0}
+
+
+def test_images_that_are_not_finite_are_refused() -> None:
+    images = molli_images().to(torch.complex64)
+    images[2, 0, 5, 5] = math.nan
+    with pytest.raises(DataError, match="not finite"):
+        t1_maps(ImageSeries("image", images), SCAN, None, T1)

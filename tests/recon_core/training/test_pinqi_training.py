@@ -1,0 +1,177 @@
+"""Training PINQI in miniature: it learns, resumes to the bit in either phase, and leaves weights that the method accepts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+from recon_core.errors import SettingError
+from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
+from recon_core.methods.pinqi.weights import load_weights
+from recon_core.simulation.head_atlas import HeadAtlas
+from recon_core.simulation.quantitative_brain import QuantitativeBrains
+from recon_core.training.loop import LoopSettings, Progress, train
+from recon_core.training.pinqi import RunSettings, main, parser, run
+from recon_core.training.pinqi_tasks import EndToEnd, PinqiRecipe, Pretraining, TrainingSamples, typical_amplitude
+
+TINY = PinqiRecipe(
+    ablation="g1", size=32, times=(0.5, 1.5, 8.0), n_coils=3, accelerations=(2.0,), batch=1, epochs=0.004, pretrain_epochs=0.002,
+    samples_per_epoch=1000, n_validation=1,
+)  # fmt: skip
+CPU = RunSettings(device="cpu", validate_every=2)
+SMALL = {"parameter": {"features": (16, 16), "n_groups": 4}, "image": {"features": (8, 8), "n_groups": 4}}
+
+
+@pytest.fixture(scope="module")
+def atlas() -> HeadAtlas:
+    return HeadAtlas()
+
+
+def small_network(recipe: PinqiRecipe) -> Pinqi:
+    torch.manual_seed(0)
+    return Pinqi(recipe.samples.model, ABLATIONS[recipe.ablation], networks=SMALL)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    result, weights = run(TINY, folder, CPU)
+    assert (result.step, result.finished, weights) == (4, True, folder / "pinqi.json")
+    return folder
+
+
+def test_a_run_leaves_recipe_logs_pictures_and_weights(whole: Path) -> None:
+    assert PinqiRecipe.from_facts(json.loads((whole / "recipe.json").read_text())) == TINY
+    with open(whole / "training" / "log.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["1", "2", "3", "4"]
+    assert "nrmse=" in rows[1]["validation"] and rows[0]["validation"] == ""
+    picture = matplotlib.image.imread(whole / "training" / "t1_0_000004.png")
+    assert picture.shape == (32, 96) and picture.std() > 0.01
+    facts = json.loads((whole / "pinqi.json").read_text())
+    assert facts["finished"] and facts["steps_done"] == {"pretraining": 2, "training": 4}
+    assert set(facts["validation"]) == {"nrmse", "mae", "ssim"} and len(facts["sha256"]) == 64
+
+
+def test_the_weights_are_what_the_method_loads(whole: Path) -> None:
+    trained = load_weights(whole / "pinqi.json")
+    assert trained.times == TINY.times and 0.5 < trained.amplitude < 1.5
+    assert trained.network.settings == ABLATIONS["g1"] and not trained.network.training
+    brains = QuantitativeBrains(HeadAtlas(), TINY.samples, seed=1)
+    batch = brains.batch("test", [0])
+    operator = batch.operator()
+    found = trained.network(operator, operator.adjoint(operator.enter_data(batch.kspace)))
+    assert found.parameters.isfinite().all()
+
+
+@pytest.mark.parametrize(("phase", "step"), [("pretraining", 1), ("training", 3)])
+def test_a_run_stopped_in_either_phase_ends_with_the_same_bits(whole: Path, tmp_path: Path, phase: str, step: int) -> None:
+    def stop(name: str, p: Progress) -> None:
+        if (name, p.step) == (phase, step):
+            signal.raise_signal(signal.SIGTERM)
+
+    first, _ = run(TINY, tmp_path, CPU, stop)
+    assert not first.finished
+    stated = json.loads((tmp_path / "pinqi.json").read_text())
+    assert not stated["finished"] and stated["steps_done"][phase] == step
+    result, _ = run(TINY, tmp_path, replace(CPU, resume=True))
+    assert result.finished
+    assert (tmp_path / "pinqi.safetensors").read_bytes() == (whole / "pinqi.safetensors").read_bytes()
+
+
+def test_a_folder_with_a_training_is_not_overwritten_or_mixed(whole: Path) -> None:
+    with pytest.raises(SettingError, match="--resume"):
+        run(TINY, whole, CPU)
+    with pytest.raises(SettingError, match="seed: 0, not 1"):
+        run(replace(TINY, seed=1), whole, replace(CPU, resume=True))
+
+
+def test_devices_and_ablations_that_do_not_exist_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match="no such device"):
+        run(TINY, tmp_path, replace(CPU, device="cuda:99"))
+    with pytest.raises(SettingError, match="unknown ablation"):
+        replace(TINY, ablation="z")
+
+
+def overfitted(recipe: PinqiRecipe, atlas: HeadAtlas, folder: Path, steps: int) -> list[float]:
+    """Losses while learning the same two samples again and again."""
+    network = small_network(recipe)
+    task = EndToEnd(network, replace(recipe, network_rate=0.01), atlas, torch.device("cpu"), 0)
+    always = task.samples.batch(0)
+    task.samples.batch = lambda step: always  # type: ignore[method-assign]
+    losses: list[float] = []
+    train(task, LoopSettings(steps=steps, warmup_steps=3), folder, progress=lambda p: losses.append(p.loss))
+    return losses
+
+
+@pytest.mark.parametrize("ablation", ["g1", "e", "h"])
+def test_two_samples_can_be_learned(ablation: str, atlas: HeadAtlas, tmp_path: Path) -> None:
+    losses = overfitted(replace(TINY, ablation=ablation, batch=2), atlas, tmp_path, steps=15)
+    assert losses[-1] < 0.85 * losses[0], losses[::6]
+
+
+def test_pretraining_teaches_both_networks_and_nothing_else(atlas: HeadAtlas, tmp_path: Path) -> None:
+    network = small_network(TINY)
+    task = Pretraining(network, TINY, atlas, torch.device("cpu"), 0)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    seen: list[dict[str, float]] = []
+    train(
+        task,
+        LoopSettings(steps=20, warmup_steps=2, clip_norm=10.0),
+        tmp_path,
+        progress=lambda p: seen.append(dict(p.figures)),
+    )
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]) == name.startswith("lambda"), name
+    assert sum(f["parameter_loss"] for f in seen[-5:]) < sum(f["parameter_loss"] for f in seen[:5])
+
+
+def test_groups_hold_every_weight_once_at_the_published_rates(atlas: HeadAtlas) -> None:
+    for name in ABLATIONS:
+        task = EndToEnd(
+            small_network(replace(TINY, ablation=name)), replace(TINY, ablation=name), atlas, torch.device("cpu"), 0
+        )
+        groups = {g.name: g for g in task.groups()}
+        held = [id(p) for g in groups.values() for p in g.parameters]
+        assert len(held) == len(set(held)) and set(held) == {id(p) for p in task.module.parameters()}
+    assert {n: (g.learning_rate, g.weight_decay) for n, g in groups.items()} == {
+        "image_net": (0.004, 0.01),
+        "lambdas": (0.001, 1e-5),
+    }
+
+
+def test_phases_and_steps_draw_different_samples(atlas: HeadAtlas) -> None:
+    brains = QuantitativeBrains(atlas, TINY.samples)
+    one, two = TrainingSamples(brains, 2), TrainingSamples(brains, 2, first=4)
+    assert torch.equal(one.batch(2).parameters, two.batch(0).parameters)
+    assert not torch.equal(one.batch(0).parameters, one.batch(1).parameters)
+
+
+def test_the_published_schedule() -> None:
+    recipe = PinqiRecipe()
+    assert recipe.steps(80) == 9760 and recipe.steps(80) * 16 == 156_160
+    loop = recipe.loop(80, pretraining=False)
+    assert (loop.warmup_steps, loop.clip_norm, loop.skip_above) == (1500, 1.0, 5.0)
+    assert loop.rate(loop.steps) * recipe.network_rate == pytest.approx(1e-4)
+    assert recipe.loop(1, pretraining=True).clip_norm == 10.0
+
+
+def test_the_typical_amplitude_follows_the_samples(atlas: HeadAtlas) -> None:
+    assert 0.7 < typical_amplitude(QuantitativeBrains(atlas, TINY.samples), 8) < 1.4
+
+
+def test_the_plain_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = "--ablation g1 --size 32 --times 0.5 8 --n-coils 2 --accelerations 2 --batch 1 --samples-per-epoch 100"
+    words = f"--output {tmp_path / 'out'} {options} --epochs 0.01 --pretrain-epochs 0 --n-validation 0 --device cpu"
+    main(words.split())
+    assert "training 1/1" in (text := capsys.readouterr().out) and "finished" in text
+    assert (tmp_path / "out" / "pinqi.safetensors").is_file() and not (tmp_path / "out" / "pretraining").exists()
+    given = parser().parse_args(["--output", "x", "--resume", "--max-minutes", "3"])
+    assert given.resume and given.max_minutes == 3.0 and given.seed == 0
