@@ -61,6 +61,10 @@ def chosen_cells(options: argparse.Namespace) -> Iterator[Cell]:
     """The cells that the command line asks for."""
     if options.cmrxrecon or options.ocmr:
         yield from dataset_cells(options)
+    elif options.matrix:
+        for acceleration in options.accelerations or ACCELERATIONS:
+            for kind in ("cine", "molli"):
+                yield make_cell(kind, options.first_anatomy, acceleration, 0.01, matrix=(options.matrix, options.matrix))
     elif options.quick:
         for kind in ("cine", "molli"):
             yield make_cell(kind, options.first_anatomy, 4, 0.01, matrix=(64, 72), n_coils=6, frames=8)
@@ -106,6 +110,8 @@ def chosen_runs(options: argparse.Namespace) -> list[Run]:
         wanted = [(name, name, {}) for name in names]
     for name, method, values in wanted:
         overrides = {**(QUICK.get(method, {}) if options.quick else {}), **values}
+        if options.precision and method.startswith("moe_dqinr"):
+            overrides["precision"] = options.precision
         if method in iterations:
             overrides["iterations"] = int(iterations[method])
         reason = missing(method, overrides)
@@ -257,6 +263,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ablation", action="store_true", help="the paper's Table 4 and what `default` adds")
     parser.add_argument("--most", type=int, default=0, help="stop after so many cells; 0 runs all")
     parser.add_argument("--accelerations", type=float, nargs="+")
+    parser.add_argument("--matrix", type=int, default=0, help="one small cine and one MOLLI cell an acceleration, N x N")
+    parser.add_argument("--precision", default="", help="of moe_dqinr's networks, e.g. bfloat16; empty: the preset's")
     parser.add_argument("--first-anatomy", type=int, default=100, help="seed of the torsos; defaults were tuned on 0 to 3")
     parser.add_argument("--maps", choices=("true", "espirit"), default="true", help="coil maps that every method gets")
     parser.add_argument("--cmrxrecon", type=Path, help="folder of CMRxRecon: Tables 1 and 2")

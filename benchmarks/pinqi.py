@@ -135,6 +135,7 @@ def settings_of(options: argparse.Namespace) -> dict[str, Any]:
         "seed": EVALUATION_SEED,
         "t1_range": list(pinqi_methods.T1_RANGE),
         "bart_iterations": options.bart_iterations,
+        "bart_weights": list(pinqi_methods.BART_WEIGHTS),
         "moba_iterations": options.moba_iterations,
     }
 

@@ -34,7 +34,7 @@ T1_RANGE = (0.05, 6.0)
 START = (0.9, 0.0, 0.8)
 """(Re M0, Im M0, R1) where fits begin."""
 
-BART_WEIGHTS = (0.001, 0.002, 0.004, 0.008)
+BART_WEIGHTS = (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 MOBA_WEIGHTS = (0.01, 0.001, 0.0001)
 MOBA_NOTHING = 1e-6
 """Size of the zeros at t = 0, as a part of the largest sample: exact zeros would count as not sampled."""

@@ -1,4 +1,4 @@
-"""The command ``recon``: serve, replay, run, simulate, chains, info."""
+"""The command ``recon``: serve, replay, run, simulate, train, chains, info."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gadgets import __version__
+from gadgets.train_cli import app as train_app
 from recon_core.errors import ReconError
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,  # locals hold MRD headers, and those hold patient data
 )
+app.add_typer(train_app, name="train")
 PIPE_COLUMNS = 160
 out = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS)
 err = Console(stderr=True)

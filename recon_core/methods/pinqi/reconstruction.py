@@ -22,6 +22,8 @@ NAME = "pinqi"
 SUMMARY = "Physics-informed learned T1 maps from undersampled saturation recovery (PINQI)"
 NEEDS_COIL_MAPS = True
 SUPPORTS_3D = False
+ROUNDING = 1e-3
+"""Solvers stop at a tolerance; where there is no signal their end point is anywhere within it."""
 
 MOST_EMPTY = 0.2  # part of the pixels with signal without a believable T1 above which the operator is told
 

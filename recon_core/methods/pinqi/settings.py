@@ -20,7 +20,10 @@ class Settings:
     t1_min: float = setting(0.05, "shortest plausible T1", unit="s", low=0.001, high=1.0)
     t1_max: float = setting(6.0, "longest plausible T1", unit="s", low=1.0, high=60.0)
     signal_floor: float = setting(
-        0.05, "a pixel whose series is below this part of its 99.9th percentile (RMS over states) has no T1", low=0.0, high=1.0
+        0.05,
+        "a pixel whose series is below this part of its 99.9th percentile (RMS over states) has no T1",
+        low=0.0,
+        high=1.0,
     )
     max_relative_sd: float = setting(
         1.0,
@@ -35,7 +38,7 @@ class Settings:
         high=1000.0,
     )
     quality_signal: float = setting(
-        0.1, "... and what noise does not explain of it is above this part of the data (both must hold)", low=0.0, high=1.0
+        0.05, "... and what noise does not explain of it is above this part of the data (both must hold)", low=0.0, high=1.0
     )
     quality_failure: str = setting(
         "mark",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from recon_core.errors import DataError, NumericalError, ReconError
+from recon_core.errors import CalibrationError, DataError, NumericalError, ReconError
 from recon_core.methods.pinqi.installed import FOLDERS, find_weights
 from recon_core.methods.pinqi.model import PinqiSettings
 from recon_core.methods.pinqi.reconstruction import longest_delay_calibration, reconstruct, reconstruct_with
@@ -212,6 +212,37 @@ def test_another_number_of_states_and_slabs_are_refused(physics: TrainedPinqi) -
     slab = replace(k, data=k.data.expand(-1, -1, 2, -1, -1))
     with pytest.raises(DataError, match="single slices"):
         run(physics, s, slab)
+
+
+def test_kspace_that_does_not_fit_together_is_refused(physics: TrainedPinqi) -> None:
+    s = saturation_scan()
+    k = s.kspace
+    assert k.coil_maps is not None
+    broken = k.data.clone()
+    broken[1, 0, 0, 13, 3] = float("nan")
+    for changed, error, why in (
+        (replace(k, data=broken), DataError, "not finite"),
+        (replace(k, counts=k.counts[:, :, :-1]), DataError, "counts"),
+        (replace(k, counts=torch.zeros_like(k.counts), data=torch.zeros_like(k.data)), DataError, "nothing was sampled"),
+        (replace(k, coil_maps=None), CalibrationError, "coil maps"),
+        (replace(k, coil_maps=torch.zeros_like(k.coil_maps)), CalibrationError, "zero everywhere"),
+        (replace(k, coil_maps=k.coil_maps[:-1]), DataError, "coil maps"),
+    ):
+        with pytest.raises(error, match=why):
+            run(physics, s, changed)
+
+
+def test_order_of_coils_does_not_matter_and_noise_gives_finite_maps(physics: TrainedPinqi) -> None:
+    s, order = saturation_scan(keep=0.5, noise=1e-3), [2, 0, 3, 1]
+    k = s.kspace
+    assert k.coil_maps is not None
+    a, b = run(physics, s), run(physics, s, replace(k, data=k.data[:, order], coil_maps=k.coil_maps[order], acs=None))
+    first, second = a.images[0].data, b.images[0].data
+    assert float((first - second).abs().square().sum().sqrt()) < 1e-3 * float(first.abs().square().sum().sqrt())
+    g = torch.Generator().manual_seed(1)
+    noise = torch.randn(k.data.shape, dtype=torch.complex64, generator=g) * k.mask[:, None, :, :, None]
+    result = run(physics, s, replace(k, data=noise, acs=None, acs_mask=None, noise_std=1.0))
+    assert all(bool(m.data.isfinite().all()) for m in result.maps) and result.quality["t1_valid"] < 0.5
 
 
 def test_weights_are_found_by_name_in_the_named_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
