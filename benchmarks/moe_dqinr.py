@@ -63,7 +63,7 @@ def chosen_cells(options: argparse.Namespace) -> Iterator[Cell]:
         yield from dataset_cells(options)
     elif options.matrix:
         for acceleration in options.accelerations or ACCELERATIONS:
-            for kind in ("cine", "molli"):
+            for kind in ("cine", "molli") if options.kind == "all" else (options.kind,):
                 yield make_cell(kind, options.first_anatomy, acceleration, 0.01, matrix=(options.matrix, options.matrix))
     elif options.quick:
         for kind in ("cine", "molli"):
