@@ -104,7 +104,7 @@ def chosen_runs(options: argparse.Namespace) -> list[Run]:
     iterations = dict(pair.rsplit("=", 1) for pair in options.iterations)
     runs: list[Run] = []
     if options.ablation:
-        wanted = [(name, method, values) for name, (method, values) in ABLATION.items()]
+        wanted = [(name, method, values) for name, (method, values) in ABLATION.items() if options.rows in name]
     else:
         names = options.methods.split(",") if options.methods else (*CLASSICAL, *NEURAL, *PRESETS)
         wanted = [(name, name, {}) for name in names]
@@ -261,6 +261,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="every acceleration, anatomy, noise level and coil array")
     parser.add_argument("--quick", action="store_true", help="two tiny cells, few iterations: does everything run?")
     parser.add_argument("--ablation", action="store_true", help="the paper's Table 4 and what `default` adds")
+    parser.add_argument("--rows", default="", help="of the ablation: those whose name has this text")
     parser.add_argument("--most", type=int, default=0, help="stop after so many cells; 0 runs all")
     parser.add_argument("--accelerations", type=float, nargs="+")
     parser.add_argument("--matrix", type=int, default=0, help="one small cine and one MOLLI cell an acceleration, N x N")

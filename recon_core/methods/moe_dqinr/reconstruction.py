@@ -79,14 +79,15 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
     """Images of one slice from a representation that was fitted to nothing but its own k-space; complex64 ``(state, z, y, x)``.
 
     ``paper``: Eq. 1-24 as published, 850 iterations from random parameters. ``default`` and ``cpu``: the network starts from a
-    low-rank image, is fitted to all lines but a few, and its images start a refinement (collaborative filter in turn with data
-    consistency) that ends where the held-out lines are predicted best. ``benchmarks/moe_dqinr.py`` shows what each part adds.
+    low-rank image and is fitted to all lines but a few; a refinement (collaborative filter in turn with data consistency)
+    starts from its images if they predict those lines better than a low-rank image does, else from ``llr`` of all lines.
+    ``benchmarks/moe_dqinr.py`` shows what each part adds.
 
     States must be in the order that the paper wants: frames in time, contrasts by inversion time. Where the header has
     inversion times, states are sorted by them for the network.
 
     ``extras``: ``routing_weights`` (state, expert), ``residual_coefficients`` (state, L), ``loss``, ``held_out`` (n, 2: iteration and
-    error over noise), ``refine_held_out``, ``residual_per_state`` (1: noise floor), ``singular_values``.
+    error over noise), ``residual_per_state`` (1: noise floor), ``singular_values``.
 
     Raises
     ------
@@ -109,11 +110,12 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
     work = _Work(problem, objective, plan, _Stages(report, _weights(plan)))
     if not bool((problem.rhs != 0).any()):
         return Result(images=(ImageSeries("image", problem.leave(torch.zeros_like(problem.rhs))),))
-    first = _first_estimate(kspace, scan, settings, work) if plan.prefit is not None or plan.refinement else None
-    images = _network(work, settings, first) if plan.network else None
+    images = None
+    if plan.network:
+        first = _first_estimate(kspace, scan, settings, work) if plan.prefit is not None else None
+        images = _network(work, settings, first)
     if plan.refinement is not None:
-        assert first is not None
-        images = _refinement(work, _start(work, first, images))
+        images = _refinement(work, _start(kspace, scan, work, images))
     assert images is not None
     _judge(work, images, report)
     report.progress(1.0)
@@ -144,12 +146,11 @@ def in_order(kspace: KSpace, order: Tensor) -> KSpace:
 
 def _weights(plan: Plan) -> dict[str, float]:
     """Rough shares of the time, for the progress that the operator sees."""
-    shares = {"first estimate": 0.05, "warm start": 0.15, "network": 0.1, "stopping": 0.35, "refinement": 0.35}
-    if not plan.network:
-        del shares["warm start"], shares["network"]
-    if plan.refinement is None:
-        del shares["stopping"], shares["refinement"]
-        shares["network"] = 1.0
+    shares: dict[str, float] = {}
+    if plan.network:
+        shares |= {"network": 0.2} if plan.prefit is None else {"first estimate": 0.05, "warm start": 0.3, "network": 0.15}
+    if plan.refinement is not None:
+        shares |= {"low-rank image": 0.1, "refinement": 0.4}
     return shares
 
 
@@ -164,16 +165,16 @@ def _first_estimate(kspace: KSpace, scan: ScanInfo, settings: Settings, work: _W
             data=kspace.data.masked_fill(kept_out[:, None, :, :, None], 0),
             counts=kspace.counts.masked_fill(kept_out, 0),
         )
-    quiet = Report()
     try:
-        result = grasp_pro.reconstruct(seen, scan, grasp_pro.Settings(iterations=15), quiet)
+        result = grasp_pro.reconstruct(seen, scan, grasp_pro.Settings(iterations=15), Report())
     except ReconError:
         # too few states or too few lines in common for a temporal subspace
-        result = llr.reconstruct(seen, scan, llr.Settings(iterations=15), quiet)
-        if kspace.n_states == 1:
-            work.notes.append(f"{NAME}: only one state, started from {cg_sense.NAME}")
+        result = llr.reconstruct(seen, scan, llr.Settings(iterations=15), Report())
     advance(1.0)
-    return work.problem.operator.enter_image(result.images[0].data) / work.problem.scale
+    first = work.problem.operator.enter_image(result.images[0].data) / work.problem.scale
+    if work.objective.held_out is not None:
+        work.quality["first_estimate_held_out"] = work.objective.held_out.relative_error(first)
+    return first
 
 
 def _network(work: _Work, settings: Settings, first: Tensor | None) -> Tensor:
@@ -223,47 +224,41 @@ def _keep(work: _Work, moe: MoeField, fitted: FitResult, settings: FitSettings) 
     work.extras["loss"] = fitted.losses.numpy()
 
 
-def _start(work: _Work, first: Tensor, network: Tensor | None) -> Tensor:
-    """Where the refinement starts: the low-rank image or the network's, polished; whichever predicts the held-out lines better."""
-    if network is None:
-        return first
-    seen = work.objective
-    polished = consistent(seen.operator, seen.rhs, network, POLISH_WEIGHT, POLISH_ITERATIONS)
-    if seen.held_out is None:
-        return polished
-    errors = {"first": seen.held_out.relative_error(first), "network": seen.held_out.relative_error(polished)}
-    work.quality |= {f"{name}_estimate_held_out": error for name, error in errors.items()}
-    return polished if errors["network"] < errors["first"] else first
+def _start(kspace: KSpace, scan: ScanInfo, work: _Work, network: Tensor | None) -> Tensor:
+    """Where the refinement starts: the network's images, polished, if they predict the held-out lines better than the low-rank
+    image of the same lines does; else ``llr`` of all lines."""
+    problem, seen = work.problem, work.objective
+    if network is not None and seen.held_out is not None:
+        polished = consistent(seen.operator, seen.rhs, network, POLISH_WEIGHT, POLISH_ITERATIONS)
+        error = seen.held_out.relative_error(polished)
+        better = error < work.quality.get("first_estimate_held_out", math.inf)
+        work.quality |= {"network_estimate_held_out": error, "started_from_network": float(better)}
+        if better:
+            return consistent(problem.operator, problem.rhs, network, POLISH_WEIGHT, POLISH_ITERATIONS)
+    advance = work.stages.start("low-rank image")
+    if kspace.n_states == 1:
+        work.notes.append(f"{NAME}: only one state, started from {cg_sense.NAME}")
+    low_rank = llr.reconstruct(kspace, scan, llr.Settings(), Report())
+    advance(1.0)
+    return problem.operator.enter_image(low_rank.images[0].data) / problem.scale
 
 
 def _refinement(work: _Work, start: Tensor) -> Tensor:
-    """Collaborative filter and data consistency; stopped where held-out lines say."""
-    settings, problem, seen = work.plan.refinement, work.problem, work.objective
+    """Collaborative filter in turn with data consistency, and the part of the start that the answer keeps."""
+    settings, problem = work.plan.refinement, work.problem
     assert settings is not None
-    stop_after = settings.iterations
-    advance = work.stages.start("stopping")
-    if seen.held_out is not None:
-        rest, errors = seen.held_out, []
-
-        def look(iteration: int, filtered: Tensor) -> None:
-            errors.append(rest.relative_error(filtered))
-            advance((iteration + 1) / settings.iterations)
-
-        refine(seen.operator, seen.rhs, problem.noise, start, settings, look)
-        stop_after = int(np.argmin(errors)) + 1
-        work.extras["refine_held_out"] = np.array(errors)
-        work.quality["held_out"] = min(errors)
-    work.quality["refine_iterations"] = float(stop_after)
     advance = work.stages.start("refinement")
-    return refine(
+    refined = refine(
         problem.operator,
         problem.rhs,
         problem.noise,
         start,
         settings,
-        lambda iteration, _: advance((iteration + 1) / stop_after),
-        stop_after,
+        lambda iteration, _: advance((iteration + 1) / settings.iterations),
     )
+    part = settings.part_of_start(problem.noise)
+    work.quality |= {"refine_iterations": float(settings.iterations), "part_of_start": part}
+    return torch.lerp(refined, start, part)
 
 
 def _judge(work: _Work, images: Tensor, report: Report) -> None:

@@ -38,7 +38,10 @@ class Settings:
     network: bool = setting(True, "fit the network at all; without it the low-rank image is refined (default, cpu)")
     refine: bool = setting(True, "collaborative filter and data consistency after the network (default, cpu)")
     held_out: float = setting(
-        0.1, "part of the outer lines kept aside to decide when to stop; 0: none (default, cpu)", low=0.0, high=0.5
+        0.1,
+        "part of the outer lines that the network does not see and is judged by; 0: none (default, cpu)",
+        low=0.0,
+        high=0.5,
     )
     filter_strength: float = setting(1.0, "strength of the collaborative filter, 1: by the noise", low=0.0, high=10.0)
     precision: str = setting("", "of the networks' products; empty: the preset's", choices=("", *PRECISIONS))
@@ -60,7 +63,7 @@ class Plan:
     refinement
         ``None``: the network's images are the answer.
     held_out
-        Part of the outer lines that network and stopping rule do not see.
+        Part of the outer lines that the network does not see and is judged by.
     support
         Only pixels with signal in the first estimate belong to the network.
     """

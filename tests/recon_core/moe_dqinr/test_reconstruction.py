@@ -57,15 +57,17 @@ def test_what_comes_back_besides_images() -> None:
     assert len(result.extras["loss"]) == result.quality["network_iterations"]
     assert result.extras["held_out"].shape[1] == 2
     assert 0.5 < result.quality["residual"] < 2.0
-    assert 1 <= result.quality["refine_iterations"] <= RefineSettings().iterations
-    assert len(result.extras["refine_held_out"]) == RefineSettings().iterations
+    assert result.quality["started_from_network"] == (
+        result.quality["network_estimate_held_out"] < result.quality["first_estimate_held_out"]
+    )
+    assert result.quality["refine_iterations"] == RefineSettings().iterations
 
 
 def test_paper_preset_runs_on_any_data() -> None:
     series = small_series()
     result = run(series, preset="paper", iterations=2, configuration="quantitative")
     assert result.extras["routing_weights"].shape == (6, 10)
-    assert "residual_coefficients" not in result.extras and "refine_held_out" not in result.extras
+    assert "residual_coefficients" not in result.extras and "refine_iterations" not in result.quality
 
 
 @pytest.mark.parametrize("variant", ["full", "residual_only", "no_residual"])
@@ -78,7 +80,7 @@ def test_variants_of_table_4(variant: str) -> None:
 def test_network_images_alone_are_what_the_network_says() -> None:
     series = small_series()
     result = run(series, refine=False)
-    assert "refine_held_out" not in result.extras
+    assert "refine_iterations" not in result.quality
     singular = result.extras["singular_values"]
     # background, experts and residual basis: rank at most K + L (6 states here)
     assert singular.shape == (6,)
@@ -94,7 +96,7 @@ def test_without_a_network_there_is_no_routing() -> None:
 def test_fully_sampled_lines_leave_nothing_to_hold_out() -> None:
     series = small_series(keep=1.0)
     result = run(series)
-    assert "refine_held_out" not in result.extras and result.quality["refine_iterations"] == RefineSettings().iterations
+    assert "held_out" not in result.extras and "started_from_network" not in result.quality
     assert series.error(result.images[0].data) < 0.02
 
 
@@ -165,19 +167,16 @@ def test_data_consistency_is_the_minimum() -> None:
     assert float(gradient.abs().max()) < 1e-3
 
 
-def test_refinement_can_be_left_early() -> None:
+def test_more_noise_leaves_less_of_the_start() -> None:
+    settings = RefineSettings()
+    parts = [settings.part_of_start(noise) for noise in (0.0, 0.005, 0.01, 0.05)]
+    assert parts[0] == parts[1] == settings.start_part
+    assert parts[2] == pytest.approx(settings.start_part / 2) and parts[3] < 0.03
+
+
+def test_refinement_tells_every_iteration() -> None:
     series = small_series()
     problem = pose(series.kspace, "test", Report())
     seen: list[int] = []
-    refine(
-        problem.operator,
-        problem.rhs,
-        problem.noise,
-        problem.rhs,
-        RefineSettings(),
-        lambda k, _: seen.append(k),
-        stop_after=3,
-    )
-    assert seen == [0, 1, 2]
-    seen.clear()
-    refine(problem.operator, problem.rhs, problem.noise, problem.rhs, RefineSettings(), lambda k, _: k < 1 or False)
+    refine(problem.operator, problem.rhs, problem.noise, problem.rhs, RefineSettings(), lambda k, _: seen.append(k))
+    assert seen == list(range(RefineSettings().iterations))

@@ -1,0 +1,173 @@
+"""Heads for the benchmark of dipole inversion: one that is computed here, and the 2019 challenge's from a folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from recon_core.errors import DataError
+from recon_core.simulation.brain import LABELS, BrainPhantom
+from recon_core.simulation.phantoms import Grid, Texture, centred_axis
+from recon_core.simulation.signal import dipole_field
+from recon_core.simulation.volume_files import read_volume
+
+OUTSIDE = ("background", "scalp", "skull", "dura")
+DEEP = ("caudate", "putamen", "pallidum", "thalamus", "nigra", "ruber")
+FIELD_STRENGTH = 3.0
+
+
+@dataclass(frozen=True)
+class Head:
+    """A local field with its truth; float32 ``(z, y, x)``.
+
+    Attributes
+    ----------
+    field, chi
+        Local field with noise and true susceptibility, ppm.
+    mask
+        Brain, bool.
+    magnitude
+        At the echo time, any unit.
+    weights
+        1 / SD of the field up to a factor.
+    deep
+        Deep grey nuclei, bool; empty where unknown.
+    csf
+        Fluid, bool; empty where unknown.
+    voxel, b0
+        m; direction in the image frame ``(z, y, x)``.
+    """
+
+    name: str
+    field: torch.Tensor
+    chi: torch.Tensor
+    mask: torch.Tensor
+    magnitude: torch.Tensor
+    weights: torch.Tensor
+    deep: torch.Tensor
+    csf: torch.Tensor
+    voxel: tuple[float, float, float]
+    b0: tuple[float, float, float]
+
+
+def simulated_head(
+    seed: int,
+    side: float,
+    *,
+    snr: float = 100.0,
+    echo_time: float = 0.020,
+    b0: tuple[float, float, float] = (1.0, 0.0, 0.0),
+    extent: tuple[float, float, float] = (0.160, 0.192, 0.160),
+) -> Head:
+    """A brain of its own anatomy whose field is computed at half the voxel's side, sources in the brain only.
+
+    Every tissue's susceptibility varies inside it (a tenth of a ppb's smooth and grainy texture would be too kind to total
+    variation, so: 20 % and 4 ppb rms). The voxel's field is the phase of the mean signal of its eight parts, as a scanner
+    sees it, with noise of ``magnitude / snr`` in the complex signal.
+    """
+    n = tuple(2 * int(round(e / side / 2)) for e in extent)
+    fine = Grid(*(centred_axis(2 * k, k * side) for k in n))
+    tissue = BrainPhantom(seed).maps(fine)
+    rng = np.random.default_rng([seed, 77])
+    inside = _brain(tissue.labels)
+    position = np.meshgrid(fine.z, fine.y, fine.x, indexing="ij", sparse=True)
+    cloud, grain = (Texture(rng, 3, feature, slope) for feature, slope in ((0.010, 1.0), (0.003, 0.3)))
+    texture = cloud(*position) + grain(*position)
+    chi = np.where(inside, tissue.chi * (1 + 0.14 * texture) + 0.003 * texture, 0.0).astype(np.float32)
+    half = (side / 2,) * 3
+    shift = dipole_field(chi, half, b0, FIELD_STRENGTH)  # Hz
+    signal = np.where(inside, tissue.pd * np.exp(echo_time * (2j * np.pi * shift - tissue.r2star)), 0)
+    voxel_signal = _coarse(signal)
+    noise = np.abs(voxel_signal[_coarse(inside) > 0.99]).mean() / snr
+    shape = voxel_signal.shape
+    voxel_signal = voxel_signal + noise * (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)) / np.sqrt(2)
+    mask = ndimage.binary_opening(_coarse(inside) > 0.99)
+    per_hz = 1e6 / (42.577478518e6 * FIELD_STRENGTH)
+    field = np.angle(voxel_signal) / (2 * np.pi * echo_time) * per_hz  # local fields stay below half a turn: checked
+    mean_shift = _coarse(shift) * per_hz
+    period = per_hz / echo_time
+    field += period * np.rint((mean_shift - field) / period)
+    labels = tissue.labels[::2, ::2, ::2]
+    magnitude = np.abs(voxel_signal)
+
+    def named(names: tuple[str, ...]) -> torch.Tensor:
+        return torch.from_numpy(np.isin(labels, [LABELS[name] for name in names]) & mask)
+
+    return Head(
+        f"simulated head {seed}, {side * 1e3:g} mm",
+        *(torch.from_numpy(np.where(mask, a, 0).astype(np.float32)) for a in (field, _coarse(chi))),
+        torch.from_numpy(mask),
+        torch.from_numpy(magnitude.astype(np.float32)),
+        torch.from_numpy(np.where(mask, magnitude, 0).astype(np.float32)),
+        named(DEEP),
+        named(("csf",)),
+        (side,) * 3,
+        b0,
+    )
+
+
+CHALLENGE = {"field": "Frequency", "chi": "Chi", "mask": "MaskBrainExtracted"}
+"""Names of the 2019 challenge's files (``.nii`` or ``.nii.gz``); ``magnitude`` (first echo) and ``segmentation`` are optional."""
+
+
+def challenge_head(folder: Path, *, field_strength: float = 7.0, side: float = 1e-3) -> Head:
+    """The reconstruction challenge's in-silico head: ``Frequency`` (local, Hz), ``Chi``, ``MaskBrainExtracted`` in a folder.
+
+    ``Magnitude`` and ``Segmentation`` are read when they are there. NIfTI's last axis is slow here, and B0 lies along it.
+
+    Raises
+    ------
+    DataError
+        A file is missing, or the volumes differ in size.
+    """
+    read = {name: read_volume(_file(folder, stem)).astype(np.float32) for name, stem in CHALLENGE.items()}
+    sizes = {array.shape for array in read.values()}
+    if len(sizes) > 1:
+        raise DataError("volumes differ in size", where="QSM challenge", got=sorted(sizes))
+    mask = read["mask"] > 0.5
+    magnitude = np.ones(mask.shape, np.float32)
+    if (path := _file(folder, "Magnitude", required=False)) is not None:
+        magnitude = read_volume(path).astype(np.float32)
+    field = np.where(mask, read["field"] * (1e6 / (42.577478518e6 * field_strength)), 0).astype(np.float32)
+    deep = np.zeros_like(mask)
+    if (path := _file(folder, "Segmentation", required=False)) is not None:
+        deep = np.isin(read_volume(path), (1, 2, 3, 4, 5, 6)) & mask  # the challenge's deep grey labels
+    return Head(
+        "2019 challenge",
+        torch.from_numpy(field),
+        torch.from_numpy(np.where(mask, read["chi"], 0).astype(np.float32)),
+        torch.from_numpy(mask),
+        torch.from_numpy(magnitude),
+        torch.from_numpy(np.where(mask, magnitude, 0).astype(np.float32)),
+        torch.from_numpy(deep),
+        torch.zeros(mask.shape, dtype=torch.bool),
+        (side,) * 3,
+        (1.0, 0.0, 0.0),
+    )
+
+
+def _file(folder: Path, stem: str, *, required: bool = True) -> Path | None:
+    for ending in (".nii.gz", ".nii"):
+        if (path := folder / f"{stem}{ending}").is_file():
+            return path
+    if required:
+        raise DataError("no such file", where="QSM challenge", got=f"{stem}.nii", expected="the challenge's data in the folder")
+    return None
+
+
+def _brain(labels: np.ndarray) -> np.ndarray:
+    outside = np.isin(labels, [LABELS[name] for name in OUTSIDE])
+    parts, n = ndimage.label(~outside)
+    sizes = np.bincount(parts.ravel(), minlength=n + 1)
+    sizes[0] = 0
+    return np.asarray(parts == int(np.argmax(sizes)))
+
+
+def _coarse(fine: np.ndarray) -> np.ndarray:
+    """Mean of 2 x 2 x 2 voxels."""
+    z, y, x = (k // 2 for k in fine.shape)
+    return np.asarray(fine.reshape(z, 2, y, 2, x, 2).mean((1, 3, 5)))
