@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import torch
 
-from recon_core.errors import DataError, ReconError
-from recon_core.methods import cg_sense, grasp_pro, llr
+from recon_core.errors import DataError
+from recon_core.methods import cg_sense, llr
 from recon_core.methods.moe_dqinr.diagnostics import diagnose
 from recon_core.methods.moe_dqinr.fit import FitResult, FitSettings, IterationReport, fit
 from recon_core.methods.moe_dqinr.model import MoeField
@@ -155,7 +155,7 @@ def _weights(plan: Plan) -> dict[str, float]:
 
 
 def _first_estimate(kspace: KSpace, scan: ScanInfo, settings: Settings, work: _Work) -> Tensor:
-    """A quick low-rank image of the lines that the network may see."""
+    """The low-rank image of the lines that the network may see."""
     advance = work.stages.start("first estimate")
     seen = kspace
     if work.objective.held_out is not None:
@@ -165,11 +165,7 @@ def _first_estimate(kspace: KSpace, scan: ScanInfo, settings: Settings, work: _W
             data=kspace.data.masked_fill(kept_out[:, None, :, :, None], 0),
             counts=kspace.counts.masked_fill(kept_out, 0),
         )
-    try:
-        result = grasp_pro.reconstruct(seen, scan, grasp_pro.Settings(iterations=15), Report())
-    except ReconError:
-        # too few states or too few lines in common for a temporal subspace
-        result = llr.reconstruct(seen, scan, llr.Settings(iterations=15), Report())
+    result = llr.reconstruct(seen, scan, llr.Settings(), Report())
     advance(1.0)
     first = work.problem.operator.enter_image(result.images[0].data) / work.problem.scale
     if work.objective.held_out is not None:
