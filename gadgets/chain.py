@@ -45,6 +45,7 @@ INERT_PARTS = frozenset(
 """Readers and writers that Gadgetron needs in a chain file; this server has its own and ignores them."""
 
 CHAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_DECLARATION = re.compile(r"<\?xml[^>]*\?>")
 META_PROPERTIES = ("method", "fallback", "summary")
 
 
@@ -143,6 +144,22 @@ def chain_from_script(text: str, overrides: Mapping[str, Any] | None = None, *, 
     name, properties = _chain_properties(stripped, where="CONFIG_SCRIPT")
     own = {key: value for key, value in properties.items() if key not in META_PROPERTIES}
     return load_chain(name, {**own, **(overrides or {})}, directory=directory)
+
+
+def node_properties(text: str) -> dict[str, str]:
+    """The properties of the ``<configuration>`` that Gadgetron sends to an external node; none for an empty document.
+
+    Raises
+    ------
+    ConfigRefused
+        Not well-formed, or it holds something else than properties.
+    """
+    if not _DECLARATION.sub("", text, count=1).strip():
+        return {}
+    root = _parse(text.strip(), where="node configuration")
+    if _tag(root) != "configuration":
+        raise ConfigRefused("not a node's configuration", where="node configuration", expected="<configuration>")
+    return _properties(root, where="node")
 
 
 def noise_dependency_request(text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The command ``recon``: serve, replay, run, simulate, train, chains, info."""
+"""The command ``recon``: serve, replay, run, simulate, mask, dicom, pacs, train, chains, info."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from gadgets import __version__
+from gadgets.dicom_cli import dicom, pacs_app
+from gadgets.install_gadgetron import install_gadgetron
+from gadgets.mask_cli import app as mask_app
 from gadgets.train_cli import app as train_app
 from recon_core.errors import ReconError
 
@@ -32,6 +35,10 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,  # locals hold MRD headers, and those hold patient data
 )
 app.add_typer(train_app, name="train")
+app.command()(dicom)
+app.command("install-gadgetron")(install_gadgetron)
+app.add_typer(pacs_app, name="pacs")
+app.add_typer(mask_app, name="mask")
 PIPE_COLUMNS = 160
 out = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS)
 err = Console(stderr=True)
@@ -170,7 +177,9 @@ def replay(
 
 @app.command()
 def run(
-    source: Annotated[Path, typer.Argument(help="MRD raw file (.h5) or a raw capture of the spool (.mrd).")],
+    source: Annotated[
+        Path, typer.Argument(help="MRD raw file (.h5), a raw capture of the spool (.mrd), or -: an MRD stream on stdin.")
+    ],
     config: Annotated[
         str | None, typer.Option("--config", "-c", help="Chain to reconstruct with; a capture brings its own.")
     ] = None,
@@ -204,6 +213,11 @@ def run(
         port=0, workers=workers, threads=threads, spool=None, configs=configs, device=device, previews=previews,
         job_folder=job_folder,
     )  # fmt: skip
+    if str(source) == "-":
+        from gadgets.stream import run_files
+
+        run_files(source, output, config=config, settings=_overrides(settings or []), options=options)
+        return
     with Service(options) as service, _progress() as bar:
         result = run_replay(
             source, host=service.host, port=service.port, config=config, out=output,

@@ -2,11 +2,13 @@
 
     read -> log -> frame -> (configured, header, data ...) -> CLOSE -> images -> CLOSE
 
-Whatever goes wrong is said once (TEXT), then everything up to the peer's CLOSE is read and kept, and CLOSE answers it.
+Whatever goes wrong is said once (TEXT; ERROR to a Gadgetron whose node this is), then everything up to the peer's CLOSE is read and
+kept, and CLOSE answers it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import time
@@ -16,6 +18,7 @@ from gadgets import queries
 from gadgets.errors import ConfigRefused, Disconnected, IllegalOrder, MalformedMessage, SpoolError, UnknownChain, WireError
 from gadgets.handlers import ChainRequest as ChainRequest
 from gadgets.handlers import Handlers, Scan, with_parameters
+from gadgets.node import NodeScan, node_request, require_accepted
 from gadgets.peer import Peer
 from gadgets.spool import ScanLog, Spool, Status
 from gadgets.wire import codec, events
@@ -63,7 +66,7 @@ class Connection:
         self.request: ChainRequest | None = None
         self.header_text: str | None = None
         self.header: MrdHeader | None = None
-        self.scan: Scan | None = None
+        self.scan: Scan | NodeScan | None = None
         self.n_readouts = 0
         self.n_images = 0
         self.stopping = False
@@ -78,6 +81,11 @@ class Connection:
         self._answering = False  # nothing is read any more: a peer that is gone now will not take the images either
         self._started = time.monotonic()
         self._bytes = 0
+
+    @property
+    def is_node(self) -> bool:
+        """Whether the peer is Gadgetron and this its external node: a TEXT would end its session."""
+        return self.parser.role == "node"
 
     @property
     def busy(self) -> bool:
@@ -226,6 +234,8 @@ class Connection:
                 self._open().readouts(event)
             case events.Waveform():
                 self._open().waveform(event)
+            case events.Composite() if isinstance(scan := self._open(), NodeScan):
+                self.n_readouts += scan.composite(event)
             case events.ConfigFile():
                 self._configure(ChainRequest(name=event.name))
             case events.ConfigScript():
@@ -250,6 +260,8 @@ class Connection:
                 )
 
     def _configure_script(self, text: str) -> None:
+        if self.is_node:
+            return self._configure(node_request(text))
         # the document is looked at, never executed
         if "NoiseSummaryGadget" in text or DEPENDENCY_SLOT.search(text):
             self._noise_id = ""
@@ -276,11 +288,13 @@ class Connection:
         try:
             self.handlers.check_config(request)
         except UnknownChain as error:
+            if self.is_node:
+                raise
             self._pending = error
 
     def _parameters(self, text: str) -> None:
         """FIRE's JSON text between header and data; any other text is only noted."""
-        parameters = fire_parameters(text) if self.scan is None else None
+        parameters = fire_parameters(text) if self.scan is None and not self.is_node else None
         if parameters is None:
             logger.info("event=text_ignored connection=%s chars=%d", self.name, len(text))
             if text.lstrip().startswith("{"):
@@ -288,13 +302,17 @@ class Connection:
         elif self.request is not None:
             self._configure(with_parameters(self.request, parameters))
 
-    def _open(self) -> Scan:
+    def _open(self) -> Scan | NodeScan:
         if self._pending is not None:
             raise self._pending
         if self.scan is None:
             if self.request is None or self.header_text is None or self._log is None:
                 raise IllegalOrder("data without a configuration and a header", where="connection")
-            self.scan = self.handlers.open_scan(self.request, self.header_text, self._log, self.say)
+            if self.is_node and self.header is not None:
+                request, open_scan = self.request, self.handlers.open_scan
+                self.scan = NodeScan(lambda text, log: open_scan(request, text, log, self.say), self.header, self._log)
+            else:
+                self.scan = self.handlers.open_scan(self.request, self.header_text, self._log, self.say)
             logger.info("event=scan_started connection=%s chain=%r file=%s", self.name, self.request.label, self._log.name)
         return self.scan
 
@@ -310,7 +328,7 @@ class Connection:
             are lost and reading finds out by itself.)
         """
         line = " ".join(text.split())[:2000]
-        if self._noise_id is not None:
+        if self._noise_id is not None or self.is_node:
             logger.info("event=kept_back connection=%s text=%r", self.name, line)
             return
         try:
@@ -334,11 +352,18 @@ class Connection:
         for message in scan.finish():
             if self.stopping:
                 raise Disconnected("the server is stopping", where="connection")
-            self.peer.send(message)
             kind = bytes(memoryview(message)[:2])
-            self.n_images += kind == IMAGE_ID
             said = said or kind == TEXT_ID
+            if self.is_node and kind == TEXT_ID:
+                logger.info("event=kept_back connection=%s text=%r", self.name, bytes(message[6:]).decode(errors="replace"))
+                continue
+            if self.is_node:
+                require_accepted(message)
+            self.peer.send(message)
+            self.n_images += kind == IMAGE_ID
         if not self.n_images and not said:
+            if self.is_node:  # the client's exit code stays 0: words are all that tells its user
+                raise WireError("no image was made", where="node", got=f"{self.n_readouts} readouts")
             self.say(f"WRN no image was made from {self.n_readouts} readouts")
 
     def _warn_of_loss(self) -> None:
@@ -364,7 +389,11 @@ class Connection:
             # neither message nor locals: they may quote the header. The capture repeats the scan for whoever looks for it
             logger.error("event=crashed connection=%s error=%s at=%s", self.name, type(error).__name__, _where(error))
             words = f"internal error ({type(error).__name__}); the server's log has more under connection {self.name}"
-        self.say(f"ERROR {words}")
+        if self.is_node:
+            with contextlib.suppress(Disconnected):
+                self.peer.send(codec.error(words))
+        else:
+            self.say(f"ERROR {words}")
         self._abandon()
 
     def _abandon(self) -> None:
@@ -386,7 +415,8 @@ class Connection:
             vanished = isinstance(self._failure, Disconnected) and not self._complete
             status = "truncated" if vanished else "failed"
         if self._log is not None:
-            if self.n_readouts or status == "failed":
+            # half a bucket has no readout yet, but is data
+            if self.n_readouts or status == "failed" or (self.is_node and self.header is not None):
                 self._log.finish(status, _note(self._failure), chain=self._label(), readouts=self.n_readouts)
             else:
                 self._log.discard()

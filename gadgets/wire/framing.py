@@ -26,6 +26,7 @@ from gadgets.errors import (
     WireError,
 )
 from gadgets.wire import composite, events
+from gadgets.wire.dialect import is_node_configuration
 from gadgets.wire.dtypes import (
     ACQUISITION_HEADER,
     DATA_TYPES,
@@ -59,7 +60,8 @@ class FrameParser:
         Size caps.
     role
         Whose side this is: ``"server"`` reads what a scanner sends, ``"client"`` what a server answers, ``"node"`` what
-        Gadgetron sends to an external node.
+        Gadgetron sends to an external node. A server's parser becomes a node's when the configuration shows that Gadgetron is
+        talking (``<connect>``): whoever answers reads ``role``.
 
     Notes
     -----
@@ -346,7 +348,7 @@ class FrameParser:
     def _count_text(self) -> None:
         # each costs far more memory as an event than on the wire
         self._texts += 1
-        if self.role == "server" and self._texts > self.limits.texts:
+        if self.role != "client" and self._texts > self.limits.texts:
             raise Oversized(
                 "too many messages that are no data", where=self._place(), expected=f"at most {self.limits.texts}"
             )
@@ -386,6 +388,9 @@ class FrameParser:
 
     def _config_script(self) -> Step:
         text = yield from self._sized_text(4, self.limits.config_script, "the configuration")
+        if self.role == "server" and is_node_configuration(text):
+            self.role = "node"
+            self._readers = self._table()
         self._emit(events.ConfigScript(self._start, text))
 
     def _header(self) -> Step:

@@ -61,7 +61,9 @@ class PatchGroups:
         if group < 1 or group & (group - 1):
             raise DataError("a group needs a power of two of patches", where="collaborative filter", got=group)
         if side < 1 or side > min(n_rows, n_columns):
-            raise DataError("patches do not fit the image", where="collaborative filter", got=side, expected=(n_rows, n_columns))
+            raise DataError(
+                "patches do not fit the image", where="collaborative filter", got=side, expected=(n_rows, n_columns)
+            )
         reach = min(settings.reach, (min(n_rows, n_columns) - 1) // 2)
         n_candidates = (2 * reach + 1) ** 2
         while group > n_candidates:

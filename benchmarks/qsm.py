@@ -1,0 +1,90 @@
+"""Dipole inversion alone: how far is each method's susceptibility from the truth on a head phantom?
+
+``python -m benchmarks.qsm`` computes a head; ``--challenge FOLDER`` reads the 2019 challenge's in-silico head from its NIfTI files.
+Errors are of maps with their mean over the brain taken off, truth alike; *detrended*: after the best common factor.
+Goal: TV-ADMM at 26.5 % or less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.common import print_table, write_result
+from benchmarks.qsm_head import Head, challenge_head, simulated_head
+from recon_core.maps.dipole import Susceptibility, TVSettings, tkd, tv_admm
+from recon_core.maps.medi import MEDISettings, medi
+from recon_core.metrics import hfen
+
+GOAL = 26.5
+COLUMNS = ("method", "nRMSE %", "detrended %", "deep nuclei %", "HFEN %", "iterations", "s")
+
+
+def scores(found: torch.Tensor, head: Head) -> tuple[float, float, float, float]:
+    """nRMSE, detrended nRMSE, nRMSE of the deep nuclei (NaN where unknown) and HFEN, in percent."""
+    mask = head.mask
+    a, b = (torch.where(mask, v.double() - v.double()[mask].mean(), 0.0) for v in (found, head.chi))
+    size = b[mask].norm()
+    factor = (a[mask] @ b[mask]) / (a[mask] @ a[mask])
+    deep = (a - b)[head.deep].norm() / b[head.deep].norm() if bool(head.deep.any()) else torch.tensor(torch.nan)
+    lift = 2 * max(float(a.abs().max()), float(b.abs().max()))  # HFEN compares magnitudes: a constant changes nothing in it
+    return (
+        100 * float((a - b)[mask].norm() / size),
+        100 * float((factor * a - b)[mask].norm() / size),
+        100 * float(deep),
+        100 * hfen(a + lift, b + lift, mask),
+    )
+
+
+def methods(head: Head, iterations: int, nonlinear: float) -> dict[str, Callable[[], Susceptibility]]:
+    """Every method with its defaults."""
+    field, mask, voxel, b0, weights = head.field, head.mask, head.voxel, head.b0, head.weights
+    tv = TVSettings(max_iterations=iterations)
+    found: dict[str, Callable[[], Susceptibility]] = {
+        "TV-ADMM": lambda: tv_admm(field, mask, voxel, b0, weights=weights, settings=tv),
+        "TKD": lambda: tkd(field, mask, voxel, b0),
+        "MEDI": lambda: medi(
+            field, mask, head.magnitude, voxel, b0, weights=weights, radians_per_ppm=nonlinear, settings=MEDISettings()
+        ),
+    }
+    if bool(head.csf.any()):
+        found["MEDI+0"] = lambda: medi(
+            field, mask, head.magnitude, voxel, b0, weights=weights, csf=head.csf, radians_per_ppm=nonlinear
+        )
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--challenge", type=Path, help="folder with Frequency, Chi and MaskBrainExtracted (.nii[.gz])")
+    parser.add_argument("--side", type=float, default=2.0, help="voxel of the computed head, mm")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--snr", type=float, default=100.0)
+    parser.add_argument("--iterations", type=int, default=TVSettings.max_iterations, help="most steps of TV-ADMM")
+    parser.add_argument("--methods", default="", help="names, comma separated; all if empty")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    computed = None if options.challenge else simulated_head(options.seed, options.side * 1e-3, snr=options.snr)
+    head = (computed or challenge_head(options.challenge)).to(options.device)
+    wanted = [name for name in options.methods.split(",") if name]
+    rows: list[tuple[str | float | int, ...]] = []
+    for name, run in methods(head, options.iterations, head.radians_per_ppm).items():
+        if wanted and name not in wanted:
+            continue
+        start = time.perf_counter()
+        found = run()
+        values = scores(found.chi.data, head)
+        rows.append((name, *values, found.iterations, time.perf_counter() - start))
+    print_table(f"Susceptibility from the local field, {head.name}, {options.device}", COLUMNS, rows)
+    result = {"head": head.name, "snr": options.snr, "device": options.device, "goal_tv_nrmse": GOAL}
+    write_result("qsm", {**result, "rows": [dict(zip(COLUMNS, row, strict=True)) for row in rows]})
+    tv = [float(row[1]) for row in rows if row[0] == "TV-ADMM"]
+    return int(bool(tv) and tv[0] > GOAL)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,214 @@
+"""The commands ``recon dicom`` and ``recon pacs``: images into DICOM files, DICOM files into an archive."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from recon_core.errors import ReconError
+
+if TYPE_CHECKING:  # neither pydicom nor pynetdicom is needed for --help
+    from gadgets.pacs import Destination
+
+pacs_app = typer.Typer(name="pacs", help="Send DICOM files to an archive, and keep trying.", no_args_is_help=True)
+out, err = Console(), Console(stderr=True)
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+
+
+class MissingExtra(ReconError):
+    """A package for DICOM is not installed."""
+
+
+@contextlib.contextmanager
+def _dicom_packages() -> Iterator[None]:
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in ("pydicom", "pynetdicom", "highdicom"):
+            raise
+        remedy = "pip install 'recon-gadgets[dicom]'"
+        raise MissingExtra("package is not installed", where="DICOM", got=error.name, remedy=remedy) from None
+
+
+def default_queue() -> Path:
+    """``$XDG_STATE_HOME/recon-gadgets/pacs``, by default below ``~/.local/state``."""
+    from gadgets.noise_store import default_noise_root
+
+    return default_noise_root().parent / "pacs"
+
+
+def dicom(
+    source: Annotated[Path, typer.Argument(help="MRD image file (.h5).")],
+    output: Annotated[Path, typer.Option("--out", "-o", help="New folder for the DICOM files.")] = Path("dicom"),
+    header: Annotated[
+        Path | None,
+        typer.Option(help="Where patient and study come from: MRD raw file, raw capture or XML. Without: left empty."),
+    ] = None,
+    group: Annotated[str | None, typer.Option(help="Run in the image file, if it has several.")] = None,
+    previews: Annotated[bool, typer.Option("--previews/--no-previews", help="Convert previews, too.")] = False,
+    parametric_maps: Annotated[
+        bool, typer.Option("--parametric-maps", help="Write each map also as a Parametric Map object.")
+    ] = False,
+) -> None:
+    """Turn an MRD image file into DICOM series (classic MR images)."""
+    with _dicom_packages():
+        from gadgets.dicom import convert
+        from gadgets.dicom_identity import read_header_text
+
+        text = None if header is None else read_header_text(header)
+        made = convert(source, output, header=text, group=group, previews=previews, parametric_maps=parametric_maps)
+    for note in made.notes:
+        _say(err, note)
+    for name, count in made.series:
+        _say(out, f"{count:>6}  {output / name}")
+
+
+HostOption = Annotated[str, typer.Option("--host", "-a", help="The archive's address.")]
+PortOption = Annotated[int, typer.Option("--port", "-p", min=1, max=65535, help="Its DICOM port: often 104, 4242 or 11112.")]
+AetOption = Annotated[str, typer.Option("--aet", help="Its AE title.")]
+CallingOption = Annotated[str, typer.Option("--calling", help="Our AE title, as the archive knows it.")]
+TlsOption = Annotated[bool, typer.Option("--tls", help="Encrypted; the archive's certificate is verified.")]
+CaOption = Annotated[Path | None, typer.Option("--tls-ca", help="PEM of who signed it. Default: the system's.")]
+CertificateOption = Annotated[Path | None, typer.Option("--tls-certificate", help="PEM of our own certificate.")]
+KeyOption = Annotated[Path | None, typer.Option("--tls-key", help="PEM of our own key.")]
+NameOption = Annotated[str | None, typer.Option("--tls-name", help="Name in its certificate, if not the host's.")]
+QueueOption = Annotated[Path | None, typer.Option("--queue", help="Folder of the queue. Default: the state folder.")]
+
+
+@pacs_app.command()
+def send(
+    sources: Annotated[list[Path], typer.Argument(help="DICOM files, or folders of them.")],
+    host: HostOption,
+    aet: AetOption,
+    port: PortOption = 104,
+    calling: CallingOption = "RECONGADGETS",
+    tls: TlsOption = False,
+    tls_ca: CaOption = None,
+    tls_certificate: CertificateOption = None,
+    tls_key: KeyOption = None,
+    tls_name: NameOption = None,
+    queue: QueueOption = None,
+) -> None:
+    """Queue files and try at once. What the archive does not confirm stays queued: recon pacs work (or queue --send) goes on."""
+    _quiet()
+    with _dicom_packages():
+        from gadgets.pacs_queue import Queue, QueueBusy
+
+        destination = _destination(host, port, aet, calling, tls, tls_ca, tls_certificate, tls_key, tls_name)
+        waiting = Queue(queue or default_queue())
+        job = waiting.put(_files(sources), destination)
+        try:
+            finished = waiting.send_due(only=job.id)
+        except QueueBusy:
+            _say(out, f"{job.id}: {job.n_files} objects queued; another process is sending")
+            return
+    for one in finished or [job]:
+        if one.left:
+            _say(err, f"{one.id}: {one.left} of {one.n_files} objects stay queued: {one.problem}")
+            raise typer.Exit(1)
+        _say(out, f"{one.id}: {one.n_files} objects stored in {destination}")
+
+
+@pacs_app.command()
+def queue(
+    folder: QueueOption = None,
+    try_now: Annotated[bool, typer.Option("--send", help="One attempt for every job that is due.")] = False,
+    retry: Annotated[str | None, typer.Option(help="Id of a job that is to be tried again, failed ones as well.")] = None,
+) -> None:
+    """List what waits for an archive, and why."""
+    _quiet()
+    with _dicom_packages():
+        from gadgets.pacs_queue import Queue
+
+        waiting = Queue(folder or default_queue())
+        if retry is not None:
+            waiting.retry(retry)
+        if try_now or retry is not None:
+            for job in waiting.send_due(only=retry):
+                if not job.left:
+                    _say(out, f"{job.id}: {job.n_files} objects stored in {job.destination}")
+        jobs = waiting.jobs()
+    table = Table("job", "state", "destination", "left", "attempts", "next try", "problem")
+    table.columns[0].no_wrap = True
+    for job in jobs:
+        due = "-" if job.state == "failed" else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.next_try))
+        left = f"{job.left}/{job.n_files}"
+        table.add_row(job.id, job.state, str(job.destination), left, str(job.attempts), due, job.problem)
+    out.print(table)
+
+
+@pacs_app.command()
+def work(folder: QueueOption = None) -> None:
+    """Send what is queued, with growing pauses between attempts, until interrupted."""
+    logging.basicConfig(level="INFO", format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s")
+    with _dicom_packages():
+        from gadgets.pacs_queue import Queue
+
+        stop = threading.Event()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda *_: stop.set())
+        Queue(folder or default_queue()).work(stop)
+
+
+@pacs_app.command()
+def echo(
+    host: HostOption,
+    aet: AetOption,
+    port: PortOption = 104,
+    calling: CallingOption = "RECONGADGETS",
+    tls: TlsOption = False,
+    tls_ca: CaOption = None,
+    tls_certificate: CertificateOption = None,
+    tls_key: KeyOption = None,
+    tls_name: NameOption = None,
+) -> None:
+    """Ask the archive whether it is there and knows us (C-ECHO)."""
+    _quiet()
+    with _dicom_packages():
+        from gadgets.pacs import echo as ask
+
+        destination = _destination(host, port, aet, calling, tls, tls_ca, tls_certificate, tls_key, tls_name)
+        ask(destination)
+    _say(out, f"{destination} answers")
+
+
+def _destination(
+    host: str, port: int, aet: str, calling: str, tls: bool,
+    ca: Path | None, certificate: Path | None, key: Path | None, name: str | None,
+) -> Destination:  # fmt: skip
+    from gadgets.pacs import Destination, Tls
+
+    secure = None
+    if tls or ca or certificate or key or name:
+        # the queue is worked off later, from another folder
+        files = [None if path is None else str(path.resolve()) for path in (ca, certificate, key)]
+        secure = Tls(files[0], files[1], files[2], name)
+    elif host not in LOOPBACK:
+        _say(err, "patient data go over the network unencrypted: --tls if the archive can")
+    return Destination(host, port, aet, calling, secure)
+
+
+def _files(sources: list[Path]) -> list[Path]:
+    found: list[Path] = []
+    for source in sources:
+        found += sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
+    return found
+
+
+def _quiet() -> None:
+    logging.basicConfig(level="ERROR", format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s")
+
+
+def _say(where: Console, text: str) -> None:
+    where.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,243 @@
+"""Objects on their way to an archive, kept on disk until it has confirmed each of them.
+
+``<root>/waiting/<id>/`` has ``job.json`` and the DICOM files that are left; a file is deleted when the archive has confirmed
+it, so after a crash, at whatever moment, at most one object is sent twice (with the same UID, which an archive takes as
+the same object). A job that failed too often lies in ``<root>/failed/`` until someone looks at it; nothing is thrown away.
+
+The folders are readable by their owner only: the files hold patient data. Ids and ``job.json`` do not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gadgets.pacs import Attempt, Destination, PacsError, Tls, store
+
+log = logging.getLogger(__name__)
+
+LEFTOVER_SECONDS = 86400.0
+"""Age at which a copy that was never finished (its process died) is removed."""
+LOOK_SECONDS = 2.0
+"""How often `Queue.work` looks for jobs that others have put in."""
+
+Send = Callable[[list[Path], Destination, Callable[[Path], None]], Attempt]
+
+
+@dataclass(frozen=True)
+class Pauses:
+    """Waiting times between attempts: ``first`` s, then ``factor`` times as long each time up to ``longest`` s."""
+
+    first: float = 15.0
+    factor: float = 2.0
+    longest: float = 3600.0
+    attempts: int = 100  # then the job has failed; with the other defaults after about four days
+
+    def after(self, attempts: int) -> float:
+        """Seconds to wait after so many failed attempts."""
+        return min(self.longest, self.first * self.factor ** min(attempts - 1, 64))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One hand-over. ``state`` is "waiting" or "failed"; times in seconds since the epoch."""
+
+    id: str
+    destination: Destination
+    n_files: int
+    created: float
+    attempts: int = 0
+    next_try: float = 0.0
+    problem: str = ""
+    state: str = "waiting"
+    left: int = 0
+
+
+class QueueBusy(PacsError):
+    """Another process is sending from this queue; it will send these jobs as well."""
+
+
+class Queue:
+    """A queue below ``root``. Any number of processes may put jobs in; one at a time sends.
+
+    Raises
+    ------
+    PacsError
+        The folder cannot be made.
+    """
+
+    def __init__(self, root: Path | str, pauses: Pauses | None = None, now: Callable[[], float] = time.time) -> None:
+        self.root, self.pauses, self._now = Path(root), pauses or Pauses(), now
+        try:
+            for folder in (self.root, self.root / "waiting", self.root / "failed"):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise PacsError("cannot make the folder", where=f"queue {self.root}", got=error.strerror) from None
+
+    def put(self, files: Iterable[Path], destination: Destination) -> Job:
+        """Copy files into the queue; when this returns they are safe on disk.
+
+        Raises
+        ------
+        PacsError
+            No file, or one that cannot be copied.
+        """
+        sources = list(files)
+        if not sources:
+            raise PacsError("nothing to send", where=f"queue {self.root}", expected="at least one DICOM file")
+        name = f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime(self._now()))}-{secrets.token_hex(4)}"
+        job = Job(name, destination, len(sources), self._now(), next_try=self._now(), left=len(sources))
+        incoming = self.root / f".incoming-{name}"
+        try:
+            incoming.mkdir(mode=0o700)
+            for position, source in enumerate(sources):
+                target = incoming / f"{position:06d}.dcm"
+                shutil.copyfile(source, target)
+                _sync(target)
+            _write(incoming / "job.json", job)
+            _sync(incoming)
+            os.rename(incoming, self.root / "waiting" / name)
+            _sync(self.root / "waiting")
+        except OSError as error:
+            shutil.rmtree(incoming, ignore_errors=True)
+            raise PacsError("cannot queue the files", where=f"queue {self.root}", got=error.strerror) from None
+        log.info("event=pacs_queued job=%s objects=%d", name, len(sources))
+        return job
+
+    def jobs(self) -> list[Job]:
+        """All jobs, oldest first; one whose record cannot be read is left out here and moved aside by `send_due`."""
+        found = []
+        for state in ("waiting", "failed"):
+            for folder in sorted((self.root / state).iterdir()):
+                with contextlib.suppress(PacsError):
+                    found.append(_read(folder, state))
+        return sorted(found, key=lambda job: job.id)
+
+    def retry(self, name: str) -> Job:
+        """Make a waiting or failed job due now, with all its attempts before it.
+
+        Raises
+        ------
+        PacsError
+            No such job.
+        """
+        for job in self.jobs():
+            if job.id == name:
+                with self._sending():
+                    again = replace(job, attempts=0, next_try=self._now(), state="waiting")
+                    folder = self.root / job.state / name
+                    _write(folder / "job.json", again)
+                    os.rename(folder, self.root / "waiting" / name)
+                return again
+        known = ", ".join(job.id for job in self.jobs()) or "no job"
+        raise PacsError("no such job", where=f"queue {self.root}", got=repr(name), expected=known)
+
+    def send_due(self, send: Send = store, only: str | None = None) -> list[Job]:
+        """One attempt for each waiting job that is due (or for ``only``, if it waits); the jobs as they are afterwards.
+
+        A job with nothing ``left`` is done, and gone from the disk.
+
+        Raises
+        ------
+        QueueBusy
+            Another process is at it.
+        """
+        done = []
+        with self._sending():
+            self._tidy()
+            for folder in sorted((self.root / "waiting").iterdir()):
+                if only is not None and folder.name != only:
+                    continue
+                try:
+                    job = _read(folder, "waiting")
+                except PacsError:
+                    log.error("event=pacs_record_unreadable job=%s", folder.name)
+                    os.rename(folder, self.root / "failed" / folder.name)
+                    continue
+                if only is not None or job.next_try <= self._now():
+                    done.append(self._attempt(folder, job, send))
+        return done
+
+    def work(self, stop: threading.Event, send: Send = store) -> None:
+        """Send what is due, again and again, until ``stop`` is set; while another process sends, wait."""
+        while not stop.is_set():
+            with contextlib.suppress(QueueBusy):
+                self.send_due(send)
+            stop.wait(LOOK_SECONDS)
+
+    def _attempt(self, folder: Path, job: Job, send: Send) -> Job:
+        files = sorted(folder.glob("*.dcm"))
+        try:
+            outcome = send(files, job.destination, Path.unlink) if files else Attempt()
+        except (PacsError, OSError) as error:  # one job must not keep the others from being sent
+            problem = str(error) if isinstance(error, PacsError) else type(error).__name__
+            outcome = Attempt(left=files, problem=problem)
+        left = len(list(folder.glob("*.dcm")))
+        if not left:
+            shutil.rmtree(folder)
+            log.info("event=pacs_sent job=%s objects=%d attempts=%d", job.id, job.n_files, job.attempts + 1)
+            return replace(job, attempts=job.attempts + 1, left=0, problem="")
+        attempts = job.attempts + 1
+        failed = attempts >= self.pauses.attempts
+        next_try = self._now() + self.pauses.after(attempts)
+        job = replace(job, attempts=attempts, next_try=next_try, problem=outcome.problem, left=left)
+        job = replace(job, state="failed" if failed else "waiting")
+        _write(folder / "job.json", job)
+        if failed:
+            os.rename(folder, self.root / "failed" / folder.name)
+        log.warning("event=pacs_%s job=%s left=%d attempts=%d", "failed" if failed else "retry", job.id, left, attempts)
+        return job
+
+    def _tidy(self) -> None:
+        for folder in self.root.glob(".incoming-*"):
+            if self._now() - folder.stat().st_mtime > LEFTOVER_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _sending(self) -> Iterator[None]:
+        with (self.root / "lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise QueueBusy("another process is sending", where=f"queue {self.root}") from None
+            yield  # closing the file releases the lock
+
+
+def _write(path: Path, job: Job) -> None:
+    document: dict[str, Any] = asdict(job)
+    del document["state"], document["left"]  # the place and the files say it
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    _sync(partial)
+    os.replace(partial, path)
+
+
+def _read(folder: Path, state: str) -> Job:
+    try:
+        document = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+        target = document.pop("destination")
+        secure = target.pop("tls")
+        destination = Destination(**target, tls=None if secure is None else Tls(**secure))
+        left = len(list(folder.glob("*.dcm")))
+        return Job(**{**document, "id": folder.name}, destination=destination, state=state, left=left)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise PacsError("record cannot be read", where=f"job {folder.name}", got=type(error).__name__) from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,353 @@
+"""A Pulseq ``.seq`` of a complete 3D multi-echo gradient-echo scan that plays a sampling mask, with its MRD header.
+
+RF-spoiled, slab-selective, unipolar readouts; between two readouts the flyback on x and, with it, the phase-encoding blips
+that move k1 and k2 to the next echo's position (LARO, Fig. 2b). Axes: x is the readout, y is k1, z is k2. Position ``i`` of
+``n`` is ``(i - n // 2) / fov``; sample ``n // 2`` of the readout is k0 = 0, and its time after the pulse is the echo time.
+
+Labels: LIN = k1, PAR = k2, ECO = echo, all from 0; TRID marks the repeated modules for interpreters that want them. The
+header is needed because converters take the matrix from the protocol, which knows nothing of the sequence. Its encoding
+limits are those of the full grid: a mask need not reach the edge.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from gadgets.pulseq_header import header_text
+from recon_core.errors import ReconError, SettingError
+from recon_core.sampling.mask_files import SamplingMask
+from recon_core.sampling.ordering import IntArray
+
+RASTER = 10e-6
+"""s, of gradients and block durations."""
+
+ADC_RASTER = 100e-9
+LONGEST_ENCODING = 3e-3
+"""s; encoding gradients are stretched to the time there is, up to this: slow ramps are quiet."""
+
+
+class SequenceError(ReconError):
+    """A sequence that no scanner could play, or pypulseq is not installed."""
+
+
+@dataclass(frozen=True)
+class SequenceSettings:
+    """Of the sequence; SI units. The defaults are the paper's where a whole echo leaves time for it.
+
+    Attributes
+    ----------
+    matrix_x, fov
+        Readout samples before oversampling; field of view ``(z, y, x)`` in m.
+    echo_times
+        s, one per echo of the mask; moved to the raster, see :class:`SequenceFacts`.
+    repetition_time, flip_angle
+        s and rad.
+    dwell, oversampling
+        s per ADC sample; ADC samples per readout position.
+    slab_thickness
+        m; ``None``: the field of view along z.
+    """
+
+    matrix_x: int = 256
+    fov: tuple[float, float, float] = (0.16, 0.206, 0.256)
+    echo_times: tuple[float, ...] = tuple(0.004 + 0.003384 * n for n in range(10))
+    repetition_time: float = 0.04
+    flip_angle: float = math.radians(15.0)
+    dwell: float = 8e-6
+    oversampling: int = 1
+    slab_thickness: float | None = None
+    rf_duration: float = 1e-3
+    rf_time_bandwidth: float = 4.0
+    rf_spoiling_increment: float = math.radians(117.0)
+    spoiling_cycles: float = 2.0  # of phase across a voxel, along x
+    dummies: int = 20  # excitations without readouts
+    max_grad_mt_m: float = 32.0
+    max_slew_t_m_s: float = 130.0
+    field_strength: float = 3.0
+    name: str = "laro_mgre"
+
+    def __post_init__(self) -> None:
+        numbers = (*self.fov, *self.echo_times, self.repetition_time, self.flip_angle, self.dwell, self.rf_duration)
+        if not all(math.isfinite(v) and v > 0 for v in numbers) or self.dummies < 0 or not self.echo_times:
+            raise SettingError("must be above 0", where="sequence", expected="lengths, times and angles above 0")
+        if any(b <= a for a, b in zip(self.echo_times, self.echo_times[1:], strict=False)):
+            raise SettingError("echo times do not rise", where="sequence.echo_times", got=self.echo_times)
+        if self.matrix_x < 2 or self.oversampling < 1 or (self.matrix_x * self.oversampling) % 4:
+            raise SettingError(
+                "samples must be divisible by 4", where="sequence.matrix_x", got=self.matrix_x * self.oversampling
+            )
+        if abs(self.dwell / ADC_RASTER - round(self.dwell / ADC_RASTER)) > 1e-6:
+            raise SettingError("off the raster", where="sequence.dwell", got=self.dwell, expected="a multiple of 100 ns")
+
+    @property
+    def n_adc(self) -> int:
+        return self.matrix_x * self.oversampling
+
+
+@dataclass(frozen=True)
+class SequenceFacts:
+    """What was written: the echo times (s) of k0 = 0, on the raster; readouts; scan time in s."""
+
+    echo_times: tuple[float, ...]
+    repetition_time: float
+    n_readouts: int
+    duration: float
+
+
+@dataclass
+class _Events:
+    """Gradients of one repetition; those that scale carry the largest area that occurs."""
+
+    pulse: list[Any]
+    readout: Any
+    adc: Any
+    x_before: Any
+    x_between: list[Any]
+    x_after: Any
+    y: list[Any]  # before the first echo, between echoes, after the last
+    z: list[Any]
+    slab_refocus: float  # 1/m
+    durations: list[float]  # of the encoding blocks, s
+    trailing: float
+    echo_times: tuple[float, ...]
+
+
+def write_sequence(path: str | Path, mask: SamplingMask, settings: SequenceSettings) -> SequenceFacts:
+    """Write ``path`` (``.seq``) and beside it ``<stem>.mrd.xml``, the MRD header of the scan.
+
+    Raises
+    ------
+    SequenceError
+        pypulseq is missing, the gradients do not fit into the times, or pypulseq's own timing check fails.
+    SettingError
+        A mask without order, or with another number of echoes than echo times.
+    """
+    path = Path(path)
+    sequence, facts = make_sequence(mask, settings)
+    fine, report = sequence.check_timing()
+    if not fine:
+        raise SequenceError("the timing check fails", where=path.name, got=f"{len(report)} errors, first: {report[0]}")
+    sequence.write(str(path), check_timing=False)
+    path.with_suffix(".mrd.xml").write_text(header_text(mask, settings, facts), encoding="utf-8")
+    return facts
+
+
+def make_sequence(mask: SamplingMask, settings: SequenceSettings) -> tuple[Any, SequenceFacts]:
+    """The ``pypulseq.Sequence`` and its facts; see :func:`write_sequence`."""
+    if mask.order is None:
+        raise SettingError("the mask has no order", where="sequence", remedy="make one with: recon mask order")
+    if len(mask.mask) != len(settings.echo_times):
+        raise SettingError(
+            "one echo time per echo", where="sequence.echo_times", got=len(settings.echo_times), expected=len(mask.mask)
+        )
+    pp = _pypulseq()
+    system = pp.Opts(
+        max_grad=settings.max_grad_mt_m,
+        grad_unit="mT/m",
+        max_slew=settings.max_slew_t_m_s,
+        slew_unit="T/m/s",
+        rf_ringdown_time=30e-6,
+        rf_dead_time=100e-6,
+        adc_dead_time=10e-6,
+        adc_samples_divisor=4,
+        B0=settings.field_strength,
+    )
+    k = _spatial_frequencies(mask.order, mask.mask.shape, settings.fov)
+    try:
+        events = _events(pp, system, k, settings)
+    except (ValueError, AssertionError) as error:
+        raise SequenceError(
+            "the gradients do not fit",
+            where="sequence",
+            got=str(error),
+            remedy="allow longer echo times or a smaller max_jump",
+        ) from None
+    sequence = pp.Sequence(system=system)
+    _play(pp, sequence, mask.order, k, events, settings)
+    for key, value in _definitions(mask, settings, events).items():
+        sequence.set_definition(key, value)
+    repetition_time = _repetition_time(events, pp)
+    shots = len(mask.order) + settings.dummies
+    n_readouts = len(mask.order) * len(mask.mask)
+    return sequence, SequenceFacts(events.echo_times, repetition_time, n_readouts, shots * repetition_time)
+
+
+def _pypulseq() -> ModuleType:
+    try:
+        return importlib.import_module("pypulseq")  # an extra: only who writes sequences needs it
+    except ImportError:
+        raise SequenceError(
+            "pypulseq is not installed", where="sequence", remedy="pip install 'recon-gadgets[sequence]'"
+        ) from None
+
+
+def _spatial_frequencies(order: IntArray, shape: tuple[int, ...], fov: tuple[float, float, float]) -> np.ndarray:
+    """``(z, y)`` in 1/m at every readout: float64 ``(shot, echo, 2)``."""
+    centre = np.array([shape[1] // 2, shape[2] // 2])
+    return np.asarray((order - centre) / np.array(fov[:2]), np.float64)
+
+
+def _on_raster(seconds: float) -> float:
+    return round(seconds / RASTER) * RASTER
+
+
+def _up_to_raster(seconds: float) -> float:
+    return math.ceil(seconds / RASTER - 1e-6) * RASTER
+
+
+def _events(pp: ModuleType, system: Any, k: np.ndarray, s: SequenceSettings) -> _Events:
+    rf, slab, _ = pp.make_sinc_pulse(
+        flip_angle=s.flip_angle,
+        duration=s.rf_duration,
+        slice_thickness=s.slab_thickness or s.fov[0],
+        time_bw_product=s.rf_time_bandwidth,
+        apodization=0.5,
+        return_gz=True,
+        delay=system.rf_dead_time,
+        use="excitation",
+        system=system,
+    )
+    rf_centre = rf.delay + pp.calc_rf_center(rf)[0]
+    pulse_time = _up_to_raster(pp.calc_duration(rf, slab))
+    # what the slab gradient adds after the centre of the pulse
+    ramp_down = slab.delay + slab.rise_time + slab.flat_time
+    slab_refocus = -slab.amplitude * (ramp_down - rf_centre + 0.5 * slab.fall_time)
+
+    n = s.n_adc
+    flat = _up_to_raster(n * s.dwell)
+    readout = pp.make_trapezoid("x", amplitude=1.0 / (s.fov[2] * s.oversampling * s.dwell), flat_time=flat, system=system)
+    adc = pp.make_adc(n, dwell=s.dwell, delay=readout.rise_time, system=system)
+    readout_time = _up_to_raster(max(pp.calc_duration(readout), readout.rise_time + n * s.dwell + system.adc_dead_time))
+    # pypulseq and MRD place sample i in the middle of its dwell time
+    to_centre = readout.rise_time + (n // 2 + 0.5) * s.dwell
+    moment_to_centre = readout.amplitude * (0.5 * readout.rise_time + (n // 2 + 0.5) * s.dwell)
+
+    before = _on_raster(s.echo_times[0] - (pulse_time - rf_centre) - to_centre)
+    first = pulse_time - rf_centre + before + to_centre
+    gaps = [_on_raster(b - a - readout_time) for a, b in zip(s.echo_times, s.echo_times[1:], strict=False)]
+    durations = [before, *gaps]
+    echo_times = tuple(float(t) for t in first + np.concatenate([[0.0], np.cumsum(np.array(gaps) + readout_time)]))
+
+    moves = np.abs(np.diff(k, axis=1, prepend=0.0)).max(axis=0)
+    moves[0, 0] += abs(slab_refocus)
+    largest = [(float(z), float(y)) for z, y in (*moves, np.abs(k[:, -1]).max(axis=0))]
+    spoiler = s.spoiling_cycles * s.matrix_x / s.fov[2] - (readout.area - moment_to_centre)
+    areas_x = [-moment_to_centre, *[-readout.area] * len(gaps), spoiler]
+    rest = _rest(s, pulse_time, durations, readout_time)
+    times = [*durations, min(rest, LONGEST_ENCODING)]
+    lobes = [
+        [_lobe(pp, system, axis, area, time, i) for i, (area, time) in enumerate(zip(areas, times, strict=True))]
+        for axis, areas in (("x", areas_x), ("y", [y for _, y in largest]), ("z", [z for z, _ in largest]))
+    ]
+    x, y, z = lobes
+    return _Events(
+        [rf, slab, pp.make_delay(pulse_time)],
+        readout,
+        adc,
+        x[0],
+        x[1:-1],
+        x[-1],
+        y,
+        z,
+        slab_refocus,
+        durations,
+        rest,
+        echo_times,
+    )
+
+
+def _rest(s: SequenceSettings, pulse_time: float, durations: list[float], readout_time: float) -> float:
+    """Time from the end of the last readout to the next pulse."""
+    used = pulse_time + sum(durations) + len(durations) * readout_time
+    rest = _on_raster(s.repetition_time - used)
+    if rest <= 0:
+        raise SequenceError(
+            "the echoes do not fit into TR",
+            where="sequence.repetition_time",
+            got=f"{s.repetition_time * 1e3:g} ms",
+            expected=f"more than {used * 1e3:.2f} ms",
+        )
+    return rest
+
+
+def _lobe(pp: ModuleType, system: Any, axis: str, area: float, time: float, number: int) -> Any:
+    """A trapezoid of ``area`` (1/m) within ``time``; an area of 0 gets a unit shape, to be scaled to nothing."""
+    shortest = pp.calc_duration(pp.make_trapezoid(axis, area=area or 1.0, system=system))
+    if time < shortest - 1e-9:
+        places = {0: "before the first echo"}
+        raise SequenceError(
+            f"no time for the encoding {places.get(number, f'after echo {number - 1}')}",
+            where=f"sequence, gradient {axis}",
+            got=f"{time * 1e3:.2f} ms",
+            expected=f"{shortest * 1e3:.2f} ms or more",
+            remedy="allow longer echo times or TR, a shorter dwell time, or masks with smaller jumps between echoes",
+        )
+    return pp.make_trapezoid(axis, area=area or 1.0, duration=min(time, LONGEST_ENCODING), system=system)
+
+
+def _play(pp: ModuleType, sequence: Any, order: IntArray, k: np.ndarray, events: _Events, s: SequenceSettings) -> None:
+    """Add every block: dummies, then the shots."""
+    phase = increment = 0.0
+    rf, *rest_of_pulse = events.pulse
+    delays = [pp.make_delay(t) for t in (*events.durations, events.trailing)]
+    n_echoes = order.shape[1]
+    for shot in range(-s.dummies, len(order)):
+        imaging = shot >= 0
+        rf.phase_offset = events.adc.phase_offset = phase
+        sequence.add_block(rf, *rest_of_pulse, pp.make_label("TRID", "SET", 1 if imaging else 2))
+        # dummies play the first shot's gradients, so that the steady state is that of the scan
+        places, labels = k[max(shot, 0)], order[max(shot, 0)]
+        here = np.zeros(2)
+        for echo in range(n_echoes):
+            move = places[echo] - here
+            if echo == 0:
+                move = move + np.array([events.slab_refocus, 0.0])
+            along_x = events.x_before if echo == 0 else events.x_between[echo - 1]
+            sequence.add_block(along_x, *_scaled(pp, events, echo, move), delays[echo])
+            here = places[echo]
+            if imaging:
+                k2, k1 = (int(v) for v in labels[echo])
+                counters = (("LIN", k1), ("PAR", k2), ("ECO", echo))
+                sequence.add_block(events.readout, events.adc, *(pp.make_label(name, "SET", v) for name, v in counters))
+            else:
+                sequence.add_block(events.readout)
+        sequence.add_block(events.x_after, *_scaled(pp, events, n_echoes, -here), delays[-1])
+        increment = (increment + s.rf_spoiling_increment) % (2 * math.pi)
+        phase = (phase + increment) % (2 * math.pi)
+
+
+def _scaled(pp: ModuleType, events: _Events, number: int, move: np.ndarray) -> list[Any]:
+    """Both phase-encoding gradients; always the same shapes, which differ in amplitude alone."""
+    return [
+        pp.scale_grad(shape[number], float(area / shape[number].area))
+        for shape, area in ((events.y, move[1]), (events.z, move[0]))
+    ]
+
+
+def _repetition_time(events: _Events, pp: ModuleType) -> float:
+    readouts = len(events.durations) * pp.calc_duration(events.readout, events.adc)
+    return float(pp.calc_duration(*events.pulse) + sum(events.durations) + readouts + events.trailing)
+
+
+def _definitions(mask: SamplingMask, s: SequenceSettings, events: _Events) -> dict[str, Any]:
+    _, n_k2, n_k1 = mask.mask.shape
+    return {
+        "Name": s.name,
+        "FOV": list(s.fov[::-1]),
+        "Matrix": [s.matrix_x, n_k1, n_k2],
+        "TE": list(events.echo_times),
+        "TR": s.repetition_time,
+        "FlipAngle": math.degrees(s.flip_angle),
+        "ReadoutOversamplingFactor": s.oversampling,
+        "kSpaceCenterLine": n_k1 // 2,
+        "kSpaceCenterPartition": n_k2 // 2,
+        "kSpaceCenterSample": s.n_adc // 2,
+        "SliceThickness": s.slab_thickness or s.fov[0],
+    }

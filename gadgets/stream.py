@@ -1,0 +1,205 @@
+"""MRD streams: the same bytes in and out as ``gadgetron --from_stream`` and ISMRMRD's stream tools.
+
+In: HEADER (3), readouts and waveforms, CLOSE. Out: the header again, images (1022) as they are made, CLOSE. There is no CONFIG in
+such a stream; one that is there all the same (a capture) names the chain unless the caller does. Words go elsewhere: only ISMRMRD's
+own reader knows TEXT in a stream of images.
+
+A stream that ends without CLOSE is a failure for every reader. So is ours when the reconstruction failed, after all images that
+were made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+from xml.sax.saxutils import quoteattr
+
+from gadgets.chain import MODULE, chain_from_script
+from gadgets.errors import ConfigRefused, Disconnected, IllegalOrder, Oversized, WireError
+from gadgets.progress import read_progress_line
+from gadgets.service import Service, ServiceOptions
+from gadgets.wire import codec, events
+from gadgets.wire.framing import CONFIG_NAME_BYTES, FrameParser
+from gadgets.wire.ids import MessageId, message_name
+from gadgets.wire.limits import Limits
+
+logger = logging.getLogger(__name__)
+
+PIECE_BYTES = 1 << 20
+ERROR_WORDS = "ERROR "
+
+
+class StreamFailed(WireError):
+    """No images, or not all of them; what was made is in the output, which has no CLOSE."""
+
+
+@dataclass
+class StreamResult:
+    """What a stream became."""
+
+    n_images: int = 0
+    texts: list[str] = field(default_factory=list)
+
+
+def run_stream(
+    source: BinaryIO,
+    sink: BinaryIO,
+    *,
+    config: str | None = None,
+    settings: Mapping[str, str] | None = None,
+    options: ServiceOptions | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> StreamResult:
+    """Reconstruct one scan from a stream into a stream, by the pipeline of the server.
+
+    Parameters
+    ----------
+    source
+        Read to its CLOSE, or to its end.
+    sink
+        Header, images and CLOSE; flushed behind each.
+    config
+        Name of the chain; needed unless the stream holds a configuration.
+    settings
+        Overrides.
+    options
+        Of the service that reconstructs; by default those of ``recon run``.
+    on_text
+        Called with each line that the reconstruction says.
+
+    Raises
+    ------
+    StreamFailed
+        The reconstruction failed, or made no image.
+    WireError
+        The stream does not begin as one, or ends too early.
+    ConfigRefused
+        No chain is named.
+    """
+    options = options or ServiceOptions(port=0, spool=None, previews=False)
+    start, header = _beginning(source, options.limits)
+    if config is not None:
+        start = codec.config_script(chain_script(config, settings or {}))
+        chain_from_script(chain_script(config, settings or {}), directory=options.configs)  # before anything is started
+    elif settings:
+        raise ConfigRefused("settings without a chain", where="stream", remedy="Name one: --config NAME")
+    if not start:
+        raise ConfigRefused("no chain to reconstruct with", where="stream", remedy="Name one: --config NAME")
+    result = StreamResult()
+    sink.write(struct.pack("<HI", MessageId.HEADER, len(header)) + header)
+    sink.flush()
+    with Service(options) as service, socket.create_connection((service.host, service.port)) as connection:
+        head = start + struct.pack("<HI", MessageId.HEADER, len(header)) + header
+        sender = threading.Thread(target=_send, args=(source, connection, head), name="stream-send", daemon=True)
+        sender.start()
+        _receive(connection, sink, result, on_text)
+    failures = [text.strip() for text in result.texts if text.startswith(ERROR_WORDS)]
+    if failures:
+        raise StreamFailed(failures[0].removeprefix(ERROR_WORDS))
+    if not result.n_images and not any("noise measurement stored" in text for text in result.texts):
+        raise StreamFailed("no image was made", where="stream", got=" | ".join(text.strip() for text in result.texts))
+    sink.write(codec.close())
+    sink.flush()
+    return result
+
+
+def chain_script(name: str, settings: Mapping[str, str]) -> str:
+    """A chain with overrides as a configuration text: in a stream there is no place for parameters behind the header."""
+    properties = "".join(f"<property name={quoteattr(k)} value={quoteattr(v)}/>" for k, v in settings.items())
+    return (
+        "<configuration><version>2</version><stream><external>"
+        f'<execute name="{MODULE}" target={quoteattr(name.removesuffix(".xml"))} type="python"/>'
+        f"<configuration>{properties}</configuration></external></stream></configuration>"
+    )
+
+
+def _beginning(source: BinaryIO, limits: Limits) -> tuple[bytes, bytes]:
+    """The configuration message (empty when there is none) and the header's text, read from the source."""
+    config = b""
+    while True:
+        (number,) = struct.unpack("<H", _exactly(source, 2, "a message id"))
+        if number == MessageId.HEADER:
+            return config, _sized(source, limits.header, "the MRD header")
+        if config or number not in (MessageId.CONFIG_FILE, MessageId.CONFIG_SCRIPT):
+            raise IllegalOrder("a stream begins with the MRD header", where="stream", got=message_name(number))
+        if number == MessageId.CONFIG_FILE:
+            config = struct.pack("<H", number) + _exactly(source, CONFIG_NAME_BYTES, "a configuration's name")
+        else:
+            text = _sized(source, limits.config_script, "a configuration")
+            config = struct.pack("<HI", number, len(text)) + text
+
+
+def _sized(source: BinaryIO, limit: int, what: str) -> bytes:
+    (n,) = struct.unpack("<I", _exactly(source, 4, what))
+    if n > limit:
+        raise Oversized(f"{what} is larger than this side accepts", where="stream", got=n, expected=f"at most {limit} bytes")
+    return _exactly(source, n, what)
+
+
+def _exactly(source: BinaryIO, n: int, what: str) -> bytes:
+    got = bytearray()
+    while len(got) < n:
+        piece = source.read(n - len(got))
+        if not piece:
+            raise Disconnected(f"the stream ends in the middle of {what}", where="stream", got=len(got), expected=n)
+        got += piece
+    return bytes(got)
+
+
+def _send(source: BinaryIO, connection: socket.socket, head: bytes) -> None:
+    """Everything, then the end: the server itself sees whether a CLOSE came."""
+    read = getattr(source, "read1", source.read)  # what is there already, rather than waiting for a whole piece
+    with contextlib.suppress(OSError):  # the server's answer says why it went
+        connection.sendall(head)
+        while piece := read(PIECE_BYTES):
+            connection.sendall(piece)
+        connection.shutdown(socket.SHUT_WR)
+
+
+def _receive(connection: socket.socket, sink: BinaryIO, result: StreamResult, on_text: Callable[[str], None] | None) -> None:
+    """Images to the sink until the server's CLOSE."""
+    parser = FrameParser(role="client")
+    while not parser.closed:
+        chunk = connection.recv(PIECE_BYTES)
+        if not chunk:
+            raise StreamFailed("the reconstruction broke off", where="stream")
+        for event in parser.feed(chunk):
+            match event:
+                case events.Image():
+                    sink.write(codec.image(event.header, event.attributes, event.data))
+                    sink.flush()
+                    result.n_images += 1
+                case events.Text():
+                    result.texts.append(event.text)
+                    if on_text is not None:
+                        on_text(event.text)
+                case events.Problem():
+                    raise StreamFailed(f"the answer cannot be understood: {event.error}", where="stream")
+
+
+def run_files(
+    source: Path,
+    output: Path,
+    *,
+    config: str | None = None,
+    settings: Mapping[str, str] | None = None,
+    options: ServiceOptions | None = None,
+) -> StreamResult:
+    """`run_stream` between files, or stdin and stdout for ``-``; what the reconstruction says goes to stderr."""
+
+    def tell(text: str) -> None:
+        if read_progress_line(text) is None:
+            print(text.rstrip(), file=sys.stderr, flush=True)
+
+    with contextlib.ExitStack() as stack:
+        incoming = sys.stdin.buffer if str(source) == "-" else stack.enter_context(source.open("rb"))
+        outgoing = sys.stdout.buffer if str(output) == "-" else stack.enter_context(output.open("wb"))
+        return run_stream(incoming, outgoing, config=config, settings=settings, options=options, on_text=tell)

@@ -1,0 +1,129 @@
+"""The brain in magnitude images: bright tissue, cut off from the scalp by an opening, its largest part, holes filled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from recon_core.errors import DataError
+from recon_core.maps.finite_differences import relative_steps
+from recon_core.maps.spherical_mean import inner_distance
+from recon_core.settings import setting
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class BrainMaskSettings:
+    """How a brain is told from scalp, skull and air."""
+
+    opening: float = setting(0.004, "What is thinner than twice this is not brain", unit="m", low=0.0, high=0.02)
+    closing: float = setting(0.004, "Clefts narrower than twice this belong to the brain", unit="m", low=0.0, high=0.02)
+    threshold: float = setting(
+        0.0, "Least magnitude, as a part of the 99.9th percentile; 0 chooses (Otsu)", low=0.0, high=1.0
+    )
+    min_volume: float = setting(5e-5, "A smaller part is not a brain", unit="m^3", low=0.0, high=0.01)
+
+
+def brain_mask(magnitude: Tensor, voxel: Sequence[float], *, settings: BrainMaskSettings | None = None) -> Tensor:
+    """Brain (or phantom) from magnitude images.
+
+    Root mean square over the echoes, a threshold between its two classes (Otsu), erosion by ``opening``, the largest part that
+    is left, grown back by as much within the bright tissue, then closed and filled.
+
+    Parameters
+    ----------
+    magnitude
+        Real or complex ``(echo, z, y, x)`` or ``(z, y, x)``, any unit.
+    voxel
+        ``(z, y, x)`` in m.
+
+    Returns
+    -------
+    Tensor
+        bool ``(z, y, x)``.
+
+    Raises
+    ------
+    DataError
+        No brain is found; values are not finite; wrong axes.
+    """
+    s = settings or BrainMaskSettings()
+    if magnitude.ndim not in (3, 4) or 0 in magnitude.shape:
+        raise DataError(
+            "wrong axes", where="brain mask", got=tuple(magnitude.shape), expected="(echo, z, y, x) or (z, y, x)"
+        )
+    relative_steps(voxel)
+    image = magnitude.abs().float()
+    if image.ndim == 4:
+        image = image.square().mean(0).sqrt()
+    if not bool(torch.isfinite(image).all()):
+        raise DataError("magnitude is not finite", where="brain mask")
+    values = image.cpu().numpy()
+    top = float(np.quantile(values, 0.999))
+    if not top > 0:
+        raise _no_brain(0.0, s.min_volume, "the images are empty")
+    level = s.threshold * top if s.threshold > 0 else otsu(np.minimum(values, top))
+    bright = torch.from_numpy(values > level)
+    core = inner_distance(bright, voxel) > s.opening
+    parts, n = ndimage.label(core.numpy())
+    if n == 0:
+        raise _no_brain(0.0, s.min_volume, "nothing bright is thick enough")
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    largest = torch.from_numpy(parts == int(np.argmax(sizes)))
+    grown = _dilated(largest, voxel, s.opening + max(voxel) / 2)
+    mask = _closed(grown & bright, voxel, s.closing)
+    mask = torch.from_numpy(np.asarray(ndimage.binary_fill_holes(mask.numpy())))
+    volume = int(mask.sum()) * math.prod(voxel)
+    if volume < s.min_volume:
+        raise _no_brain(volume, s.min_volume, "the largest bright part is too small")
+    return mask.to(magnitude.device)
+
+
+def otsu(values: np.ndarray, bins: int = 256) -> float:
+    """The threshold that separates the values into two classes with the least variance inside them.
+
+    References
+    ----------
+    Otsu, IEEE Trans. Syst. Man Cybern. 9 (1979) 62, Eq. 18.
+    """
+    counts, edges = np.histogram(values, bins)
+    middle = (edges[:-1] + edges[1:]) / 2
+    below = np.cumsum(counts)
+    total, above = below[-1], below[-1] - below
+    sums = np.cumsum(counts * middle)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        between = below * above * (sums / below - (sums[-1] - sums) / above) ** 2 / total**2
+    return float(edges[1:][int(np.argmax(np.nan_to_num(between)))])
+
+
+def _dilated(mask: Tensor, voxel: Sequence[float], radius: float) -> Tensor:
+    distance = ndimage.distance_transform_edt(~mask.numpy(), sampling=tuple(voxel))
+    return torch.from_numpy(np.asarray(distance <= radius))
+
+
+def _closed(mask: Tensor, voxel: Sequence[float], radius: float) -> Tensor:
+    if radius <= 0:
+        return mask
+    margin = [math.ceil(radius / side) + 1 for side in voxel]
+    padded = torch.from_numpy(np.pad(mask.numpy(), [(m, m) for m in margin]))
+    dilated = _dilated(padded, voxel, radius)
+    closed = inner_distance(dilated, voxel) > radius
+    crop = tuple(slice(m, m + n) for m, n in zip(margin, mask.shape, strict=True))
+    return mask | closed[crop]
+
+
+def _no_brain(volume: float, least: float, why: str) -> DataError:
+    return DataError(
+        "no brain found",
+        where="brain mask",
+        got=f"{volume * 1e6:.3g} ml: {why}",
+        expected=f"at least {least * 1e6:.3g} ml of connected tissue",
+        remedy="Check that the images show a head, or give a mask.",
+    )

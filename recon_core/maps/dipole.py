@@ -1,0 +1,225 @@
+"""Dipole inversion: local field to susceptibility, both in ppm.
+
+The dipole has no response on a cone in k-space, so every method adds an assumption: none but a threshold (TKD), few edges
+(TV-ADMM), or edges only where the magnitude has them (`recon_core.maps.medi`). Fields are ``(z, y, x)``, lengths m. A field
+says nothing about the mean of the susceptibility: every map states the region whose mean is its zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from recon_core.errors import DataError, NumericalError
+from recon_core.maps.dipole_kernel import DipoleOperator
+from recon_core.maps.field_checks import checked_field, checked_mask, squared_weights
+from recon_core.maps.finite_differences import divergence, gradient, periodic_laplacian, relative_steps
+from recon_core.settings import setting
+from recon_core.types import ParameterMap
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class TKDSettings:
+    """Thresholded k-space division."""
+
+    threshold: float = setting(0.2, "Least magnitude of the dipole that is divided by", low=0.01, high=0.6)
+    correct: bool = setting(True, "Divide by the mean response, so that contrasts are not underestimated")
+
+
+@dataclass(frozen=True)
+class TVSettings:
+    """Total variation by ADMM. Weights multiply ``|gradient|`` in ppm per mean voxel side; data are in ppm."""
+
+    weight: float = setting(1e-4, "Weight of the total variation", unit="ppm", low=1e-8, high=1.0)
+    penalty: float = setting(2e-2, "ADMM penalty of the gradient's copy: speed only", low=1e-6, high=100.0)
+    data_penalty: float = setting(1.0, "ADMM penalty of the field's copy: speed only", low=1e-6, high=100.0)
+    max_iterations: int = setting(250, "Most steps", low=1, high=10000)
+    tolerance: float = setting(1e-3, "Relative change of the map to stop at", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class Susceptibility:
+    """A susceptibility map and how it came about.
+
+    Attributes
+    ----------
+    chi
+        ``QSM`` in ppm, valid inside the mask, zero outside; mean zero in ``reference``.
+    reference
+        Name of the reference region, as it is reported.
+    reference_value
+        What was subtracted, ppm.
+    iterations, change, converged
+        Of the solver; ``change`` is the last relative change of the map.
+    """
+
+    chi: ParameterMap
+    reference: str
+    reference_value: float
+    iterations: int
+    change: float
+    converged: bool
+
+
+def tkd(
+    local: Tensor,
+    mask: Tensor,
+    voxel: Sequence[float],
+    b0: Sequence[float],
+    *,
+    reference: Tensor | None = None,
+    reference_name: str = "",
+    settings: TKDSettings | None = None,
+) -> Susceptibility:
+    """Thresholded k-space division: ``chi = F^-1 [F f / D]`` with ``|D|`` held at the threshold or above.
+
+    Where it is held the response ``D / held D`` is below 1 and a contrast loses about the mean of that; ``correct`` divides by
+    it.
+
+    Parameters
+    ----------
+    local
+        Local field in ppm, real ``(z, y, x)``; only values inside ``mask`` are used.
+    mask
+        bool ``(z, y, x)``.
+    voxel, b0
+        ``(z, y, x)``: sides in m, direction of B0 in the image frame.
+    reference, reference_name
+        Region whose mean is zero, bool ``(z, y, x)``, and what to call it; the whole mask if ``None``.
+
+    Raises
+    ------
+    DataError
+        Shapes that do not fit, empty masks, a field that is not finite.
+
+    References
+    ----------
+    Shmueli et al., Magn. Reson. Med. 62 (2009) 1510; Schweser et al., ibid. 69 (2013) 1581 (correction).
+    """
+    s = settings or TKDSettings()
+    inside, data = checked_field(local, mask, "TKD")
+    operator = DipoleOperator(local.shape, voxel, b0, data)
+    d = operator.spectrum
+    held = torch.where(d < 0, -1.0, 1.0) * d.abs().clamp_min(s.threshold)
+    chi = torch.fft.irfftn(torch.fft.rfftn(data, s=operator.padded) / held, s=operator.padded)
+    if s.correct:
+        chi /= mean_response(d / held, operator.padded[2])
+    return referenced(operator.crop(chi), inside, reference, reference_name, "TKD")
+
+
+def mean_response(response: Tensor, n: int) -> float:
+    """Mean over all of k-space of a real response that is given on the half spectrum of ``n`` samples along x."""
+    twice = torch.full((response.shape[2],), 2.0, dtype=torch.float64, device=response.device)
+    twice[0] = 1.0
+    if n % 2 == 0:
+        twice[-1] = 1.0
+    total = (response.double() * twice).sum()
+    return float(total) / (response.shape[0] * response.shape[1] * n)
+
+
+def tv_admm(
+    local: Tensor,
+    mask: Tensor,
+    voxel: Sequence[float],
+    b0: Sequence[float],
+    *,
+    weights: Tensor | None = None,
+    reference: Tensor | None = None,
+    reference_name: str = "",
+    settings: TVSettings | None = None,
+) -> Susceptibility:
+    """``min_chi 1/2 |w (D chi - f)|^2 + weight sum |grad chi|`` by ADMM.
+
+    Two copies, ``z = grad chi`` and ``y = D chi``, leave only closed forms: a division in k-space for ``chi``, shrinkage of the
+    gradient's length, a weighted mean for ``y``. Outside the mask ``w`` is 0, so nothing is claimed about the field there.
+
+    Parameters
+    ----------
+    weights
+        Proportional to 1 / SD of the field, any scale (brought to mean square 1 inside the mask); 1 if ``None``.
+    local, mask, voxel, b0, reference, reference_name
+        As in `tkd`.
+
+    Raises
+    ------
+    DataError
+        As `tkd`.
+    NumericalError
+        The iteration diverged.
+
+    References
+    ----------
+    Bilgic et al., Magn. Reson. Med. 72 (2014) 1444; Milovic et al., ibid. 80 (2018) 814 (both copies).
+    """
+    s = settings or TVSettings()
+    inside, data = checked_field(local, mask, "TV-ADMM")
+    operator = DipoleOperator(local.shape, voxel, b0, data)
+    steps = relative_steps(voxel)
+    squared = operator.pad(squared_weights(weights, inside, data))
+    seen = operator.pad(data).mul_(squared)  # w^2 f
+    squared += s.data_penalty  # from here on the denominator of y's update
+    d, shape = operator.spectrum, operator.padded
+    system = s.penalty * periodic_laplacian(shape, steps, data) + s.data_penalty * d.square()
+    system[0, 0, 0] = 1.0  # DC: no data, no edges; stays zero
+
+    z, z_dual = (data.new_zeros((3, *shape)) for _ in range(2))
+    y, y_dual = seen / squared, data.new_zeros(shape)
+    old = data.new_zeros(shape)
+    change, done = float("inf"), 0
+    for done in range(1, s.max_iterations + 1):
+        spectrum = torch.fft.rfftn(divergence(z - z_dual, steps, periodic=True)).mul_(-s.penalty)
+        spectrum += torch.fft.rfftn(y - y_dual).mul_(s.data_penalty * d)
+        spectrum /= system
+        spectrum[0, 0, 0] = 0.0
+        field = torch.fft.irfftn(spectrum * d, s=shape)
+        chi = torch.fft.irfftn(spectrum, s=shape)
+        size = float(torch.linalg.vector_norm(chi))
+        change = float(torch.linalg.vector_norm(chi - old)) / size if size > 0 else 0.0
+        if not change < float("inf"):
+            raise NumericalError("not finite", where="TV-ADMM", got=f"iteration {done}")
+        old = chi
+        if change <= s.tolerance:
+            break
+        z_dual += gradient(chi, steps, periodic=True)
+        length = torch.linalg.vector_norm(z_dual, dim=0)
+        z = z_dual * (1 - (s.weight / s.penalty) / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_min(0)
+        z_dual -= z
+        y_dual += field
+        y = (seen + s.data_penalty * y_dual) / squared
+        y_dual -= y
+    return referenced(operator.crop(old), inside, reference, reference_name, "TV-ADMM", done, change, change <= s.tolerance)
+
+
+def referenced(
+    chi: Tensor,
+    inside: Tensor,
+    reference: Tensor | None,
+    reference_name: str,
+    method: str,
+    iterations: int = 0,
+    change: float = 0.0,
+    converged: bool = True,
+) -> Susceptibility:
+    """The map with its mean over the reference region taken off, zero outside ``inside``.
+
+    Raises
+    ------
+    DataError
+        The reference region is empty inside the mask.
+    NumericalError
+        The map is not finite.
+    """
+    region = inside if reference is None else checked_mask(reference, chi.shape, f"{method} reference region") & inside
+    if not bool(region.any()):
+        raise DataError("reference region lies outside the mask", where=method)
+    value = float(chi[region].double().mean())
+    name = reference_name or ("whole mask" if reference is None else "given region")
+    data = torch.where(inside, chi - value, 0.0).to(torch.float32)
+    if not bool(torch.isfinite(data).all()):
+        raise NumericalError("susceptibility is not finite", where=method)
+    result = ParameterMap("QSM", data, "ppm", inside, f"{method}, zero: mean of {name}")
+    return Susceptibility(result, name, value, iterations, change, converged)

@@ -1,0 +1,268 @@
+"""Field map from complex multi-echo images: weighted fit of the phase across echoes, phase offset, alternating readouts.
+
+Model: the phase of echo ``j`` is ``offset + 2 pi f TE_j``; the phase grows with the echo time where ``f`` is positive (Hz). The
+offset (coils, pulse) is free in every voxel. Echoes that are read in alternating directions have in addition ``+-(a + b x)``
+along the readout, which `correct_bipolar` removes first.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from recon_core.errors import DataError
+from recon_core.maps.echoes import checked_echoes
+from recon_core.maps.unwrap import unwrap_phase
+from recon_core.types import ParameterMap
+
+Tensor = torch.Tensor
+
+TURN = 2 * math.pi
+MAX_STEPS, TOLERANCE = 30, 1e-5  # of Gauss-Newton; rad at the last echo
+SEARCH_PER_CYCLE = 8  # points of the search for the ramp between odd and even echoes
+MOST_CYCLES = 4.0  # of that ramp across the volume: a readout shifted by four samples
+
+
+@dataclass(frozen=True)
+class FieldMaps:
+    """float32 ``(z, y, x)``, zero outside ``valid`` = the mask.
+
+    Attributes
+    ----------
+    field, field_sd
+        Frequency and its standard deviation (NaN nowhere; 0 outside), Hz. The field is unwrapped.
+    phase_offset
+        Phase at TE = 0, rad, in ``(-pi, pi]``.
+    residual
+        Root of the weighted mean square of the phase residual, rad: large where the model fails (vessels, edges, wrong wraps).
+    """
+
+    field: ParameterMap
+    field_sd: ParameterMap
+    phase_offset: ParameterMap
+    residual: ParameterMap
+
+    @property
+    def maps(self) -> tuple[ParameterMap, ...]:
+        """All four."""
+        return self.field, self.field_sd, self.phase_offset, self.residual
+
+    def inversion_weights(self) -> Tensor:
+        """1 / SD, 0 where unknown: the weights of background removal and of dipole inversion (any scale)."""
+        sd = self.field_sd.data
+        return torch.where(self.field_sd.valid & (sd > 0), 1 / sd.clamp_min(1e-30), 0.0)
+
+
+def fit_field(
+    images: Tensor,
+    echo_times: Sequence[float],
+    mask: Tensor,
+    *,
+    noise_std: float | None = None,
+    unwrap: bool = True,
+) -> FieldMaps:
+    """``min sum_j |S_j|^2 |e^{i arg S_j} - e^{i (offset + 2 pi f TE_j)}|^2`` in every voxel.
+
+    Start: the phase step between the two echoes that are nearest in time, unwrapped in space; each further echo is put within half a
+    turn of what the echoes so far predict. Then Gauss-Newton on the complex residual, which needs no wraps. Two unknowns: its
+    systems are solved in closed form.
+
+    Parameters
+    ----------
+    images
+        Complex ``(echo, z, y, x)``, any order. Never edited.
+    echo_times
+        s; two echoes or more, any spacing.
+    mask
+        bool ``(z, y, x)``: where to fit and to unwrap.
+    noise_std
+        SD of the noise of one real number, images' unit. ``None``: from each voxel's residual (two echoes leave none: the SD is
+        then 1 / |S| up to a factor).
+    unwrap
+        ``False`` leaves the field within half a period of the shortest step.
+
+    Notes
+    -----
+    Equally spaced echoes know the field only modulo one over the spacing: unwrapping settles it up to whole periods of each
+    connected part, whose median is put within half a period of 0 (centre frequency).
+
+    Raises
+    ------
+    DataError
+        Real images, wrong axes, echo times that are missing, equal or not positive, an empty mask, no signal in it.
+
+    References
+    ----------
+    Liu et al., Magn. Reson. Med. 69 (2013) 467, Eq. 5; Kressler et al., IEEE Trans. Med. Imaging 29 (2010) 273.
+    """
+    if not images.is_complex():
+        raise DataError(
+            "images must be complex", where="field map", got=str(images.dtype), expected="complex (echo, z, y, x)"
+        )
+    echoes = checked_echoes(images, echo_times, mask, where="field map", least=2)
+    inside, times = echoes.mask, echoes.times
+    data = echoes.images[:, inside]
+    energy = data.abs().square().sum(0)
+    if not float(energy.max()) > 0:
+        raise DataError("no signal in the mask", where="field map")
+    weights = data.abs().square() / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    t = torch.tensor(times, dtype=energy.dtype, device=data.device)
+    i = min(range(len(times) - 1), key=lambda j: times[j + 1] - times[j])
+    step = data[i + 1] * data[i].conj()
+    turn = step.angle()
+    if unwrap:
+        turn = unwrap_phase(_spread(turn, inside), inside, quality=_spread(step.abs(), inside))[inside]
+    field = turn / (t[i + 1] - t[i])  # rad/s
+    field, offset = _temporal(data, weights, t, field, i)
+    field, offset, residual = _gauss_newton(data, weights, t, field, offset)
+
+    column = t[:, None]
+    spread = (weights * column * column).sum(0) - (weights * column).sum(0).square()
+    squares = (weights * residual.square()).sum(0)
+    if noise_std is not None:
+        variance = noise_std**2 / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    elif len(times) > 2:
+        variance = squares / (len(times) - 2)
+    else:
+        variance = 1 / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    sd = (variance / spread.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
+
+    def full(name: str, values: Tensor, unit: str) -> ParameterMap:
+        finite = torch.where(torch.isfinite(values), values, 0.0)
+        return ParameterMap(name, _spread(finite, inside).float(), unit, inside)
+
+    return FieldMaps(
+        full("field", field / TURN, "Hz"),
+        full("field_SD", sd / TURN, "Hz"),
+        full("phase_offset", torch.polar(torch.ones_like(offset), offset).angle(), "rad"),
+        full("phase_residual", squares.sqrt(), "rad"),
+    )
+
+
+def correct_bipolar(
+    images: Tensor, echo_times: Sequence[float], mask: Tensor, *, readout_axis: int = -1
+) -> tuple[Tensor, float, float]:
+    """Take the phase between forward and backward readouts out: ``theta(x) = a + b x`` on every second echo (in order of time).
+
+    Echoes of one direction, the first and the third, give the field's phase, unwrapped in space; what the second deviates from
+    the straight line between them is ``theta`` modulo a turn. The ramp is found by the peak of ``|sum w exp(i (theta - b x))|``, which
+    knows no wraps, and polished by weighted least squares. The field's whole turns between the outer echoes go into ``a``: it is
+    right when the centre frequency is within half a period of their distance.
+
+    Parameters
+    ----------
+    images
+        Complex ``(echo, z, y, x)``, three echoes or more, every second one read backwards (and already turned round).
+    mask
+        bool ``(z, y, x)``.
+    readout_axis
+        Of one image.
+
+    Returns
+    -------
+    images, a, b
+        New images in the given order; rad, and rad over the whole readout.
+
+    Raises
+    ------
+    DataError
+        As `fit_field`; fewer than three echoes.
+
+    References
+    ----------
+    Li et al., Magn. Reson. Med. 73 (2015) 1543 (linear phase between bipolar echoes); Lu et al., ibid. 60 (2008) 198.
+    """
+    if not images.is_complex():
+        raise DataError("images must be complex", where="bipolar correction", got=str(images.dtype))
+    echoes = checked_echoes(images, echo_times, mask, where="bipolar correction", least=3)
+    inside, times = echoes.mask, echoes.times
+    first, middle, last = echoes.images[0], echoes.images[1], echoes.images[2]
+    between = last * first.conj()
+    phase = unwrap_phase(between.angle(), inside, quality=between.abs())
+    share = (times[1] - times[0]) / (times[2] - times[0])
+    deviation = middle * first.conj() * torch.polar(torch.ones_like(phase), -share * phase)
+    n = images.shape[1:][readout_axis]
+    shape = [1, 1, 1]
+    shape[readout_axis] = n
+    position = (
+        ((torch.arange(n, device=images.device, dtype=phase.dtype) - n // 2) / n).reshape(shape).expand(images.shape[1:])
+    )
+    x, signal = position[inside], deviation[inside]
+    slope = _ramp(signal, x)
+    turned = signal * torch.polar(torch.ones_like(x), -slope * x)
+    constant = float(turned.sum().angle())
+    weight = signal.abs()
+    rest = (turned * torch.polar(torch.ones_like(x), torch.full_like(x, -constant))).angle()
+    centre = (weight * x).sum() / weight.sum()
+    more = float((weight * (x - centre) * rest).sum() / (weight * (x - centre).square()).sum().clamp_min(1e-30))
+    constant += float((weight * rest).sum() / weight.sum()) - more * float(centre)
+    slope += more
+    correction = torch.polar(torch.ones_like(position), -(constant + slope * position))
+    every_second = {echoes.times[k] for k in range(1, len(times), 2)}
+    corrected = torch.stack(
+        [im * correction if float(te) in every_second else im for im, te in zip(images, echo_times, strict=True)]
+    )
+    return corrected, constant, slope
+
+
+def _ramp(signal: Tensor, x: Tensor) -> float:
+    """Slope in rad per unit of ``x`` with the largest coherent sum."""
+    candidates = torch.arange(-MOST_CYCLES, MOST_CYCLES + 1e-9, 1 / SEARCH_PER_CYCLE, dtype=x.dtype) * TURN
+    # voxels share few positions: add them up first
+    levels, which = torch.unique(x, return_inverse=True)
+    sums = torch.zeros(len(levels), dtype=signal.dtype, device=signal.device).index_add_(0, which, signal)
+    angles = -candidates.to(x.device)[:, None] * levels
+    coherent = (torch.polar(torch.ones_like(angles), angles) * sums).sum(1).abs()
+    return float(candidates[int(coherent.argmax())])
+
+
+def _spread(values: Tensor, inside: Tensor) -> Tensor:
+    out = torch.zeros(inside.shape, dtype=values.dtype, device=values.device)
+    out[inside] = values
+    return out
+
+
+def _temporal(data: Tensor, weights: Tensor, t: Tensor, field: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """Weighted straight line through the phases, each echo unwrapped to what those before predict; rad/s and rad."""
+    n = len(t)
+    order = [first, first + 1, *range(first + 2, n), *range(first - 1, -1, -1)]
+    offset = data[first].angle() - field * t[first]
+    total = mean_t = mean_p = torch.zeros_like(field)
+    s_tt = s_tp = torch.zeros_like(field)
+    for count, j in enumerate(order):
+        predicted = offset + field * t[j]
+        phase = predicted + (data[j] * torch.polar(torch.ones_like(predicted), -predicted)).angle()
+        w = weights[j]
+        new_total = (total + w).clamp_min(torch.finfo(w.dtype).tiny)
+        dt, dp = t[j] - mean_t, phase - mean_p
+        mean_t, mean_p = mean_t + w / new_total * dt, mean_p + w / new_total * dp
+        s_tt, s_tp = s_tt + w * dt * (t[j] - mean_t), s_tp + w * dt * (phase - mean_p)
+        total = new_total
+        if count:
+            field = torch.where(s_tt > 0, s_tp / s_tt.clamp_min(torch.finfo(w.dtype).tiny), field)
+            offset = mean_p - field * mean_t
+    return field, offset
+
+
+def _gauss_newton(data: Tensor, weights: Tensor, t: Tensor, field: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Both parameters, and the phase residual ``(echo, voxel)``."""
+    times = t[:, None]
+    sum_t = (weights * times).sum(0)
+    spread = ((weights * times * times).sum(0) - sum_t.square()).clamp_min(torch.finfo(field.dtype).tiny)
+    for _ in range(MAX_STEPS):
+        residual = _residual(data, times, field, offset)
+        pull = weights * residual.sin()
+        mean, slope = pull.sum(0), (pull * times).sum(0)
+        more = (slope - sum_t * mean) / spread
+        field, offset = field + more, offset + mean - more * sum_t
+        if float(more.abs().max()) * float(t[-1]) < TOLERANCE:
+            break
+    return field, offset, _residual(data, times, field, offset)
+
+
+def _residual(data: Tensor, times: Tensor, field: Tensor, offset: Tensor) -> Tensor:
+    predicted = offset + field * times
+    return (data * torch.polar(torch.ones_like(predicted), -predicted)).angle()

@@ -1,0 +1,313 @@
+"""MRD images -> DICOM: values, places, names and structure against what is known, and the validator's verdict."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+import warnings
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pydicom
+import pytest
+import typer
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
+from pydicom.sr.codedict import codes
+from pydicom.sr.coding import Code
+from typer.testing import CliRunner
+
+from gadgets.dicom import convert
+from gadgets.dicom_cli import MissingExtra, dicom
+from gadgets.dicom_identity import DicomError, Identity, make_uid, read_header_text, read_identity
+from gadgets.dicom_pixels import QUANTITIES, UNITS
+from gadgets.geometry import pixel_to_patient
+from gadgets.image_file import ImageFile, read_images
+from gadgets.wire import codec
+from gadgets.wire.events import Image
+from tests.gadgets.dicom_scan import PATIENT, PATIENT_ID, header_text, scan
+
+DATA = Path(__file__).parent.parent / "data" / "gadgetron-reference"
+CONSOLE = {"T1": 1e3, "T1SD": 1e3, "R2*": 1.0, "chi": 1e3, "field": 1.0}
+"""SI unit -> the unit that viewers show."""
+CODED = {"T1": ("ms", 1e3), "T1SD": ("ms", 1e3), "R2*": ("/s", 1.0), "chi": ("ppm", 1.0), "field": ("Hz", 1.0)}
+ROLE = {"T1": "T1", "T1SD": "T1SD", "R2*": "R2STAR", "chi": "QSM", "M0": "M0", "field": "FREQMAP"}
+
+
+def by_series(folder: Path) -> dict[str, list[Dataset]]:
+    found = defaultdict(list)
+    for path in sorted(folder.rglob("*.dcm")):
+        dataset = pydicom.dcmread(path)
+        found[str(dataset.SeriesDescription).split()[0]].append(dataset)
+    return found
+
+
+def real_world(dataset: Dataset) -> tuple[NDArray[np.float64], float]:
+    """What the mapping says, and its step."""
+    mapping = dataset.RealWorldValueMappingSequence[0]
+    assert mapping.RealWorldValueFirstValueMapped <= dataset.pixel_array.min()
+    assert mapping.RealWorldValueLastValueMapped >= dataset.pixel_array.max()
+    return dataset.pixel_array * mapping.RealWorldValueSlope + mapping.RealWorldValueIntercept, mapping.RealWorldValueSlope
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_values_are_within_half_a_step(tmp_path: Path, integers: bool) -> None:
+    known = scan(integers=integers)
+    convert(known.write(tmp_path / "images.h5"), tmp_path / "out", header=known.header)
+    series = by_series(tmp_path / "out")
+
+    magnitudes = np.abs(known.images).reshape(-1, 24, 40)
+    for truth, dataset in zip(magnitudes, series["llr_t1"], strict=True):
+        values, step = real_world(dataset)
+        assert np.abs(values - truth).max() <= 0.5001 * step
+        assert "RescaleSlope" not in dataset and step < magnitudes.max() / 500
+    for truth, dataset in zip(known.images.reshape(-1, 24, 40), series["llr_t1_phase"], strict=True):
+        values, step = real_world(dataset)
+        assert np.abs(np.angle(np.exp(1j * (values - np.angle(truth))))).max() <= 0.5001 * step
+    for name in CONSOLE:
+        for truth, dataset in zip(known.maps[name][:, 0], series[f"llr_t1_{ROLE[name]}"], strict=True):
+            shown = dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
+            valid = truth != 0
+            assert np.abs(shown - truth * CONSOLE[name])[valid].max() <= 0.5001 * dataset.RescaleSlope
+            assert (dataset.pixel_array[~valid] == dataset.PixelPaddingValue).all()
+            unit, factor = CODED[name]
+            values, step = real_world(dataset)
+            assert np.abs(values - truth * factor)[valid].max() <= 0.5001 * step
+            assert dataset.RealWorldValueMappingSequence[0].MeasurementUnitsCodeSequence[0].CodeValue == unit
+
+
+@pytest.mark.parametrize(("planes", "slices"), [(1, 2), (3, 1)])
+def test_every_pixel_lies_where_the_mrd_header_says(tmp_path: Path, planes: int, slices: int) -> None:
+    known = scan(planes=planes, slices=slices, states=1, maps=("T1",))
+    source = known.write(tmp_path / "images.h5")
+    convert(source, tmp_path / "out", header=known.header)
+    datasets = {
+        (int(d.SeriesNumber) - 300, int(d.InstanceNumber)): d for s in by_series(tmp_path / "out").values() for d in s
+    }
+    corners = np.array([(0, 0), (39, 0), (0, 23), (39, 23), (19.5, 11.5)])
+    n = 0
+    for image in read_images(source):
+        for z in range(planes):
+            instance = (int(image.header["image_index"]) - 1) * planes + z + 1
+            dataset = datasets[int(image.header["image_series_index"]), instance]
+            # DICOM PS3.3 equation C.7.6.2.1-1
+            row, column = np.array(dataset.ImageOrientationPatient, float).reshape(2, 3)
+            dy, dx = (float(v) for v in dataset.PixelSpacing)
+            points = np.array(dataset.ImagePositionPatient, float) + corners[:, :1] * dx * row + corners[:, 1:] * dy * column
+            expected = pixel_to_patient(image.header, [(x, y, z) for x, y in corners])
+            assert np.abs(points - expected).max() < 1e-4
+            assert float(dataset.SliceThickness) == pytest.approx(6.0)
+            n += 1
+    assert n == len(datasets)
+    if planes == 1:  # and, without any of our functions: the middle of the image is the header's position
+        centre = np.array(dataset.ImagePositionPatient, float) + 19.5 * dx * row + 11.5 * dy * column
+        assert np.abs(centre - image.header["position"]).max() < 1e-4
+        assert (dx, dy) == (7.5, 5.0)
+
+
+def test_a_turned_image_lies_as_its_attributes_say(tmp_path: Path) -> None:
+    known = scan(maps=(), slices=1, states=1)
+    source = known.events[0]
+    text = source.attributes
+    for key, direction in (("ImageRowDir", "0 -1 0"), ("ImageColumnDir", "-1 0 0"), ("ImageSliceDir", "0 0 1")):
+        start = text.index(f"<name>{key}</name>")
+        end = text.index("</meta>", start)
+        values = "".join(f"<value>{v}</value>" for v in direction.split())
+        text = text[:start] + f"<name>{key}</name>{values}" + text[end:]
+    known.events[:] = [Image(0, source.header, text, source.data)]
+    convert(known.write(tmp_path / "images.h5"), tmp_path / "out", header=known.header)
+    dataset = by_series(tmp_path / "out")["llr_t1"][0]
+    assert [float(v) for v in dataset.ImageOrientationPatient] == [0, -1, 0, -1, 0, 0]
+    centre = np.array(dataset.ImagePositionPatient, float) + np.array([-11.5 * 5.0, -19.5 * 7.5, 0])
+    assert np.abs(centre - source.header["position"]).max() < 1e-4
+
+
+def test_units_and_quantities_are_the_standards_own() -> None:
+    units, quantities = (
+        {code.value: code.meaning for code in (getattr(group, name) for name in dir(group)) if isinstance(code, Code)}
+        for group in (codes.cid7181, codes.cid7180)
+    )
+    for (value, scheme, meaning), _ in UNITS.values():
+        assert scheme == "UCUM" and (value == "rad" or units[value] == meaning)
+    for value, scheme, meaning in QUANTITIES.values():
+        assert scheme == "DCM" and quantities[value] == meaning
+
+
+def test_the_validator_finds_no_error(tmp_path: Path) -> None:
+    validator = shutil.which("dciodvfy")
+    assert validator, "dciodvfy is missing: apt-get install dicom3tools"
+    for integers in (True, False):
+        known = scan(integers=integers, slices=1, states=1)
+        folder = tmp_path / str(integers)
+        made = convert(known.write(tmp_path / f"{integers}.h5"), folder, header=known.header, parametric_maps=True)
+        assert len({path.parent for path in made.files}) == 2 + 2 * len(known.maps)
+        for path in made.files:
+            done = subprocess.run([validator, str(path)], capture_output=True, text=True, check=False)
+            said = (done.stdout + done.stderr).splitlines()
+            assert said and not [line for line in said if line.startswith("Error")], "\n".join(said)
+
+
+def test_a_parametric_map_says_the_same_as_the_classic_images(tmp_path: Path) -> None:
+    known = scan(maps=("chi",), integers=True)
+    convert(known.write(tmp_path / "images.h5"), tmp_path / "out", header=known.header, parametric_maps=True)
+    (path,) = (tmp_path / "out").glob("*_parametric_map/*.dcm")
+    made = pydicom.dcmread(path)
+    mapping = made.SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence[0]
+    # frames are in the order of their places, not of their instance numbers
+    classic = {
+        tuple(d.ImagePositionPatient): int(d.InstanceNumber)
+        for d in by_series(tmp_path / "out")["llr_t1_QSM"]
+        if "NumberOfFrames" not in d
+    }
+    places = [tuple(f.PlanePositionSequence[0].ImagePositionPatient) for f in made.PerFrameFunctionalGroupsSequence]
+    truth = np.stack([known.maps["chi"][classic[place] - 1, 0] for place in places])
+    values = made.pixel_array * mapping.RealWorldValueSlope + mapping.RealWorldValueIntercept
+    assert np.abs(values - truth)[truth != 0].max() <= 0.5001 * mapping.RealWorldValueSlope
+    assert made.PatientName == PATIENT and int(made.NumberOfFrames) == 2 == len(set(places))
+
+
+def test_patient_study_and_series_come_from_the_header(tmp_path: Path) -> None:
+    known = scan(slices=3)
+    made = convert(known.write(tmp_path / "images.h5"), tmp_path / "out", header=known.header)
+    datasets = [pydicom.dcmread(path) for path in made.files]
+    for dataset in datasets:
+        assert (dataset.PatientName, dataset.PatientID, dataset.PatientBirthDate) == (PATIENT, PATIENT_ID, "19700203")
+        assert (dataset.PatientSex, dataset.PatientWeight, dataset.PatientPosition) == ("F", 61.5, "HFS")
+        assert (dataset.StudyInstanceUID, dataset.StudyDate, dataset.AccessionNumber) == ("1.2.840.99.1", "20260102", "A77")
+        assert (dataset.MagneticFieldStrength, dataset.FlipAngle, dataset.RepetitionTime) == (2.89, 30, 3.1)
+        assert dataset.ImagingFrequency == 123.2
+    assert len({d.FrameOfReferenceUID for d in datasets}) == 1
+    assert len({d.SOPInstanceUID for d in datasets}) == len(datasets)
+    for series in by_series(tmp_path / "out").values():
+        assert len({d.SeriesInstanceUID for d in series}) == len({d.SeriesNumber for d in series}) == 1
+        assert [int(d.InstanceNumber) for d in series] == list(range(1, len(series) + 1))
+    cine = by_series(tmp_path / "out")["llr_t1"]
+    assert [int(d.TemporalPositionIdentifier) for d in cine] == [1, 2] * 3
+    assert [float(d.InversionTime) for d in cine] == [100, 180] * 3
+    assert list(cine[0].ScanningSequence) == ["IR", "GR"] and cine[0].EchoTime == 1.5
+    t1 = by_series(tmp_path / "out")["llr_t1_T1"][0]
+    assert list(t1.ImageType) == ["DERIVED", "PRIMARY", "T1 MAP", "T1"]
+    assert (t1.WindowCenter, t1.WindowWidth, t1.RescaleType) == (1600, 1600, "US")
+
+
+def test_the_same_images_give_the_same_files_and_others_do_not(tmp_path: Path) -> None:
+    known, other = scan(), scan(seed=1)
+    for name, one in (("a", known), ("b", known), ("c", other)):
+        convert(one.write(tmp_path / f"{name}.h5"), tmp_path / name, header=known.header)
+    first, again, different = (
+        {p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.dcm")} for n in "abc"
+    )
+    assert first == again
+    uids = [{pydicom.dcmread(p).SeriesInstanceUID for p in (tmp_path / n).rglob("*.dcm")} for n in "ac"]
+    assert len(different) == len(first) and not uids[0] & uids[1]
+
+
+def test_without_a_header_the_patient_is_empty(tmp_path: Path) -> None:
+    made = convert(scan(maps=()).write(tmp_path / "images.h5"), tmp_path / "out")
+    dataset = pydicom.dcmread(made.files[0])
+    assert dataset.PatientName == "" and dataset.PatientID == "" and dataset.StudyDate == ""
+    assert made.notes and dataset.StudyInstanceUID.startswith("2.25.")
+
+
+def test_nothing_of_the_patient_is_said_anywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    secret = "Secret\\Name" + 30 * "^x" + "\t" + 80 * "y"
+    header = header_text((1, 24, 40), name=secret, study_uid="1.02.not-a-uid").replace("1970-02-03", "1970-02-31")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # pydicom would repeat a bad value in a warning
+        made = convert(scan(maps=()).write(tmp_path / "images.h5"), tmp_path / "out", header=header)
+        dataset = pydicom.dcmread(made.files[0])
+        name = str(dataset.PatientName)
+    assert "\\" not in name and len(name) <= 64 and name.startswith("Secret Name")
+    assert dataset.PatientBirthDate == "" and dataset.StudyInstanceUID.startswith("2.25.")
+    told = caplog.text + " ".join(str(p.relative_to(tmp_path)) for p in made.files) + repr(read_identity(header))
+    assert "Secret" not in told and PATIENT_ID not in told
+    assert "event=dicom_written" in caplog.text
+
+
+def test_previews_are_left_out_unless_wanted(tmp_path: Path) -> None:
+    known, preview = scan(maps=()), scan(maps=(), preview=True)
+    known.events += preview.events
+    source = known.write(tmp_path / "images.h5")
+    assert len(convert(source, tmp_path / "final").files) == len(preview.events)
+    both = convert(source, tmp_path / "both", previews=True)
+    types = [list(pydicom.dcmread(p).ImageType) for p in both.files]
+    assert sum(t[-1] == "PREVIEW" for t in types) == len(preview.events) == len(types) // 2
+
+
+def test_complex_images_become_magnitude_and_phase(tmp_path: Path) -> None:
+    known = scan(maps=(), slices=1, states=1)
+    source = known.events[0]
+    header = source.header.copy()
+    header["data_type"], header["image_type"] = 7, 5
+    known.events[:] = [Image(0, header, "", known.images[0, 0][None])]
+    convert(known.write(tmp_path / "images.h5"), tmp_path / "out")
+    series = by_series(tmp_path / "out")
+    magnitude, step = real_world(series["images"][0])
+    phase, _ = real_world(series["images_phase"][0])
+    truth = known.images[0, 0, 0]
+    error = np.abs(magnitude * np.exp(1j * phase) - truth)
+    assert error.max() <= 0.51 * step + np.abs(truth).max() * np.pi / 4096
+
+
+def test_files_of_the_real_client_are_converted(tmp_path: Path) -> None:
+    text = read_header_text(DATA / "shepp_logan_raw.h5")
+    made = convert(DATA / "gadgetron_default_images.h5", tmp_path / "out", header=text)
+    truth = [image.data[0, 0] for image in read_images(DATA / "gadgetron_default_images.h5")]
+    for path, pixels in zip(made.files, truth, strict=True):
+        values, step = real_world(pydicom.dcmread(path))
+        assert np.abs(values - pixels).max() <= 0.5001 * step
+
+
+def test_the_header_is_found_in_raw_files_captures_and_xml(tmp_path: Path) -> None:
+    text = header_text((1, 24, 40))
+    (tmp_path / "header.xml").write_text(text, encoding="utf-8")
+    (tmp_path / "capture.mrd").write_bytes(codec.config_file("llr.xml") + codec.header(text) + codec.close())
+    assert read_header_text(tmp_path / "header.xml") == read_header_text(tmp_path / "capture.mrd") == text
+    assert "<ismrmrdHeader" in read_header_text(DATA / "shepp_logan_raw.h5")
+
+
+def test_what_cannot_be_converted_is_said_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    known = scan(maps=(), slices=1, states=1)
+    source = known.write(tmp_path / "images.h5")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    with pytest.raises(DicomError, match="in use"):
+        convert(source, tmp_path / "used")
+    known.write(source, "second")
+    with pytest.raises(DicomError, match="images, second"):
+        convert(source, tmp_path / "out")
+    assert convert(source, tmp_path / "one", group="second").files
+    with ImageFile(tmp_path / "colour.h5") as file:
+        header = known.events[0].header.copy()
+        header["channels"], header["data_type"] = 3, 1
+        file.append(Image(0, header, "", np.zeros((3, 1, 24, 40), np.uint16)))
+    with pytest.raises(DicomError, match="3 channels"):
+        convert(tmp_path / "colour.h5", tmp_path / "out")
+    broken = known.events[0].header.copy()
+    broken["field_of_view"] = (300, 0, 6)
+    known.events[:] = [Image(0, broken, known.events[0].attributes, known.events[0].data)]
+    with pytest.raises(DicomError, match="field of view"):
+        convert(known.write(tmp_path / "flat.h5"), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_uids_are_valid_and_depend_on_their_parts_alone() -> None:
+    uid = make_uid("series", 1, "a")
+    assert pydicom.uid.UID(uid).is_valid and uid == make_uid("series", 1, "a") != make_uid("series", 1, "b")
+    assert "about the patient" in repr(Identity())
+
+
+def test_a_missing_package_is_named_with_the_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = scan(slices=1, states=1).write(tmp_path / "images.h5")
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    monkeypatch.delitem(sys.modules, "gadgets.parametric_map", raising=False)
+    app = typer.Typer()
+    app.command()(dicom)
+    arguments = [str(source), "--parametric-maps", "-o", str(tmp_path / "out")]
+    with pytest.raises(MissingExtra, match=r"highdicom.*recon-gadgets\[dicom\]"):
+        CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert not (tmp_path / "out").exists()

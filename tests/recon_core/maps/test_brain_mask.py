@@ -1,0 +1,54 @@
+"""A brain between scalp and ventricles is found; noise, emptiness and crumbs are not brains."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from recon_core.errors import DataError
+from recon_core.maps.brain_mask import BrainMaskSettings, brain_mask
+
+SHAPE, SIDE = (40, 48, 40), 0.003
+
+
+def head(noise: float = 0.03) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two echoes with brain, fluid inside, dark skull and a bright scalp; and the brain."""
+    axes = [(torch.arange(n) - n / 2 + 0.5) * SIDE for n in SHAPE]
+    z, y, x = torch.meshgrid(*axes, indexing="ij")
+    level = torch.sqrt((z / 0.040) ** 2 + (y / 0.050) ** 2 + (x / 0.040) ** 2)
+    image = torch.zeros(SHAPE)
+    image[level < 1.36] = 1.3  # scalp
+    image[level < 1.22] = 0.05  # skull
+    brain = level < 1
+    image[brain] = 1.0
+    image[torch.sqrt((z / 0.008) ** 2 + (y / 0.016) ** 2 + (x / 0.005) ** 2) < 1] = 0.1  # a dark hole
+    generator = torch.Generator().manual_seed(0)
+    noisy = [image * f + noise * torch.randn(SHAPE, dtype=torch.complex64, generator=generator) for f in (1.0, 0.7)]
+    return torch.stack(noisy), brain
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_brain_without_scalp_and_without_holes(noise: float) -> None:
+    images, brain = head(noise)
+    mask = brain_mask(images, (SIDE,) * 3)
+    overlap = 2 * (mask & brain).sum() / (mask.sum() + brain.sum())
+    assert overlap > 0.95
+    assert mask[20, 24, 20]  # the hole
+    torch.testing.assert_close(brain_mask(images * 1e5, (SIDE,) * 3), mask)
+
+
+def test_what_is_not_a_brain() -> None:
+    noise = torch.randn(2, *SHAPE, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
+    crumbs = torch.zeros(SHAPE)
+    crumbs[10:16, 10:16, 10:16] = 1.0
+    for images in (noise, crumbs, torch.zeros(SHAPE)):
+        with pytest.raises(DataError, match="no brain found"):
+            brain_mask(images, (SIDE,) * 3)
+    small = BrainMaskSettings(min_volume=1e-6)
+    assert brain_mask(crumbs, (SIDE,) * 3, settings=small).sum() == 216
+    with pytest.raises(DataError, match="not finite"):
+        brain_mask(torch.full(SHAPE, math.nan), (SIDE,) * 3)
+    with pytest.raises(DataError, match="wrong axes"):
+        brain_mask(torch.zeros(4, 4), (SIDE,) * 3)

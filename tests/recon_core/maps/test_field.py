@@ -1,0 +1,156 @@
+"""Unwrapping, the field across echoes and alternating readouts, on known phases."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from recon_core.errors import DataError
+from recon_core.maps.field import correct_bipolar, fit_field
+from recon_core.maps.unwrap import laplacian_unwrap, unwrap_phase
+
+SHAPE = (10, 16, 18)
+EQUAL = tuple(0.003 + 0.0034 * i for i in range(6))
+UNEQUAL = (0.004, 0.009, 0.015)
+
+
+def coordinates() -> tuple[torch.Tensor, ...]:
+    axes = [torch.linspace(-1, 1, n, dtype=torch.float64) for n in SHAPE]
+    return torch.meshgrid(*axes, indexing="ij")
+
+
+def ball(radius: float = 0.95) -> torch.Tensor:
+    z, y, x = coordinates()
+    return z**2 + y**2 + x**2 < radius**2
+
+
+def smooth_hz(strength: float) -> torch.Tensor:
+    z, y, x = coordinates()
+    return strength * (x * y + 0.7 * z + 0.5 * x**2 - 0.2)
+
+
+def echo_images(times: tuple[float, ...], field: torch.Tensor, *, noise: float = 0.0, seed: int = 0) -> torch.Tensor:
+    z, y, x = coordinates()
+    t = torch.tensor(times, dtype=torch.float64)[:, None, None, None]
+    offset = 0.8 * x - 0.5 * y + 0.3
+    images = (1 + 0.3 * z) * torch.exp(-t * 30) * torch.exp(1j * (offset + 2 * math.pi * field * t))
+    rng = np.random.default_rng(seed)
+    return images + noise * torch.from_numpy(rng.standard_normal(images.shape) + 1j * rng.standard_normal(images.shape))
+
+
+def wrapped(phase: torch.Tensor) -> torch.Tensor:
+    return torch.remainder(phase + math.pi, 2 * math.pi) - math.pi
+
+
+def test_unwrapping_is_exact_modulo_whole_turns() -> None:
+    truth, mask = 12.0 * smooth_hz(1.0), ball()
+    found = unwrap_phase(wrapped(truth), mask)
+    turns = (found - truth)[mask] / (2 * math.pi)
+    assert torch.allclose(turns, turns[0].round().expand_as(turns), atol=1e-12)
+    assert (found[~mask] == 0).all()
+    assert found[mask].median().abs() <= math.pi
+    noisy = truth + 0.5 * torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    steps = (unwrap_phase(wrapped(noisy), mask) - noisy)[mask] / (2 * math.pi)
+    assert torch.allclose(steps, steps.round(), atol=1e-9)
+    assert (steps.round() == steps.median().round()).double().mean() > 0.995
+
+
+def test_unwrapping_goes_round_a_noisy_wall_of_low_quality() -> None:
+    """Random phase in a plane with one opening: only a path by quality gets round without carrying its wraps along."""
+    truth = 9.0 * coordinates()[2] + 3.0 * coordinates()[1]
+    phase, quality = wrapped(truth), torch.ones(SHAPE, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    wall = torch.zeros(SHAPE, dtype=torch.bool)
+    wall[:, :12, 9] = True
+    phase[wall] = (torch.rand(int(wall.sum()), dtype=torch.float64, generator=generator) - 0.5) * 2 * math.pi
+    quality[wall] = 0.01
+    found = unwrap_phase(phase, torch.ones(SHAPE, dtype=torch.bool), quality=quality)
+    turns = ((found - truth)[~wall] / (2 * math.pi)).round()
+    assert (turns == turns[0]).all()
+
+
+def test_separate_parts_are_each_centred() -> None:
+    truth = 8.0 * smooth_hz(1.0) + 20.0
+    mask = ball()
+    mask[:, :, 8:10] = False
+    found = unwrap_phase(wrapped(truth), mask)
+    for part in (slice(0, 8), slice(10, 18)):
+        inside = mask[..., part]
+        turns = (found - truth)[..., part][inside] / (2 * math.pi)
+        assert torch.allclose(turns, turns[0].expand_as(turns), atol=1e-9)
+        assert found[..., part][inside].median().abs() < math.pi + 1e-9
+
+
+def test_laplacian_unwrapping_is_close_on_the_whole_volume() -> None:
+    truth = 10.0 * smooth_hz(1.0)
+    everywhere = torch.ones(SHAPE, dtype=torch.bool)
+    found = laplacian_unwrap(wrapped(truth), everywhere)
+    torch.testing.assert_close(found, truth - truth.mean(), atol=1e-9, rtol=0)
+
+
+@pytest.mark.parametrize("times", [EQUAL, UNEQUAL])
+def test_field_is_exact_without_noise(times: tuple[float, ...]) -> None:
+    field, mask = smooth_hz(260.0), ball()  # wraps several times
+    images = echo_images(times, field)
+    kept = images.clone()
+    maps = fit_field(images, times, mask)
+    assert torch.equal(images, kept)
+    error = (maps.field.data.double() - field)[mask]
+    period = 1 / min(b - a for a, b in pairwise(times))
+    assert torch.allclose(error, (error[0] / period).round() * period * torch.ones_like(error), atol=1e-3)
+    _, y, x = coordinates()
+    if float(error[0].abs()) < 1:
+        residue = wrapped(maps.phase_offset.data.double() - (0.8 * x - 0.5 * y + 0.3))[mask]
+        assert residue.abs().max() < 1e-3
+    assert maps.residual.data.max() < 1e-3
+
+
+def test_field_standard_deviation_is_that_of_repeated_draws() -> None:
+    field, mask, noise = smooth_hz(20.0), ball(0.8), 0.02
+    draws = [fit_field(echo_images(EQUAL, field, noise=noise, seed=i), EQUAL, mask, noise_std=noise) for i in range(30)]
+    found = torch.stack([d.field.data[mask] for d in draws]).double()
+    claimed = torch.stack([d.field_sd.data[mask] for d in draws]).double()
+    assert (found.mean(0) - field[mask]).abs().mean() < 3 * found.std() / math.sqrt(30) + 0.05
+    assert (claimed.square().mean() / found.var(0).mean()).sqrt().item() == pytest.approx(1.0, abs=0.05)
+    residual = torch.stack(
+        [fit_field(echo_images(EQUAL, field, noise=noise, seed=i), EQUAL, mask).field_sd.data[mask] for i in range(10)]
+    ).double()
+    assert (residual.square().mean() / found.var(0).mean()).sqrt().item() == pytest.approx(1.0, abs=0.08)
+    weights = draws[0].inversion_weights()
+    assert (weights[mask] > 0).all() and (weights[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("times", [EQUAL, UNEQUAL])
+def test_alternating_readouts_equal_unipolar_ones_after_correction(times: tuple[float, ...]) -> None:
+    field, mask = smooth_hz(60.0), ball()
+    clean = echo_images(times, field, noise=0.002)
+    n = SHAPE[2]
+    theta = 0.9 + 11.0 * (torch.arange(n, dtype=torch.float64) - n // 2) / n
+    bipolar = clean.clone()
+    bipolar[1::2] *= torch.exp(1j * theta)
+    corrected, constant, slope = correct_bipolar(bipolar, times, mask)
+    assert constant == pytest.approx(0.9, abs=0.01)
+    assert slope == pytest.approx(11.0, abs=0.02)
+    reference, wrong, right = (fit_field(im, times, mask).field.data[mask] for im in (clean, bipolar, corrected))
+    assert (right - reference).abs().mean() < 0.2
+    assert (wrong - reference).abs().mean() > 2.0
+
+
+def test_nonsense_is_refused() -> None:
+    images, mask = echo_images(EQUAL, smooth_hz(10.0)), ball()
+    with pytest.raises(DataError, match="complex"):
+        fit_field(images.abs(), EQUAL, mask)
+    with pytest.raises(DataError, match="no signal"):
+        fit_field(0 * images, EQUAL, mask)
+    with pytest.raises(DataError, match="mask is empty"):
+        fit_field(images, EQUAL, 0 * mask)
+    with pytest.raises(DataError, match="too few echoes"):
+        correct_bipolar(images[:2], EQUAL[:2], mask)
+    with pytest.raises(DataError, match="not finite"):
+        unwrap_phase(torch.full(SHAPE, math.nan), mask)
+    with pytest.raises(DataError, match="quality"):
+        unwrap_phase(torch.zeros(SHAPE), mask, quality=-torch.ones(SHAPE))

@@ -1,0 +1,137 @@
+"""Mask files, and whether a scan kept to its mask."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from recon_core.errors import DataError
+from recon_core.sampling.agreement import check_agreement, differences
+from recon_core.sampling.learned import draw_mask, multilevel_density
+from recon_core.sampling.mask_files import MaskError, SamplingMask, for_scan, read_mask, write_mask
+from recon_core.sampling.ordering import fan_beam_order
+
+P = np.repeat(multilevel_density((10, 14), 36, (2, 4))[None], 3, 0)
+MASK = draw_mask(P, 36, 2, (2, 4))
+ORDER = fan_beam_order(MASK, 4).positions
+
+
+def test_hdf5_round_trip(tmp_path: Path) -> None:
+    facts = {"density": "multi-level", "seed": 3, "acceleration": 3.9}
+    write_mask(tmp_path / "a.h5", SamplingMask(MASK, P.astype(np.float32), ORDER, 4, facts))
+    back = read_mask(tmp_path / "a.h5")
+    assert back.probability is not None and back.order is not None
+    np.testing.assert_array_equal(back.mask, MASK)
+    np.testing.assert_array_equal(back.probability, P.astype(np.float32))
+    np.testing.assert_array_equal(back.order, ORDER)
+    assert back.n_segments == 4 and dict(back.facts) == facts
+    assert back.acceleration == pytest.approx(140 / 36)
+    write_mask(tmp_path / "b.h5", SamplingMask(MASK))
+    assert read_mask(tmp_path / "b.h5").probability is None and read_mask(tmp_path / "b.h5").order is None
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_csv_round_trip(tmp_path: Path, ordered: bool) -> None:
+    path = tmp_path / "a.csv"
+    write_mask(path, SamplingMask(MASK, order=ORDER if ordered else None, n_segments=4 if ordered else 1))
+    lines = path.read_text().splitlines()
+    assert lines[1] == "shot,segment,echo,k2,k1" and len(lines) == 2 + 3 * 36
+    if ordered:
+        assert lines[2 + 3 * 9] == f"9,1,0,{ORDER[9, 0, 0]},{ORDER[9, 0, 1]}"
+    back = read_mask(path)
+    np.testing.assert_array_equal(back.mask, MASK)
+    assert (back.order is not None) == ordered and back.n_segments == (4 if ordered else 1)
+    if ordered:
+        np.testing.assert_array_equal(back.order, ORDER)
+
+
+def test_for_scan_takes_the_first_echoes_and_refuses_another_matrix() -> None:
+    whole = SamplingMask(MASK)
+    np.testing.assert_array_equal(for_scan(whole, (10, 14), 2), MASK[:2])
+    with pytest.raises(MaskError, match=r"another matrix; got 10 x 14 .* expected 14 x 10"):
+        for_scan(whole, (14, 10), 3)
+    with pytest.raises(MaskError, match="fewer echoes; got 3; expected 4"):
+        for_scan(whole, (10, 14), 4)
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    good = tmp_path / "good.csv"
+    write_mask(good, SamplingMask(MASK, order=ORDER, n_segments=4))
+    text = good.read_text()
+    rows = text.splitlines(keepends=True)
+    broken = {
+        "empty.csv": "",
+        "text.csv": "hello\nworld\n",
+        "word.csv": text.replace("\n0,0,0,", "\n0,0,zero,", 1),
+        "outside.csv": text.replace("k1 14", "k1 7"),
+        "huge.csv": text.replace("k1 14", "k1 99999999999"),
+        "twice.csv": text + rows[-1],
+        "lost.csv": "".join(rows[:-1]),
+        "swapped.csv": "".join([*rows[:2], rows[3], rows[2], *rows[4:]]),
+        "short.csv": "".join(rows[:5]) + "1,2\n",
+        "none.csv": "".join(rows[:2]),
+        "text.h5": "hello",
+        "mask.txt": text,
+    }
+    for name, content in broken.items():
+        (tmp_path / name).write_text(content)
+        with pytest.raises(DataError):
+            read_mask(tmp_path / name)
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["mask"] = np.ones((2, 2))
+    for name in ("other.h5", "missing.h5"):
+        with pytest.raises(MaskError):
+            read_mask(tmp_path / name)
+    write_mask(tmp_path / "cut.h5", SamplingMask(MASK))
+    whole = (tmp_path / "cut.h5").read_bytes()
+    (tmp_path / "cut.h5").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(MaskError):
+        read_mask(tmp_path / "cut.h5")
+    with pytest.raises(MaskError):
+        write_mask(tmp_path / "a.npz", SamplingMask(MASK))
+
+
+def test_contradictions_are_refused() -> None:
+    fine = SamplingMask(MASK, order=ORDER, n_segments=4)
+    for change in ({"order": ORDER[::-1][:-1]}, {"probability": P[:2]}, {"n_segments": 5}, {"mask": ~MASK}):
+        with pytest.raises(DataError):
+            replace(fine, **change)  # type: ignore[arg-type]
+    for wrong in (MASK.astype(int), MASK[0], np.zeros((1, 2, 3), bool)):
+        with pytest.raises(MaskError):
+            SamplingMask(wrong)
+
+
+def test_agreement_is_silent_and_single_samples_are_named() -> None:
+    assert differences(MASK, MASK) == []
+    check_agreement(MASK, MASK)
+    got = MASK.copy()
+    lost, extra = np.argwhere(MASK[1])[5], np.argwhere(~MASK[2])[7]
+    got[1][tuple(lost)] = False
+    got[2][tuple(extra)] = True
+    assert differences(got, MASK) == [
+        f"echo 1: 1 missing (({lost[0]}, {lost[1]}))",
+        f"echo 2: 1 not in the mask (({extra[0]}, {extra[1]}))",
+    ]
+    with pytest.raises(DataError, match="echo 2: 1 not in the mask"):
+        check_agreement(got, MASK)
+
+
+@pytest.mark.parametrize(
+    ("acquired", "words"),
+    [
+        (MASK[::-1], "echoes reversed"),
+        (np.roll(MASK, 1, 0), "echoes moved by 1"),
+        (MASK[:, ::-1], "mirrored along k2"),
+        (MASK[..., ::-1], "mirrored along k1"),
+        (np.roll(MASK[:, ::-1, ::-1], (1, 1), (1, 2)), "mirrored about DC along k2 and k1"),
+        (np.roll(MASK, (0, 1), (1, 2)), r"shifted by (0, 1)"),
+        (MASK.transpose(0, 2, 1), "transposed"),
+        (MASK[:2], "the scan has 2 echoes, the mask 3"),
+        (MASK * np.array([1, 0, 1], bool)[:, None, None], "echo 1: no samples at all"),
+        (np.zeros((3, 10, 12), bool), "matrix is 10 x 12, the mask's 10 x 14"),
+    ],
+)
+def test_common_mistakes_are_explained(acquired: np.ndarray, words: str) -> None:
+    assert words in "; ".join(differences(acquired, MASK))
