@@ -216,7 +216,9 @@ def run(
     if str(source) == "-":
         from gadgets.stream import run_files
 
-        run_files(source, output, config=config, settings=_overrides(settings or []), options=options)
+        # a stream in, a stream out, unless a file was named
+        target = Path("-") if output == Path("out.h5") else output
+        run_files(source, target, config=config, settings=_overrides(settings or []), options=options)
         return
     with Service(options) as service, _progress() as bar:
         result = run_replay(
