@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -21,7 +22,8 @@ if TYPE_CHECKING:  # neither pydicom nor pynetdicom is needed for --help
     from gadgets.pacs import Destination
 
 pacs_app = typer.Typer(name="pacs", help="Send DICOM files to an archive, and keep trying.", no_args_is_help=True)
-out, err = Console(), Console(stderr=True)
+PIPE_COLUMNS = 200
+out, err = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS), Console(stderr=True)
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 

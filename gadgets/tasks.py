@@ -29,6 +29,7 @@ from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.preprocess.readout import finite_readouts, prepare_readouts
 from recon_core.reconstruct import Recipe, reconstruct
 from recon_core.sampling.coverage import missing_lines
+from recon_core.settings import parse_settings
 from recon_core.types import K1, K2, ImageSeries, KSpace, ParameterMap, Result, ScanInfo
 
 log = logging.getLogger(__name__)
@@ -377,6 +378,7 @@ def rehearse() -> None:
     scan = ScanInfo((1, n, n), (0.01, 0.2, 0.2), (1, n, n), (0.01, 0.2, 0.2))
     for name, method in methods().items():
         try:
-            reconstruct(kspace, scan, Recipe(name, method.Settings()))
+            settings: Any = parse_settings(method.Settings, getattr(method, "REHEARSAL", {}))
+            reconstruct(kspace, scan, Recipe(name, settings))
         except ReconError as error:
             log.warning("event=rehearsal_failed method=%s error=%r", name, str(error))

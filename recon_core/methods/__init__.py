@@ -23,7 +23,8 @@ class Method(Protocol):
     SUMMARY: str
     NEEDS_COIL_MAPS: bool
     Settings: type
-    # optional: SUPPORTS_3D = False where slabs are refused, ROUNDING = the relative change that float32 rounding may cause
+    # optional: SUPPORTS_3D = False where slabs are refused, ROUNDING = the relative change that float32 rounding may cause,
+    # REHEARSAL = settings that make a worker's rehearsal short
 
     def reconstruct(self, kspace: KSpace, scan: ScanInfo, settings: Any, report: Report) -> Result:
         """Images (and maps) of one slice or slab."""

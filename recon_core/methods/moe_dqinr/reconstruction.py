@@ -30,6 +30,9 @@ SUPPORTS_3D = False
 ROUNDING = 5e-3
 """Hard thresholds flip with the last bit; a tenth of the error that the images have anyway."""
 
+REHEARSAL = {"warm_start": "false", "iterations": "2"}
+"""What a worker's rehearsal runs: every import and plan, no time spent on a fit."""
+
 ROUNDING_NOISE = 1e-6
 """Data without noise still have float32's; residuals are measured in units of the noise."""
 
