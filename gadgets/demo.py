@@ -48,6 +48,7 @@ def main(
         Case("cine, R = 4", cine, "cg_sense"),
         Case("cine, R = 4", cine, "llr"),
         Case("cine, R = 4", cine, "grasp_pro"),
+        Case("cine, R = 4", cine, "moe_dqinr_cine"),
     ]
     server, port = _start_server(folder)
     try:

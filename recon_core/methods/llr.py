@@ -154,9 +154,14 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
         single = cg_sense.reconstruct(kspace, scan, cg_sense.Settings(), report)
         return Result(images=single.images, quality=single.quality, notes=(text, *single.notes))
     problem = pose(kspace, f"slice {scan.slice_index}", report)
-    start = cg_sense.solve(problem, WARM_START_WEIGHT, WARM_START_ITERATIONS, 1e-3, Report())
-    solved = solve(problem, _same, _same, start.solution, settings, report)
+    solved = estimate(problem, settings, report)
     return finish(NAME, problem, solved.solution, solved, report)
+
+
+def estimate(problem: Problem, settings: Settings, report: Report) -> ProximalResult:
+    """The method on a posed problem of two or more states: working images, scaled units."""
+    start = cg_sense.solve(problem, WARM_START_WEIGHT, WARM_START_ITERATIONS, 1e-3, Report())
+    return solve(problem, _same, _same, start.solution, settings, report)
 
 
 def finish(name: str, problem: Problem, images: torch.Tensor, solved: ProximalResult, report: Report) -> Result:

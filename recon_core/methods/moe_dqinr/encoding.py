@@ -144,11 +144,6 @@ class SparseProduct:
         int64, the pixels whose rows are kept, in this order; all if ``None``.
     gather
         Which of the two forms; ``None``: by the device.
-
-    Attributes
-    ----------
-    row_squares
-        ``(pixel, level * feature)``: squared length of each row of ``A``, the diagonal of ``A A^T``.
     """
 
     def __init__(
@@ -167,8 +162,6 @@ class SparseProduct:
         flat_columns, flat_weights = columns.reshape(rows, 4), weights.reshape(rows, 4)
         if dtype.is_complex or rows * 4 >= 2**31:
             raise DataError("not a size for an encoding", where="hash grid", got=f"{rows} rows of {dtype}")
-        squares = flat_weights.square().sum(1).reshape(self.n_pixels, self.n_levels)
-        self.row_squares = squares.repeat_interleave(n_features, dim=1)
         # stable: elements of one row of the transpose stay in pixel order
         order = torch.argsort(flat_columns.reshape(-1), stable=True)
         counts = torch.bincount(flat_columns.reshape(-1), minlength=self.n_entries)

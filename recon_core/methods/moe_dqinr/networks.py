@@ -64,13 +64,6 @@ class Branches(torch.nn.Module):
             h = torch.nn.functional.silu(torch.baddbmm(bias.to(dtype), h, weight.to(dtype)))
         return h
 
-    def hidden_of(self, branch: int, features: Tensor) -> Tensor:
-        """Last hidden layer of one branch, ``(pixel, width)``."""
-        h = features
-        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
-            h = torch.nn.functional.silu(torch.addmm(bias[branch], h, weight[branch]))
-        return h
-
     def forward(self, features: Tensor, precision: torch.dtype | None = None) -> Tensor:
         """``(pixel, input)`` to ``(branch, pixel, output)``; the output layer always has the precision of the features."""
         h = self.hidden(features, precision).to(features.dtype)

@@ -102,6 +102,10 @@ class Objective:
         value, _ = self.value_and_gradient(images)
         return math.sqrt(float(value.sum()) / max(1.0, float(self.n_samples.sum()))) / self.noise
 
+    def posed(self, problem: Problem) -> Problem:
+        """``problem`` with nothing but these samples."""
+        return replace(problem, operator=self.operator, rhs=self.rhs)
+
     def columns(self, first: int, step: int) -> Objective:
         """The part that readout columns ``first, first + step, ...`` have in the sum."""
         chosen = slice(first, None, step)

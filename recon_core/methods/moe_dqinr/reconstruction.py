@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
-from recon_core.errors import DataError
+from recon_core.errors import DataError, NumericalError
 from recon_core.methods import cg_sense, llr
-from recon_core.methods.moe_dqinr.diagnostics import diagnose
+from recon_core.methods.moe_dqinr.diagnostics import casorati_singular_values, diagnose, numerical_rank
 from recon_core.methods.moe_dqinr.fit import FitResult, FitSettings, IterationReport, fit
 from recon_core.methods.moe_dqinr.model import MoeField
-from recon_core.methods.moe_dqinr.objective import Objective, choose_lines, make_objective
+from recon_core.methods.moe_dqinr.objective import Objective, make_objective
 from recon_core.methods.moe_dqinr.refine import consistent, refine
 from recon_core.methods.moe_dqinr.settings import Plan, Settings, plan_for
 from recon_core.methods.moe_dqinr.warm_start import prefit
@@ -41,6 +40,9 @@ POLISH_WEIGHT, POLISH_ITERATIONS = 0.03, 10
 
 SUPPORT_LEVEL = 0.03
 """Pixels below this (peak 1) in every state of the first estimate are air."""
+
+SINGLE_STATE_ITERATIONS = 30
+"""Of the conjugate gradients that stand in for ``llr`` where there is one state."""
 
 FAR_FROM_DATA = 3.0
 """A state whose residual is so many times the noise is reported: the images do not explain what was measured."""
@@ -73,6 +75,7 @@ class _Work:
     objective: Objective
     plan: Plan
     stages: _Stages
+    order: Tensor
     notes: list[str] = field(default_factory=list)
     quality: dict[str, float] = field(default_factory=dict)
     extras: dict[str, np.ndarray] = field(default_factory=dict)
@@ -89,8 +92,9 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
     States must be in the order that the paper wants: frames in time, contrasts by inversion time. Where the header has
     inversion times, states are sorted by them for the network.
 
-    ``extras``: ``routing_weights`` (state, expert), ``residual_coefficients`` (state, L), ``loss``, ``held_out`` (n, 2: iteration and
-    error over noise), ``residual_per_state`` (1: noise floor), ``singular_values``.
+    ``extras``: ``routing_weights`` (state, expert) and ``residual_coefficients`` (state, L) in the network's order of states,
+    ``loss``, ``held_out`` (n, 2: iteration and error over noise), ``residual_per_state`` (1: noise floor; in the order of the
+    images), ``singular_values``.
 
     Raises
     ------
@@ -110,15 +114,17 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
     problem = pose(kspace, where, report)
     problem = replace(problem, noise=max(problem.noise, ROUNDING_NOISE))
     objective = make_objective(problem, kspace, plan.held_out, settings.seed)
-    work = _Work(problem, objective, plan, _Stages(report, _weights(plan)))
+    work = _Work(problem, objective, plan, _Stages(report, _weights(plan)), order)
     if not bool((problem.rhs != 0).any()):
+        report.progress(1.0)
         return Result(images=(ImageSeries("image", problem.leave(torch.zeros_like(problem.rhs))),))
     images = None
     if plan.network:
-        first = _first_estimate(kspace, scan, settings, work) if plan.prefit is not None else None
+        # a start for the network, or what it is measured by
+        first = _first_estimate(work) if plan.prefit is not None or plan.refinement is not None else None
         images = _network(work, settings, first)
     if plan.refinement is not None:
-        images = _refinement(work, _start(kspace, scan, work, images))
+        images = _refinement(work, _start(work, images))
     assert images is not None
     _judge(work, images, report)
     report.progress(1.0)
@@ -151,26 +157,27 @@ def _weights(plan: Plan) -> dict[str, float]:
     """Rough shares of the time, for the progress that the operator sees."""
     shares: dict[str, float] = {}
     if plan.network:
-        shares |= {"network": 0.2} if plan.prefit is None else {"first estimate": 0.05, "warm start": 0.3, "network": 0.15}
+        shares |= {"first estimate": 0.1, "warm start": 0.3, "network": 0.15} if plan.prefit else {"network": 0.2}
     if plan.refinement is not None:
+        if plan.network:
+            shares.setdefault("first estimate", 0.1)
         shares |= {"low-rank image": 0.1, "refinement": 0.4}
     return shares
 
 
-def _first_estimate(kspace: KSpace, scan: ScanInfo, settings: Settings, work: _Work) -> Tensor:
+def _low_rank(problem: Problem) -> Tensor:
+    """``llr`` of a posed problem (``cg_sense`` of a single state): working images."""
+    if problem.operator.n_states == 1:
+        weight = cg_sense.tikhonov_weight(problem.noise, 1.0)
+        return cg_sense.solve(problem, weight, SINGLE_STATE_ITERATIONS, 1e-3, Report()).solution
+    return llr.estimate(problem, llr.Settings(), Report()).solution
+
+
+def _first_estimate(work: _Work) -> Tensor:
     """The low-rank image of the lines that the network may see."""
     advance = work.stages.start("first estimate")
-    seen = kspace
-    if work.objective.held_out is not None:
-        kept_out = choose_lines(kspace, work.plan.held_out, settings.seed)
-        seen = replace(
-            kspace,
-            data=kspace.data.masked_fill(kept_out[:, None, :, :, None], 0),
-            counts=kspace.counts.masked_fill(kept_out, 0),
-        )
-    result = llr.reconstruct(seen, scan, llr.Settings(), Report())
+    first = _low_rank(work.objective.posed(work.problem))
     advance(1.0)
-    first = work.problem.operator.enter_image(result.images[0].data) / work.problem.scale
     if work.objective.held_out is not None:
         work.quality["first_estimate_held_out"] = work.objective.held_out.relative_error(first)
     return first
@@ -223,23 +230,23 @@ def _keep(work: _Work, moe: MoeField, fitted: FitResult, settings: FitSettings) 
     work.extras["loss"] = fitted.losses.numpy()
 
 
-def _start(kspace: KSpace, scan: ScanInfo, work: _Work, network: Tensor | None) -> Tensor:
+def _start(work: _Work, network: Tensor | None) -> Tensor:
     """Where the refinement starts: the network's images, polished, if they predict the held-out lines better than the low-rank
-    image of the same lines does; else ``llr`` of all lines."""
+    image of the same lines does; else the low-rank image of all lines."""
     problem, seen = work.problem, work.objective
     if network is not None and seen.held_out is not None:
         polished = consistent(seen.operator, seen.rhs, network, POLISH_WEIGHT, POLISH_ITERATIONS)
         error = seen.held_out.relative_error(polished)
-        better = error < work.quality.get("first_estimate_held_out", math.inf)
+        better = error < work.quality["first_estimate_held_out"]
         work.quality |= {"network_estimate_held_out": error, "started_from_network": float(better)}
         if better:
             return consistent(problem.operator, problem.rhs, network, POLISH_WEIGHT, POLISH_ITERATIONS)
     advance = work.stages.start("low-rank image")
-    if kspace.n_states == 1:
+    if problem.operator.n_states == 1:
         work.notes.append(f"{NAME}: only one state, started from {cg_sense.NAME}")
-    low_rank = llr.reconstruct(kspace, scan, llr.Settings(), Report())
+    start = _low_rank(problem)
     advance(1.0)
-    return problem.operator.enter_image(low_rank.images[0].data) / problem.scale
+    return start
 
 
 def _refinement(work: _Work, start: Tensor) -> Tensor:
@@ -262,36 +269,30 @@ def _refinement(work: _Work, start: Tensor) -> Tensor:
 
 def _judge(work: _Work, images: Tensor, report: Report) -> None:
     """Residual of each state against the noise floor and the rank of the series, of the images that leave."""
-    every = make_full(work)
-    residuals = every.relative_residuals(images).cpu()
-    work.extras["residual_per_state"] = residuals.numpy()
-    flat = images.flatten(1)
-    singular = torch.linalg.eigvalsh((flat @ flat.mH).to(torch.complex128)).clamp_min(0).sqrt().flip(0).cpu()
+    residuals = _residuals(work, images).cpu()
+    if not bool(torch.isfinite(residuals).all()):
+        raise NumericalError("residuals are not finite", where=NAME)
+    singular = casorati_singular_values(images)
+    # the network's order is not the scanner's
+    acquired = residuals[torch.argsort(work.order)]
+    work.extras["residual_per_state"] = acquired.numpy()
     work.extras["singular_values"] = singular.numpy()
     work.quality |= {
         "residual": float(residuals.mean()),
         "residual_worst": float(residuals.max()),
+        "rank": float(numerical_rank(singular, len(images), images[0].numel(), work.problem.noise)),
         "noise": work.problem.noise,
     }
-    worst = int(residuals.argmax())
-    if not math.isfinite(float(residuals.sum())):
-        raise DataError("residuals are not finite", where=NAME)
-    if float(residuals[worst]) > FAR_FROM_DATA:
-        text = f"{NAME}: state {worst} explains its data to {float(residuals[worst]):.1f} times the noise only"
+    worst = int(acquired.argmax())
+    if float(acquired[worst]) > FAR_FROM_DATA:
+        text = f"{NAME}: state {worst} explains its data to {float(acquired[worst]):.1f} times the noise only"
         work.notes.append(text)
         report.warn(text)
 
 
-def make_full(work: _Work) -> Objective:
-    """The objective of all samples: those that were fitted and those that were held out."""
-    seen, rest = work.objective, work.objective.held_out
-    if rest is None:
-        return seen
-    return replace(
-        seen,
-        operator=work.problem.operator,
-        rhs=work.problem.rhs,
-        energy=seen.energy + rest.energy,
-        n_samples=seen.n_samples + rest.n_samples,
-        held_out=None,
-    )
+def _residuals(work: _Work, images: Tensor) -> Tensor:
+    """Of each state over the noise, all samples: those that were fitted and those that were held out."""
+    parts = [part for part in (work.objective, work.objective.held_out) if part is not None]
+    energy = torch.stack([part.value_and_gradient(images)[0] for part in parts]).sum(0)
+    n_samples = torch.stack([part.n_samples for part in parts]).sum(0).clamp_min(1)
+    return (energy / (n_samples * work.problem.noise**2)).sqrt()

@@ -111,12 +111,6 @@ def test_precision_of_the_products() -> None:
     assert 1e-5 < error < 0.02
 
 
-def test_hidden_of_one_branch() -> None:
-    branches = Branches(3, 5, MlpShape(width=8, depth=2), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    features = torch.randn(9, 5, dtype=torch.float64)
-    torch.testing.assert_close(branches.hidden_of(2, features), branches.hidden(features)[2])
-
-
 def test_same_seed_same_bits() -> None:
     assert torch.equal(field_of(seed=7).images(), field_of(seed=7).images())
     assert not torch.equal(field_of(seed=7).images(), field_of(seed=8).images())

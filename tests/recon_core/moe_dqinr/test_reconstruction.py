@@ -118,6 +118,24 @@ def test_states_are_sorted_by_inversion_time_and_put_back() -> None:
     assert series.error(result.images[0].data) < 0.05
 
 
+def test_residuals_are_told_in_the_order_of_the_images() -> None:
+    """One state is ten times as noisy; the network's order (by inversion time) is not the scanner's."""
+    series = small_series()
+    k = series.kspace
+    data = k.data.clone()
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(data[0].shape, dtype=data.dtype, generator=generator) * 10 * float(k.noise_std or 0)
+    data[0] += noise * k.mask[0][None, :, :, None]
+    scan = replace(series.scan, inversion_times=(0.6, 0.1, 0.5, 0.2, 0.4, 0.3))
+    result = METHOD.reconstruct(replace(k, data=data), scan, Settings(), Report())
+    assert int(np.argmax(result.extras["residual_per_state"])) == 0
+
+
+def test_without_a_warm_start_the_network_still_has_to_be_better() -> None:
+    quality = run(small_series(), warm_start=False).quality
+    assert quality["started_from_network"] == (quality["network_estimate_held_out"] < quality["first_estimate_held_out"])
+
+
 def test_a_slab_is_refused_with_a_remedy() -> None:
     with pytest.raises(DataError, match="single slices"):
         run(small_series((8, 18, 15)))

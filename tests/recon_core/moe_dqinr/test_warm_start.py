@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from recon_core.errors import DataError
-from recon_core.methods.moe_dqinr.closed_form import free_levels, seed_table, start_in_closed_form
 from recon_core.methods.moe_dqinr.configurations import SMALL_QUANTITATIVE, TINY
 from recon_core.methods.moe_dqinr.model import MoeField
 from recon_core.methods.moe_dqinr.warm_start import PREFIT, component_targets, prefit, set_routing, simplex_weights
@@ -82,27 +79,3 @@ def test_prefit_checks_the_series() -> None:
         simplex_weights(torch.zeros(3, 4, dtype=torch.complex64), 3, least_weight=0.5)
     with pytest.raises(DataError, match="no router"):
         set_routing(MoeField(TINY, 3, (6, 1, 7), "residual_only"), torch.ones(3, 3) / 3)
-
-
-def test_closed_form_start() -> None:
-    series = low_rank_series(8, 16, 18, 3)
-    grid = replace(MIDDLE.grid, levels=10, growth=1.5, log2_size=13, init_scale=1e-4)
-    configuration = replace(MIDDLE, grid=grid)
-    field = MoeField(configuration, 8, (16, 1, 18), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert free_levels(field) == 4  # 4 * 1.5**l - 1 spacings against twice 17: from level 6 on
-    start_in_closed_form(field, series)
-    assert float((field.images() - series).norm() / series.norm()) < 0.03
-    torch.testing.assert_close(field.routing().detach(), simplex_weights(series, 5), rtol=1e-3, atol=1e-4)
-
-
-def test_seeded_features_are_the_components() -> None:
-    series = low_rank_series(8, 16, 18, 2)
-    grid = replace(MIDDLE.grid, levels=10, growth=1.5, log2_size=13, init_scale=1e-6)
-    field = MoeField(replace(MIDDLE, grid=grid), 8, (16, 1, 18), dtype=torch.float64)
-    set_routing(field, simplex_weights(series, 5))
-    targets = component_targets(field, series)
-    seed_table(field, targets)
-    features = torch.cat([field.encoder().detach(), torch.ones(288, 1, dtype=torch.float64)], dim=1)
-    values = field.pixels.as_values(targets)[:6].transpose(0, 1).flatten(1)  # background and experts
-    rest = values - features @ torch.linalg.lstsq(features, values).solution
-    assert float(rest.norm() / values.norm()) < 5e-3
