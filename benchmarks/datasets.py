@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,12 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter, label
 
-from benchmarks.cell import Cell, box, undersample
+from benchmarks.cell import Array, Cell, box, centred_ifft, undersample
 from benchmarks.dynamic_cells import ACS
 from benchmarks.series import centred_fft
 from recon_core.coils.estimate import estimate_coil_maps
 from recon_core.errors import DataError
 from recon_core.preprocess.coil_compression import compress, compression_matrix
-
-Array = NDArray[np.complexfloating]
 
 CROP = {"cine": (204, 204), "molli": (144, 144)}
 """k1 and x, pixels (section 4.1)."""
@@ -55,12 +53,6 @@ class FullScan:
     kspace: Array
     times: tuple[float, ...] = ()
     fov: tuple[float, float, float] = (0.008, 0.306, 0.306)
-
-
-def centred_ifft(array: Array, axis: int) -> Array:
-    """Centred, orthonormal inverse FFT."""
-    shifted = np.fft.ifft(np.fft.ifftshift(array, axes=axis), axis=axis, norm="ortho")
-    return np.asarray(np.fft.fftshift(shifted, axes=axis), dtype=np.complex64)
 
 
 def crop(kspace: Array, matrix: tuple[int, int]) -> Array:
@@ -257,8 +249,7 @@ def to_cell(scan: FullScan, acceleration: float, *, acs: int = ACS, n_coils: int
     images = (centred_ifft(full, -2) * maps.conj()).sum(1)
     peak = float(np.percentile(np.abs(images), 99.9))
     support, roi = regions(images, scan.kind)
-    values = {"coil_maps": maps, "images": images / peak, "kspace": cell.kspace / peak, "support": support, "roi": roi}
-    return Cell(**{**vars(cell), **values})
+    return replace(cell, coil_maps=maps, images=images / peak, kspace=cell.kspace / peak, support=support, roi=roi)
 
 
 def regions(images: Array, kind: str) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:

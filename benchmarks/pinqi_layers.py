@@ -7,9 +7,6 @@ images as first guess, a prior some per cent off. ``--batch 8 --device cuda`` is
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import print_table, write_result
+from benchmarks.pinqi_speed import timed
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.signal_models import SaturationRecovery
 from recon_core.simulation.coils import biot_savart_maps
@@ -82,21 +80,6 @@ def scene(batch: int, n: int, n_coils: int, device: str) -> Scene:
     return Scene(operator, coil_maps, operator.normal(images), images, p.contiguous(), prior)
 
 
-def timed(call: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Median wall time and least processor time in s; the latter hardly sees what else the machine does."""
-    walls, used = [], []
-    for _ in range(repeats + 1):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        start, start_used = time.perf_counter(), time.process_time()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        walls.append(time.perf_counter() - start)
-        used.append(time.process_time() - start_used)
-    return statistics.median(walls[1:]), min(used[1:])
-
-
 def linear_terms(s: Scene) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(4)
     noise = torch.randn(s.images.shape, dtype=s.images.dtype, generator=generator).to(s.images.device)
@@ -108,8 +91,8 @@ def linear_terms(s: Scene) -> list[tuple[Tensor, Tensor]]:
 
 def linear_rows(s: Scene, repeats: int) -> list[list[Any]]:
     """CG forwards and backwards, with and without the coil maps' gradient."""
-    terms = linear_terms(s)
-    rows: list[list[Any]] = [["normal operator, once", *timed(lambda: s.operator.normal(s.images), repeats), ""]]
+    terms, device = linear_terms(s), s.images.device.type
+    rows: list[list[Any]] = [["normal operator, once", *timed(lambda: s.operator.normal(s.images), device, repeats), ""]]
     for name, initial in (("from zero", None), ("from the previous images", terms[1][1])):
         with torch.no_grad():
             _, report = solve_linear(s.operator, s.rhs, terms, initial=initial)
@@ -117,7 +100,7 @@ def linear_rows(s: Scene, repeats: int) -> list[list[Any]]:
             def forward(initial: Tensor | None = initial) -> None:
                 solve_linear(s.operator, s.rhs, terms, initial=initial)
 
-            rows.append([f"CG forward, {name}", *timed(forward, repeats), f"{int(report.iterations.max())} steps"])
+            rows.append([f"CG forward, {name}", *timed(forward, device, repeats), f"{int(report.iterations.max())} steps"])
     for name, with_maps in (("images and lambdas", False), ("coil maps too", True)):
         maps = s.maps.clone().requires_grad_(with_maps)
         operator = BatchedSense(maps, s.operator.weights) if with_maps else s.operator
@@ -127,7 +110,7 @@ def linear_rows(s: Scene, repeats: int) -> list[list[Any]]:
         def backward(x: Tensor = x) -> None:
             x.backward(s.images, retain_graph=True)
 
-        times = timed(backward, repeats)
+        times = timed(backward, device, repeats)
         assert report.gradient_iterations is not None
         rows.append([f"CG backward, {name}", *times, f"{int(report.gradient_iterations.max())} steps"])
     return rows
@@ -136,6 +119,7 @@ def linear_rows(s: Scene, repeats: int) -> list[list[Any]]:
 def nonlinear_rows(s: Scene, repeats: int) -> list[list[Any]]:
     """The fit per pixel, both solvers, and its gradient."""
     rows: list[list[Any]] = []
+    device = s.images.device.type
     generator = torch.Generator().manual_seed(5)
     data = s.images + 0.02 * torch.randn(s.images.shape, dtype=s.images.dtype, generator=generator).to(s.images.device)
     far = torch.tensor(START, device=data.device).reshape(1, 3, 1, 1).expand_as(s.prior).contiguous()
@@ -154,8 +138,8 @@ def nonlinear_rows(s: Scene, repeats: int) -> list[list[Any]]:
                     return solve_nonlinear(MODEL, *leaves, initial=start, bounds=BOUNDS, settings=settings)
 
                 p, report = forward()
-                forwards = timed(forward, repeats)
-                backwards = timed(lambda p=p: p.backward(s.parameters, retain_graph=True), repeats)  # type: ignore[misc]
+                forwards = timed(forward, device, repeats)
+                backwards = timed(lambda p=p: p.backward(s.parameters, retain_graph=True), device, repeats)  # type: ignore[misc]
                 error = (p.detach() - exact).square().mean().sqrt()
                 counts = (int(report.iterations.max()), report.n_unconverged, report.n_singular)
                 rows.append([weight, name, solver, *forwards, *backwards, *counts, float(error)])

@@ -16,10 +16,12 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import bart, series
+from recon_core.fourier import ifft_centred
 from recon_core.methods import get_method
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
 from recon_core.methods.pinqi.reconstruction import apply_network, state_order
 from recon_core.methods.pinqi.weights import TrainedPinqi
+from recon_core.sampling.masks import centre_block
 from recon_core.signal_models import SaturationRecovery
 from recon_core.simulation.quantitative_brain import BrainBatch, SampleRecipe
 from recon_core.solvers.least_squares import levenberg_marquardt
@@ -55,8 +57,7 @@ class Sample:
         """The first sample of a batch."""
         n = recipe.size
         data = batch.kspace[0][:, :, None]
-        centre = torch.zeros(n, dtype=torch.bool, device=data.device)
-        centre[n // 2 - recipe.acs // 2 : n // 2 - recipe.acs // 2 + recipe.acs] = True
+        centre = torch.from_numpy(centre_block((n,), (recipe.acs,))).to(data.device)
         kspace = KSpace(
             data,
             batch.mask[0][:, None].float(),
@@ -120,8 +121,7 @@ def zero_filled(sample: Sample) -> Answer:
     def make() -> T1Map:
         k = sample.kspace
         assert k.coil_maps is not None
-        coil_images = torch.fft.fftshift(torch.fft.ifft(torch.fft.ifftshift(k.data, dim=-2), dim=-2, norm="ortho"), dim=-2)
-        return fitted((coil_images * k.coil_maps.conj()).sum(1)[:, 0], sample.times)
+        return fitted((ifft_centred(k.data, -2) * k.coil_maps.conj()).sum(1)[:, 0], sample.times)
 
     return timed(make)
 

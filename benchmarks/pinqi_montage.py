@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from recon_core.metrics import nrmse
+
 LONGEST = 3.0  # s, top of the scale
 LARGEST_ERROR = 0.5  # s
 
@@ -34,8 +36,7 @@ def montage(maps: Mapping[str, np.ndarray], path: Path, title: str) -> None:
         bottom = axes[1, column].imshow(error, cmap="magma", vmin=0, vmax=LARGEST_ERROR, origin="lower")
         axes[0, column].set_title(name, fontsize=8)
         if name != "truth":
-            nrmse = np.linalg.norm((maps[name] - truth)[brain]) / np.linalg.norm(truth[brain])
-            axes[1, column].set_title(f"nRMSE {nrmse:.3f}", fontsize=8)
+            axes[1, column].set_title(f"nRMSE {nrmse(maps[name], truth, brain):.3f}", fontsize=8)
     for axis in axes.flat:
         axis.set_axis_off()
     figure.colorbar(top, ax=list(axes[0]), shrink=0.9, label="T1 in s")

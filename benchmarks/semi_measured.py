@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.cell import Array, BoolArray, Cell
+from benchmarks.cell import Array, BoolArray, Cell, centred_ifft
 from benchmarks.measured_series import Measured, measured
 from benchmarks.series import centred_fft
 from benchmarks.simulated_series import FOV
@@ -71,8 +71,7 @@ def resample(images: NDArray[np.floating], matrix: tuple[int, int]) -> NDArray[n
         spectrum = centred_fft(result, axis)
         start = old // 2 - n // 2
         cut = np.take(spectrum, range(start, start + n), axis=axis)
-        back = np.fft.ifft(np.fft.ifftshift(cut, axes=axis), axis=axis, norm="ortho")
-        result = np.fft.fftshift(back, axes=axis) * np.sqrt(n / old)
+        result = centred_ifft(cut, axis) * np.sqrt(n / old)
     return np.ascontiguousarray(result.real)
 
 

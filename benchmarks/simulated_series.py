@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import map_coordinates
 
-from benchmarks.cell import Array, Cell, box
+from benchmarks.cell import Array, Cell, box, centred_ifft
 from recon_core.simulation.coils import biot_savart_maps, donor_maps
 from recon_core.simulation.encoding import FINE, encode, to_image
 from recon_core.simulation.options import ScanSettings, settings_for
@@ -47,8 +47,7 @@ def _scan(kind: str, settings: ScanSettings) -> Scan:
 
 def _hybrid(kspace: Array) -> NDArray[np.complex64]:
     """k0 to image space."""
-    shifted = np.fft.ifft(np.fft.ifftshift(kspace, axes=-1), axis=-1, norm="ortho")
-    return np.fft.fftshift(shifted, axes=-1).astype(np.complex64)
+    return centred_ifft(kspace, -1).astype(np.complex64)
 
 
 def simulated(kind: str, settings: ScanSettings) -> tuple[Cell, Array]:

@@ -144,7 +144,11 @@ def plane_module(dataset: Dataset, header: Any, meta: Meta, z: int) -> None:
     if not (turned["field_of_view"] > 0).all() or not np.isfinite(turned["field_of_view"]).all():
         where = f"series {int(header['image_series_index'])}"
         raise DicomError("no usable field of view", where=where, got=header["field_of_view"].tolist(), expected="mm")
-    dataset.ImagePositionPatient = [_ds(v) for v in image_position_patient(turned, z)]
+    position = image_position_patient(turned, z)
+    if not np.isfinite(position).all():
+        where = f"series {int(header['image_series_index'])}"
+        raise DicomError("no usable position", where=where, got=header["position"].tolist(), expected="mm")
+    dataset.ImagePositionPatient = [_ds(v) for v in position]
     dataset.ImageOrientationPatient = [_ds(v) for v in (*read, *phase)]
     dataset.PixelSpacing = [_ds(v) for v in pixel_spacing(turned)]
     thickness = float(turned["field_of_view"][2]) / int(turned["matrix_size"][2])

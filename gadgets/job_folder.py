@@ -25,12 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gadgets.jobs import Jobs
-from gadgets.spool import ScanLog
+from gadgets.spool import JOB_SUFFIX, ScanLog
+from gadgets.spool import job_folder_of as job_folder_of
 from recon_core.types import Result
 
 log = logging.getLogger(__name__)
 
-SUFFIX = ".job"
 MAX_BYTES = 256 << 20
 """Arrays of one scan; what comes beyond is left out, and the log says so."""
 
@@ -134,14 +134,9 @@ class JobFolders:
             log.warning("event=job_folder_incomplete text=%r", problem)
 
 
-def job_folder_of(capture: Path) -> Path:
-    """The folder that belongs to a raw capture."""
-    return capture.with_suffix(SUFFIX)
-
-
 def remove_orphans(root: Path) -> int:
     """Remove job folders whose capture is gone (the spool keeps to its limits by removing captures); returns how many."""
-    orphans = [folder for folder in root.glob(f"*{SUFFIX}") if not folder.with_suffix(".mrd").exists()]
+    orphans = [folder for folder in root.glob(f"*{JOB_SUFFIX}") if not folder.with_suffix(".mrd").exists()]
     for folder in orphans:
         shutil.rmtree(folder, ignore_errors=True)
     return len(orphans)

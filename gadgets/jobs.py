@@ -418,9 +418,12 @@ class FileReport(Report):
     def _write(self, name: str, data: bytes | memoryview) -> None:
         path = self.folder / name
         part = path.with_name(path.name + ".part")
-        with contextlib.suppress(OSError):  # a report must never fail a reconstruction
+        try:
             part.write_bytes(data)
             os.replace(part, path)
+        except OSError:  # a report must never fail a reconstruction, nor fill memory that is short already
+            with contextlib.suppress(OSError):
+                part.unlink()
         if not self.folder.is_dir():
             raise given_up(self.tag)
 
@@ -450,8 +453,12 @@ class ReportReader:
 
         found = []
         for path in self._new("*.preview-????"):
-            with contextlib.suppress(OSError), np.load(path, allow_pickle=False) as file:
-                series = ImageSeries(str(file["name"]), torch.from_numpy(file["data"]), str(file["comment"]))
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    series = ImageSeries(str(file["name"]), torch.from_numpy(file["data"]), str(file["comment"]))
+            except Exception as error:  # numpy and zipfile raise many kinds; the final images do not need this one
+                log.warning("event=preview_unreadable file=%s error=%s", path.name, type(error).__name__)
+            else:
                 found.append((path.name.partition(".")[0], series))
             path.unlink(missing_ok=True)
         return found

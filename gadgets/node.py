@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 ACCEPTED_DATA_TYPES = frozenset(code for code, dtype in DATA_TYPES.items() if dtype.str in ("<u2", "<f4", "<c8"))
 """Pixels that Gadgetron's ImageReader takes from a node; int16 ends its session with "map::at"."""
 
+MAX_SAMPLES = 2**16 - 1  # of a line: the header's field has 16 bits
+
 OpenScan = Callable[[str, ScanLog], Scan]
 Rows = list[tuple[NDArray[np.void], NDArray[np.complex64]]]
 
@@ -258,6 +260,8 @@ def _lines(buffer: ReconBuffer, reference: bool) -> tuple[NDArray[np.void], list
         wanted &= _only_reference(buffer.headers)
     headers = buffer.headers[wanted]  # (line,), a copy
     n_samples = buffer.data.shape[-1]
+    if n_samples > MAX_SAMPLES:
+        raise MalformedMessage("the lines of a buffer are too long", where="ReconData", got=n_samples, expected=MAX_SAMPLES)
     headers["number_of_samples"], headers["center_sample"] = n_samples, n_samples // 2
     headers["discard_pre"] = headers["discard_post"] = headers["channel_mask"] = 0
     headers["trajectory_dimensions"] = 0

@@ -79,6 +79,7 @@ class Queue:
 
     def __init__(self, root: Path | str, pauses: Pauses | None = None, now: Callable[[], float] = time.time) -> None:
         self.root, self.pauses, self._now = Path(root), pauses or Pauses(), now
+        self._unwritten: dict[str, Job] = {}  # as they are, where the disk took no new record
         try:
             for folder in (self.root, self.root / "waiting", self.root / "failed"):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -160,7 +161,7 @@ class Queue:
                 if only is not None and folder.name != only:
                     continue
                 try:
-                    job = _read(folder, "waiting")
+                    job = self._unwritten.get(folder.name) or _read(folder, "waiting")
                 except PacsError:
                     log.error("event=pacs_record_unreadable job=%s", folder.name)
                     os.rename(folder, self.root / "failed" / folder.name)
@@ -185,6 +186,7 @@ class Queue:
             outcome = Attempt(left=files, problem=problem)
         left = len(list(folder.glob("*.dcm")))
         if not left:
+            self._unwritten.pop(job.id, None)
             shutil.rmtree(folder)
             log.info("event=pacs_sent job=%s objects=%d attempts=%d", job.id, job.n_files, job.attempts + 1)
             return replace(job, attempts=job.attempts + 1, left=0, problem="")
@@ -193,16 +195,22 @@ class Queue:
         next_try = self._now() + self.pauses.after(attempts)
         job = replace(job, attempts=attempts, next_try=next_try, problem=outcome.problem, left=left)
         job = replace(job, state="failed" if failed else "waiting")
-        _write(folder / "job.json", job)
-        if failed:
-            os.rename(folder, self.root / "failed" / folder.name)
+        try:
+            _write(folder / "job.json", job)
+            self._unwritten.pop(job.id, None)
+            if failed:
+                os.rename(folder, self.root / "failed" / folder.name)
+        except OSError as error:  # a full disk: the pauses hold all the same, and the other jobs go on
+            self._unwritten[job.id] = replace(job, state="waiting")
+            log.error("event=pacs_record_not_written job=%s error=%s", job.id, error.strerror)
         log.warning("event=pacs_%s job=%s left=%d attempts=%d", "failed" if failed else "retry", job.id, left, attempts)
         return job
 
     def _tidy(self) -> None:
         for folder in self.root.glob(".incoming-*"):
-            if self._now() - folder.stat().st_mtime > LEFTOVER_SECONDS:
-                shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # its process has finished it just now
+                if self._now() - folder.stat().st_mtime > LEFTOVER_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def _sending(self) -> Iterator[None]:

@@ -104,8 +104,8 @@ class Previews:
                 continue
             try:
                 images = list(self._writer(round_, name).images(self._sorted, number, result))
-            except ReconError as error:
-                log.warning("event=preview_failed chain=%s slice=%d error=%r", name, number, str(error))
+            except Exception as error:  # a favour, see above
+                log.warning("event=preview_failed chain=%s slice=%d error=%r", name, number, _words(error))
                 continue
             self.n_images += len(images)
             yield from images
@@ -119,8 +119,9 @@ class Previews:
                     if error is None:
                         yield number, from_portable(future.result()), self._quick.name
                     elif number not in self._over:
-                        words = str(error) if isinstance(error, ReconError) else type(error).__name__
-                        log.warning("event=preview_failed chain=%s slice=%d error=%r", self._quick.name, number, words)
+                        log.warning(
+                            "event=preview_failed chain=%s slice=%d error=%r", self._quick.name, number, _words(error)
+                        )
             return
         for tag, series in self._reports.previews():
             yield int(tag.rpartition("-")[2]), Result(images=(series,)), self.chain.name
@@ -130,3 +131,8 @@ class Previews:
         while len(self._writers) < round_:
             self._writers.append(self._final.for_previews(name, beside=self._writers[0] if self._writers else None))
         return self._writers[round_ - 1]
+
+
+def _words(error: BaseException) -> str:
+    """What may be logged of a failure: our own words, or only its kind."""
+    return str(error) if isinstance(error, ReconError) else type(error).__name__

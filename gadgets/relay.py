@@ -160,7 +160,7 @@ def in_this_process() -> socket.socket:
     try:
         # `from gadgets import node` would take it for a chain's name where there is no such module
         node = importlib.import_module("gadgets.node")
-    except ImportError as error:
+    except Exception as error:  # missing, or its libraries cannot be loaded (OSError), or do not fit each other
         raise Failed(
             f"no reconstruction server answers at {os.environ.get(SERVER, DEFAULT_SERVER)}, and this Python cannot reconstruct "
             f"by itself ({error}). Start one: recon serve --port {DEFAULT_SERVER.rpartition(':')[2]}"
@@ -217,6 +217,8 @@ class Relay:
             failure = str(error)
         except OSError:
             failure = "the reconstruction broke off"
+        except MemoryError:
+            failure = "no memory for an image"
         if failure is not None:
             self._say(failure)
         with contextlib.suppress(OSError):

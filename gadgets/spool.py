@@ -53,6 +53,14 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROF
 """Errors of a write after which another place may still take the bytes."""
 
 
+JOB_SUFFIX = ".job"
+
+
+def job_folder_of(capture: Path) -> Path:
+    """The folder of what methods told besides images: part of its capture, in size and in when it is removed."""
+    return capture.with_suffix(JOB_SUFFIX)
+
+
 def default_spool_root() -> Path:
     """``$XDG_STATE_HOME/recon-gadgets/spool``, by default below ``~/.local/state``."""
     state = os.environ.get("XDG_STATE_HOME")
@@ -131,7 +139,7 @@ class Spool:
             return self._evict(self.root)
 
     def _evict(self, root: Path) -> bool:
-        sizes = {path: _size(path) for path in root.glob("*.mrd")}
+        sizes = {path: _size(path) + _folder_size(job_folder_of(path)) for path in root.glob("*.mrd")}
         used = self._used = sum(sizes.values())
         self._counted = time.monotonic()
         if used <= self.max_bytes and _free(root) >= self.min_free_bytes:
@@ -149,6 +157,7 @@ class Spool:
                 victim.unlink()
             with contextlib.suppress(OSError):
                 sidecar(victim).unlink()
+            shutil.rmtree(job_folder_of(victim), ignore_errors=True)
             used -= sizes[victim]
             self._used = used
             kept_failed -= sizes[victim] if status[victim] != "complete" else 0
@@ -452,6 +461,15 @@ def _is_locked(path: Path) -> bool:
 def _size(path: Path) -> int:
     try:
         return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _folder_size(folder: Path) -> int:
+    """Bytes of the files in it; none where there is no such folder."""
+    try:
+        with os.scandir(folder) as entries:
+            return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
     except OSError:
         return 0
 

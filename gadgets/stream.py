@@ -157,11 +157,16 @@ def _exactly(source: BinaryIO, n: int, what: str) -> bytes:
 def _send(source: BinaryIO, connection: socket.socket, head: bytes) -> None:
     """Everything, then the end: the server itself sees whether a CLOSE came."""
     read = getattr(source, "read1", source.read)  # what is there already, rather than waiting for a whole piece
-    with contextlib.suppress(OSError):  # the server's answer says why it went
+    try:
         connection.sendall(head)
         while piece := read(PIECE_BYTES):
             connection.sendall(piece)
-        connection.shutdown(socket.SHUT_WR)
+    except (OSError, ValueError) as error:  # ValueError: our caller has closed the source, or it is no stream any more
+        # the answer says what became of it: why the server went, or that the scan ends too early
+        logger.warning("event=sending_ended error=%s", type(error).__name__)
+    finally:
+        with contextlib.suppress(OSError):  # else the server would wait for more
+            connection.shutdown(socket.SHUT_WR)
 
 
 def _receive(connection: socket.socket, sink: BinaryIO, result: StreamResult, on_text: Callable[[str], None] | None) -> None:
@@ -199,6 +204,8 @@ def run_files(
         if read_progress_line(text) is None:
             print(text.rstrip(), file=sys.stderr, flush=True)
 
+    if source.exists() and output.exists() and source.samefile(output):
+        raise ConfigRefused("input and output are the same file", where=str(source), remedy="Name another output")
     with contextlib.ExitStack() as stack:
         incoming = sys.stdin.buffer if str(source) == "-" else stack.enter_context(source.open("rb"))
         outgoing = sys.stdout.buffer if str(output) == "-" else stack.enter_context(output.open("wb"))

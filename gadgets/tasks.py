@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from gadgets.buffer import SortedScan, assemble
-from gadgets.errors import SortError
+from gadgets.errors import JobFailed, SortError
 from gadgets.jobs import FileReport, out_of_memory
 from gadgets.readouts import ReadoutGeometry
 from gadgets.wire.readouts import read_samples
@@ -273,11 +273,12 @@ class SliceReport(FileReport):
         if not self._wanted:
             return
         try:
-            moved = _on_console_matrix(series, self._scan)
-        except DataError as error:
-            log.warning("event=preview_failed task=%s error=%r", self.tag, str(error))
-            return
-        super().preview(moved)
+            super().preview(_on_console_matrix(series, self._scan))
+        except JobFailed:  # the scan was given up
+            raise
+        except Exception as error:  # memory too short for a copy, say
+            words = str(error) if isinstance(error, ReconError) else type(error).__name__
+            log.warning("event=preview_failed task=%s error=%r", self.tag, words)
 
 
 def _on_console_matrix(series: ImageSeries, scan: ScanInfo) -> ImageSeries:

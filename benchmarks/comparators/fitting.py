@@ -7,20 +7,30 @@ step on a few of them has the right expectation and a fraction of the cost. Its 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from recon_core.operators.cartesian import CartesianSense
 from recon_core.problem import Problem, pose
+from recon_core.settings import setting
+from recon_core.training.loop import LoopSettings
 from recon_core.types import ImageSeries, KSpace, Report, Result, ScanInfo
 
 Tensor = torch.Tensor
 
 LAST_RATE = 0.05
 """Learning rate at the end, as a part of the first (cosine)."""
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How long and how fast; a comparator adds its sizes and changes a default."""
+
+    iterations: int = setting(400, "stochastic steps", low=1, high=100000)
+    learning_rate: float = setting(4e-3, "of Adam", low=1e-6, high=1.0)
+    seed: int = setting(0, "of initial values", low=0, high=2**31)
 
 
 @dataclass(frozen=True)
@@ -91,19 +101,11 @@ def temporal_order(scan: ScanInfo, n_states: int) -> Tensor:
     return state_positions(scan, n_states)[0].argsort()
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """How long and how fast; ``groups`` are Adam's (parameters, learning rate, weight decay)."""
-
-    iterations: int
-    groups: Sequence[dict[str, object]]
-    seed: int = 0
-
-
 def descend(
     parts: list[Part],
     render: Callable[[Part], Tensor],
-    schedule: Schedule,
+    groups: Sequence[Mapping[str, object]],
+    settings: FitSettings,
     report: Report,
     name: str,
     penalty: Callable[[Tensor, Part], Tensor] | None = None,
@@ -114,6 +116,8 @@ def descend(
     ----------
     render
         Part to centred images, complex64 ``(state, z, y, column)``, with a graph.
+    groups
+        Adam's, the rate where the settings' does not hold.
     penalty
         Of those images; mean values, so that its weight does not depend on the matrix.
 
@@ -121,17 +125,13 @@ def descend(
     -------
     Relative size of the gradient's residual ``|A^H (A x - b)| / |A^H b|`` of each iteration.
     """
-    optimiser = torch.optim.Adam(list(schedule.groups), eps=1e-15)
-    last = max(1, schedule.iterations - 1)
-
-    def rate(step: int) -> float:
-        return LAST_RATE + (1 - LAST_RATE) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / last)))
-
-    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, rate)
-    generator = torch.Generator().manual_seed(schedule.seed)
+    optimiser = torch.optim.Adam([dict(group) for group in groups], lr=settings.learning_rate, eps=1e-15)
+    schedule = LoopSettings(max(1, settings.iterations - 1), warmup_steps=0, final_rate=LAST_RATE)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule.rate)
+    generator = torch.Generator().manual_seed(settings.seed)
     order: list[int] = []
     history = []
-    for iteration in range(schedule.iterations):
+    for iteration in range(settings.iterations):
         if not order:
             order = torch.randperm(len(parts), generator=generator).tolist()
         part = parts[order.pop()]
@@ -148,7 +148,7 @@ def descend(
         torch.autograd.backward(losses, gradients)
         optimiser.step()
         rates.step()
-        report.progress((iteration + 1) / schedule.iterations, name)
+        report.progress((iteration + 1) / settings.iterations, name)
     return history
 
 
@@ -161,11 +161,14 @@ def render_all(parts: list[Part], render: Callable[[Part], Tensor], n_states: in
     return out
 
 
-def finish(problem: Problem, images: Tensor, history: list[float]) -> Result:
-    """The result in measured units, with its iterations and the residual's course."""
+def finish(
+    problem: Problem, kspace: KSpace, parts: list[Part], render: Callable[[Part], Tensor], history: list[float]
+) -> Result:
+    """The images of all parts in measured units, with the iterations and the residual's course."""
+    images = render_all(parts, render, kspace.n_states, tuple(kspace.data.shape[2:]))
     return Result(
         images=(ImageSeries("image", (images * problem.scale).to(torch.complex64)),),
-        quality={"iterations": float(len(history)), "residual": history[-1] if history else float("nan")},
+        quality={"iterations": float(len(history)), "residual": history[-1]},
         extras={"residual_history": history},
     )
 

@@ -7,17 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.comparators.fitting import (
-    Part,
-    Schedule,
-    descend,
-    finish,
-    pixel_positions,
-    render_all,
-    split,
-    start,
-    state_positions,
-)
+from benchmarks.comparators.fitting import FitSettings, Part, descend, finish, pixel_positions, split, start, state_positions
 from recon_core.settings import setting
 from recon_core.types import KSpace, Report, Result, ScanInfo
 
@@ -29,7 +19,7 @@ NEEDS_COIL_MAPS = True
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(FitSettings):
     """Sizes and schedule; the publication trains 512 wide, 7 deep, thousands of iterations."""
 
     iterations: int = setting(600, "stochastic steps", low=1, high=100000)
@@ -39,8 +29,6 @@ class Settings:
     spatial_features: int = setting(256, "random spatial frequencies", low=1, high=2048)
     spatial_scale: float = setting(12.0, "their standard deviation, cycles per half field of view", low=0.1, high=200.0)
     temporal_harmonics: int = setting(4, "sine and cosine pairs of the state axis", low=1, high=64)
-    learning_rate: float = setting(4e-3, "of Adam", low=1e-6, high=1.0)
-    seed: int = setting(0, "of frequencies and initial values", low=0, high=2**31)
 
 
 class Network(nn.Module):
@@ -98,7 +86,6 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
         values = network(pixel_positions(kspace, part.columns), positions[part.states])
         return values.reshape(len(part.states), 1, n_y, len(part.columns))
 
-    groups = [{"params": [p for p in network.parameters() if p.requires_grad], "lr": settings.learning_rate}]
-    history = descend(parts, render, Schedule(settings.iterations, groups, settings.seed), report, NAME)
-    images = render_all(parts, render, kspace.n_states, tuple(kspace.data.shape[2:]))
-    return finish(problem, images, history)
+    groups = [{"params": [p for p in network.parameters() if p.requires_grad]}]
+    history = descend(parts, render, groups, settings, report, NAME)
+    return finish(problem, kspace, parts, render, history)

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 
 from benchmarks.comparators.fitting import (
+    FitSettings,
     Part,
-    Schedule,
     descend,
     finish,
     pixel_positions,
-    render_all,
     split,
     start,
     state_positions,
@@ -35,10 +34,9 @@ PRIMES = (1, 2654435761, 805459861)
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(FitSettings):
     """Sizes, terms and schedule; the publication has 16 levels, 2^24 entries, a perceptron of 128 x 5, 1600 iterations."""
 
-    iterations: int = setting(400, "stochastic steps", low=1, high=100000)
     column_groups: int = setting(8, "parts of the readout; one is used per step", low=1, high=1024)
     levels: int = setting(10, "resolutions of the grid", low=1, high=20)
     features: int = setting(2, "per level", low=1, high=8)
@@ -51,7 +49,6 @@ class Settings:
     temporal_variation: float = setting(2e-3, "weight of the total variation over states, per value", low=0.0, high=10.0)
     learning_rate: float = setting(5e-3, "of Adam, of table and perceptron", low=1e-6, high=1.0)
     weight_decay: float = setting(1e-6, "of the perceptron", low=0.0, high=1.0)
-    seed: int = setting(0, "of initial values", low=0, high=2**31)
 
 
 class _Product(torch.autograd.Function):
@@ -190,10 +187,8 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
         return settings.low_rank * nuclear_norm(images) + settings.temporal_variation * variation
 
     groups = [
-        {"params": [network.table], "lr": settings.learning_rate},
-        {"params": list(network.body.parameters()), "lr": settings.learning_rate, "weight_decay": settings.weight_decay},
+        {"params": [network.table]},
+        {"params": list(network.body.parameters()), "weight_decay": settings.weight_decay},
     ]
-    schedule = Schedule(settings.iterations, groups, settings.seed)
-    history = descend(parts, render, schedule, report, NAME, penalty)
-    images = render_all(parts, render, kspace.n_states, tuple(kspace.data.shape[2:]))
-    return finish(problem, images, history)
+    history = descend(parts, render, groups, settings, report, NAME, penalty)
+    return finish(problem, kspace, parts, render, history)

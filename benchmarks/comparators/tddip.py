@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from benchmarks.comparators.fitting import Part, Schedule, descend, finish, render_all, split, start, state_positions
+from benchmarks.comparators.fitting import FitSettings, Part, descend, finish, split, start, state_positions
 from recon_core.settings import setting
 from recon_core.types import KSpace, Report, Result, ScanInfo
 
@@ -20,16 +20,13 @@ NEEDS_COIL_MAPS = True
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(FitSettings):
     """Sizes and schedule; the publication has 128 channels and 10000 iterations."""
 
-    iterations: int = setting(400, "stochastic steps", low=1, high=100000)
     states_per_step: int = setting(2, "states that one step uses", low=1, high=64)
     channels: int = setting(24, "of the decoder", low=2, high=256)
     scales: int = setting(4, "doublings of the matrix", low=1, high=7)
     hidden: int = setting(128, "width of the mapping network", low=4, high=2048)
-    learning_rate: float = setting(4e-3, "of Adam", low=1e-6, high=1.0)
-    seed: int = setting(0, "of initial values", low=0, high=2**31)
 
 
 class Network(nn.Module):
@@ -91,6 +88,6 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
     def render(part: Part) -> Tensor:
         return network(positions[part.states])
 
-    groups = [{"params": list(network.parameters()), "lr": settings.learning_rate}]
-    history = descend(parts, render, Schedule(settings.iterations, groups, settings.seed), report, NAME)
-    return finish(problem, render_all(parts, render, kspace.n_states, (n_z, n_y, n_x)), history)
+    groups = [{"params": list(network.parameters())}]
+    history = descend(parts, render, groups, settings, report, NAME)
+    return finish(problem, kspace, parts, render, history)
