@@ -102,7 +102,9 @@ def run(
     _settle_recipe(recipe, output, settings.resume)
     anatomy = open_anatomy(settings.brainweb, device, atlas=settings.atlas)
     torch.manual_seed(sample_seed(recipe.seed, "weights"))
-    choice = replace(ABLATIONS[recipe.ablation], precision=recipe.precision, recompute=settings.recompute)
+    choice = replace(
+        ABLATIONS[recipe.ablation], start=recipe.start, precision=recipe.precision, recompute=settings.recompute
+    )
     network = Pinqi(recipe.samples.model, choice).to(device)
     if settings.compile:
         for net in (network.parameter_net, network.image_net):

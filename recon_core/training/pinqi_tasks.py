@@ -14,13 +14,14 @@ from torch import nn
 
 from recon_core.errors import SettingError
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
-from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
-from recon_core.problem import signal_scale
+from recon_core.methods.pinqi.model import ABLATIONS, STARTS, Pinqi
+from recon_core.methods.pinqi.start import low_rank_images
+from recon_core.problem import Problem, pose, signal_scale
 from recon_core.simulation.anatomy import Anatomy
 from recon_core.simulation.quantitative_brain import SATURATION_TIMES, BrainBatch, QuantitativeBrains, SampleRecipe
 from recon_core.training.loop import LoopSettings, ParameterGroup, Validation
 from recon_core.training.losses import deep_supervision, weighted_mse
-from recon_core.types import KSpace
+from recon_core.types import KSpace, Report
 
 Tensor = torch.Tensor
 
@@ -49,9 +50,15 @@ class PinqiRecipe:
         Deep supervision: of the first prediction, and of the others but the last.
     ema_decay
         Moving average of the weights; the paper has none.
+    start
+        Images from which the iterations begin, see `PinqiSettings`.
+    pretrain_scale
+        Factor on the published learning rates of the pretraining.
     """
 
     ablation: str = "proposed"
+    start: str = "adjoint"
+    pretrain_scale: float = 1.0
     size: int = 192
     times: tuple[float, ...] = SATURATION_TIMES
     n_coils: int = 8
@@ -75,6 +82,8 @@ class PinqiRecipe:
     def __post_init__(self) -> None:
         if self.ablation not in ABLATIONS:
             raise SettingError("unknown ablation", where="PINQI training", got=self.ablation, expected=", ".join(ABLATIONS))
+        if self.start not in STARTS:
+            raise SettingError("unknown start", where="PINQI training", got=self.start, expected=", ".join(STARTS))
         if self.batch < 1 or not self.epochs > 0 or self.pretrain_epochs < 0 or self.n_validation < 0:
             raise SettingError("impossible recipe", where="PINQI training", got=self)
 
@@ -169,11 +178,13 @@ class _PinqiTask:
         for i in range(self.recipe.n_validation):
             yield self._evaluation.batch("validation", [i])
 
-    @staticmethod
-    def aliased(batch: BrainBatch) -> tuple[Any, Tensor]:
-        """Operator and ``A^H k``."""
+    def aliased(self, batch: BrainBatch) -> tuple[Any, Tensor, Tensor | None]:
+        """Operator, ``A^H k``, and the images to begin with where they are not made from these."""
         operator = batch.operator()
-        return operator, operator.adjoint(operator.enter_data(batch.kspace))
+        start = None
+        if self.recipe.start == "llr":
+            start = operator.enter_image(torch.stack([low_rank_images(problem) for problem in _problems(batch)]))
+        return operator, operator.adjoint(operator.enter_data(batch.kspace)), start
 
 
 class Pretraining(_PinqiTask):
@@ -183,7 +194,10 @@ class Pretraining(_PinqiTask):
 
     def groups(self) -> list[ParameterGroup]:
         """The networks; lambdas keep their first values."""
-        return network_groups(self.module, parameter_rate=3e-4, image_rate=3e-3, embedding_rate=1e-4)
+        factor = self.recipe.pretrain_scale
+        return network_groups(
+            self.module, parameter_rate=3e-4 * factor, image_rate=3e-3 * factor, embedding_rate=1e-4 * factor
+        )
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Weighted squared errors of parameters (brain 1, elsewhere 0.05) and images (brain 1, elsewhere 0.1)."""
@@ -192,9 +206,9 @@ class Pretraining(_PinqiTask):
         return self._loss(batch, share)
 
     def _loss(self, batch: BrainBatch, share: Tensor) -> tuple[Tensor, dict[str, float]]:
-        operator, rhs = self.aliased(batch)
+        operator, rhs, start = self.aliased(batch)
         truth = operator.enter_image(batch.images)
-        mixed = torch.lerp(self.module.first_images(operator, rhs), truth, share[:, None, None, None].to(truth.dtype))
+        mixed = torch.lerp(self.module.first_images(operator, rhs, start), truth, share[:, None, None, None].to(truth.dtype))
         brain = batch.brain.mT[:, None].to(share.dtype)
         total = share.new_zeros(())
         figures = {}
@@ -231,8 +245,8 @@ class EndToEnd(_PinqiTask):
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Mean squared error of all parameters, brain 1.01 and elsewhere 0.01, with deep supervision."""
         batch = self.samples.batch(step)
-        operator, rhs = self.aliased(batch)
-        found = self.module(operator, rhs)
+        operator, rhs, start = self.aliased(batch)
+        found = self.module(operator, rhs, start)
         brain = batch.brain.mT[:, None].to(batch.noise_std.dtype)
         if self.recipe.ablation == "h":
             return weighted_mse(found.images, operator.enter_image(batch.images), 0.9 * brain + 0.1), {}
@@ -249,8 +263,8 @@ class EndToEnd(_PinqiTask):
         """nRMSE, MAE and SSIM of T1 in the brain, and maps beside the truth and their difference."""
         rows, pictures = [], {}
         for i, batch in enumerate(self.validation_samples()):
-            operator, rhs = self.aliased(batch)
-            found = operator.leave_image(self.module(operator, rhs).parameters)
+            operator, rhs, start = self.aliased(batch)
+            found = operator.leave_image(self.module(operator, rhs, start).parameters)
             t1 = t1_from_rate(found[0, 2].cpu().numpy())
             truth, brain = batch.t1[0].cpu().numpy(), batch.brain[0].cpu().numpy()
             rows.append(t1_figures(t1, truth, brain))
@@ -270,13 +284,27 @@ def network_groups(
     return [ParameterGroup(name, list(net.parameters()), rate) for name, net, rate in found if net is not None]
 
 
+def _problems(batch: BrainBatch) -> Iterator[Problem]:
+    """The samples as inverse problems of their own."""
+    for i in range(len(batch)):
+        yield pose(_kspace(batch, i), "training sample", Report())
+
+
+def _kspace(batch: BrainBatch, i: int) -> KSpace:
+    return KSpace(
+        batch.kspace[i][:, :, None],
+        batch.mask[i][:, None].float(),
+        coil_maps=batch.coil_maps[i][:, None],
+        noise_std=float(batch.noise_std[i]),
+    )
+
+
 def typical_amplitude(brains: QuantitativeBrains, n_samples: int = TYPICAL_SAMPLES) -> float:
     """Median of what `signal_scale` gives for training samples: the amplitude that a scan has to be brought to."""
     scales = []
     for i in range(n_samples):
         batch = brains.batch("train", [i])
-        kspace = KSpace(batch.kspace[0][:, :, None], batch.mask[0][:, None].float(), coil_maps=batch.coil_maps[0][:, None])
-        scales.append(signal_scale(kspace))
+        scales.append(signal_scale(_kspace(batch, 0)))
     return float(np.median(scales))
 
 

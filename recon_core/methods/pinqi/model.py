@@ -38,6 +38,7 @@ Tensor = torch.Tensor
 HOW_OFTEN = ("each", "once", "none")
 PARAMETER_SOLVERS = ("layer", "gradient", "network")
 PRECISIONS = ("float32", "bfloat16")
+STARTS = ("adjoint", "llr")
 FIRST_STEPS = 2  # of CG, unregularised, before anything is learned
 FIRST_STEP_SIZE = 0.05  # of ablation e, in the units of Eq. 13; below 1 / (largest curvature)
 
@@ -62,6 +63,9 @@ class PinqiSettings:
         Whether Eq. 12 knows the signal model. If not, lambda_q is zero and parameters are found once, from the last images.
     n_gradient_steps
         For ``parameter_solver="gradient"``, per alternation.
+    start
+        ``y_0``: ``"adjoint"``, two steps of conjugate gradients from ``A^H k`` as published, or ``"llr"``, the images of the locally
+        low rank reconstruction. With these the networks have only to find what it leaves, which takes far less training.
     precision
         ``"bfloat16"`` lets the networks, and only them, compute in mixed precision.
     recompute
@@ -74,6 +78,7 @@ class PinqiSettings:
     parameter_solver: str = "layer"
     coupled: bool = True
     n_gradient_steps: int = 5
+    start: str = "adjoint"
     precision: str = "float32"
     recompute: bool = False
 
@@ -82,6 +87,7 @@ class PinqiSettings:
             ("image_network", HOW_OFTEN),
             ("parameter_network", HOW_OFTEN),
             ("parameter_solver", PARAMETER_SOLVERS),
+            ("start", STARTS),
             ("precision", PRECISIONS),
         ):
             if getattr(self, name) not in known:
@@ -198,8 +204,7 @@ class Pinqi(nn.Module):
         lower, upper = zip(*(PUBLISHED_BOUNDS.get(n, infinite) for n in names), strict=True)
         self.bounds: tuple[Sequence[float], Sequence[float]] = bounds or (lower, upper)
         n = self.settings.n_iterations
-        start = torch.tensor([r.offset for r in looked])
-        self.register_buffer("start", start, persistent=False)
+        self.register_buffer("middle", torch.tensor([r.offset for r in looked]), persistent=False)
         self.parameter_net = self.embedding = self.image_net = None
         self.lambda_p = self.lambda_y = self.lambda_q = self.step_sizes = None
         # found once, at the end, parameters have one lambda
@@ -219,11 +224,11 @@ class Pinqi(nn.Module):
         if self.settings.parameter_solver == "gradient":
             self.step_sizes = PositiveValues([FIRST_STEP_SIZE] * n_solved)
 
-    start: Tensor
+    middle: Tensor
     parameter_net: ParameterNet | None
     image_net: ImageNet | None
 
-    def forward(self, operator: LinearOperator, rhs: Tensor) -> PinqiOutput:
+    def forward(self, operator: LinearOperator, rhs: Tensor, start: Tensor | None = None) -> PinqiOutput:
         """Reconstruct.
 
         Parameters
@@ -232,6 +237,8 @@ class Pinqi(nn.Module):
             ``A`` on images of the layout of ``rhs``.
         rhs
             ``A^H k``, ``(batch, state, *plane)`` with two axes in the plane, scaled so that images are about 1.
+        start
+            ``y_0`` like ``rhs``, see `first_images`.
 
         Raises
         ------
@@ -246,10 +253,22 @@ class Pinqi(nn.Module):
                 expected=f"(batch, {self.model.n_states} states, *plane)",
                 remedy="use weights trained for this number of states",
             )
-        return self._coupled(operator, rhs) if self.settings.coupled else self._decoupled(operator, rhs)
+        y = self.first_images(operator, rhs, start)
+        return self._coupled(operator, rhs, y) if self.settings.coupled else self._decoupled(operator, rhs, y)
 
-    def first_images(self, operator: LinearOperator, rhs: Tensor) -> Tensor:
-        """``y_0``: two steps of conjugate gradients from ``A^H k``; no gradient."""
+    def first_images(self, operator: LinearOperator, rhs: Tensor, start: Tensor | None = None) -> Tensor:
+        """``y_0``, no gradient: two steps of conjugate gradients from ``A^H k``, or what is given where the settings ask for it.
+
+        Raises
+        ------
+        DataError
+            ``start`` is missing, or of another shape.
+        """
+        if self.settings.start != "adjoint":
+            if start is None or start.shape != rhs.shape:
+                got = None if start is None else tuple(start.shape)
+                raise DataError("these weights begin with given images", where="PINQI", got=got, expected=tuple(rhs.shape))
+            return start.detach()
         steps = LinearSettings(tolerance=self.linear.tolerance, max_iterations=FIRST_STEPS)
         with torch.no_grad(), record_function("pinqi::linear"):
             return solve_linear(operator, rhs, initial=rhs, settings=steps)[0]
@@ -267,7 +286,7 @@ class Pinqi(nn.Module):
         return self._network("image", self.image_net, images, self._tags(images, tag))
 
     def _tags(self, images: Tensor, tag: float | Tensor) -> Tensor:
-        return torch.as_tensor(tag, dtype=self.start.dtype, device=images.device).expand(len(images))
+        return torch.as_tensor(tag, dtype=self.middle.dtype, device=images.device).expand(len(images))
 
     def _network(self, name: str, net: Callable[[Tensor, Tensor], Tensor], images: Tensor, tags: Tensor) -> Tensor:
         mixed = self.settings.precision == "bfloat16"
@@ -281,9 +300,8 @@ class Pinqi(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- the two loops
 
-    def _coupled(self, operator: LinearOperator, rhs: Tensor) -> PinqiOutput:
+    def _coupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor) -> PinqiOutput:
         n, settings = self.settings.n_iterations, self.settings
-        y = self.first_images(operator, rhs)
         predictions, linear, nonlinear = [], [], []
         y_reg = self.predict_images(y, 1 / n) if settings.image_network == "once" else None
         if self.parameter_net is not None:
@@ -304,9 +322,8 @@ class Pinqi(nn.Module):
             nonlinear += [fitted] if fitted is not None else []
         return PinqiOutput(p, y, tuple(predictions), tuple(linear), tuple(nonlinear))
 
-    def _decoupled(self, operator: LinearOperator, rhs: Tensor) -> PinqiOutput:
+    def _decoupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor) -> PinqiOutput:
         n, settings = self.settings.n_iterations, self.settings
-        y = self.first_images(operator, rhs)
         linear = []
         y_reg = self.predict_images(y, 1 / n) if settings.image_network == "once" else None
         for i in range(n):
@@ -343,7 +360,7 @@ class Pinqi(nn.Module):
             return p_reg, None
         start = previous if previous is not None else p_reg
         if start is None:
-            start = self.start[:, None, None].expand(len(y), -1, *y.shape[2:]).contiguous()
+            start = self.middle[:, None, None].expand(len(y), -1, *y.shape[2:]).contiguous()
         # without a prediction there is nothing to be near to
         weight = self.lambda_p()[i] if p_reg is not None and self.lambda_p is not None else 0.0
         prior = p_reg if p_reg is not None else torch.zeros_like(start)

@@ -11,6 +11,7 @@ from recon_core.methods.pinqi.installed import installed_weights
 from recon_core.methods.pinqi.model import PinqiOutput
 from recon_core.methods.pinqi.parameter_maps import Agreement, agreement, parameter_maps
 from recon_core.methods.pinqi.settings import Settings
+from recon_core.methods.pinqi.start import low_rank_images
 from recon_core.methods.pinqi.weights import TrainedPinqi, check_times
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.problem import check_kspace, check_maps, pose
@@ -159,8 +160,11 @@ def apply_network(trained: TrainedPinqi, kspace: KSpace, order: Tensor, where: s
     assert kspace.coil_maps is not None
     operator = BatchedSense(kspace.coil_maps[None, :, 0], problem.operator.weights[None, :, 0])
     data = operator.enter_data(kspace.data[None, :, :, 0] / scale)
+    start = None
+    if trained.network.settings.start == "llr":
+        start = operator.enter_image(low_rank_images(problem)[None] / scale)
     with torch.no_grad():
-        found = trained.network(operator, operator.adjoint(data))
+        found = trained.network(operator, operator.adjoint(data), start)
         signal = trained.network.model.signal(found.parameters.movedim(1, 0)).movedim(0, 1)
     if not bool(torch.isfinite(found.parameters).all() & torch.isfinite(torch.view_as_real(found.images)).all()):
         raise NumericalError("the network's result is not finite", where=where, remedy="The chain's fallback can answer")
