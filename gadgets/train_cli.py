@@ -71,6 +71,14 @@ def pinqi(
     ] = None,
     coils: Annotated[int, typer.Option(help="Receive coils of the samples.", min=1)] = 8,
     ablation: Annotated[str, typer.Option(help="proposed, or a to i of the paper's section III-D (g1, g2).")] = "proposed",
+    start: Annotated[
+        str, typer.Option(help="Images that the iterations begin with: adjoint (as published) or llr (needs less training).")
+    ] = "adjoint",
+    initial: Annotated[
+        Path | None, typer.Option(help="JSON of weights to begin with, of the same network; random ones otherwise.")
+    ] = None,
+    network_rate: Annotated[float, typer.Option(help="Learning rate of the networks.", min=1e-7)] = 0.004,
+    lambda_rate: Annotated[float, typer.Option(help="Learning rate of the lambdas.", min=1e-7)] = 0.001,
     brainweb: Annotated[
         Path | None, typer.Option(help="Folder of BrainWeb's heads; without it heads are drawn from a tissue atlas.")
     ] = None,
@@ -105,6 +113,7 @@ def pinqi(
     default = PinqiRecipe()
     recipe = PinqiRecipe(
         ablation=ablation,
+        start=start,
         size=size,
         times=tuple(times or default.times),
         n_coils=coils,
@@ -115,6 +124,8 @@ def pinqi(
         pretrain_epochs=pretrain_epochs,
         seed=seed,
         precision=precision,
+        network_rate=network_rate,
+        lambda_rate=lambda_rate,
         ema_decay=ema,
     )
     settings = RunSettings(
@@ -123,6 +134,7 @@ def pinqi(
         resume=resume,
         brainweb=None if brainweb is None else str(brainweb),
         atlas=None if atlas is None else str(atlas),
+        initial=None if initial is None else str(initial),
         recompute=recompute,
         compile=compiled,
         validate_every=validate_every,

@@ -24,7 +24,8 @@ class Method(Protocol):
     NEEDS_COIL_MAPS: bool
     Settings: type
     # optional: SUPPORTS_3D = False where slabs are refused, ROUNDING = the relative change that float32 rounding may cause,
-    # REHEARSAL = settings that make a worker's rehearsal short
+    # REHEARSAL = settings that make a worker's rehearsal short, FIDELITY = the relative change that a learned prior may make of
+    # complete data, calibration(kspace, scan, settings) = the k-space whose calibration lines coil maps are to be estimated from
 
     def reconstruct(self, kspace: KSpace, scan: ScanInfo, settings: Any, report: Report) -> Result:
         """Images (and maps) of one slice or slab."""

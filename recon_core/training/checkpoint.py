@@ -84,7 +84,7 @@ def read_pair(path: str | Path, device: torch.device | str = "cpu") -> tuple[dic
         stated = facts["sha256"]
     except FileNotFoundError:
         raise WeightError("no such weights", where=path.name) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightError("not a description of weights", where=path.name, got=type(error).__name__) from None
     if not file.is_file():
         raise WeightError("the tensors are missing", where=path.name, got=f"no {file.name}")

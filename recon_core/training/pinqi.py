@@ -9,29 +9,35 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import recon_core
-from recon_core.errors import SettingError
 from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
 from recon_core.methods.pinqi.weights import save_weights
 from recon_core.simulation.anatomy import Anatomy
 from recon_core.simulation.brainweb import open_anatomy
 from recon_core.simulation.quantitative_brain import QuantitativeBrains
 from recon_core.simulation.random_fields import sample_seed
+from recon_core.training.checkpoint import load_into, read_pair
 from recon_core.training.loop import Progress, Task, TrainingResult, train
 from recon_core.training.pinqi_tasks import EndToEnd, PinqiRecipe, Pretraining, typical_amplitude
 from recon_core.training.png import write_png
+from recon_core.training.runs import (
+    RECIPE,
+    PlainReport,
+    be_deterministic,
+    code_facts,
+    option_parser,
+    parsed_options,
+    settle_recipe,
+    training_device,
+)
 
-RECIPE = "recipe.json"
 NAME = "pinqi"
 
 
@@ -51,6 +57,8 @@ class RunSettings:
         Folder of BrainWeb heads; `None` draws heads from an atlas.
     atlas
         Folder ``nilearn/datasets/data`` of an installation, for the atlas at 1 mm; `None` takes the packed one at 1.5 mm.
+    initial
+        JSON of weights of the same network to begin with, for instance of another training that ended; recorded by its sha256.
     recompute
         Trade time for memory.
     compile
@@ -65,6 +73,7 @@ class RunSettings:
     resume: bool = False
     brainweb: str | None = None
     atlas: str | None = None
+    initial: str | None = None
     recompute: bool = False
     compile: bool = False
     validate_every: int = 250
@@ -97,15 +106,19 @@ def run(
     """
     settings = settings or RunSettings()
     output = Path(output)
-    device = _device(settings.device)
-    _be_deterministic(device)
-    _settle_recipe(recipe, output, settings.resume)
+    device = training_device(settings.device)
+    be_deterministic(device)
+    recipe = replace(recipe, initial_sha256=_initial_digest(settings.initial, output, settings.resume))
+    settle_recipe(recipe, output, settings.resume)
     anatomy = open_anatomy(settings.brainweb, device, atlas=settings.atlas)
     torch.manual_seed(sample_seed(recipe.seed, "weights"))
     choice = replace(
         ABLATIONS[recipe.ablation], start=recipe.start, precision=recipe.precision, recompute=settings.recompute
     )
     network = Pinqi(recipe.samples.model, choice).to(device)
+    if settings.initial:
+        tensors, _ = read_pair(settings.initial, device)
+        load_into(network, tensors, Path(settings.initial).name)  # a resumed phase replaces them by its checkpoint's
     if settings.compile:
         for net in (network.parameter_net, network.image_net):
             if net is not None:
@@ -157,10 +170,7 @@ def _export(
         "recipe": recipe.facts(),
         "seed": recipe.seed,
         "anatomy": anatomy.name,
-        "commit": _commit(),
-        "version": recon_core.__version__,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        **code_facts(device),
         "steps": {"pretraining": recipe.n_pretraining, "training": recipe.steps(recipe.epochs)},
         "steps_done": reached,
         "samples_seen": {k: done * recipe.batch for k, done in reached.items()},
@@ -172,51 +182,12 @@ def _export(
     return save_weights(output, NAME, network, recipe.times, facts)
 
 
-def _settle_recipe(recipe: PinqiRecipe, output: Path, resume: bool) -> None:
-    """Write the recipe, or see that the one there is the same."""
+def _initial_digest(initial: str | None, output: Path, resume: bool) -> str:
+    """sha256 of the weights that a training begins, or has begun, with; empty for random ones."""
+    if initial:
+        return str(read_pair(initial)[1]["sha256"])
     path = output / RECIPE
-    output.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        there = PinqiRecipe.from_facts(json.loads(path.read_text(encoding="utf-8")))
-        if not resume:
-            raise SettingError(
-                "the folder holds a training", where=output.name, remedy="add --resume, or name another folder"
-            )
-        if there != recipe:
-            own, theirs = asdict(recipe), asdict(there)
-            different = "; ".join(f"{k}: {theirs[k]}, not {own[k]}" for k in own if own[k] != theirs[k])
-            raise SettingError("the folder holds another training", where=output.name, got=different)
-    path.write_text(json.dumps(recipe.facts(), indent=1) + "\n", encoding="utf-8")
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise SettingError("no such device", where="--device", got=name, expected="auto, cpu or cuda") from None
-    return device
-
-
-def _be_deterministic(device: torch.device) -> None:
-    """The same sums in the same order in every run: what makes a resumed training equal to an uninterrupted one."""
-    if device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-
-
-def _commit() -> str:
-    """The repository's commit, or ``"unknown"`` where there is no repository."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(recon_core.__file__).parent, capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+    return str(json.loads(path.read_text(encoding="utf-8")).get("initial_sha256", "")) if resume and path.is_file() else ""
 
 
 # -------------------------------------------------------------------------------------------------------- command line
@@ -224,37 +195,13 @@ def _commit() -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Options of the plain command; every field of the recipe and of the run has one."""
-    p = argparse.ArgumentParser(prog="python -m recon_core.training.pinqi", description=__doc__)
-    p.add_argument("--output", type=Path, required=True)
-    for kind in (PinqiRecipe, RunSettings):
-        for name, default in asdict(kind()).items():
-            option = "--" + name.replace("_", "-")
-            if isinstance(default, bool):
-                p.add_argument(option, action="store_true")
-            elif isinstance(default, tuple):
-                p.add_argument(option, type=float, nargs="+", default=default)
-            else:
-                p.add_argument(option, type=str if default is None else type(default), default=default)
-    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
-    return p
+    return option_parser("python -m recon_core.training.pinqi", __doc__, PinqiRecipe, RunSettings)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The plain command: a line per report."""
-    given = vars(parser().parse_args(arguments))
-    if given["threads"]:
-        torch.set_num_threads(given["threads"])
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    recipe = PinqiRecipe(**{k: given[k] for k in asdict(PinqiRecipe())})
-    settings = RunSettings(**{k: given[k] for k in asdict(RunSettings())})
-
-    def tell(name: str, p: Progress) -> None:
-        if p.step % settings.log_every == 0 or p.validation is not None:
-            figures = dict(p.figures) | ({} if p.validation is None else dict(p.validation.figures))
-            text = " ".join(f"{k}={v:.4g}" for k, v in figures.items())
-            print(f"{name} {p.step}/{p.steps} {p.minutes:.1f} min loss={p.loss:.5f} {text}", flush=True)
-
-    result, weights = run(recipe, given["output"], settings, tell)
+    output, (recipe, settings) = parsed_options(parser(), arguments, PinqiRecipe, RunSettings)
+    result, weights = run(recipe, output, settings, PlainReport(settings.log_every))
     print(f"{'finished' if result.finished else 'stopped, resumable'} after {result.minutes:.1f} min: {weights}")
 
 

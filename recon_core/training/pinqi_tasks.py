@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from recon_core.simulation.anatomy import Anatomy
 from recon_core.simulation.quantitative_brain import SATURATION_TIMES, BrainBatch, QuantitativeBrains, SampleRecipe
 from recon_core.training.loop import LoopSettings, ParameterGroup, Validation
 from recon_core.training.losses import deep_supervision, weighted_mse
+from recon_core.training.runs import TrainingRecipe
 from recon_core.types import KSpace, Report
 
 Tensor = torch.Tensor
@@ -31,7 +32,7 @@ SHOWN_T1 = 3.0  # s: white in pictures
 
 
 @dataclass(frozen=True)
-class PinqiRecipe:
+class PinqiRecipe(TrainingRecipe):
     """Everything that decides the result of a training; the defaults are the paper's and its code's.
 
     Attributes
@@ -54,11 +55,14 @@ class PinqiRecipe:
         Images from which the iterations begin, see `PinqiSettings`.
     pretrain_scale
         Factor on the published learning rates of the pretraining.
+    initial_sha256
+        sha256 of the weights from which the networks began; empty: random ones.
     """
 
     ablation: str = "proposed"
     start: str = "adjoint"
     pretrain_scale: float = 1.0
+    initial_sha256: str = ""
     size: int = 192
     times: tuple[float, ...] = SATURATION_TIMES
     n_coils: int = 8
@@ -113,17 +117,6 @@ class PinqiRecipe:
             ema_decay=0.0 if pretraining else self.ema_decay,
             **limits,
         )
-
-    def facts(self) -> dict[str, Any]:
-        """As JSON."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-
-    @classmethod
-    def from_facts(cls, facts: Mapping[str, Any]) -> PinqiRecipe:
-        """Back from JSON; keys of other programs are ignored."""
-        known = {f.name for f in fields(cls)} & set(facts)
-        values: dict[str, Any] = {k: tuple(facts[k]) if isinstance(facts[k], list) else facts[k] for k in known}
-        return cls(**values)
 
 
 class TrainingSamples:

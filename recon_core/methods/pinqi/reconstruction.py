@@ -25,6 +25,8 @@ NEEDS_COIL_MAPS = True
 SUPPORTS_3D = False
 ROUNDING = 1e-3
 """Solvers stop at a tolerance; where there is no signal their end point is anywhere within it."""
+FIDELITY = 0.2
+"""What it has learned stays in images of complete data as well."""
 
 MOST_EMPTY = 0.2  # part of the pixels with signal without a believable T1 above which the operator is told
 
@@ -235,6 +237,11 @@ def longest_delay_calibration(kspace: KSpace, scan: ScanInfo) -> KSpace:
     if not bool(kspace.mask[longest][kspace.acs_mask].all()):
         return kspace
     return replace(kspace, acs=kspace.data[longest] * kspace.acs_mask[None, :, :, None])
+
+
+def calibration(kspace: KSpace, scan: ScanInfo, settings: Settings) -> KSpace:
+    """The k-space whose calibration lines give the coil maps: those of the longest delay, or unchanged (all delays)."""
+    return longest_delay_calibration(kspace, scan) if settings.calibration == "longest" else kspace
 
 
 def _judge(agreed: Agreement, noise_measured: bool, settings: Settings, where: str) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from recon_core.errors import SettingError
+from recon_core.errors import DataError, SettingError
 from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
 from recon_core.methods.pinqi.weights import load_weights
 from recon_core.simulation.head_atlas import HeadAtlas
@@ -84,6 +84,25 @@ def test_a_run_stopped_in_either_phase_ends_with_the_same_bits(whole: Path, tmp_
     result, _ = run(TINY, tmp_path, replace(CPU, resume=True))
     assert result.finished
     assert (tmp_path / "pinqi.safetensors").read_bytes() == (whole / "pinqi.safetensors").read_bytes()
+
+
+def test_a_training_may_begin_from_llr_images_and_from_weights_and_says_so(whole: Path, tmp_path: Path) -> None:
+    recipe, origin = replace(TINY, start="llr", pretrain_epochs=0.0, epochs=0.001), whole / "pinqi.json"
+    settings = replace(CPU, initial=str(origin), validate_every=0)
+    _, weights = run(replace(recipe, network_rate=1e-12, lambda_rate=1e-12, embedding_rate=1e-12), tmp_path, settings)
+    facts, before = json.loads(weights.read_text()), load_weights(origin).network
+    assert facts["recipe"]["initial_sha256"] == json.loads(origin.read_text())["sha256"] and facts["network"]["start"] == "llr"
+    after = load_weights(weights).network
+    for (name, a), b in zip(after.state_dict().items(), before.state_dict().values(), strict=True):
+        assert torch.allclose(a, b, atol=1e-8), name
+    brains = QuantitativeBrains(HeadAtlas(), TINY.samples, seed=1)
+    batch = brains.batch("test", [0])
+    operator = batch.operator()
+    rhs = operator.adjoint(operator.enter_data(batch.kspace))
+    with pytest.raises(DataError, match="given images"):
+        after(operator, rhs)
+    true = operator.enter_image(batch.images)
+    assert not torch.equal(after(operator, rhs, true).parameters, before(operator, rhs).parameters)
 
 
 def test_a_folder_with_a_training_is_not_overwritten_or_mixed(whole: Path) -> None:

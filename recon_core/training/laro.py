@@ -1,0 +1,182 @@
+"""Train LARO: ``python -m recon_core.training.laro --output DIR`` on a machine that has torch, NumPy, SciPy and h5py alone.
+
+The folder gets ``recipe.json``; ``phase1/`` and ``phase2/``, each with a checkpoint, ``log.csv`` and pictures of the validation;
+and, whenever a call ends, ``laro.safetensors`` with ``laro.json`` and one mask file per pattern. ``--resume`` goes on where the last
+call ended. `learn_masks` runs the first phase alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recon_core.methods.laro.weights import save_weights
+from recon_core.sampling.learned import FIXED
+from recon_core.sampling.mask_files import SamplingMask, write_mask
+from recon_core.simulation.random_fields import sample_seed
+from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, typical_amplitude
+from recon_core.training.loop import Progress, TrainingResult, train
+from recon_core.training.png import write_png
+from recon_core.training.runs import (
+    CarryOut,
+    PlainReport,
+    be_deterministic,
+    code_facts,
+    option_parser,
+    parsed_options,
+    settle_recipe,
+    training_device,
+)
+
+NAME = "laro"
+START = "cg_sense"
+MASK_SEED = 0
+
+Tell = Callable[[str, Progress], None]
+
+
+def run(
+    recipe: LaroRecipe, output: str | Path, settings: CarryOut | None = None, progress: Tell | None = None
+) -> tuple[TrainingResult, Path]:
+    """Both phases and export, as far as the time allows.
+
+    Parameters
+    ----------
+    progress
+        Called after every step with the phase, ``"phase1"`` or ``"phase2"``.
+
+    Returns
+    -------
+    result, weights
+        Of the phase that was reached, and the JSON of the exported weights.
+
+    Raises
+    ------
+    SettingError
+        The folder holds a training and ``resume`` is off, or one of another recipe.
+    """
+    training = _Training(recipe, Path(output), settings or CarryOut(), progress)
+    result = training.first()
+    if result is None or result.finished:
+        result = training.second()
+    return result, training.export(result)
+
+
+def learn_masks(
+    recipe: LaroRecipe, output: str | Path, settings: CarryOut | None = None, progress: Tell | None = None
+) -> tuple[TrainingResult | None, list[Path]]:
+    """The first phase alone; masks are written for every pattern, also when the time was too short for all steps.
+
+    Returns
+    -------
+    result, masks
+        The mask files, which `recon_core.sampling.mask_files.read_mask` reads.
+    """
+    training = _Training(recipe, Path(output), settings or CarryOut(), progress)
+    result = training.first()
+    return result, training.write_masks()
+
+
+class _Training:
+    def __init__(self, recipe: LaroRecipe, output: Path, settings: CarryOut, progress: Tell | None) -> None:
+        self.recipe, self.output, self.settings, self.progress = recipe, output, settings, progress
+        self.device = training_device(settings.device)
+        be_deterministic(self.device)
+        settle_recipe(recipe, output, settings.resume)
+        torch.manual_seed(sample_seed(recipe.seed, "weights"))
+        self.module = LaroModule(recipe, recompute=settings.recompute).to(self.device)
+        self.deadline = time.monotonic() + 60 * settings.max_minutes
+        self.reached = {"phase1": 0, "phase2": 0}
+
+    def first(self) -> TrainingResult | None:
+        """Masks and network; ``None`` where the recipe has no steps for it."""
+        if not self.recipe.first_steps:
+            return None
+        return self._phase(1, LaroTask(self.module, self.recipe, self.device, 1))
+
+    def second(self) -> TrainingResult:
+        """The network for masks that are drawn once."""
+        masks = {p: torch.from_numpy(self.module.pattern(p).draw(MASK_SEED)) for p in self.recipe.patterns}
+        return self._phase(2, LaroTask(self.module, self.recipe, self.device, 2, masks))
+
+    def _phase(self, number: int, task: LaroTask) -> TrainingResult:
+        s, name = self.settings, f"phase{number}"
+        loop = self.recipe.loop(
+            number,
+            max_minutes=max(1e-6, (self.deadline - time.monotonic()) / 60),
+            validate_every=s.validate_every if self.recipe.n_validation else 0,
+            checkpoint_minutes=s.checkpoint_minutes,
+            log_every=s.log_every,
+        )
+
+        def tell(p: Progress) -> None:
+            if p.validation is not None:
+                for key, image in p.validation.images.items():
+                    write_png(self.output / name / f"{key}_{p.step:06d}.png", image)
+            if self.progress is not None:
+                self.progress(name, p)
+
+        result = train(task, loop, self.output / name, resume=s.resume, progress=tell)
+        self.reached[name] = result.step
+        return result
+
+    def write_masks(self) -> list[Path]:
+        """One file per pattern."""
+        written = []
+        for pattern in dict.fromkeys(self.recipe.patterns):
+            learned = self.module.pattern(pattern)
+            acceleration, spo = pattern.split("/")
+            facts: dict[str, str | float | int] = {
+                "density": "multi-level" if learned.settings.spo == FIXED else "learned",
+                "patterns": "one per echo" if learned.settings.spo == 2 else "one",
+                "acceleration": float(acceleration),
+                "spo": int(spo),
+                "seed": MASK_SEED,
+                "steps": self.reached["phase1"],
+                "acs_k2": self.recipe.acs[0],
+                "acs_k1": self.recipe.acs[1],
+            }
+            probability = learned.probability().detach().cpu().float().numpy()
+            path = self.output / f"{NAME}_mask_r{acceleration}_spo{spo}.h5"
+            write_mask(path, SamplingMask(learned.draw(MASK_SEED), probability, facts=facts))
+            written.append(path)
+        return written
+
+    def export(self, result: TrainingResult) -> Path:
+        """Masks and weights."""
+        self.write_masks()
+        recipe = self.recipe
+        facts: dict[str, Any] = {
+            "amplitude": typical_amplitude(recipe),
+            "recipe": recipe.facts(),
+            "seed": recipe.seed,
+            "anatomy": "simulated heads (recon_core.simulation.multi_echo_brain)",
+            **code_facts(self.device),
+            "steps": {"phase1": recipe.first_steps, "phase2": recipe.second_steps},
+            "steps_done": self.reached,
+            "finished": result.finished and self.reached["phase2"] > 0,
+            "minutes": round(result.minutes, 2),
+            "skipped_steps": result.skipped,
+            "validation": dict(result.figures),
+        }
+        return save_weights(self.output, NAME, self.module.network, START, facts)
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The plain command: a line per report."""
+    kinds = (LaroRecipe, CarryOut)
+    parser = option_parser("python -m recon_core.training.laro", __doc__, *kinds)
+    output, (recipe, settings) = parsed_options(parser, arguments, *kinds)
+    result, weights = run(recipe, output, settings, PlainReport(settings.log_every))
+    print(f"{'finished' if result.finished else 'stopped, resumable'} after {result.minutes:.1f} min: {weights}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""What the programs that train have in common: device, recipe on disk, where the code came from, options on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+import recon_core
+from recon_core.errors import SettingError
+from recon_core.training.loop import Progress
+
+RECIPE = "recipe.json"
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """Base of the dataclasses that decide the result of a training."""
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Self:
+        """Back from JSON; keys of other programs are ignored."""
+        known = {f.name for f in fields(cls)} & set(facts)
+        values: dict[str, Any] = {k: tuple(facts[k]) if isinstance(facts[k], list) else facts[k] for k in known}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class CarryOut:
+    """How a training is carried out; nothing here changes its result, but for rounding.
+
+    Attributes
+    ----------
+    device
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"`` takes a GPU when there is one.
+    max_minutes
+        Of this call.
+    resume
+        Go on in a folder that has a training.
+    recompute
+        Trade time for memory.
+    validate_every, checkpoint_minutes, log_every
+        See `LoopSettings`.
+    """
+
+    device: str = "auto"
+    max_minutes: float = math.inf
+    resume: bool = False
+    recompute: bool = False
+    validate_every: int = 250
+    checkpoint_minutes: float = 10.0
+    log_every: int = 1
+
+
+def settle_recipe(recipe: TrainingRecipe, output: Path, resume: bool) -> None:
+    """Write the recipe, or see that the one there is the same.
+
+    Raises
+    ------
+    SettingError
+        The folder holds a training and ``resume`` is off, or one of another recipe.
+    """
+    path = output / RECIPE
+    output.mkdir(parents=True, exist_ok=True)
+    if path.is_file():
+        there = type(recipe).from_facts(json.loads(path.read_text(encoding="utf-8")))
+        if not resume:
+            raise SettingError(
+                "the folder holds a training", where=output.name, remedy="add --resume, or name another folder"
+            )
+        if there != recipe:
+            own, theirs = asdict(recipe), asdict(there)
+            different = "; ".join(f"{k}: {theirs[k]}, not {own[k]}" for k in own if own[k] != theirs[k])
+            raise SettingError("the folder holds another training", where=output.name, got=different)
+    path.write_text(json.dumps(recipe.facts(), indent=1) + "\n", encoding="utf-8")
+
+
+def training_device(name: str) -> torch.device:
+    """The device called ``name``; ``"auto"``: a GPU when there is one.
+
+    Raises
+    ------
+    SettingError
+        There is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise SettingError("no such device", where="--device", got=name, expected="auto, cpu or cuda") from None
+    return device
+
+
+def be_deterministic(device: torch.device) -> None:
+    """The same sums in the same order in every run: what makes a resumed training equal to an uninterrupted one."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+
+
+def code_facts(device: torch.device) -> dict[str, str]:
+    """What trained: the commit (``"unknown"`` where there is no repository), versions, device."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(recon_core.__file__).parent, capture_output=True, text=True, timeout=10
+        )
+        commit = done.stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        commit = "unknown"
+    return {
+        "commit": commit,
+        "version": recon_core.__version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def option_parser(program: str, description: str | None, *kinds: type) -> argparse.ArgumentParser:
+    """Options of a plain command; every field of the dataclasses has one."""
+    p = argparse.ArgumentParser(prog=program, description=description)
+    p.add_argument("--output", type=Path, required=True)
+    for kind in kinds:
+        for name, default in asdict(kind()).items():
+            option = "--" + name.replace("_", "-")
+            if isinstance(default, bool):
+                p.add_argument(option, action="store_true")
+            elif isinstance(default, tuple):
+                p.add_argument(option, type=type(default[0]), nargs="+", default=default)
+            else:
+                p.add_argument(option, type=str if default is None else type(default), default=default)
+    p.add_argument("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    return p
+
+
+def parsed_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | None, *kinds: type) -> tuple[Path, list[Any]]:
+    """The output folder and an instance of every dataclass; sets the number of threads."""
+    given = vars(parser.parse_args(arguments))
+    if given["threads"]:
+        torch.set_num_threads(given["threads"])
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    return given["output"], [kind(**{k: given[k] for k in asdict(kind())}) for kind in kinds]
+
+
+class PlainReport:
+    """A line of text per report.
+
+    Parameters
+    ----------
+    every
+        Steps.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+
+    def __call__(self, name: str, p: Progress) -> None:
+        if p.step % self._every == 0 or p.validation is not None:
+            figures = dict(p.figures) | ({} if p.validation is None else dict(p.validation.figures))
+            text = " ".join(f"{k}={v:.4g}" for k, v in figures.items())
+            print(f"{name} {p.step}/{p.steps} {p.minutes:.1f} min loss={p.loss:.5f} {text}", flush=True)
