@@ -12,10 +12,14 @@ NAMES = (
     "quality",
     "llr_weight",
     "t1_maps",
+    "qsm",
+    "qsm_server",
+    "prospective",
     "moe_dqinr",
     "moe_dqinr_speed",
     "pinqi_layers",
     "hostile",
+    "kill",
     "cuda_check",
 )
 

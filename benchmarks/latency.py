@@ -21,12 +21,13 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import psutil
 
 from benchmarks.common import print_table, write_result
-from gadgets.jobs import SCRATCH_PREFIX
+from gadgets.scratch import SCRATCH_PREFIX
 from gadgets.wire import codec
 from gadgets.wire.dtypes import ACQUISITION_HEADER
 from gadgets.wire.events import Close, Image, Text
@@ -67,9 +68,11 @@ def header(matrix: int, slices: int) -> bytes:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """``recon serve`` on a free port, spool on."""
-    with tempfile.TemporaryDirectory() as spool:
+def server(
+    *options: str, spool: Path | None = None, log: IO[str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """``recon serve`` on a free port, spool on: in a folder of its own, unless one is named. ``log`` takes what it says on stderr."""
+    with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
             "-m",
@@ -78,17 +81,23 @@ def server() -> Iterator[tuple[subprocess.Popen[str], int]]:
             "--port",
             "0",
             "--spool",
-            f"{spool}/spool",
-            "--log-level",
-            "warning",
+            str(spool or Path(folder) / "spool"),
         ]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        command += options or ["--log-level", "warning"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=Path(__file__).parent.parent)
         try:
             assert process.stdout is not None
-            yield process, int(process.stdout.readline().rsplit(":", 1)[1])
+            line = process.stdout.readline()
+            if not line.startswith("listening"):
+                raise SystemExit("the server does not start")
+            yield process, int(line.rsplit(":", 1)[1])
         finally:
             process.send_signal(signal.SIGTERM)
-            process.wait(30)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
 
 
 def scan(port: int, start: bytes, slices: list[bytes], repeat: int = 1) -> tuple[float, float, int]:

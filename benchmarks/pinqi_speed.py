@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,7 +34,7 @@ from recon_core.methods.pinqi.weights import TrainedPinqi, load_weights
 from recon_core.simulation.brainweb import open_anatomy
 from recon_core.simulation.quantitative_brain import BrainBatch, QuantitativeBrains, SampleRecipe
 from recon_core.training.losses import deep_supervision
-from recon_core.training.pinqi_tasks import EVALUATION_SEED
+from recon_core.training.pinqi_tasks import EVALUATION_SEED, posed
 from recon_core.types import Report
 
 PARTS = {
@@ -94,12 +95,11 @@ def parts_of(call: Callable[[], Any], device: str) -> dict[str, float]:
 
 
 def through_network(trained: TrainedPinqi, batch: BrainBatch) -> Callable[[], Any]:
-    operator = batch.operator()
-    rhs = operator.adjoint(operator.enter_data(batch.kspace))
+    operator, rhs, start = posed(batch, trained.network.settings.start)
 
     def call() -> Any:
         with torch.no_grad():
-            return trained.network(operator, rhs)
+            return trained.network(operator, rhs, start)
 
     return call
 
@@ -144,7 +144,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             return reconstruct_with(trained, sample.kspace, sample.scan, Settings(), Report())
 
         one_wall, one_cpu = timed(whole, options.device, options.repeats)
+        begin = partial(posed, batch, trained.network.settings.start)
+        start_wall, start_cpu = timed(begin, options.device, options.repeats)
         document[precision] = {
+            "start": {"wall_s": start_wall, "cpu_s": start_cpu},
             "network": {"wall_s": wall, "cpu_s": cpu},
             "parts_s": parts_of(call, options.device),
             "method_one_slice": {"wall_s": one_wall, "cpu_s": one_cpu},
@@ -169,6 +172,7 @@ def show(document: dict[str, Any], precisions: Sequence[str]) -> None:
         rows.append(
             [precision, f"network, {n} slices", d["network"]["wall_s"], d["network"]["cpu_s"], d["network"]["cpu_s"] / n]
         )
+        rows.append([precision, f"its first images, {n} slices", *d["start"].values(), d["start"]["cpu_s"] / n])
         rows += [[precision, f"  {name}", seconds, "", ""] for name, seconds in d["parts_s"].items()]
         rows.append([precision, "whole method, 1 slice", *d["method_one_slice"].values(), d["method_one_slice"]["cpu_s"]])
         rows += [

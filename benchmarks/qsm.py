@@ -1,6 +1,6 @@
 """Dipole inversion alone: how far is each method's susceptibility from the truth on a head phantom?
 
-``python -m benchmarks.qsm`` computes a head; ``--challenge FOLDER`` reads the 2019 challenge's in-silico head from its NIfTI files.
+``python -m benchmarks.qsm`` computes heads; ``--challenge FOLDER`` reads the 2019 challenge's in-silico head from its NIfTI files.
 Errors are of maps with their mean over the brain taken off, truth alike; *detrended*: after the best common factor.
 Goal: TV-ADMM at 26.5 % or less.
 """
@@ -11,6 +11,7 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,7 +22,8 @@ from recon_core.maps.medi import MEDISettings, medi
 from recon_core.metrics import hfen
 
 GOAL = 26.5
-COLUMNS = ("method", "nRMSE %", "detrended %", "deep nuclei %", "HFEN %", "iterations", "s")
+VALIDATION = "weights chosen on simulated heads 11 and 12, 3 mm, SNR 100 and 50; the heads scored here were not looked at"
+COLUMNS = ("method", "nRMSE %", "detrended %", "deep nuclei %", "HFEN %", "iterations", "s", "processor s")
 
 
 def scores(found: torch.Tensor, head: Head) -> tuple[float, float, float, float]:
@@ -58,32 +60,46 @@ def methods(head: Head, iterations: int, nonlinear: float) -> dict[str, Callable
     return found
 
 
+def judge(head: Head, iterations: int, wanted: list[str], device: str) -> list[tuple[str | float | int, ...]]:
+    """One row per method."""
+    head = head.to(device)
+    rows: list[tuple[str | float | int, ...]] = []
+    for name, run in methods(head, iterations, head.radians_per_ppm).items():
+        if wanted and name not in wanted:
+            continue
+        start = time.perf_counter(), time.process_time()
+        found = run()
+        seconds = time.perf_counter() - start[0], time.process_time() - start[1]
+        rows.append((name, *scores(found.chi.data, head), found.iterations, *seconds))
+    print_table(f"Susceptibility from the local field, {head.name}, {device}", COLUMNS, rows)
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--challenge", type=Path, help="folder with Frequency, Chi and MaskBrainExtracted (.nii[.gz])")
-    parser.add_argument("--side", type=float, default=2.0, help="voxel of the computed head, mm")
+    parser.add_argument("--side", type=float, nargs="+", default=[3.0, 2.0], help="voxels of the computed heads, mm")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--snr", type=float, default=100.0)
     parser.add_argument("--iterations", type=int, default=TVSettings.max_iterations, help="most steps of TV-ADMM")
     parser.add_argument("--methods", default="", help="names, comma separated; all if empty")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
-    computed = None if options.challenge else simulated_head(options.seed, options.side * 1e-3, snr=options.snr)
-    head = (computed or challenge_head(options.challenge)).to(options.device)
     wanted = [name for name in options.methods.split(",") if name]
-    rows: list[tuple[str | float | int, ...]] = []
-    for name, run in methods(head, options.iterations, head.radians_per_ppm).items():
-        if wanted and name not in wanted:
-            continue
-        start = time.perf_counter()
-        found = run()
-        values = scores(found.chi.data, head)
-        rows.append((name, *values, found.iterations, time.perf_counter() - start))
-    print_table(f"Susceptibility from the local field, {head.name}, {options.device}", COLUMNS, rows)
-    result = {"head": head.name, "snr": options.snr, "device": options.device, "goal_tv_nrmse": GOAL}
-    write_result("qsm", {**result, "rows": [dict(zip(COLUMNS, row, strict=True)) for row in rows]})
-    tv = [float(row[1]) for row in rows if row[0] == "TV-ADMM"]
-    return int(bool(tv) and tv[0] > GOAL)
+    given = options.challenge
+    heads = (
+        [challenge_head(given)] if given else [simulated_head(options.seed, s * 1e-3, snr=options.snr) for s in options.side]
+    )
+    result: dict[str, Any] = {"device": options.device, "goal_tv_nrmse": GOAL, "validation": VALIDATION, "heads": []}
+    missed = False
+    for head in heads:
+        rows = judge(head, options.iterations, wanted, options.device)
+        named = [dict(zip(COLUMNS, row, strict=True)) for row in rows]
+        snr = None if given else options.snr
+        result["heads"].append({"head": head.name, "snr": snr, "rows": named})
+        missed |= any(row[0] == "TV-ADMM" and float(row[1]) > GOAL for row in rows)
+    write_result("qsm_challenge" if given else "qsm", result)
+    return int(missed)
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ from scipy import ndimage
 from recon_core.errors import DataError
 from recon_core.maps.dipole_kernel import ppm_per_hz
 from recon_core.simulation.brain import LABELS, BrainPhantom
+from recon_core.simulation.multi_echo_brain import DEEP, block_mean, brain_region
 from recon_core.simulation.phantoms import Grid, Texture, centred_axis
 from recon_core.simulation.signal import dipole_field
 from recon_core.simulation.volume_files import read_volume
 
-OUTSIDE = ("background", "scalp", "skull", "dura")
-DEEP = ("caudate", "putamen", "pallidum", "thalamus", "nigra", "ruber")
 FIELD_STRENGTH = 3.0
 
 
@@ -84,7 +83,7 @@ def simulated_head(
     fine = Grid(*(centred_axis(2 * k, k * side) for k in n))
     tissue = BrainPhantom(seed).maps(fine)
     rng = np.random.default_rng([seed, 77])
-    inside = _brain(tissue.labels)
+    inside = brain_region(tissue.labels)
     position = np.meshgrid(fine.z, fine.y, fine.x, indexing="ij", sparse=True)
     cloud, grain = (Texture(rng, 3, feature, slope) for feature, slope in ((0.010, 1.0), (0.003, 0.3)))
     texture = cloud(*position) + grain(*position)
@@ -92,15 +91,15 @@ def simulated_head(
     half = (side / 2, side / 2, side / 2)
     shift = dipole_field(chi, half, b0, FIELD_STRENGTH)  # Hz
     signal = np.where(inside, tissue.pd * np.exp(echo_time * (2j * np.pi * shift - tissue.r2star)), 0)
-    voxel_signal = _coarse(signal)
-    noise = np.abs(voxel_signal[_coarse(inside) > 0.99]).mean() / snr
+    voxel_signal = block_mean(signal)
+    noise = np.abs(voxel_signal[block_mean(inside) > 0.99]).mean() / snr
     shape = voxel_signal.shape
     voxel_signal = voxel_signal + noise * (rng.standard_normal(shape) + 1j * rng.standard_normal(shape)) / np.sqrt(2)
-    mask = ndimage.binary_opening(_coarse(inside) > 0.99)
+    mask = ndimage.binary_opening(block_mean(inside) > 0.99)
     per_hz = ppm_per_hz(FIELD_STRENGTH)
     field = np.angle(voxel_signal) / (2 * np.pi * echo_time) * per_hz
     # the few wraps next to veins are undone with the truth: this benchmark is about the inversion alone
-    mean_shift = _coarse(shift) * per_hz
+    mean_shift = block_mean(shift) * per_hz
     period = per_hz / echo_time
     field += period * np.rint((mean_shift - field) / period)
     labels = tissue.labels[::2, ::2, ::2]
@@ -115,7 +114,7 @@ def simulated_head(
     return Head(
         f"simulated head {seed}, {side * 1e3:g} mm",
         image(field),
-        image(_coarse(chi)),
+        image(block_mean(chi)),
         torch.from_numpy(mask),
         torch.from_numpy(magnitude.astype(np.float32)),
         image(magnitude),
@@ -182,17 +181,3 @@ def _file(folder: Path, stem: str) -> Path | None:
         if (path := folder / f"{stem}{ending}").is_file():
             return path
     return None
-
-
-def _brain(labels: np.ndarray) -> np.ndarray:
-    outside = np.isin(labels, [LABELS[name] for name in OUTSIDE])
-    parts, n = ndimage.label(~outside)
-    sizes = np.bincount(parts.ravel(), minlength=n + 1)
-    sizes[0] = 0
-    return np.asarray(parts == int(np.argmax(sizes)))
-
-
-def _coarse(fine: np.ndarray) -> np.ndarray:
-    """Mean of 2 x 2 x 2 voxels."""
-    z, y, x = (k // 2 for k in fine.shape)
-    return np.asarray(fine.reshape(z, 2, y, 2, x, 2).mean((1, 3, 5)))

@@ -184,7 +184,8 @@ def _principal(
         np.add.at(total, where, block)
         per_state.append(total / np.bincount(where, minlength=len(positions)).astype(np.float32)[:, None, None])
     flat = np.stack([block.ravel() for block in per_state])
-    _, vectors = np.linalg.eigh((flat @ flat.conj().T).astype(np.complex128))
+    wide = flat.astype(np.complex128)  # squares of finite samples may be infinite in single precision
+    _, vectors = np.linalg.eigh(wide @ wide.conj().T)
     leading = vectors[:, -1] * np.exp(-1j * np.angle(vectors[np.argmax(np.abs(vectors[:, -1])), -1]))
     combined = np.zeros((1, rows.shape[1], n2, n1, rows.shape[2]), np.complex64)
     k2, k1 = np.divmod(positions, n1)

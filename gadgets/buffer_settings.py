@@ -77,6 +77,11 @@ class AcquisitionSettings:
         "expects them), or 'auto': the header's where they fit the images, else the readouts'.",
         choices=("auto", "header", "readouts"),
     )
+    sampling_mask: str = setting(
+        "auto",
+        "Sampling mask that the scan is compared with: 'auto' takes the one that the header names, 'none' compares nothing, else the name "
+        "of a mask on the server.",
+    )
     max_slice_gib: float = setting(
         64.0, "Largest k-space of one slice or slab that is allocated.", unit="GiB", low=0.001, high=4096.0
     )

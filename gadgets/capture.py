@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gadgets.errors import SpoolError
+
+JOB_SUFFIX = ".job"
+WINDOW_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ def read_capture(path: Path | str) -> Capture:
     with contextlib.suppress(FileNotFoundError):
         try:
             loaded = json.loads(sidecar(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SpoolError("the sidecar is not JSON", where=str(sidecar(path))) from error
         if not isinstance(loaded, dict):
             raise SpoolError("the sidecar is not a JSON object", where=str(sidecar(path)))
@@ -87,5 +91,56 @@ def capture_status(path: Path) -> str:
     """How a capture ended, ``"unknown"`` when its sidecar cannot be read."""
     try:
         return str(json.loads(sidecar(path).read_text(encoding="utf-8")).get("status", "unknown"))
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return "unknown"
+
+
+def amend_sidecar(capture: Path, **changes: Any) -> None:
+    """Change what the sidecar says, if there is one and the disk allows it."""
+    path = sidecar(capture)
+    with contextlib.suppress(OSError, ValueError):
+        write_sidecar(path, {**json.loads(path.read_text(encoding="utf-8")), **changes})
+
+
+def job_folder_of(capture: Path) -> Path:
+    """The folder of what came of a capture: part of it, in size and in when it is removed."""
+    return capture.with_suffix(JOB_SUFFIX)
+
+
+def windows(path: Path, size: int = WINDOW_BYTES) -> Iterator[memoryview]:
+    """A file in large pieces, mapped: the parser touches only headers, the socket reads the page cache."""
+    with path.open("rb") as file:
+        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    for start in range(0, len(mapped), size):
+        yield mapped[start : start + size]
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names of the files in a folder, to the device.
+
+    Raises
+    ------
+    OSError
+        The file system cannot.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def size_of(path: Path) -> int:
+    """Bytes; none where there is no such file."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def folder_size(folder: Path) -> int:
+    """Bytes of the files in it and below; none where there is no such folder."""
+    total = 0
+    for home, _, names in os.walk(folder):
+        total += sum(size_of(Path(home) / name) for name in names)
+    return total

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from defusedxml import DefusedXmlException
 from defusedxml.ElementTree import fromstring
 
 from gadgets.buffer import AcquisitionSettings
+from gadgets.compute_settings import ComputeSettings
 from gadgets.errors import ConfigRefused, UnknownChain
 from gadgets.images import OutputSettings
+from gadgets.manifest_ids import by_setting
 from recon_core.coils.estimate import CoilSettings
 from recon_core.errors import SettingError
 from recon_core.maps.settings import MapSettings
@@ -46,7 +48,7 @@ INERT_PARTS = frozenset(
 
 CHAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _DECLARATION = re.compile(r"<\?xml[^>]*\?>")
-META_PROPERTIES = ("method", "fallback", "summary")
+META_PROPERTIES = ("method", "fallback", "summary", "console")
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,14 @@ class Chain:
         Name of a module in ``recon_core.methods``.
     fallback
         The chain that answers when the method fails, or ``None``.
-    acquisition, preprocess, coils, maps, output, settings
-        Typed settings: sorting, preprocessing, coil maps, parametric maps, images, and the method's own.
+    acquisition, preprocess, coils, maps, output, compute, settings
+        Typed settings: sorting, preprocessing, coil maps, parametric maps, images, limits, and the method's own.
     overrides
-        What the peer asked for beyond the chain file, as given.
+        What the peer asked for beyond the chain file, by setting.
+    changed
+        Those of them that differ from the chain file, as text: what log and images say about the scan.
+    console
+        Settings that a console offers, in the order of its list.
     """
 
     name: str
@@ -78,6 +84,9 @@ class Chain:
     output: OutputSettings
     settings: Any
     overrides: Mapping[str, Any]
+    compute: ComputeSettings = field(default_factory=ComputeSettings)
+    changed: Mapping[str, str] = field(default_factory=dict)
+    console: tuple[str, ...] = ()
 
 
 SHARED_GROUPS: dict[str, type] = {
@@ -86,6 +95,7 @@ SHARED_GROUPS: dict[str, type] = {
     "coils": CoilSettings,
     "maps": MapSettings,
     "output": OutputSettings,
+    "compute": ComputeSettings,
 }
 
 
@@ -202,17 +212,25 @@ def _build(name: str, properties: dict[str, str], overrides: dict[str, Any]) -> 
     fallback = properties.get("fallback") or None
     groups: dict[str, type] = {**SHARED_GROUPS, "method": get_method(method).Settings}
     owner = {info.name: group for group, cls in groups.items() for info in describe(cls)}
-    values = {key: value for key, value in properties.items() if key not in META_PROPERTIES}
-    values.update(overrides)
-    unknown = sorted(set(values) - set(owner))
+    own = {key: value for key, value in properties.items() if key not in META_PROPERTIES}
+    overrides = by_setting(overrides, owner, where=f"chain {name}")
+    console = tuple(properties.get("console", "").replace(",", " ").split())
+    values = {**own, **overrides}
+    unknown = sorted({*values, *console} - set(owner))
     if unknown:
         raise SettingError(
             "unknown setting", where=f"chain {name}", got=", ".join(unknown), expected="one of " + ", ".join(owner)
         )
-    parsed: dict[str, Any] = {
-        group: parse_settings(cls, {k: v for k, v in values.items() if owner[k] == group}, where=f"chain {name}")
-        for group, cls in groups.items()
-    }
+
+    def parse(chosen: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            group: parse_settings(cls, {k: v for k, v in chosen.items() if owner[k] == group}, where=f"chain {name}")
+            for group, cls in groups.items()
+        }
+
+    parsed, asked = parse(values), {key: owner[key] for key in overrides}
+    shipped = parse(own) if asked else parsed
+    changed = {k: getattr(parsed[g], k) for k, g in asked.items() if getattr(parsed[g], k) != getattr(shipped[g], k)}
     settings = parsed.pop("method")
     return Chain(
         name=name,
@@ -221,13 +239,18 @@ def _build(name: str, properties: dict[str, str], overrides: dict[str, Any]) -> 
         fallback=fallback,
         settings=settings,
         overrides=overrides,
+        changed={key: str(value) for key, value in sorted(changed.items())},
+        console=console,
         **parsed,
     )
 
 
 @cache
 def _file_text(path: Path) -> str:
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigRefused("the chain file cannot be read", where=path.name, got=type(error).__name__) from None
 
 
 def _chain_properties(text: str, *, where: str) -> tuple[str, dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The command ``recon``: serve, replay, run, simulate, mask, dicom, pacs, train, chains, info."""
+"""The command ``recon``: serve, monitor, jobs, retry, replay, run, simulate, mask, dicom, pacs, train, chains, info."""
 
 from __future__ import annotations
 
@@ -23,7 +23,25 @@ from rich.text import Text
 from gadgets import __version__
 from gadgets.dicom_cli import dicom, pacs_app
 from gadgets.install_gadgetron import install_gadgetron
+from gadgets.jobs_cli import (
+    KeepDays,
+    KeepImages,
+    MinFree,
+    Pacs,
+    PacsCa,
+    PacsCalling,
+    PacsCertificate,
+    PacsKey,
+    PacsTls,
+    archives,
+    jobs,
+    name_value_pairs,
+    retry,
+)
+from gadgets.log_lines import log_to_stderr
 from gadgets.mask_cli import app as mask_app
+from gadgets.monitor.command import monitor
+from gadgets.package_cli import manifest, package_app
 from gadgets.train_cli import app as train_app
 from recon_core.errors import ReconError
 
@@ -37,16 +55,19 @@ app = typer.Typer(
 app.add_typer(train_app, name="train")
 app.command()(dicom)
 app.command("install-gadgetron")(install_gadgetron)
+app.command()(monitor)
+app.command()(jobs)
+app.command()(retry)
 app.add_typer(pacs_app, name="pacs")
 app.add_typer(mask_app, name="mask")
+app.command()(manifest)
+app.add_typer(package_app, name="package")
 PIPE_COLUMNS = 160
 out = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS)
 err = Console(stderr=True)
 
 for _name, _value in {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}.items():
-    os.environ.setdefault(_name, _value)  # before numpy and torch are imported: see gadgets.jobs.WORKER_ENVIRONMENT
-
-LOG_FORMAT = "%(asctime)s level=%(levelname)s logger=%(name)s %(message)s"
+    os.environ.setdefault(_name, _value)  # before numpy and torch are imported: see gadgets.compute_local.WORKER_ENVIRONMENT
 
 
 def main() -> None:
@@ -80,20 +101,10 @@ def _torch_cache() -> None:
 def _log_to_stderr(level: str) -> None:
     if level.upper() not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise typer.BadParameter(f"got {level!r}, expected debug, info, warning or error", param_hint="--log-level")
-    logging.basicConfig(level=level.upper(), format=LOG_FORMAT, stream=sys.stderr)
-    from gadgets.jobs import log_python_warnings
+    log_to_stderr(level.upper())
+    from gadgets.compute_local import log_python_warnings
 
     log_python_warnings()
-
-
-def _overrides(pairs: list[str]) -> dict[str, str]:
-    found = {}
-    for pair in pairs:
-        name, sign, value = pair.partition("=")
-        if not sign or not name:
-            raise typer.BadParameter(f"got {pair!r}, expected NAME=VALUE", param_hint="--set")
-        found[name] = value
-    return found
 
 
 @app.command()
@@ -117,19 +128,65 @@ def serve(
     spool_gb: Annotated[float, typer.Option(help="Raw data kept at most, GB; the oldest go first.", min=0.1)] = 50.0,
     scan_gb: Annotated[float, typer.Option(help="Largest scan accepted, GB.", min=0.001)] = 20.0,
     configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of sampling masks. [in the state folder]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
     idle_seconds: Annotated[
         float, typer.Option(help="Longest pause of a scanner between two messages of a scan.", min=1.0)
     ] = 3600.0,
     stall_seconds: Annotated[float, typer.Option(help="Longest wait for the rest of a message.", min=0.1)] = 30.0,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Network or address that may connect (10.1.2.0/24, ::1); repeat for several.")
+    ] = None,
+    allow_any: Annotated[
+        bool, typer.Option("--allow-any", help="Let in everyone who can reach the port, also beyond loopback.")
+    ] = False,
+    tls_cert: Annotated[Path | None, typer.Option(help="Certificate (PEM): the port then speaks TLS only.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, where that is another file.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(help="Authority (PEM) of the peers' certificates: nobody else gets in.")
+    ] = None,
+    monitor: Annotated[
+        str | None, typer.Option(help="HOST:PORT of the web page, /healthz and /metrics, for example 127.0.0.1:9100.")
+    ] = None,
+    monitor_token_file: Annotated[
+        Path | None, typer.Option(help="File with the page's token; needed on any address but loopback.")
+    ] = None,
+    keep_images: KeepImages = True,
+    keep_days: KeepDays = None,
+    min_free_gb: MinFree = 2.0,
+    pacs: Pacs = None,
+    pacs_calling: PacsCalling = "RECONGADGETS",
+    pacs_tls: PacsTls = False,
+    pacs_ca: PacsCa = None,
+    pacs_certificate: PacsCertificate = None,
+    pacs_key: PacsKey = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Dask cluster for the slices: tls://HOST:PORT, tcp://127.0.0.1:PORT or local:N.")
+    ] = None,
+    scheduler_ca: Annotated[Path | None, typer.Option(help="The cluster's certificate authority (PEM).")] = None,
+    scheduler_cert: Annotated[Path | None, typer.Option(help="This server's certificate of it (PEM).")] = None,
+    scheduler_key: Annotated[Path | None, typer.Option(help="Its key (PEM).")] = None,
+    scheduler_insecure: Annotated[
+        bool, typer.Option("--scheduler-insecure", help="Allow a cluster without TLS beyond loopback.")
+    ] = False,
+    time_limit: Annotated[
+        float, typer.Option(help="Longest time in s that a chain may compute for one scan; 0: no limit.", min=0.0)
+    ] = 21_600.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Listen for scans until interrupted."""
+    from gadgets.listener import Access
+    from gadgets.monitor.child import monitor_beside
     from gadgets.peer import Timing
+    from gadgets.scheduler_options import SchedulerOptions
     from gadgets.service import Service, ServiceOptions
+    from gadgets.tls import server_tls
 
     _log_to_stderr(log_level)
     _torch_cache()
+    cluster = None
+    if scheduler is not None:
+        cluster = SchedulerOptions(scheduler, scheduler_ca, scheduler_cert, scheduler_key, scheduler_insecure)
     options = ServiceOptions(
         host=host,
         port=port,
@@ -137,16 +194,26 @@ def serve(
         threads=threads,
         spool=(spool or _state_directory() / "spool") if keep_raw else None,
         noise=_state_directory() / "noise" if spool is None else spool.parent / "noise",
+        masks=masks or _state_directory() / "masks",
         spool_bytes=int(spool_gb * 1e9),
         scan_bytes=int(scan_gb * 1e9),
         configs=configs,
         device=device,
+        scheduler=cluster,
+        time_limit=time_limit,
+        observe=keep_raw,
+        keep_images=keep_images,
+        keep_days=keep_days,
+        min_free_bytes=int(min_free_gb * 1e9),
+        archives=archives(spool, pacs, pacs_calling, pacs_tls, pacs_ca, pacs_certificate, pacs_key),
         timing=Timing(idle=idle_seconds, stall=stall_seconds),
+        access=Access(tuple(allow or ()), allow_any, tls=server_tls(tls_cert, tls_key, tls_client_ca)),
     )
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    with Service(options) as service:
+    beside = monitor_beside(options.spool, monitor, monitor_token_file)
+    with Service(options) as service, beside:
         print(f"listening on {service.host}:{service.port}", flush=True)
         stop.wait()
         logging.getLogger(__name__).info("event=stopping")
@@ -162,14 +229,21 @@ def replay(
     rate: Annotated[float | None, typer.Option(help="Readouts per second, to play at scanner speed.", min=0.1)] = None,
     montage: Annotated[Path | None, typer.Option(help="Folder for a PNG of each series.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; repeat for several.")] = None,
+    tls: Annotated[bool, typer.Option("--tls", help="Speak TLS; the server's certificate is verified.")] = False,
+    tls_ca: Annotated[Path | None, typer.Option(help="Authority (PEM) of the server's certificate; implies --tls.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Our own certificate (PEM), where the server wants one.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, where that is another file.")] = None,
+    tls_name: Annotated[str | None, typer.Option(help="Name in the server's certificate, where not the host's.")] = None,
 ) -> None:
     """Send raw data to a running server and keep the images that come back."""
     from gadgets.replay import replay as run_replay
+    from gadgets.tls import client_tls
 
     _log_to_stderr("warning")
     with _progress() as bar:
         result = run_replay(
-            source, host=host, port=port, config=config, out=output, rate=rate, parameters=_overrides(settings or []),
+            source, host=host, port=port, config=config, out=output, rate=rate, parameters=name_value_pairs(settings or []),
+            tls=client_tls(tls, tls_ca, tls_cert, tls_key, tls_name),
             progress=_readouts_bar(bar), on_text=_reconstruction_bar(bar),
         )  # fmt: skip
     _show(result, output, montage)
@@ -188,6 +262,7 @@ def run(
     settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; repeat for several.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
     configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of sampling masks. [in the state folder]")] = None,
     workers: Annotated[
         int | None,
         typer.Option(help="Compute processes; 0 computes in this one. Default: as many as the server has.", min=0),
@@ -211,19 +286,19 @@ def run(
     # the server's own defaults: sums depend on the number of threads in their last bits
     options = ServiceOptions(
         port=0, workers=workers, threads=threads, spool=None, configs=configs, device=device, previews=previews,
-        job_folder=job_folder,
+        job_folder=job_folder, masks=masks or _state_directory() / "masks",
     )  # fmt: skip
     if str(source) == "-":
         from gadgets.stream import run_files
 
         # a stream in, a stream out, unless a file was named
         target = Path("-") if output == Path("out.h5") else output
-        run_files(source, target, config=config, settings=_overrides(settings or []), options=options)
+        run_files(source, target, config=config, settings=name_value_pairs(settings or []), options=options)
         return
     with Service(options) as service, _progress() as bar:
         result = run_replay(
             source, host=service.host, port=service.port, config=config, out=output,
-            parameters=_overrides(settings or []), progress=_readouts_bar(bar), on_text=_reconstruction_bar(bar),
+            parameters=name_value_pairs(settings or []), progress=_readouts_bar(bar), on_text=_reconstruction_bar(bar),
         )  # fmt: skip
     _show(result, output, montage)
     if job_folder is not None and job_folder.is_dir():
@@ -311,7 +386,7 @@ def simulate(
     from gadgets.simulate import simulate as run_simulation
     from recon_core.simulation.options import settings_for
 
-    values = settings_for(kind, _overrides(settings or []))
+    values = settings_for(kind, name_value_pairs(settings or []))
     if describe:
         _print_settings(f"simulate {kind}", values)
         return
@@ -352,10 +427,17 @@ def chains(
     name: Annotated[str | None, typer.Argument(help="One chain; without it, all.")] = None,
     describe: Annotated[bool, typer.Option("--describe", help="List every setting.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    docs: Annotated[bool, typer.Option("--docs", help="The page docs/chains.md.")] = False,
     configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
 ) -> None:
     """List the chains that a scanner can ask for, and their settings."""
     from gadgets.chain import chain_names, describe_chain, load_chain
+
+    if docs:
+        from gadgets.manifest_formats import markdown
+
+        print(markdown([name] if name else None, directory=configs), end="")
+        return
 
     names = [name] if name else list(chain_names(configs))
     loaded = [load_chain(n, directory=configs) for n in names]

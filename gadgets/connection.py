@@ -10,29 +10,36 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import time
 from pathlib import PurePath
+from typing import Protocol
 
 from gadgets import queries
-from gadgets.errors import ConfigRefused, Disconnected, IllegalOrder, MalformedMessage, SpoolError, UnknownChain, WireError
+from gadgets.asking import Asked
+from gadgets.bookkeeping import reason_of
+from gadgets.errors import Disconnected, IllegalOrder, MalformedMessage, SpoolError, WireError
 from gadgets.handlers import ChainRequest as ChainRequest
-from gadgets.handlers import Handlers, Scan, with_parameters
-from gadgets.node import NodeScan, node_request, require_accepted
+from gadgets.handlers import Handlers, Scan, ScanFacts
+from gadgets.node import NodeScan, require_accepted
 from gadgets.peer import Peer
-from gadgets.spool import ScanLog, Spool, Status
+from gadgets.spool import ScanLog, Status
 from gadgets.wire import codec, events
 from gadgets.wire.framing import FrameParser, Limits
-from gadgets.wire.header import MrdHeader, parse_header
 from gadgets.wire.ids import MessageId
-from gadgets.wire.session import Session, fire_parameters
-from recon_core.errors import ReconError
+from gadgets.wire.session import Session
+from recon_core.errors import ReconError, plain
 
 logger = logging.getLogger(__name__)
 
-DEPENDENCY_SLOT = re.compile(rf"<slot>\s*{int(MessageId.DEPENDENCY)}\s*</slot>")
 IMAGE_ID = int(MessageId.IMAGE).to_bytes(2, "little")
 TEXT_ID = int(MessageId.TEXT).to_bytes(2, "little")
+
+
+class Logs(Protocol):
+    """What a connection needs of a spool."""
+
+    def open(self, *, peer: str = "") -> ScanLog:
+        """A log for this connection."""
 
 
 class Connection:
@@ -43,7 +50,7 @@ class Connection:
     name
         Short id for the logs.
     peer, address
-        The socket, and the peer's address (kept as a hash in the capture, never logged).
+        The socket, and the peer's address (as a hash in the capture, in the journal as it is, never logged).
     handlers, limits, spool
         Of the server.
     refusal
@@ -57,15 +64,13 @@ class Connection:
         address: str,
         handlers: Handlers,
         limits: Limits,
-        spool: Spool,
+        spool: Logs,
         refusal: str | None = None,
     ) -> None:
         self.name, self.peer, self.handlers = name, peer, handlers
         self.parser = FrameParser(limits)
         self.session = Session()
-        self.request: ChainRequest | None = None
-        self.header_text: str | None = None
-        self.header: MrdHeader | None = None
+        self.asked = Asked(name, handlers, self.say)
         self.scan: Scan | NodeScan | None = None
         self.n_readouts = 0
         self.n_images = 0
@@ -73,12 +78,12 @@ class Connection:
         self._log: ScanLog | None = spool.open(peer=address) if refusal is None else None
         self._refusal = refusal
         self._failure: Exception | None = None
-        self._pending: UnknownChain | None = None  # reported unless a FIRE text names another chain
-        self._noise_id: str | None = None  # set on a noise-dependency connection: only 1019 and CLOSE may be answered
         self._closed = False  # nothing more is to be read
         self._complete = False  # the peer's CLOSE has come
+        self._has_data = False  # also what could not be used: it is a scan, and has a row
         self._tail = b""  # the last two bytes that came
         self._answering = False  # nothing is read any more: a peer that is gone now will not take the images either
+        self._entry = handlers.entry(address)
         self._started = time.monotonic()
         self._bytes = 0
 
@@ -121,8 +126,8 @@ class Connection:
             except Disconnected as error:
                 return self._vanished(error)
             if view is None:
-                if self._pending is not None and self._failure is None:
-                    self._fail(self._pending)
+                if self.asked.pending is not None and self._failure is None:
+                    self._fail(self.asked.pending)
                     continue
                 return self._fail(self._silence())
             if not view:
@@ -145,14 +150,17 @@ class Connection:
             held += len(more)
             self._bytes += len(more)
             self._keep(more)
-            more = self.peer.receive_more(held)
+            try:
+                more = self.peer.receive_more(held)
+            except Disconnected:  # what came before the reset is a scan all the same; the next receive finds the end
+                more = None
         return self.peer.received(held)
 
     def _patience(self) -> float:
         timing = self.peer.timing
-        if self._pending is not None and self.header_text is not None:
+        if self.asked.pending is not None and self.asked.header is not None:
             return timing.grace
-        patience = timing.handshake if self.header_text is None else timing.idle
+        patience = timing.handshake if self.asked.header_text is None else timing.idle
         if self.parser.in_message:
             return min(patience, timing.stall_close if self._tail == codec.close() else timing.stall)
         return patience
@@ -173,7 +181,7 @@ class Connection:
             self._log.append(view)
         except SpoolError as error:
             self._fail(error)
-            self._log.finish("failed", str(error), chain=self._label(), readouts=self.n_readouts)
+            self._log.finish("failed", str(error), chain=self.asked.label, readouts=self.n_readouts)
             self._log = None
 
     def _drain(self, tail: bytes) -> None:
@@ -220,6 +228,7 @@ class Connection:
             self._closed = self._complete = True
         if isinstance(event, events.Readouts):
             self.n_readouts += len(event)
+        self._has_data |= isinstance(event, events.Readouts | events.Waveform | events.Composite)
         if self._failure is not None:
             return
         try:
@@ -237,20 +246,18 @@ class Connection:
             case events.Composite() if isinstance(scan := self._open(), NodeScan):
                 self.n_readouts += scan.composite(event)
             case events.ConfigFile():
-                self._configure(ChainRequest(name=event.name))
+                self.asked.name(event.name)
             case events.ConfigScript():
-                self._configure_script(event.text)
+                self.asked.script(event.text, node=self.is_node)
             case events.HeaderText():
-                self._expect_scan()
-                self.header_text, self.header = event.text, parse_header(event.text)
+                self.asked.describe(event.text)
             case events.Text():
-                self._parameters(event.text)
+                self.asked.parameters(event.text, open=self.scan is None and not self.is_node)
             case events.Query():
                 text = queries.answer(event.text, chains=self.handlers.chain_names)
                 self.peer.send(codec.response(event.correlation, text))
             case events.Close():
-                if self._pending is not None:
-                    raise self._pending
+                self.asked.require_known()
             case events.ErrorText():
                 raise WireError("the peer reports an error", where="ERROR (8)")
             case _:
@@ -259,61 +266,18 @@ class Connection:
                     "input of this kind cannot be reconstructed", where="connection", got=name, expected="readouts"
                 )
 
-    def _configure_script(self, text: str) -> None:
-        if self.is_node:
-            return self._configure(node_request(text))
-        # the document is looked at, never executed
-        if "NoiseSummaryGadget" in text or DEPENDENCY_SLOT.search(text):
-            self._noise_id = ""
-            try:
-                self._noise_id = self.handlers.noise_request(text) or ""
-            except ReconError as error:
-                logger.warning("event=noise_request_unreadable connection=%s error=%r", self.name, str(error))
-            return
-        self._configure(ChainRequest(script=text))
-
-    def _expect_scan(self) -> None:
-        """A noise query has no header: what has one is a scan, whose sender understands words."""
-        if self._noise_id is None:
-            return
-        self._noise_id = None
-        raise ConfigRefused(
-            "the configuration of a noise query reconstructs nothing",
-            where="CONFIG_SCRIPT",
-            expected="a chain's name or configuration",
-        )
-
-    def _configure(self, request: ChainRequest) -> None:
-        self.request, self._pending = request, None
-        try:
-            self.handlers.check_config(request)
-        except UnknownChain as error:
-            if self.is_node:
-                raise
-            self._pending = error
-
-    def _parameters(self, text: str) -> None:
-        """FIRE's JSON text between header and data; any other text is only noted."""
-        parameters = fire_parameters(text) if self.scan is None and not self.is_node else None
-        if parameters is None:
-            logger.info("event=text_ignored connection=%s chars=%d", self.name, len(text))
-            if text.lstrip().startswith("{"):
-                self.say("WRN a text that begins like parameters holds none that can be used here; it is ignored")
-        elif self.request is not None:
-            self._configure(with_parameters(self.request, parameters))
-
     def _open(self) -> Scan | NodeScan:
-        if self._pending is not None:
-            raise self._pending
+        self.asked.require_known()
         if self.scan is None:
-            if self.request is None or self.header_text is None or self._log is None:
+            request, header, header_text = self.asked.request, self.asked.header, self.asked.header_text
+            if request is None or header_text is None or self._log is None:
                 raise IllegalOrder("data without a configuration and a header", where="connection")
-            if self.is_node and self.header is not None:
-                request, open_scan = self.request, self.handlers.open_scan
-                self.scan = NodeScan(lambda text, log: open_scan(request, text, log, self.say), self.header, self._log)
+            open_scan = self.handlers.open_scan
+            if self.is_node and header is not None:
+                self.scan = NodeScan(lambda text, log: open_scan(request, text, log, self.say), header, self._log)
             else:
-                self.scan = self.handlers.open_scan(self.request, self.header_text, self._log, self.say)
-            logger.info("event=scan_started connection=%s chain=%r file=%s", self.name, self.request.label, self._log.name)
+                self.scan = open_scan(request, header_text, self._log, self.say)
+            logger.info("event=scan_started connection=%s chain=%r file=%s", self.name, request.label, self._log.name)
         return self.scan
 
     # -- answering -------------------------------------------------------------------------------------------------------
@@ -327,39 +291,46 @@ class Connection:
             The peer is gone while its images are being made: computing them has no purpose. (While it is being read, the words
             are lost and reading finds out by itself.)
         """
-        line = " ".join(text.split())[:2000]
-        if self._noise_id is not None or self.is_node:
+        line = plain(" ".join(text.split()), 2000)
+        self._entry.said(line)
+        if self.asked.noise_id is not None or self.is_node:
             logger.info("event=kept_back connection=%s text=%r", self.name, line)
             return
         try:
-            self.peer.send(codec.text(line + "\n"))
+            self.peer.send(self._text(line + "\n"))
         except Disconnected:
             logger.info("event=unsaid connection=%s text=%r", self.name, line)
             if self._answering:
                 raise
 
+    def _text(self, words: str) -> bytes:
+        """A TEXT as this peer writes its own: consoles (FIRE) end theirs with NUL."""
+        return codec.text(words + "\0" if self.parser.nul_terminated else words)
+
     def _answer(self) -> None:
         """After the peer's CLOSE."""
-        if self._noise_id is not None:
+        if self.asked.noise_id is not None:
             return self._answer_noise()
-        if not self._complete or self.request is None:
+        if not self._complete or self.asked.request is None:
             return
-        if self.header_text is None:
+        if self.asked.header_text is None:
             return self.say("WRN CLOSE came before the MRD header: there is nothing to reconstruct")
         scan, said = self._open(), False
         self._answering = True
         self._warn_of_loss()
+        self._entry.received(self._log, self.asked.label, self.n_readouts, self.parser.role)
         for message in scan.finish():
             if self.stopping:
                 raise Disconnected("the server is stopping", where="connection")
             kind = bytes(memoryview(message)[:2])
             said = said or kind == TEXT_ID
+            self._entry.sent(message)
             if self.is_node and kind == TEXT_ID:
                 logger.info("event=kept_back connection=%s text=%r", self.name, bytes(message[6:]).decode(errors="replace"))
                 continue
             if self.is_node:
                 require_accepted(message)
-            self.peer.send(message)
+            self.peer.send(self._text(bytes(message[6:]).decode()) if kind == TEXT_ID else message)
             self.n_images += kind == IMAGE_ID
         if not self.n_images and not said:
             if self.is_node:  # the client's exit code stays 0: words are all that tells its user
@@ -371,7 +342,7 @@ class Connection:
             self.say("WRN the raw data of this scan are not kept: the spool cannot take them")
 
     def _answer_noise(self) -> None:
-        store, wanted = self.handlers.noise_store, self._noise_id
+        store, wanted = self.handlers.noise_store, self.asked.noise_id
         noise = store.get(wanted) if store is not None and wanted else None
         logger.info("event=noise_query connection=%s known=%s", self.name, noise is not None)
         if noise is not None:
@@ -381,7 +352,7 @@ class Connection:
         """Report the first failure, stop computing, and go on reading."""
         if self._failure is not None:
             return
-        self._failure, self._pending, self._answering = error, None, False
+        self._failure, self.asked.pending, self._answering = error, None, False
         if isinstance(error, ReconError):
             logger.warning("event=failed connection=%s error=%s text=%r", self.name, type(error).__name__, str(error))
             words = f"{type(error).__name__}: {error}"
@@ -409,15 +380,21 @@ class Connection:
     def _leave(self) -> None:
         if self._failure is not None and self.n_readouts:
             self._warn_of_loss()
-        self.peer.close()
+        delivered = self.peer.close()
         status: Status = "complete"
         if self._failure is not None:
             vanished = isinstance(self._failure, Disconnected) and not self._complete
             status = "truncated" if vanished else "failed"
+        if self._has_data or self.scan is not None:
+            self._entry.end(
+                self._failure, ScanFacts() if self.scan is None else self.scan.facts, complete=self._complete,
+                delivered=delivered, stopping=self.stopping, raw=self._log, chain=self.asked.label,
+                n_readouts=self.n_readouts, protocol=self.parser.role,
+            )  # fmt: skip
         if self._log is not None:
             # half a bucket has no readout yet, but is data
-            if self.n_readouts or status == "failed" or (self.is_node and self.header is not None):
-                self._log.finish(status, _note(self._failure), chain=self._label(), readouts=self.n_readouts)
+            if self.n_readouts or status == "failed" or (self.is_node and self.asked.header is not None):
+                self._log.finish(status, reason_of(self._failure), chain=self.asked.label, readouts=self.n_readouts)
             else:
                 self._log.discard()
         if self._failure is not None:
@@ -428,15 +405,12 @@ class Connection:
             "event=closed connection=%s status=%s chain=%r readouts=%d images=%d bytes=%d seconds=%.3f",
             self.name,
             status,
-            self._label(),
+            self.asked.label,
             self.n_readouts,
             self.n_images,
             self._bytes,
             time.monotonic() - self._started,
         )
-
-    def _label(self) -> str:
-        return self.request.label if self.request is not None else ""
 
 
 def _where(error: BaseException) -> str:
@@ -446,10 +420,3 @@ def _where(error: BaseException) -> str:
         frames.append(f"{PurePath(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
         trace = trace.tb_next
     return ">".join(frames[-12:])
-
-
-def _note(failure: Exception | None) -> str:
-    """For the capture's sidecar: nothing of an unexpected error but its class, because its words may quote the header."""
-    if failure is None:
-        return ""
-    return f"{type(failure).__name__}: {failure}" if isinstance(failure, ReconError) else type(failure).__name__

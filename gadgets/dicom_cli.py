@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gadgets.log_lines import log_to_stderr
 from recon_core.errors import ReconError
 
 if TYPE_CHECKING:  # neither pydicom nor pynetdicom is needed for --help
@@ -33,7 +33,8 @@ class MissingExtra(ReconError):
 
 
 @contextlib.contextmanager
-def _dicom_packages() -> Iterator[None]:
+def dicom_packages() -> Iterator[None]:
+    """Around imports of DICOM's packages: a missing one is a ``MissingExtra``."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -64,7 +65,7 @@ def dicom(
     ] = False,
 ) -> None:
     """Turn an MRD image file into DICOM series (classic MR images)."""
-    with _dicom_packages():
+    with dicom_packages():
         from gadgets.dicom import convert
         from gadgets.dicom_identity import read_header_text
 
@@ -104,10 +105,10 @@ def send(
 ) -> None:
     """Queue files and try at once. What the archive does not confirm stays queued: recon pacs work (or queue --send) goes on."""
     _quiet()
-    with _dicom_packages():
+    with dicom_packages():
         from gadgets.pacs_queue import Queue, QueueBusy
 
-        destination = _destination(host, port, aet, calling, tls, tls_ca, tls_certificate, tls_key, tls_name)
+        destination = make_destination(host, port, aet, calling, tls, tls_ca, tls_certificate, tls_key, tls_name)
         waiting = Queue(queue or default_queue())
         job = waiting.put(_files(sources), destination)
         try:
@@ -130,7 +131,7 @@ def queue(
 ) -> None:
     """List what waits for an archive, and why."""
     _quiet()
-    with _dicom_packages():
+    with dicom_packages():
         from gadgets.pacs_queue import Queue
 
         waiting = Queue(folder or default_queue())
@@ -153,8 +154,8 @@ def queue(
 @pacs_app.command()
 def work(folder: QueueOption = None) -> None:
     """Send what is queued, with growing pauses between attempts, until interrupted."""
-    logging.basicConfig(level="INFO", format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s")
-    with _dicom_packages():
+    log_to_stderr("INFO")
+    with dicom_packages():
         from gadgets.pacs_queue import Queue
 
         stop = threading.Event()
@@ -177,18 +178,19 @@ def echo(
 ) -> None:
     """Ask the archive whether it is there and knows us (C-ECHO)."""
     _quiet()
-    with _dicom_packages():
+    with dicom_packages():
         from gadgets.pacs import echo as ask
 
-        destination = _destination(host, port, aet, calling, tls, tls_ca, tls_certificate, tls_key, tls_name)
+        destination = make_destination(host, port, aet, calling, tls, tls_ca, tls_certificate, tls_key, tls_name)
         ask(destination)
     _say(out, f"{destination} answers")
 
 
-def _destination(
+def make_destination(
     host: str, port: int, aet: str, calling: str, tls: bool,
     ca: Path | None, certificate: Path | None, key: Path | None, name: str | None,
 ) -> Destination:  # fmt: skip
+    """An archive as options name it; said when patient data would go unencrypted."""
     from gadgets.pacs import Destination, Tls
 
     secure = None
@@ -209,7 +211,7 @@ def _files(sources: list[Path]) -> list[Path]:
 
 
 def _quiet() -> None:
-    logging.basicConfig(level="ERROR", format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s")
+    log_to_stderr("ERROR")
 
 
 def _say(where: Console, text: str) -> None:

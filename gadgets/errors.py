@@ -65,6 +65,30 @@ class JobFailed(ReconError):
     """A worker died or a job exceeded its limit, and no fallback could answer."""
 
 
+class OutOfMemory(JobFailed):
+    """A task got no memory."""
+
+
+class OutOfGpuMemory(OutOfMemory):
+    """A task got no memory on the GPU; the same task may do on the CPU."""
+
+
+class TimeLimitReached(JobFailed):
+    """A scan's method computed for longer than its limit; its worker was ended."""
+
+
+class WorkerDied(JobFailed):
+    """A worker process died of a task, and the next one as well."""
+
+
+class WorkerKilled(WorkerDied):
+    """The same, by SIGKILL: what the system does when the machine's memory is used up."""
+
+
+class SchedulerError(ReconError):
+    """The Dask scheduler cannot be used: not reachable, not safe, not installed, or its workers are of another version."""
+
+
 class RawFileError(ReconError):
     """A raw data file cannot be read, or is no MRD raw file."""
 
@@ -76,3 +100,11 @@ class ReplayFailed(ReconError):
     """
 
     result: object = None
+
+
+class CaptureGone(ReconError):
+    """The raw data of a job were not kept, or have been removed since."""
+
+
+class RetryFailed(ReconError):
+    """A job that was tried again failed again."""

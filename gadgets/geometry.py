@@ -38,6 +38,8 @@ Centre = Literal["fov", "fft"]
 AXIAL: tuple[Vector, Vector, Vector] = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0))
 """Read, phase and slice direction that are assumed when the raw data carry none."""
 
+ASSUMED = "axial ones assumed"
+
 DIRECTION_TOLERANCE = 1e-3
 """Largest error of a length or a scalar product that is float32 noise and not worth a word; about 0.06 degrees."""
 
@@ -46,7 +48,7 @@ DIRECTION_TOLERANCE = 1e-3
 class Geometry:
     """Place and orientation of one slice or slab; unit vectors, mm, LPS.
 
-    ``notes`` says in words what was repaired; empty for sound data.
+    ``notes`` says in words what was repaired; empty for sound data. ``directions_known`` is ``False`` where axial ones are a guess.
     """
 
     position: Vector
@@ -55,6 +57,13 @@ class Geometry:
     slice_dir: Vector
     table_position: Vector = (0.0, 0.0, 0.0)
     notes: tuple[str, ...] = ()
+    directions_known: bool = True
+
+    @property
+    def b0_direction(self) -> Vector | None:
+        """B0 in the image frame ``(z, y, x)``: the patient's head-feet axis lies along the bore; ``None`` where nothing is known."""
+        known = (self.slice_dir[2], self.phase_dir[2], self.read_dir[2])
+        return known if self.directions_known else None
 
 
 def read_geometry(header: Any) -> Geometry:
@@ -64,12 +73,13 @@ def read_geometry(header: Any) -> Geometry:
     as in `orthonormal_directions`; the result never contains NaN, and ``notes`` says what was done.
     """
     directions, notes = orthonormal_directions(header["read_dir"], header["phase_dir"], header["slice_dir"])
+    known = not any(note.endswith(ASSUMED) for note in notes)
     position, table = _vector(header["position"]), _vector(header["patient_table_position"])
     if not np.isfinite(position).all():
         position, notes = (0.0, 0.0, 0.0), (*notes, "slice position is not finite: isocentre assumed")
     if not np.isfinite(table).all():
         table = (0.0, 0.0, 0.0)
-    return Geometry(position, *directions, table_position=table, notes=notes)
+    return Geometry(position, *directions, table_position=table, notes=notes, directions_known=known)
 
 
 def orthonormal_directions(
@@ -86,7 +96,7 @@ def orthonormal_directions(
     lengths = np.where(usable, np.linalg.norm(np.where(usable[:, None], given, 0.0), axis=1), 0.0)
     usable &= lengths > 1e-6
     if usable.sum() < 2:
-        return AXIAL, ("acquisition directions are missing: axial ones assumed",)
+        return AXIAL, (f"acquisition directions are missing: {ASSUMED}",)
     if usable.all() and np.abs(given @ given.T - np.eye(3)).max() < DIRECTION_TOLERANCE:
         return (_vector(given[0]), _vector(given[1]), _vector(given[2])), ()
 
@@ -100,7 +110,7 @@ def orthonormal_directions(
     phase = unit[1] - (unit[1] @ read) * read
     normal = np.cross(read, phase)
     if np.linalg.norm(unit[0]) < 1e-3 or np.linalg.norm(normal) < 1e-3:
-        return AXIAL, ("acquisition directions are parallel: axial ones assumed",)
+        return AXIAL, (f"acquisition directions are parallel: {ASSUMED}",)
     phase, normal = phase / np.linalg.norm(phase), normal / np.linalg.norm(normal)
     if normal @ unit[2] < 0:
         normal = -normal

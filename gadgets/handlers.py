@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from gadgets.errors import ConfigRefused
 from gadgets.noise_store import NoiseStore
 from gadgets.spool import ScanLog
 from gadgets.wire import events
+from gadgets.wire.session import fire_parameters
+from recon_core.errors import plain
+
+if TYPE_CHECKING:
+    from gadgets.bookkeeping import Entry
+
+PREVIEW_SERIES = 1000
+"""Added to the series index of previews: the final images are numbered as if there were none."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +34,28 @@ class ChainRequest:
     @property
     def label(self) -> str:
         """For logs: never a script's text, never control characters."""
-        return (self.name or "")[:64] if self.script is None else "(script)"
+        return plain(self.name or "", 64) if self.script is None else "(script)"
+
+
+@dataclass
+class ScanFacts:
+    """What a scan was reconstructed with, as far as it is known; for the journal.
+
+    ``settings`` are plain values by group; ``weights`` is a sha256 or ""; ``fallback`` is the chain that stood in, or "".
+    """
+
+    chain: str = ""
+    settings: Mapping[str, object] = field(default_factory=dict)
+    weights: str = ""
+    fallback: str = ""
 
 
 class Scan(Protocol):
     """What a connection needs of a reconstruction."""
+
+    @property
+    def facts(self) -> ScanFacts:
+        """What it was made with."""
 
     def readouts(self, event: events.Readouts) -> None:
         """A batch, in the order of the stream. Must not wait for computing."""
@@ -60,6 +86,18 @@ def _chain_names() -> Iterable[str]:
     return chain_names()
 
 
+def _node_request(script: str) -> ChainRequest:
+    from gadgets.node import node_request  # needs this module
+
+    return node_request(script)
+
+
+def _no_entry(peer: str) -> Entry:
+    from gadgets.bookkeeping import Books  # needs this module
+
+    return Books(None).entry(peer)
+
+
 @dataclass(frozen=True)
 class Handlers:
     """What the server's connections share.
@@ -74,6 +112,10 @@ class Handlers:
         The measurement id that a script's NoiseSummaryGadget asks for, or ``None`` for any other script.
     chain_names
         Answers the query ``recon::chains``.
+    node_request
+        What the configuration of a Gadgetron node asks for.
+    entry
+        The row in the journal of a connection from this address; by default nothing is written.
     """
 
     open_scan: OpenScan
@@ -81,6 +123,27 @@ class Handlers:
     noise_store: NoiseStore | None = None
     noise_request: Callable[[str], str | None] = _noise_request
     chain_names: Callable[[], Iterable[str]] = _chain_names
+    entry: Callable[[str], Entry] = _no_entry
+    node_request: Callable[[str], ChainRequest] = _node_request
+
+
+def text_request(text: str) -> ChainRequest:
+    """What a configuration text asks for: FIRE's parameters as JSON, else a name or a document that is looked at later.
+
+    Raises
+    ------
+    MalformedText
+        JSON whose parameters cannot be used.
+    ConfigRefused
+        JSON that names no chain.
+    """
+    parameters = fire_parameters(text)
+    if parameters is None:
+        return ChainRequest(script=text)
+    request = with_parameters(ChainRequest(script=""), parameters)
+    if request.name is None:
+        raise ConfigRefused("parameters that name no chain", where="configuration", expected='"config": "(a chain)"')
+    return request
 
 
 def with_parameters(request: ChainRequest, parameters: Mapping[str, str]) -> ChainRequest:

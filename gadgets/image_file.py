@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from gadgets.errors import ImageFileError
 from gadgets.wire.dtypes import DATA_TYPE_CODES, IMAGE_HEADER
 from gadgets.wire.events import Image
+from recon_core.hdf5_input import plain_dataset
 
 _COMPLEX = {
     np.dtype("<c8"): np.dtype([("real", "<f4"), ("imag", "<f4")]),
@@ -139,7 +140,7 @@ def read_images(path: Path | str, group: str | None = None) -> Iterator[Image]:
 
 
 def _read_series(series: h5py.Group, where: str) -> Iterator[Image]:
-    headers, attributes, rows = series["header"], series["attributes"], series["data"]
+    headers, attributes, rows = (plain_dataset(series, name) for name in ("header", "attributes", "data"))
     if not len(headers) == len(attributes) == len(rows) or headers.dtype.itemsize != IMAGE_HEADER.itemsize:
         got = f"{len(headers)} headers of {headers.dtype.itemsize} bytes, {len(attributes)} attributes, {len(rows)} images"
         raise ImageFileError("series is not complete", where=where, got=got, expected="as many of each, 198-byte headers")
@@ -174,6 +175,7 @@ def _series(group: h5py.Group) -> list[str]:
         for name in group
         if name.startswith("image_")
         and name[6:].isdigit()
+        and group.get(name, getclass=True, getlink=True) is h5py.HardLink
         and isinstance(group[name], h5py.Group)
         and {"header", "attributes", "data"} <= set(group[name])
     ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from gadgets.geometry import Geometry
+from gadgets.handlers import PREVIEW_SERIES
 from gadgets.image_attributes import (
     COMPLEX,
     MAGNITUDE,
@@ -55,9 +56,6 @@ Comments = tuple[str, ...]
 
 DEFAULT_BITS = 12
 MAX_IMAGE_INDEX = 65535
-PREVIEW_SERIES = 1000
-"""Added to the series index of previews: the final images are numbered as if there were none."""
-
 MAX_CLIPPED = 1e-3
 """Fraction of a slice's pixels that may be clipped by the scale of its series before a new series is begun."""
 
@@ -104,6 +102,8 @@ class ImageWriter:
         The chain that failed and for which these images stand in; said in every image.
     preview_of
         The chain whose final images follow; said in every image.
+    changed
+        Settings that the operator chose differently from the chain's own; said in every image.
 
     Raises
     ------
@@ -120,8 +120,10 @@ class ImageWriter:
         first_series: int = 1,
         fallback_of: str | None = None,
         preview_of: str | None = None,
+        changed: Mapping[str, str] | None = None,
     ) -> None:
         self.header, self.chain, self.settings = header, chain, settings or OutputSettings()
+        self.changed = dict(changed or {})
         self.fallback_of, self.preview_of = fallback_of, preview_of
         self._first_series = first_series
         self._numbers = _Numbers(first_series)
@@ -142,7 +144,7 @@ class ImageWriter:
 
     def for_fallback(self, chain: str) -> ImageWriter:
         """A writer for another chain's images of the same scan. The two share one count of series, so they never collide."""
-        other = ImageWriter(self.header, chain, self.settings, fallback_of=self.chain)
+        other = ImageWriter(self.header, chain, self.settings, fallback_of=self.chain, changed=self.changed)
         other._numbers = self._numbers
         return other
 
@@ -153,7 +155,9 @@ class ImageWriter:
         ``beside`` is another writer of previews, with which it shares the count.
         """
         first = PREVIEW_SERIES + self._first_series
-        other = ImageWriter(self.header, chain, self.settings, first_series=first, preview_of=self.chain)
+        other = ImageWriter(
+            self.header, chain, self.settings, first_series=first, preview_of=self.chain, changed=self.changed
+        )
         if beside is not None:
             other._numbers = beside._numbers
         return other
@@ -194,7 +198,7 @@ class ImageWriter:
             geometry=geometry,
             position=scan.slice_index if position is None else position,
             stamps=stamps or (Stamp(),),
-            comments=(*self._standing(), *result.notes, *geometry.notes),
+            comments=(*self._standing(), *self._chosen(), *result.notes, *geometry.notes),
             quality=tuple(f"{name}={value:.4g}" for name, value in result.quality.items()),
             preview_of=self.preview_of,
         )
@@ -348,6 +352,8 @@ class ImageWriter:
         return chosen
 
     def _emit(self, series: Series, frames: NDArray[Any], comments: Comments, place: Place) -> Iterator[Image]:
+        if series.display is None and len(frames) < len(place.scan.state_counters):
+            place = replace(place, scan=_without_states(place.scan))
         for state, pixels in enumerate(frames):
             index = place.position * len(frames) + state + 1
             if index in series.used or index > MAX_IMAGE_INDEX:
@@ -365,6 +371,10 @@ class ImageWriter:
         unnamed = (self.chain, "image", "images", "magnitude", "preview")
         parts = [chain, "" if name.lower() in unnamed else name, suffix, "PREVIEW" if self.preview_of is not None else ""]
         return "_".join(part for part in parts if part)
+
+    def _chosen(self) -> tuple[str, ...]:
+        """What the operator chose differently: one comment, as long as one may be."""
+        return (", ".join(f"{name}={value}" for name, value in self.changed.items()),) if self.changed else ()
 
     def _standing(self) -> tuple[str, ...]:
         """What these images are when they are not the ones that were asked for."""
@@ -406,6 +416,11 @@ def sending_order(n_slices: int, *, scaled: bool) -> tuple[int, ...]:
         return tuple(range(n_slices))
     middle = n_slices // 2
     return (middle, *(n for n in range(n_slices) if n != middle))
+
+
+def _without_states(scan: ScanInfo) -> ScanInfo:
+    """For images that combine states: they have no state's counters and times."""
+    return replace(scan, state_counters=(), echo_times=(), inversion_times=(), saturation_times=())
 
 
 class _Numbers:

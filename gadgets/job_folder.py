@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gadgets.fair_queue import HOUSEKEEPING
 from gadgets.jobs import Jobs
 from gadgets.spool import JOB_SUFFIX, ScanLog
 from gadgets.spool import job_folder_of as job_folder_of
@@ -107,11 +108,11 @@ class JobFolders:
         if self._folder is not None and record.slices:
             folder = self._folder
         elif raw.kept and record.has_arrays:
-            folder = job_folder_of(raw.path)
-            remove_orphans(folder.parent)
+            folder = raw.job_folder
+            remove_orphans(raw.path.parent)
         else:
             return
-        future = self._jobs.submit(write_job_folder, folder, record)
+        future = self._jobs.scope(HOUSEKEEPING).submit(write_job_folder, folder, record)
         with self._lock:
             self._writing.add(future)
         future.add_done_callback(self._written)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:  # torch takes a second to import: not for --help
     import numpy as np
     from numpy.typing import NDArray
 
+    from gadgets.pulseq_settings import SequenceFacts, SequenceSettings
     from recon_core.sampling.mask_files import SamplingMask
 
 app = typer.Typer(
@@ -22,6 +24,13 @@ app = typer.Typer(
 out = Console()
 
 MaskFile = Annotated[Path, typer.Argument(help="Mask file, .h5 or .csv.")]
+K1 = Annotated[int, typer.Option(help="Phase-encoding positions along k1 (y).", min=1)]
+K2 = Annotated[int, typer.Option(help="Phase-encoding positions along k2 (partitions, z).", min=1)]
+Echoes = Annotated[int, typer.Option(help="Echoes of the train.", min=1)]
+Acceleration = Annotated[float, typer.Option(help="Grid positions over samples, central block counted.", min=1.0)]
+Segments = Annotated[int, typer.Option(help="The number of samples is rounded up to a multiple of this.", min=1)]
+AcsK1 = Annotated[int, typer.Option(help="Central block along k1, always sampled.", min=0)]
+AcsK2 = Annotated[int, typer.Option(help="Central block along k2.", min=0)]
 
 
 def _say(text: str) -> None:
@@ -31,13 +40,13 @@ def _say(text: str) -> None:
 @app.command()
 def draw(
     output: Annotated[Path, typer.Argument(help="File to write, .h5 or .csv.")],
-    k1: Annotated[int, typer.Option(help="Phase-encoding positions along k1 (y).", min=1)] = 206,
-    k2: Annotated[int, typer.Option(help="Phase-encoding positions along k2 (partitions, z).", min=1)] = 80,
-    echoes: Annotated[int, typer.Option(help="Echoes of the train.", min=1)] = 10,
-    acceleration: Annotated[float, typer.Option(help="Grid positions over samples, central block counted.", min=1.0)] = 8.0,
-    segments: Annotated[int, typer.Option(help="The number of samples is rounded up to a multiple of this.", min=1)] = 11,
-    acs_k1: Annotated[int, typer.Option(help="Central block along k1, always sampled.", min=0)] = 20,
-    acs_k2: Annotated[int, typer.Option(help="Central block along k2.", min=0)] = 20,
+    k1: K1 = 206,
+    k2: K2 = 80,
+    echoes: Echoes = 10,
+    acceleration: Acceleration = 8.0,
+    segments: Segments = 11,
+    acs_k1: AcsK1 = 20,
+    acs_k2: AcsK2 = 20,
     like: Annotated[
         Path | None,
         typer.Option(help="Draw from the probabilities in this .h5, interpolated to the matrix. [hand-made density]"),
@@ -50,8 +59,8 @@ def draw(
     """Draw a mask with exactly as many samples in every echo as were asked for."""
     import numpy as np
 
-    from recon_core.sampling.learned import draw_mask, interpolate_probability, multilevel_density, samples_for
-    from recon_core.sampling.mask_files import SamplingMask, read_mask, write_mask
+    from recon_core.sampling.learned import interpolate_probability, multilevel_density, samples_for
+    from recon_core.sampling.mask_files import read_mask
 
     shape, acs = (k2, k1), (acs_k2, acs_k1)
     n_samples = samples_for(shape, acceleration, segments)
@@ -62,7 +71,6 @@ def draw(
         probability = interpolate_probability(_probabilities(read_mask(like), like, echoes), shape, n_samples)
     if per_echo is None:
         per_echo = bool((probability != probability[:1]).any())
-    drawn = draw_mask(probability if per_echo else probability[:1], n_samples, seed, acs)
     facts: dict[str, str | float | int] = {
         "density": "multi-level" if like is None else "learned",
         "patterns": "one per echo" if per_echo else "one",
@@ -70,9 +78,69 @@ def draw(
         "acs_k1": acs_k1,
         "acs_k2": acs_k2,
     }
-    mask = SamplingMask(np.array(np.broadcast_to(drawn, probability.shape)), probability.astype(np.float32), facts=facts)
-    write_mask(output, mask)
-    _say(f"{n_samples} of {k1} x {k2} positions in each of {echoes} echoes, acceleration {mask.acceleration:.3f}: {output}")
+    _write_draw(output, probability, per_echo, acceleration, segments, acs, facts)
+
+
+@app.command()
+def learn(
+    output: Annotated[Path, typer.Argument(help="File to write, .h5 or .csv.")],
+    folder: Annotated[Path | None, typer.Option(help="Of the training: checkpoints, logs. [beside the file]")] = None,
+    k1: K1 = 206,
+    k2: K2 = 80,
+    readout: Annotated[int, typer.Option(help="Readout positions of the training scans.", min=8)] = 200,
+    echoes: Echoes = 10,
+    coils: Annotated[int, typer.Option(help="Coils of the training scans.", min=1)] = 8,
+    acceleration: Acceleration = 8.0,
+    segments: Segments = 11,
+    acs_k1: AcsK1 = 20,
+    acs_k2: AcsK2 = 20,
+    per_echo: Annotated[bool, typer.Option("--per-echo/--one-pattern", help="A pattern of its own for each echo.")] = True,
+    steps: Annotated[int, typer.Option(help="Of the joint training of mask and network.", min=1)] = 160_000,
+    max_minutes: Annotated[float, typer.Option(help="Stop, resumably, after this time.", min=0.01)] = math.inf,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the training in the folder was stopped.")] = False,
+    scans: Annotated[Path | None, typer.Option(help="Folder of scans to learn from; simulated heads otherwise.")] = None,
+    features: Annotated[list[int] | None, typer.Option(help="Channels of the network's levels; repeat.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the training, and of the draw at its end.", min=0)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them to torch.", min=0)] = 0,
+) -> None:
+    """Learn a mask: LARO's first phase, mask and network together. Ctrl-C stops after the step in progress; --resume goes on.
+
+    The file gets the probabilities and a draw from them, also when the time was too short for all steps.
+    """
+    from dataclasses import replace
+
+    import torch
+
+    from gadgets.train_cli import PhaseBars, progress_bars
+    from recon_core.sampling.mask_files import read_mask
+    from recon_core.training.laro import RunSettings, learn_masks
+    from recon_core.training.laro_tasks import LaroRecipe
+
+    if threads:
+        torch.set_num_threads(threads)
+    _check_output(output)
+    recipe = LaroRecipe(
+        patterns=(f"{acceleration:g}/{2 if per_echo else 1}",),
+        matrix=(k2, k1, readout),
+        n_echoes=echoes,
+        n_coils=coils,
+        acs=(acs_k2, acs_k1),
+        first_steps=steps,
+        seed=seed,
+    )
+    if features:
+        recipe = replace(recipe, features=tuple(features), channels=features[0])
+    settings = RunSettings(
+        device=device, max_minutes=max_minutes, resume=resume, scans=None if scans is None else str(scans), validate_every=0
+    )
+    with progress_bars() as bar:
+        result, (learned, *_) = learn_masks(recipe, folder or output.with_suffix(".training"), settings, PhaseBars(bar))
+    mask = read_mask(learned)
+    assert mask.probability is not None and result is not None
+    facts = {**mask.facts, "seed": seed}
+    _write_draw(output, mask.probability.astype(float), per_echo, acceleration, segments, (acs_k2, acs_k1), facts)
+    _say(f"{'learned' if result.finished else 'stopped, resumable,'} after {result.step} of {steps} steps")
 
 
 @app.command()
@@ -100,9 +168,10 @@ def show(
     for name, value in mask.facts.items():
         _say(f"{name}: {value}")
     if png is not None:
+        from gadgets.mask_pictures import mask_picture
         from recon_core.training.png import write_png
 
-        write_png(png, _picture(mask))
+        write_png(png, mask_picture(mask))
         _say(f"written: {png}")
 
 
@@ -133,9 +202,10 @@ def order(
     d2, d1 = found.largest_step
     _say(f"largest echo-to-echo jump {found.largest_jump:.2f} grid steps (along k1 up to {d1}, along k2 up to {d2})")
     if png is not None:
+        from gadgets.mask_pictures import order_picture
         from recon_core.training.png import write_png
 
-        write_png(png, _order_picture(replace(mask, order=found.positions, n_segments=segments)))
+        write_png(png, order_picture(replace(mask, order=found.positions, n_segments=segments)))
         _say(f"written: {png}")
 
 
@@ -158,8 +228,14 @@ def export(
     ),
     dwell_us: Annotated[float, typer.Option(help="Time of one ADC sample, us.", min=0.1)] = 8.0,
     oversampling: Annotated[int, typer.Option(help="ADC samples per readout position.", min=1)] = 1,
-    dummies: Annotated[int, typer.Option(help="Excitations before the first readout.", min=0)] = 20,
+    dummies: Annotated[
+        int, typer.Option(help="Excitations before the first readout; 3 s in all let brain tissue settle.", min=0)
+    ] = 80,
+    noise_readouts: Annotated[int, typer.Option(help="Readouts of noise before the first pulse.", min=0)] = 16,
     field_strength: Annotated[float, typer.Option(help="T.", min=0.01)] = 3.0,
+    pulseq_1_4: Annotated[
+        bool, typer.Option("--pulseq-1.4", help="Version 1.4.1 of the file format, for older interpreters. [1.5]")
+    ] = False,
 ) -> None:
     """Write an ordered mask for the scanner: as a Pulseq sequence of the whole scan, as a table, or both."""
     from recon_core.errors import SettingError
@@ -172,7 +248,8 @@ def export(
         write_mask(csv.with_suffix(".csv"), mask)
         _say(f"written: {csv.with_suffix('.csv')}")
     if seq is not None:
-        from gadgets.pulseq import SequenceSettings, write_sequence
+        from gadgets.pulseq import write_sequence
+        from gadgets.pulseq_settings import SequenceSettings
 
         settings = SequenceSettings(
             matrix_x=matrix,
@@ -183,12 +260,100 @@ def export(
             dwell=dwell_us * 1e-6,
             oversampling=oversampling,
             dummies=dummies,
+            noise_readouts=noise_readouts,
             field_strength=field_strength,
         )
-        facts = write_sequence(seq, mask, settings)
+        facts = write_sequence(seq, mask, settings, mask_name=file.stem, pulseq_1_4=pulseq_1_4)
         times = ", ".join(f"{t * 1e3:.3f}" for t in facts.echo_times)
-        _say(f"{facts.n_readouts} readouts in {facts.duration:.1f} s, echo times {times} ms, timing check passed")
+        _say(
+            f"{facts.n_readouts} readouts in {facts.duration:.1f} s, largest gradient {facts.max_grad:.1f} mT/m and slew rate "
+            f"{facts.max_slew:.0f} T/m/s (axes together), timing check passed"
+        )
+        _say(f"TR {facts.repetition_time * 1e3:.3f} ms, echo times {times} ms{_moved(facts, settings)}")
+        _say(f"largest echo-to-echo jump {_largest_jump(mask):.2f} grid steps")
         _say(f"written: {seq} and {seq.with_suffix('.mrd.xml')}")
+
+
+@app.command()
+def attach(
+    raw: Annotated[Path, typer.Argument(help="Raw data of the scan, MRD (.h5), as the scanner's converter made them.")],
+    header: Annotated[Path, typer.Argument(help="The header that was written with the sequence (.mrd.xml).")],
+    output: Annotated[Path, typer.Argument(help="Raw data to write, with the sequence's header.")],
+    group: Annotated[str, typer.Option(help="Group of the raw data in the file.")] = "dataset",
+) -> None:
+    """Put the sequence's header into raw data: converters know the protocol's matrix, not the sequence's."""
+    from gadgets.pulseq_header import attach_header
+
+    attach_header(raw, header, output, group)
+    _say(f"written: {output}")
+
+
+@app.command()
+def install(
+    file: MaskFile,
+    masks: Annotated[Path | None, typer.Option(help="The server's folder of masks. [in the state folder]")] = None,
+) -> None:
+    """Copy a mask to where the server compares scans with it; the scan's header names it by the file's name."""
+    import shutil
+
+    from gadgets.mask_check import MASK_NAME, default_folder
+    from recon_core.sampling.agreement import pattern_digest
+    from recon_core.sampling.mask_files import MaskError, read_mask
+
+    if not MASK_NAME.fullmatch(file.stem):
+        raise MaskError("not a name for a mask", where=file.name, expected="letters, digits, '_', '-' and '.', at most 64")
+    mask = read_mask(file)
+    folder = masks or default_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, folder / file.name)
+    _say(f"installed as {file.stem!r} in {folder}, sha256 {pattern_digest(mask.mask)}")
+
+
+def _largest_jump(mask: SamplingMask) -> float:
+    from recon_core.sampling.ordering import jumps
+
+    assert mask.order is not None
+    return float(jumps(mask.order).max(initial=0.0))
+
+
+def _moved(facts: SequenceFacts, settings: SequenceSettings) -> str:
+    """Times are whole numbers of 10 us, with equal spacing kept: what that moved."""
+    moves = [got - asked for got, asked in zip(facts.echo_times, settings.echo_times, strict=True)]
+    largest = max(moves, key=abs)
+    return f" (moved to the gradient raster by up to {abs(largest) * 1e6:.0f} us)" if abs(largest) > 1e-7 else ""
+
+
+def _check_output(path: Path) -> None:
+    """Before hours of training, not after them."""
+    from recon_core.sampling.mask_files import MaskError
+
+    if path.suffix.lower() not in (".h5", ".hdf5", ".csv"):
+        raise MaskError(
+            "unknown kind of file", where=path.name, got=path.suffix or "no ending", expected=".h5, .hdf5 or .csv"
+        )
+
+
+def _write_draw(
+    output: Path,
+    probability: NDArray[np.float64],
+    per_echo: bool,
+    acceleration: float,
+    segments: int,
+    acs: tuple[int, int],
+    facts: Mapping[str, str | float | int],
+) -> None:
+    """A mask of exactly the size that segments need, drawn by ``facts["seed"]``."""
+    import numpy as np
+
+    from recon_core.sampling.learned import draw_mask, samples_for
+    from recon_core.sampling.mask_files import SamplingMask, write_mask
+
+    echoes, k2, k1 = probability.shape
+    n_samples = samples_for((k2, k1), acceleration, segments)
+    drawn = draw_mask(probability if per_echo else probability[:1], n_samples, int(facts["seed"]), acs)
+    mask = SamplingMask(np.array(np.broadcast_to(drawn, probability.shape)), probability.astype(np.float32), facts=facts)
+    write_mask(output, mask)
+    _say(f"{n_samples} of {k1} x {k2} positions in each of {echoes} echoes, acceleration {mask.acceleration:.3f}: {output}")
 
 
 def _probabilities(mask: SamplingMask, file: Path, n_echoes: int) -> NDArray[np.float64]:
@@ -213,39 +378,3 @@ def _jump(mask: SamplingMask, echo: int) -> str:
     if mask.order is None or not echo:
         return ""
     return f"{jumps(mask.order[:, echo - 1 : echo + 1]).max():.2f}"
-
-
-def _picture(mask: SamplingMask) -> NDArray[np.float64]:
-    """RGB ``(y, x, 3)`` in [0, 1]: rows are echoes; k2 downwards, k1 to the right."""
-    import numpy as np
-
-    rows = []
-    for echo, pattern in enumerate(mask.mask):
-        before = mask.mask[echo - 1] if echo else pattern
-        shared = 0.25 * (pattern & before)
-        change = np.stack([np.maximum(pattern & ~before, shared), shared, np.maximum(before & ~pattern, shared)], axis=-1)
-        tiles = [np.repeat(pattern[..., None].astype(float), 3, axis=-1), change]
-        if mask.probability is not None:
-            tiles.append(np.repeat(mask.probability[echo][..., None].astype(float), 3, axis=-1))
-        rows.append(np.concatenate([np.pad(tile, ((2, 2), (2, 2), (0, 0)), constant_values=0.5) for tile in tiles], axis=1))
-    return _enlarged(np.concatenate(rows))
-
-
-def _order_picture(mask: SamplingMask) -> NDArray[np.float64]:
-    import numpy as np
-
-    assert mask.order is not None
-    rank = np.arange(len(mask.order)) % (len(mask.order) // mask.n_segments)
-    segment = np.arange(len(mask.order)) // (len(mask.order) // mask.n_segments)
-    grey = 0.25 + 0.75 * rank / max(1, rank.max())
-    picture = np.zeros((*mask.mask.shape[1:], 3))
-    first = mask.order[:, 0]
-    # neighbouring segments differ in tint, so that their borders can be seen
-    tints = np.array([[1.0, 1.0, 1.0], [1.0, 0.75, 0.4], [0.45, 0.8, 1.0]])
-    picture[first[:, 0], first[:, 1]] = grey[:, None] * tints[segment % 3]
-    return _enlarged(picture)
-
-
-def _enlarged(picture: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Every position at least three pixels wide, since a viewer would blur single ones."""
-    return picture.repeat(3, axis=0).repeat(3, axis=1)

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from gadgets.errors import MalformedText
@@ -76,6 +74,50 @@ def write_montages(source: Path | str | Iterable[Image], out_dir: Path | str, *,
     return written
 
 
+def write_thumbnail(image: Image, path: Path, pixels: int = 128) -> None:
+    """The middle plane of one image as a small PNG, in the window that it carries and with square pixels.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written.
+    """
+    from matplotlib import colormaps
+    from matplotlib.image import imsave
+
+    values = display_values(image)
+    look = _look(image, _meta(image), "", values)
+    plane = values[len(values) // 2]
+    # square pixels, as many as asked for: a viewer stretches nothing
+    extent = [float(image.header["field_of_view"][axis]) or 1.0 for axis in (1, 0)]
+    shape = [max(1, round(pixels * length / max(extent))) for length in extent]
+    y, x = (np.arange(n) * plane.shape[axis] // n for axis, n in enumerate(shape))
+    colours = colormaps[look.colour_map].with_extremes(bad="black")
+    imsave(path, plane[np.ix_(y, x)], vmin=look.limits[0], vmax=look.limits[1], cmap=colours, format="png")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What one series is, in words."""
+
+    label: str
+    quantity: str
+    unit: str
+    window: str
+    is_map: bool
+
+
+def caption(image: Image) -> Caption:
+    """What an image says of its series: label, quantity and unit of a map, and what black and white stand for."""
+    meta = _meta(image)
+    number = int(image.header["image_series_index"])
+    label = _first(meta, "SequenceDescriptionAdditional", "GADGETRON_SeqDescription").strip("_") or f"series {number}"
+    quantity, unit = _first(meta, "QuantityName"), _first(meta, "QuantityUnit")
+    center, width = _number(meta, "WindowCenter", math.nan), _number(meta, "WindowWidth", math.nan)
+    window = f"{center - width / 2:g} to {center + width / 2:g}" if width > 0 else ""
+    return Caption(label, quantity, unit, window, bool(quantity))
+
+
 def display_values(image: Image) -> NDArray[np.float32]:
     """What a viewer shows: ``(z, y, x)`` of the first channel, magnitude if complex, rescaled, padding as NaN."""
     meta = _meta(image)
@@ -89,6 +131,10 @@ def display_values(image: Image) -> NDArray[np.float32]:
 
 
 def _draw(series: Sequence[Image], metas: Sequence[dict[str, tuple[str, ...]]], label: str, path: Path) -> None:
+    # imported here: matplotlib takes half a second, and who only wants the words should not wait for it
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     planes = [(n, z) for n, image in enumerate(series) for z in range(image.data.shape[1])]
     if len(planes) > MAX_TILES:
         planes = [planes[i] for i in np.unique(np.linspace(0, len(planes) - 1, MAX_TILES).round().astype(int))]

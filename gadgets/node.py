@@ -27,7 +27,7 @@ from defusedxml.ElementTree import fromstring
 from numpy.typing import NDArray
 
 from gadgets.errors import ConfigRefused, IllegalOrder, MalformedMessage, SpoolError
-from gadgets.handlers import ChainRequest, Scan
+from gadgets.handlers import ChainRequest, Scan, ScanFacts
 from gadgets.relay import CHAIN_PROPERTY
 from gadgets.spool import ScanLog, Spool, default_spool_root
 from gadgets.wire import codec, events
@@ -153,6 +153,11 @@ class NodeScan:
         for header, data in event.content.waveforms if isinstance(event.content, Bucket) else ():
             self.waveform(events.Waveform(event.offset, header, data))
         return n_readouts
+
+    @property
+    def facts(self) -> ScanFacts:
+        """See ``gadgets.handlers.Scan``."""
+        return ScanFacts() if self._scan is None else self._scan.facts
 
     def finish(self) -> Iterator[bytes]:
         """Images, after Gadgetron's CLOSE."""

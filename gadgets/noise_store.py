@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gadgets.errors import SpoolError
+from gadgets.private_folder import make_private
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ class NoiseStore:
         self.max_age = max_age
         self._lock = threading.Lock()
         try:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(self.root)
         except OSError as error:
             raise SpoolError("cannot make the folder", where=f"noise store {self.root}", got=error.strerror) from error
 

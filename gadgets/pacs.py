@@ -25,6 +25,7 @@ from pynetdicom.presentation import build_context
 from pynetdicom.sop_class import Verification  # type: ignore[attr-defined]
 from pynetdicom.status import code_to_category
 
+from gadgets.tls import ClientTls, TlsError
 from recon_core.errors import ReconError
 
 log = logging.getLogger(__name__)
@@ -41,14 +42,8 @@ class PacsError(ReconError):
 
 
 @dataclass(frozen=True)
-class Tls:
-    """Files in PEM form. The archive's certificate is always verified; ``certificate`` and ``key`` are our own, if it wants
-    one. ``server_name`` is the name in its certificate where that is not the host's."""
-
-    ca: str | None = None
-    certificate: str | None = None
-    key: str | None = None
-    server_name: str | None = None
+class Tls(ClientTls):
+    """Files in PEM form, see `ClientTls`. The archive's certificate is always verified."""
 
     def context(self) -> ssl.SSLContext:
         """TLS 1.2 or newer, peer and name verified.
@@ -59,17 +54,9 @@ class Tls:
             A file that is missing or is no certificate or key.
         """
         try:
-            context = ssl.create_default_context(cafile=self.ca)
-            context.minimum_version = ssl.TLSVersion.TLSv1_2
-            if self.certificate is not None:
-                # an encrypted key would make OpenSSL ask at the terminal
-                context.load_cert_chain(self.certificate, self.key, password=lambda: "")
-        except (OSError, ssl.SSLError) as error:
-            got = getattr(error, "reason", None) or getattr(error, "strerror", None) or type(error).__name__
-            raise PacsError(
-                "cannot use the TLS files", where="TLS", got=got, expected="PEM files, key unencrypted"
-            ) from None
-        return context
+            return super().context()
+        except TlsError as error:
+            raise PacsError(error.what, where=error.where, got=error.got, expected=error.expected) from None
 
 
 @dataclass(frozen=True)
@@ -97,6 +84,21 @@ class Destination:
 
     def __str__(self) -> str:
         return f"{self.aet}@{self.host}:{self.port}" + (" (TLS)" if self.tls is not None else "")
+
+
+def read_address(text: str) -> tuple[str, str, int]:
+    """``AET@HOST:PORT`` (``[...]`` around an IPv6 address) as its parts.
+
+    Raises
+    ------
+    PacsError
+        Something else.
+    """
+    aet, at, place = text.rpartition("@")
+    host, colon, port = place.rpartition(":")
+    if not (aet and at and host and colon and port.isascii() and port.isdigit()):
+        raise PacsError("not an archive's address", where="pacs", got=repr(text[:80]), expected="AET@HOST:PORT")
+    return aet, host.removeprefix("[").removesuffix("]"), int(port)
 
 
 @dataclass

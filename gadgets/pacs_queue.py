@@ -23,7 +23,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gadgets.capture import sync
 from gadgets.pacs import Attempt, Destination, PacsError, Tls, store
+from gadgets.private_folder import make_private
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ class Queue:
         self._unwritten: dict[str, Job] = {}  # as they are, where the disk took no new record
         try:
             for folder in (self.root, self.root / "waiting", self.root / "failed"):
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_private(folder)
         except OSError as error:
             raise PacsError("cannot make the folder", where=f"queue {self.root}", got=error.strerror) from None
 
@@ -104,12 +106,13 @@ class Queue:
             incoming.mkdir(mode=0o700)
             for position, source in enumerate(sources):
                 target = incoming / f"{position:06d}.dcm"
+                target.touch(mode=0o600)
                 shutil.copyfile(source, target)
-                _sync(target)
+                sync(target)
             _write(incoming / "job.json", job)
-            _sync(incoming)
+            sync(incoming)
             os.rename(incoming, self.root / "waiting" / name)
-            _sync(self.root / "waiting")
+            sync(self.root / "waiting")
         except OSError as error:
             shutil.rmtree(incoming, ignore_errors=True)
             raise PacsError("cannot queue the files", where=f"queue {self.root}", got=error.strerror) from None
@@ -178,9 +181,10 @@ class Queue:
             stop.wait(LOOK_SECONDS)
 
     def _attempt(self, folder: Path, job: Job, send: Send) -> Job:
-        files = sorted(folder.glob("*.dcm"))
+        # a link leads out of the queue: what it points to was not put in
+        files = sorted(path for path in folder.glob("*.dcm") if not path.is_symlink())
         try:
-            outcome = send(files, job.destination, Path.unlink) if files else Attempt()
+            outcome = send(files, job.destination, Path.unlink) if files else Attempt(problem="links in place of files")
         except (PacsError, OSError) as error:  # one job must not keep the others from being sent
             problem = str(error) if isinstance(error, PacsError) else type(error).__name__
             outcome = Attempt(left=files, problem=problem)
@@ -227,25 +231,19 @@ def _write(path: Path, job: Job) -> None:
     del document["state"], document["left"]  # the place and the files say it
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    _sync(partial)
+    sync(partial)
     os.replace(partial, path)
 
 
 def _read(folder: Path, state: str) -> Job:
     try:
+        if folder.is_symlink():
+            raise ValueError("a link in place of a folder")
         document = json.loads((folder / "job.json").read_text(encoding="utf-8"))
         target = document.pop("destination")
         secure = target.pop("tls")
         destination = Destination(**target, tls=None if secure is None else Tls(**secure))
         left = len(list(folder.glob("*.dcm")))
         return Job(**{**document, "id": folder.name}, destination=destination, state=state, left=left)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise PacsError("record cannot be read", where=f"job {folder.name}", got=type(error).__name__) from None
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -118,21 +118,31 @@ class Peer:
                 raise Disconnected("the connection broke while sending", got=error.strerror) from error
             self.sent_messages += 1
 
-    def close(self) -> None:
-        """CLOSE, end of sending, read until the peer has closed (or is silent), then close the socket. Never raises."""
+    def close(self) -> bool:
+        """CLOSE, end of sending, read until the peer has closed (or is silent), then close the socket. Never raises.
+
+        Returns
+        -------
+        Whether everything can have been read: a peer that ends with something unread resets the connection.
+        """
+        delivered = False
         with contextlib.suppress(Disconnected):
             self.send(CLOSE_BYTES)
+            delivered = True
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_WR)
         until = time.monotonic() + 6 * self.timing.linger
-        with contextlib.suppress(Disconnected):
+        try:
             while not self._stopped and time.monotonic() < until and self.receive(self.timing.linger):
                 pass
+        except Disconnected:
+            delivered = False
         self.gone = True
         self.socket.close()
         self._buffer = memoryview(b"")
         _free_buffers.append(self._memory)
         self._memory = bytearray()
+        return delivered
 
     def stop(self) -> None:
         """From another thread: let a waiting ``receive`` return the end of the stream."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,36 +20,30 @@ from numpy.typing import NDArray
 from gadgets.buffer import SortedScan, sort_readouts
 from gadgets.chain import Chain, load_chain
 from gadgets.errors import SortError
+from gadgets.fair_queue import REPLAY, SCAN
 from gadgets.images import ImageWriter, sending_order
 from gadgets.job_folder import JobFolders, JobRecord
-from gadgets.jobs import Jobs, ReportReader, Scratch, out_of_memory
+from gadgets.jobs import Jobs
+from gadgets.mask_check import check_samples
+from gadgets.memory_errors import out_of_memory
 from gadgets.noise_store import NoiseStore
 from gadgets.preparation import CHUNK_BYTES, Preparation
-from gadgets.previews import AUTO, OFF, Previews
-from gadgets.progress import RemainingTime, progress_line
+from gadgets.previews import OFF, Previews
 from gadgets.readouts import Kind, ReadoutIndex, classify
+from gadgets.row_files import RowFiles
+from gadgets.scan_facts import facts_of
+from gadgets.scratch import Scratch
+from gadgets.slice_work import SliceWork
 from gadgets.spool import ScanLog
-from gadgets.tasks import (
-    LogSlice,
-    Role,
-    RowFiles,
-    SliceJob,
-    estimate_noise,
-    from_portable,
-    reconstruct_slice,
-    report_tag,
-)
+from gadgets.tasks import LogSlice, estimate_noise, from_portable
 from gadgets.wire import codec
 from gadgets.wire.events import Readouts, Waveform
 from gadgets.wire.header import MrdHeader
 from recon_core.errors import ReconError
-from recon_core.preprocess.noise import WHITENED_NOISE_STD
-from recon_core.reconstruct import Recipe
 from recon_core.types import Result
 
 log = logging.getLogger(__name__)
 
-PROGRESS_SECONDS = 2.0
 MAX_WARNINGS = 20  # lines to the operator in one scan
 
 
@@ -58,7 +52,8 @@ class Services:
     """What every scan of a server shares.
 
     ``configs`` is the folder of chain files, the shipped one when ``None``; ``previews=False`` makes none, whatever chains ask for;
-    ``job_folders`` keeps what methods tell besides images.
+    ``job_folders`` keeps what methods tell besides images; ``time_limit`` bounds every chain's computing for a scan, in s (0: not);
+    ``masks`` is the folder of the sampling masks that scans are compared with.
     """
 
     jobs: Jobs
@@ -68,6 +63,8 @@ class Services:
     chunk_bytes: int = CHUNK_BYTES
     previews: bool = True
     job_folders: JobFolders | None = None
+    time_limit: float = 0.0
+    masks: Path | None = None
 
 
 class Scan:
@@ -89,10 +86,13 @@ class Scan:
         self, chain: Chain, header: MrdHeader, raw: ScanLog, services: Services, say: Callable[[str], None]
     ) -> None:
         self.chain, self.header, self.raw, self.services, self.say = chain, header, raw, services, say
+        if chain.changed:
+            log.info("event=settings chain=%s changed=%r", chain.name, dict(chain.changed))
         self.index = ReadoutIndex()
         self.n_waveforms = 0
+        self.facts = facts_of(chain)
         self.scratch = Scratch()
-        self.tasks = services.jobs.scope()
+        self.tasks = services.jobs.scope(REPLAY if raw.replayed else SCAN)
         self._said: set[str] = set()
         self.preparation = Preparation(
             self.index,
@@ -158,10 +158,13 @@ class Scan:
                 yield from self._noise_only(np.flatnonzero(kind == Kind.NOISE))
                 return
             sorted_scan = sort_readouts(self.index.headers, self.header, self.chain.acquisition)
-            for note in sorted_scan.notes:
+            sampled = check_samples(sorted_scan, self.services.masks)
+            for note in (*sorted_scan.notes, *sampled.notes):
                 self._warn(note)
+            if sampled.agreement is not None:
+                self.say(f"INF {sampled.agreement}\n")
             rows = self.preparation.rows()
-            yield from self._reconstruct(sorted_scan, rows, started)
+            yield from self._reconstruct(sorted_scan, rows, started, sampled.refusal)
         finally:
             self.abandon()
 
@@ -183,20 +186,28 @@ class Scan:
         channels = estimate.covariance.shape[0]
         yield codec.text(f"INF noise measurement stored: {channels} channels, {estimate.n_samples} samples\n")
 
-    def _reconstruct(self, sorted_scan: SortedScan, rows: RowFiles, started: float) -> Iterator[bytes]:
-        work = SliceWork(self, sorted_scan, rows)
-        writer = ImageWriter(self.header, self.chain.name, self.chain.output)
+    def _reconstruct(
+        self, sorted_scan: SortedScan, rows: RowFiles, started: float, refusal: ReconError | None = None
+    ) -> Iterator[bytes]:
+        """With a ``refusal`` the chain is not tried: what its fallback makes is what there is."""
+        white = self.preparation.whitened
+        work = SliceWork(self.tasks, self.services, self.chain, self.scratch.path, sorted_scan, rows, whitened=white)
+        writer = ImageWriter(self.header, self.chain.name, self.chain.output, changed=self.chain.changed)
         spare: ImageWriter | None = None
         n_images = 0
         order = sending_order(sorted_scan.n_slices, scaled=writer.pixel_type.kind == "u")
         previews = Previews(self._preview_chain(), self.services.configs, writer, sorted_scan, work.reports)
-        previews.begin(order, partial(work.submit, role="preview"))
-        ahead = max(1, self.services.jobs.workers) + 1
+        if refusal is None:
+            previews.begin(order, partial(work.submit, role="preview"))
+        ahead = 2 * self.services.jobs.capacity
         record = JobRecord(self.chain.name)
         try:
             for place, number in enumerate(order):
-                work.begin(order[place : place + ahead])
-                result, failure = yield from self._await(work, number, previews)
+                result: Result | None = None
+                failure: BaseException | None = refusal
+                if refusal is None:
+                    work.begin(order[place : place + ahead])
+                    result, failure = yield from self._await(work, number, previews)
                 name, chosen = self.chain.name, writer
                 if result is None:
                     assert failure is not None
@@ -242,7 +253,12 @@ class Scan:
                 self._warn(warning)
             yield from previews.messages()
             if future in finished:
-                break
+                eased = work.ease(number)
+                if eased is None:
+                    break
+                self._warn(eased)
+                future = work.future(number)
+                continue
             line = work.progress(self.chain.name)
             if line is not None:
                 self.say(line)
@@ -270,70 +286,8 @@ class Scan:
             self._tell(f"{failed}; {fallback.name} cannot stand in for it {why}")
             raise failure from error
         self._tell(f"{failed}; its images come from {fallback.name}")
+        self.facts.fallback = fallback.name
         return result, fallback.name
-
-
-class SliceWork:
-    """The slices of a scan on the workers: submitted, watched, taken."""
-
-    def __init__(self, scan: Scan, sorted_scan: SortedScan, rows: RowFiles) -> None:
-        self.scan, self.sorted_scan, self.rows = scan, sorted_scan, rows
-        self.reports = ReportReader(scan.scratch.path)
-        self.remaining = RemainingTime(sorted_scan.n_slices, scan.services.jobs.workers)
-        self._pending: dict[int, tuple[Role, Future[Result]]] = {}
-        self._taken: set[int] = set()
-        self._said = time.monotonic()
-
-    def submit(self, number: int, chain: Chain, *, role: Role = "slice") -> Future[Result]:
-        """One slice by ``chain``."""
-        scan = self.scan
-        job = SliceJob(
-            sorted_scan=self.sorted_scan,
-            rows=self.rows,
-            slice_index=number,
-            scan=self.sorted_scan.scan_info(number),
-            recipe=Recipe(chain.method, chain.settings, chain.preprocess, chain.coils, chain.maps),
-            noise_std=WHITENED_NOISE_STD if scan.preparation.whitened else None,
-            report_folder=str(scan.scratch.path),
-            role=role,
-            previews=role == "slice" and chain.output.preview == AUTO and scan.services.previews,
-            device=scan.services.device,
-        )
-        return scan.tasks.submit(reconstruct_slice, job)
-
-    def begin(self, numbers: Sequence[int]) -> None:
-        """Submit the final images of slices that are not yet under way."""
-        for number in numbers:
-            if number not in self._pending and number not in self._taken:
-                self._pending[number] = ("slice", self.submit(number, self.scan.chain))
-
-    def begin_again(self, number: int, fallback: Chain) -> None:
-        self._pending[number] = ("fallback", self.submit(number, fallback, role="fallback"))
-
-    def future(self, number: int) -> Future[Result]:
-        return self._pending[number][1]
-
-    def take(self, number: int) -> Result:
-        """The result of a slice that is done; its memory is not needed twice."""
-        self._taken.add(number)
-        return self._pending.pop(number)[1].result()
-
-    def progress(self, name: str) -> str | None:
-        """A line for the operator, when it is time for one."""
-        now = time.monotonic()
-        reported = self.reports.fractions()
-        fractions = dict.fromkeys(self._taken, 1.0)
-        for number, (role, future) in self._pending.items():
-            tag = report_tag(role, number)
-            if future.done() and future.exception() is None:
-                fractions[number] = 1.0
-            elif tag in reported:  # begun: one that waits for a worker has no time yet
-                fractions[number] = reported[tag]
-        self.remaining.update(now, fractions)
-        if now - self._said < PROGRESS_SECONDS:
-            return None
-        self._said = now
-        return progress_line(name, self.remaining.fraction, self.remaining.seconds_left(now))
 
 
 def _reason(failure: BaseException) -> str:

@@ -20,17 +20,18 @@ from numpy.typing import NDArray
 
 from gadgets.buffer_settings import AcquisitionSettings
 from gadgets.errors import SortError, SpoolError
-from gadgets.jobs import Scope, Scratch
+from gadgets.jobs import Scope
 from gadgets.noise_store import NoiseStore
 from gadgets.readouts import Kind, ReadoutIndex, chosen_encoding, classify, readout_geometry
+from gadgets.row_files import RowFiles
 from gadgets.scan_checks import COMPLEX_BYTES, MAX_EXPANSION, refuse_out_of_proportion
+from gadgets.scratch import Scratch
 from gadgets.tasks import (
     ChunkJob,
     CompressionJob,
     LogSlice,
     NoiseEstimate,
     RecompressJob,
-    RowFiles,
     compress_chunk,
     compression_matrices,
     estimate_noise,

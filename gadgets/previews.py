@@ -14,7 +14,7 @@ from pathlib import Path
 
 from gadgets.chain import Chain, load_chain
 from gadgets.images import ImageWriter
-from gadgets.jobs import ReportReader
+from gadgets.reports import ReportReader
 from gadgets.sorted_scan import SortedScan
 from gadgets.tasks import from_portable
 from recon_core.errors import ReconError

@@ -4,9 +4,10 @@ RF-spoiled, slab-selective, unipolar readouts; between two readouts the flyback 
 that move k1 and k2 to the next echo's position (LARO, Fig. 2b). Axes: x is the readout, y is k1, z is k2. Position ``i`` of
 ``n`` is ``(i - n // 2) / fov``; sample ``n // 2`` of the readout is k0 = 0, and its time after the pulse is the echo time.
 
-Labels: LIN = k1, PAR = k2, ECO = echo, all from 0; TRID marks the repeated modules for interpreters that want them. The
-header is needed because converters take the matrix from the protocol, which knows nothing of the sequence. Its encoding
-limits are those of the full grid: a mask need not reach the edge.
+Labels: LIN = k1, PAR = k2, ECO = echo, all from 0; NOISE marks the readouts before the first pulse, from which the noise between coils is
+measured; TRID marks the repeated modules for interpreters that want them. The header is needed because converters take the matrix
+from the protocol, which knows nothing of the sequence. Its encoding limits are those of the full grid: a mask need not reach the
+edge. It names the mask, so that the server can compare what was sampled.
 """
 
 from __future__ import annotations
@@ -21,84 +22,18 @@ from typing import Any
 import numpy as np
 
 from gadgets.pulseq_header import header_text
-from recon_core.errors import ReconError, SettingError
+from gadgets.pulseq_settings import SequenceError, SequenceFacts, SequenceSettings
+from recon_core.errors import SettingError
 from recon_core.sampling.mask_files import SamplingMask
 from recon_core.sampling.ordering import IntArray
+from recon_core.simulation.signal import GYROMAGNETIC_RATIO
 
 RASTER = 10e-6
 """s, of gradients and block durations."""
 
-ADC_RASTER = 100e-9
+IMAGING_MODULE, DUMMY_MODULE, NOISE_MODULE = 1, 2, 3  # TRID
 LONGEST_ENCODING = 3e-3
 """s; encoding gradients are stretched to the time there is, up to this: slow ramps are quiet."""
-
-
-class SequenceError(ReconError):
-    """A sequence that no scanner could play, or pypulseq is not installed."""
-
-
-@dataclass(frozen=True)
-class SequenceSettings:
-    """Of the sequence; SI units. The defaults are the paper's where a whole echo leaves time for it.
-
-    Attributes
-    ----------
-    matrix_x, fov
-        Readout samples before oversampling; field of view ``(z, y, x)`` in m.
-    echo_times
-        s, one per echo of the mask; moved to the raster, see :class:`SequenceFacts`.
-    repetition_time, flip_angle
-        s and rad.
-    dwell, oversampling
-        s per ADC sample; ADC samples per readout position.
-    slab_thickness
-        m; ``None``: the field of view along z.
-    """
-
-    matrix_x: int = 256
-    fov: tuple[float, float, float] = (0.16, 0.206, 0.256)
-    echo_times: tuple[float, ...] = tuple(0.004 + 0.003384 * n for n in range(10))
-    repetition_time: float = 0.04
-    flip_angle: float = math.radians(15.0)
-    dwell: float = 8e-6
-    oversampling: int = 1
-    slab_thickness: float | None = None
-    rf_duration: float = 1e-3
-    rf_time_bandwidth: float = 4.0
-    rf_spoiling_increment: float = math.radians(117.0)
-    spoiling_cycles: float = 2.0  # of phase across a voxel, along x
-    dummies: int = 20  # excitations without readouts
-    max_grad_mt_m: float = 32.0
-    max_slew_t_m_s: float = 130.0
-    field_strength: float = 3.0
-    name: str = "laro_mgre"
-
-    def __post_init__(self) -> None:
-        numbers = (*self.fov, *self.echo_times, self.repetition_time, self.flip_angle, self.dwell, self.rf_duration)
-        if not all(math.isfinite(v) and v > 0 for v in numbers) or self.dummies < 0 or not self.echo_times:
-            raise SettingError("must be above 0", where="sequence", expected="lengths, times and angles above 0")
-        if any(b <= a for a, b in zip(self.echo_times, self.echo_times[1:], strict=False)):
-            raise SettingError("echo times do not rise", where="sequence.echo_times", got=self.echo_times)
-        if self.matrix_x < 2 or self.oversampling < 1 or (self.matrix_x * self.oversampling) % 4:
-            raise SettingError(
-                "samples must be divisible by 4", where="sequence.matrix_x", got=self.matrix_x * self.oversampling
-            )
-        if abs(self.dwell / ADC_RASTER - round(self.dwell / ADC_RASTER)) > 1e-6:
-            raise SettingError("off the raster", where="sequence.dwell", got=self.dwell, expected="a multiple of 100 ns")
-
-    @property
-    def n_adc(self) -> int:
-        return self.matrix_x * self.oversampling
-
-
-@dataclass(frozen=True)
-class SequenceFacts:
-    """What was written: the echo times (s) of k0 = 0, on the raster; readouts; scan time in s."""
-
-    echo_times: tuple[float, ...]
-    repetition_time: float
-    n_readouts: int
-    duration: float
 
 
 @dataclass
@@ -119,8 +54,22 @@ class _Events:
     echo_times: tuple[float, ...]
 
 
-def write_sequence(path: str | Path, mask: SamplingMask, settings: SequenceSettings) -> SequenceFacts:
+def write_sequence(
+    path: str | Path,
+    mask: SamplingMask,
+    settings: SequenceSettings,
+    *,
+    mask_name: str | None = None,
+    pulseq_1_4: bool = False,
+) -> SequenceFacts:
     """Write ``path`` (``.seq``) and beside it ``<stem>.mrd.xml``, the MRD header of the scan.
+
+    Parameters
+    ----------
+    mask_name
+        Under which the header names the mask (the name of its file on the server); ``None``: the sequence's own file name.
+    pulseq_1_4
+        Write version 1.4.1 of the file format, for interpreters that do not read 1.5.
 
     Raises
     ------
@@ -134,8 +83,9 @@ def write_sequence(path: str | Path, mask: SamplingMask, settings: SequenceSetti
     fine, report = sequence.check_timing()
     if not fine:
         raise SequenceError("the timing check fails", where=path.name, got=f"{len(report)} errors, first: {report[0]}")
-    sequence.write(str(path), check_timing=False)
-    path.with_suffix(".mrd.xml").write_text(header_text(mask, settings, facts), encoding="utf-8")
+    sequence.write(str(path), check_timing=False, v141_compat=pulseq_1_4)
+    header = header_text(mask, settings, facts, mask_name or path.stem)
+    path.with_suffix(".mrd.xml").write_text(header, encoding="utf-8")
     return facts
 
 
@@ -171,12 +121,17 @@ def make_sequence(mask: SamplingMask, settings: SequenceSettings) -> tuple[Any, 
         ) from None
     sequence = pp.Sequence(system=system)
     _play(pp, sequence, mask.order, k, events, settings)
-    for key, value in _definitions(mask, settings, events).items():
-        sequence.set_definition(key, value)
     repetition_time = _repetition_time(events, pp)
-    shots = len(mask.order) + settings.dummies
-    n_readouts = len(mask.order) * len(mask.mask)
-    return sequence, SequenceFacts(events.echo_times, repetition_time, n_readouts, shots * repetition_time)
+    for key, value in _definitions(mask, settings, events.echo_times, repetition_time).items():
+        sequence.set_definition(key, value)
+    noise_time = settings.noise_readouts * float(pp.calc_duration(events.readout, events.adc))
+    return sequence, SequenceFacts(
+        echo_times=events.echo_times,
+        repetition_time=repetition_time,
+        n_readouts=len(mask.order) * len(mask.mask),
+        duration=noise_time + (len(mask.order) + settings.dummies) * repetition_time,
+        **dict(zip(("max_grad", "max_slew"), _reached(k, events), strict=True)),
+    )
 
 
 def _pypulseq() -> ModuleType:
@@ -298,10 +253,14 @@ def _play(pp: ModuleType, sequence: Any, order: IntArray, k: np.ndarray, events:
     rf, *rest_of_pulse = events.pulse
     delays = [pp.make_delay(t) for t in (*events.durations, events.trailing)]
     n_echoes = order.shape[1]
+    _play_noise(pp, sequence, events, s.noise_readouts)
     for shot in range(-s.dummies, len(order)):
         imaging = shot >= 0
         rf.phase_offset = events.adc.phase_offset = phase
-        sequence.add_block(rf, *rest_of_pulse, pp.make_label("TRID", "SET", 1 if imaging else 2))
+        module = [pp.make_label("TRID", "SET", IMAGING_MODULE if imaging else DUMMY_MODULE)]
+        if s.noise_readouts and shot == -s.dummies:
+            module.append(pp.make_label("NOISE", "SET", 0))
+        sequence.add_block(rf, *rest_of_pulse, *module)
         # dummies play the first shot's gradients, so that the steady state is that of the scan
         places, labels = k[max(shot, 0)], order[max(shot, 0)]
         here = np.zeros(2)
@@ -323,6 +282,34 @@ def _play(pp: ModuleType, sequence: Any, order: IntArray, k: np.ndarray, events:
         phase = (phase + increment) % (2 * math.pi)
 
 
+def _play_noise(pp: ModuleType, sequence: Any, events: _Events, n: int) -> None:
+    """Readouts as long as the imaging ones, before anything is excited."""
+    whole = pp.make_delay(pp.calc_duration(events.readout, events.adc))
+    for number in range(n):
+        first = [pp.make_label("TRID", "SET", NOISE_MODULE), pp.make_label("NOISE", "SET", 1)] if number == 0 else []
+        sequence.add_block(events.adc, whole, *first)
+
+
+def _reached(k: np.ndarray, events: _Events) -> tuple[float, float]:
+    """Largest gradient (mT/m) and slew rate (T/m/s) of the three axes together, over all shots and encoding blocks."""
+    moves = np.diff(k, axis=1, prepend=0.0, append=0.0)
+    moves[:, 0, 0] += events.slab_refocus
+    largest = np.array([abs(events.readout.amplitude), abs(events.readout.amplitude / events.readout.rise_time)])
+    for number, x in enumerate([events.x_before, *events.x_between, events.x_after]):
+        total = np.zeros((2, len(k)))
+        for lobe, area in (
+            (x, np.full(len(k), x.area)),
+            (events.y[number], moves[:, number, 1]),
+            (events.z[number], moves[:, number, 0]),
+        ):
+            amplitude = np.abs(area / lobe.area * lobe.amplitude)
+            total += np.stack([amplitude, amplitude / min(lobe.rise_time, lobe.fall_time)]) ** 2
+        largest = np.maximum(largest, np.sqrt(total).max(axis=1))
+    slab = events.pulse[1]
+    largest = np.maximum(largest, [abs(slab.amplitude), abs(slab.amplitude / slab.rise_time)])
+    return float(largest[0] / GYROMAGNETIC_RATIO * 1e3), float(largest[1] / GYROMAGNETIC_RATIO)
+
+
 def _scaled(pp: ModuleType, events: _Events, number: int, move: np.ndarray) -> list[Any]:
     """Both phase-encoding gradients; always the same shapes, which differ in amplitude alone."""
     return [
@@ -336,14 +323,16 @@ def _repetition_time(events: _Events, pp: ModuleType) -> float:
     return float(pp.calc_duration(*events.pulse) + sum(events.durations) + readouts + events.trailing)
 
 
-def _definitions(mask: SamplingMask, s: SequenceSettings, events: _Events) -> dict[str, Any]:
+def _definitions(
+    mask: SamplingMask, s: SequenceSettings, echo_times: tuple[float, ...], repetition_time: float
+) -> dict[str, Any]:
     _, n_k2, n_k1 = mask.mask.shape
     return {
         "Name": s.name,
         "FOV": list(s.fov[::-1]),
         "Matrix": [s.matrix_x, n_k1, n_k2],
-        "TE": list(events.echo_times),
-        "TR": s.repetition_time,
+        "TE": list(echo_times),
+        "TR": repetition_time,
         "FlipAngle": math.degrees(s.flip_angle),
         "ReadoutOversamplingFactor": s.oversampling,
         "kSpaceCenterLine": n_k1 // 2,

@@ -1,21 +1,31 @@
-"""The MRD header that belongs to an exported sequence: scanners' converters write the matrix of a protocol that knows nothing of it."""
+"""The MRD header that belongs to an exported sequence, and its way into raw data.
+
+Scanners' converters write the matrix, the field of view and the echo times of a protocol that knows nothing of the sequence.
+"""
 
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import h5py
 import ismrmrd.xsd as xsd
+import numpy as np
 
+from gadgets.errors import HeaderError, RawFileError
+from gadgets.mask_check import DIGEST_PARAMETER, NAME_PARAMETER
+from recon_core.sampling.agreement import pattern_digest
 from recon_core.sampling.mask_files import SamplingMask
 from recon_core.simulation.signal import GYROMAGNETIC_RATIO
 
 if TYPE_CHECKING:
-    from gadgets.pulseq import SequenceFacts, SequenceSettings
+    from gadgets.pulseq_settings import SequenceFacts, SequenceSettings
 
 
-def header_text(mask: SamplingMask, s: SequenceSettings, facts: SequenceFacts) -> str:
-    """The MRD header as XML: sizes of the full grid, echo times as played; nothing about a patient or a scanner's coils."""
+def header_text(mask: SamplingMask, s: SequenceSettings, facts: SequenceFacts, mask_name: str) -> str:
+    """The MRD header as XML: sizes of the full grid, echo times as played, the mask; nothing about a patient or a scanner's coils."""
     n_echoes, n_k2, n_k1 = mask.mask.shape
     z, y, x = (length * 1e3 for length in s.fov)
 
@@ -38,7 +48,7 @@ def header_text(mask: SamplingMask, s: SequenceSettings, facts: SequenceFacts) -
     )
     parallel = xsd.parallelImagingType(
         accelerationFactor=xsd.accelerationFactorType(
-            kspace_encoding_step_1=max(1, round(mask.acceleration)), kspace_encoding_step_2=1
+            kspace_encoding_step_1=math.ceil(mask.acceleration - 1e-9), kspace_encoding_step_2=1
         ),
         calibrationMode=xsd.calibrationModeType.EMBEDDED,
     )
@@ -65,5 +75,61 @@ def header_text(mask: SamplingMask, s: SequenceSettings, facts: SequenceFacts) -
             flipAngle_deg=[round(math.degrees(s.flip_angle), 6)],
             sequence_type="Flash",
         ),
+        userParameters=xsd.userParametersType(
+            userParameterString=[
+                xsd.userParameterStringType(name=NAME_PARAMETER, value=mask_name),
+                xsd.userParameterStringType(name=DIGEST_PARAMETER, value=pattern_digest(mask.mask)),
+            ]
+        ),
     )
     return str(xsd.ToXML(header))
+
+
+def attach_header(raw: Path, side: Path, out: Path, group: str = "dataset") -> None:
+    """Copy a raw file with what ``side`` says of the sequence in place of what the scanner's protocol says.
+
+    From ``side``: the encoding, the sequence's parameters, the mask. From the raw file: everything else (measurement, scanner, frequency,
+    coils, patient, waveforms, other user parameters).
+
+    Raises
+    ------
+    RawFileError
+        The raw file cannot be read, ``out`` is one of the others, or the readouts are not as long as the sequence's.
+    HeaderError
+        One of the headers is no MRD header.
+    """
+    if out.exists() and (out.samefile(raw) or out.samefile(side)):
+        raise RawFileError("would be overwritten", where=out.name, remedy="Name another file")
+    told = _parsed(side.read_text(encoding="utf-8"), side.name)
+    try:
+        with h5py.File(raw, "r") as file:
+            text = file[group]["xml"][0]
+            lengths = np.unique(file[group]["data"].fields("head")[:]["number_of_samples"])
+    except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
+        raise RawFileError("no MRD raw data", where=f"{raw.name}, group {group}", got=type(error).__name__) from None
+    expected = told.encoding[0].encodedSpace.matrixSize.x
+    if expected not in lengths.tolist():
+        raise RawFileError(
+            "not a scan of this sequence", where=raw.name, got=f"readouts of {lengths.tolist()} samples", expected=expected
+        )
+    header = _parsed(text.decode() if isinstance(text, bytes) else str(text), raw.name)
+    header.encoding, header.sequenceParameters = told.encoding, told.sequenceParameters
+    user = header.userParameters or xsd.userParametersType()
+    names = {parameter.name for parameter in told.userParameters.userParameterString}
+    user.userParameterString = [
+        *(parameter for parameter in user.userParameterString if parameter.name not in names),
+        *told.userParameters.userParameterString,
+    ]
+    header.userParameters = user
+    shutil.copyfile(raw, out)
+    with h5py.File(out, "r+") as file:
+        del file[group]["xml"]
+        kind = h5py.special_dtype(vlen=bytes)
+        file[group].create_dataset("xml", data=np.array([str(xsd.ToXML(header)).encode()], dtype=object), dtype=kind)
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return xsd.CreateFromDocument(text)
+    except Exception as error:  # the parser has no error of its own
+        raise HeaderError("not an MRD header", where=where, got=type(error).__name__) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,16 +13,20 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from gadgets.capture import read_capture
+from gadgets.capture import read_capture, windows
 from gadgets.errors import MalformedText, RawFileError
 from gadgets.wire import codec, events
 from gadgets.wire.dtypes import ACQUISITION_HEADER, WAVEFORM_HEADER
 from gadgets.wire.framing import FrameParser
 from gadgets.wire.header import MrdHeader, parse_header
 from recon_core.errors import ReconError
+from recon_core.hdf5_input import plain_dataset, plain_item
 
 SLAB_BYTES = 32 << 20
 """Read and sent as one piece."""
+
+UNREADABLE = (KeyError, IndexError, ValueError, TypeError, AttributeError, OSError)
+"""What h5py and numpy raise at a file that is not made as it has to be."""
 
 VERSION_ELEMENT = re.compile(r"\s*<(?:\w+:)?version>[^<]*</(?:\w+:)?version>")
 
@@ -110,13 +113,17 @@ class RawFile:
     ) -> None:
         self.path, self.group, self._config, self._fire = path, group, config, fire
         with self._open() as file:
-            root = file.get(group)
+            root = plain_item(file, group)
             if not isinstance(root, h5py.Group) or "xml" not in root or "data" not in root:
-                known = ", ".join(name for name in file if isinstance(file[name], h5py.Group) and "xml" in file[name])
+                known = ", ".join(name for name in file if isinstance(file.get(name), h5py.Group) and "xml" in file[name])
                 raise RawFileError("no raw data in this group", where=path.name, got=group, expected=known or "xml and data")
-            text = root["xml"][0]
-            self.header_text = text.decode("utf-8") if isinstance(text, bytes) else str(text)
-            self.n_readouts = len(root["data"])
+            try:
+                text = plain_dataset(root, "xml")[0]
+                self.header_text = text.decode("utf-8") if isinstance(text, bytes) else str(text)
+                self.n_readouts = len(plain_dataset(root, "data"))
+            except UNREADABLE as error:
+                got = type(error).__name__
+                raise RawFileError("no header or no readouts", where=path.name, got=got, expected="xml and data") from None
         if strip_version:
             self.header_text = VERSION_ELEMENT.sub("", self.header_text, count=1)
         try:
@@ -126,10 +133,21 @@ class RawFile:
 
     def pieces(self) -> Iterator[Piece]:
         yield Piece(self._config + codec.header(self.header_text) + self._fire, NO_ENDS)
+        try:
+            yield from self._data()
+        except UNREADABLE as error:
+            raise RawFileError(
+                "readouts or waveforms of another kind", where=self.path.name, got=type(error).__name__
+            ) from None
+        yield Piece(codec.close(), NO_ENDS)
+
+    def _data(self) -> Iterator[Piece]:
         with self._open() as file:
-            root = file[self.group]
+            root = plain_item(file, self.group)
+            if not isinstance(root, h5py.Group):
+                raise RawFileError("the file has changed", where=self.path.name)
             waveforms, stamps = _waveforms(root)
-            rows = root["data"]
+            rows = plain_dataset(root, "data")
             sent, newest = 0, 0
             for first, last in self._slabs(rows):
                 slab = rows[first:last]
@@ -147,7 +165,6 @@ class RawFile:
                         sent += 1
             for waveform in waveforms[sent:]:
                 yield Piece(waveform, NO_ENDS)
-        yield Piece(codec.close(), NO_ENDS)
 
     def _open(self) -> h5py.File:
         try:
@@ -199,7 +216,7 @@ def _joined(rows: NDArray[np.object_], length: int, where: str) -> NDArray[np.fl
 def _waveforms(root: h5py.Group) -> tuple[list[bytes], NDArray[np.int64]]:
     if "waveforms" not in root:
         return [], NO_ENDS
-    rows = root["waveforms"][:]
+    rows = plain_dataset(root, "waveforms", whole=True)[:]
     heads = np.zeros(len(rows), WAVEFORM_HEADER)
     for name in WAVEFORM_HEADER.names or ():
         heads[name] = rows["head"][name]
@@ -225,7 +242,7 @@ class CapturedSession:
         self.header: MrdHeader | None = None
         header_at, data_at = 0, 0
         parser = FrameParser()
-        for window in _windows(self.path):
+        for window in windows(self.path):
             for event in parser.feed(window):
                 if isinstance(event, events.Readouts):
                     self.n_readouts += len(event)
@@ -244,7 +261,7 @@ class CapturedSession:
         parser, base = FrameParser(), 0
         edits = list(self._edits)
         resume = 0  # stream offset of the next byte to send
-        for window in _windows(self.path):
+        for window in windows(self.path):
             found = [e.offsets + 342 + e.payload_bytes for e in parser.feed(window) if isinstance(e, events.Readouts)]
             ends = np.concatenate(found) if found else NO_ENDS
             stop = base + len(window)
@@ -259,11 +276,3 @@ class CapturedSession:
                 yield Piece(window[start - base :], ends - start)
                 resume = stop
             base = stop
-
-
-def _windows(path: Path) -> Iterator[memoryview]:
-    """A file in large pieces, mapped: the parser touches only headers, the socket reads the page cache."""
-    with path.open("rb") as file:
-        mapped = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    for start in range(0, len(mapped), SLAB_BYTES):
-        yield mapped[start : start + SLAB_BYTES]

@@ -120,9 +120,19 @@ def with_chain(config: str, chain: str) -> str:
 # -- who reconstructs ---------------------------------------------------------------------------------------------------------
 
 
-def find_server() -> socket.socket | None:
-    """A connection to the warm server, or ``None`` when there is none. Whatever else listens there gets no data."""
-    address = os.environ.get(SERVER, DEFAULT_SERVER).strip()
+def find_server(
+    address: str | None = None, *, secure: Callable[[socket.socket, str], socket.socket] | None = None
+) -> socket.socket | None:
+    """A connection to the warm server, or ``None`` when there is none. Whatever else listens there gets no data.
+
+    Parameters
+    ----------
+    address
+        ``host:port``; by default the environment names it.
+    secure
+        Puts TLS over the connected socket, given the host's name; raises `Failed` where that cannot be.
+    """
+    address = (os.environ.get(SERVER, DEFAULT_SERVER) if address is None else address).strip()
     if address.lower() in ("", "none", "off"):
         return None
     host, _, port = address.rpartition(":")
@@ -132,11 +142,12 @@ def find_server() -> socket.socket | None:
         logger.info("event=no_server address=%s reason=%r", address, getattr(error, "strerror", None) or str(error))
         return None
     try:
+        server = server if secure is None else secure(server, host.strip("[]") or "127.0.0.1")
         server.settimeout(ANSWER_SECONDS)
         words = b"gadgetron::version"
         server.sendall(struct.pack("<HQQQ", QUERY, 0, 1, len(words)) + words)
-        number, correlation, length = struct.unpack("<HQQ", _exactly(server, 18))
-        said = _exactly(server, length).decode("utf-8", "replace") if length < 1000 else ""
+        number, correlation, length = struct.unpack("<HQQ", exactly(server, 18))
+        said = exactly(server, length).decode("utf-8", "replace") if length < 1000 else ""
         if (number, correlation) == (RESPONSE, 1) and said.startswith(PRODUCT):
             server.settimeout(None)
             return server
@@ -145,6 +156,19 @@ def find_server() -> socket.socket | None:
         logger.warning("event=other_server address=%s reason=%s", address, type(error).__name__)
     server.close()
     return None
+
+
+def answers(address: str) -> bool:
+    """Whether our server answers there: for health checks."""
+    server = find_server(address)
+    if server is None:
+        return False
+    with server, contextlib.suppress(OSError):
+        server.settimeout(ANSWER_SECONDS)
+        server.sendall(CLOSE_BYTES)  # leaving without a word would be a warning in the server's log
+        while server.recv(PIECE_BYTES):
+            pass
+    return True
 
 
 def in_this_process() -> socket.socket:
@@ -156,7 +180,7 @@ def in_this_process() -> socket.socket:
         This Python cannot reconstruct.
     """
     for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("OPENBLAS_NUM_THREADS", "1")):
-        os.environ.setdefault(name, value)  # threads that wait must sleep: see gadgets.jobs.WORKER_ENVIRONMENT
+        os.environ.setdefault(name, value)  # threads that wait must sleep: see gadgets.compute_local.WORKER_ENVIRONMENT
     try:
         # `from gadgets import node` would take it for a chain's name where there is no such module
         node = importlib.import_module("gadgets.node")
@@ -178,7 +202,14 @@ def in_this_process() -> socket.socket:
     return ours
 
 
-def _exactly(source: socket.socket, n: int) -> bytes:
+def exactly(source: socket.socket, n: int) -> bytes:
+    """The next ``n`` bytes.
+
+    Raises
+    ------
+    Failed
+        The stream ended before.
+    """
     got = bytearray()
     while len(got) < n:
         piece = source.recv(min(n - len(got), PIECE_BYTES))
@@ -242,11 +273,11 @@ class Relay:
     def _answers(self, core: socket.socket) -> None:
         """Whole messages from ``core`` to Gadgetron, until CLOSE (which is not sent here)."""
         while True:
-            number = struct.unpack("<H", _exactly(core, 2))[0]
+            number = struct.unpack("<H", exactly(core, 2))[0]
             if number == CLOSE:
                 return
             if number == IMAGE:
-                head = _exactly(core, IMAGE_HEADER_BYTES + 8)
+                head = exactly(core, IMAGE_HEADER_BYTES + 8)
                 (data_type,) = struct.unpack_from("<H", head, 2)
                 x, y, z = struct.unpack_from("<3H", head, 16)
                 (channels,) = struct.unpack_from("<H", head, 34)
@@ -254,13 +285,13 @@ class Relay:
                 pixels = PIXEL_BYTES.get(data_type, 0) * x * y * z * channels
                 if data_type not in PIXEL_BYTES or attributes > MAX_ATTRIBUTES or pixels > MAX_PIXELS:
                     raise Failed(f"an image that Gadgetron cannot take (data type {data_type}, {pixels} bytes)")
-                body = head + _exactly(core, attributes + pixels)
+                body = head + exactly(core, attributes + pixels)
             elif number == ERROR:
-                head = _exactly(core, 8)
+                head = exactly(core, 8)
                 (length,) = struct.unpack("<Q", head)
                 if length > MAX_TEXT:
                     raise Failed("the reconstruction failed, with too many words")
-                body = head + _exactly(core, length)
+                body = head + exactly(core, length)
             else:
                 raise Failed(f"the reconstruction answered with message {number}, which Gadgetron does not understand")
             self._send(struct.pack("<H", number) + body)

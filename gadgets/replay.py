@@ -24,6 +24,7 @@ from gadgets.errors import Disconnected, ImageFileError, ReplayFailed
 from gadgets.image_attributes import is_preview
 from gadgets.image_file import ImageFile
 from gadgets.raw_source import Source, open_source
+from gadgets.tls import ClientTls, connect_tls
 from gadgets.wire import codec, events
 from gadgets.wire.framing import FrameParser
 from recon_core.errors import ReconError
@@ -99,6 +100,7 @@ def replay(
     on_image: Callable[[events.Image], None] | None = None,
     connect_seconds: float = 10.0,
     silence_seconds: float = SILENCE_SECONDS,
+    tls: ClientTls | None = None,
 ) -> ReplayResult:
     """Play one scan and wait for its images.
 
@@ -125,6 +127,8 @@ def replay(
         Called with ``(readouts sent, readouts in all)``, by the sending thread.
     silence_seconds
         Without a byte from the server for so long after everything was sent, the replay fails.
+    tls
+        Speak TLS, and verify the server by these.
 
     Raises
     ------
@@ -133,6 +137,8 @@ def replay(
         that arrived are in ``out``.
     RawFileError, SpoolError, ImageFileError
         The source or the image file cannot be used.
+    TlsError
+        The server does not speak TLS, or is not the one that it should be.
     """
     played = open_source(
         source, config=config, script=script, parameters=parameters, dataset=dataset, strip_version=strip_version
@@ -143,9 +149,9 @@ def replay(
     where = f"{host}:{port}"
     wanted = played.header.noise_dependency if played.header is not None and ask_noise else None
     if wanted is not None:
-        with _connect(host, port, connect_seconds) as connection:
+        with _connect(host, port, connect_seconds, tls) as connection:
             result.noise = _ask_noise(connection, wanted, silence_seconds)
-    with _connect(host, port, connect_seconds) as connection, contextlib.ExitStack() as stack:
+    with _connect(host, port, connect_seconds, tls) as connection, contextlib.ExitStack() as stack:
         images = _Images(result, group, stack, on_image)
         sender = _Sender(connection, played, rate, progress)
         sender.start()
@@ -355,7 +361,7 @@ def _ask_noise(connection: socket.socket, measurement_id: str, silence: float) -
     return answer
 
 
-def _connect(host: str, port: int, seconds: float) -> socket.socket:
+def _connect(host: str, port: int, seconds: float, tls: ClientTls | None) -> socket.socket:
     until = time.monotonic() + seconds
     while True:
         try:
@@ -374,7 +380,7 @@ def _connect(host: str, port: int, seconds: float) -> socket.socket:
             raise ReplayFailed("cannot connect", where=f"{host}:{port}", got=error.strerror or str(error)) from None
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
+        return connection if tls is None else connect_tls(connection, host, tls)
 
 
 def _retry() -> None:

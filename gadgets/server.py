@@ -1,22 +1,21 @@
-"""The TCP front: accepts connections and gives each one a thread. Loopback unless told otherwise: MRD has neither encryption
-nor passwords.
+"""The TCP front: gives each connection that the listener lets in a thread. Loopback unless told otherwise: MRD has neither
+encryption nor passwords.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
 from types import TracebackType
 
+from gadgets.admission import Place
 from gadgets.connection import Connection
-from gadgets.errors import WireError
 from gadgets.handlers import ChainRequest, Handlers, OpenScan
+from gadgets.listener import Access, Listener
 from gadgets.noise_store import NoiseStore
 from gadgets.peer import Peer, Timing
 from gadgets.spool import Spool
@@ -25,8 +24,6 @@ from gadgets.wire.framing import Limits
 logger = logging.getLogger(__name__)
 
 DEFAULT_PORT = 9002
-BACKLOG = 128
-REFUSALS_AT_ONCE = 32
 
 
 class Server:
@@ -42,12 +39,19 @@ class Server:
         Where raw data go.
     limits
         Sizes that a peer may ask for.
-    max_connections
-        Connections served at once. The next ones are told that the server is busy.
+    access
+        Who may connect, how, and how many at once; the next ones are told that the server is busy.
     check_config, noise_store, noise_request, chain_names
         See ``gadgets.connection.Handlers``.
     timing
         Waits of one connection.
+
+    Raises
+    ------
+    SettingError
+        The address is open to the network and nothing says who may connect, or a network that is none.
+    TlsError
+        Certificates that cannot be used.
     """
 
     def __init__(
@@ -58,7 +62,7 @@ class Server:
         open_scan: OpenScan,
         spool: Spool,
         limits: Limits | None = None,
-        max_connections: int = 32,
+        access: Access | None = None,
         check_config: Callable[[ChainRequest], object] | None = None,
         noise_store: NoiseStore | None = None,
         noise_request: Callable[[str], str | None] | None = None,
@@ -70,12 +74,8 @@ class Server:
         self.handlers = Handlers(open_scan=open_scan, noise_store=noise_store, **chosen)  # type: ignore[arg-type]
         self.host = host
         self.limits, self.timing = limits or Limits(), timing or Timing()
-        self.max_connections = max_connections
         self.spool = spool
-        self._port = port
-        self._listener: socket.socket | None = None
-        self._wake: tuple[socket.socket, socket.socket] | None = None
-        self._acceptor: threading.Thread | None = None
+        self._listener = Listener(host, port, self._serve, access, send_seconds=self.timing.send)
         self._closing = False
         self._lock = threading.Lock()
         self._connections: dict[Connection, threading.Thread] = {}
@@ -84,13 +84,18 @@ class Server:
     @property
     def port(self) -> int:
         """The port that is listened on."""
-        return self._port
+        return self._listener.port
 
     @property
     def n_connections(self) -> int:
         """Connections open now."""
         with self._lock:
             return len(self._connections)
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether connections are being accepted."""
+        return self._listener.running
 
     def start(self) -> Server:
         """Listen; connections are accepted by a thread from now on.
@@ -100,37 +105,19 @@ class Server:
         WireError
             The address is taken or not this machine's.
         """
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        try:
-            self._listener = socket.create_server((self.host, self._port), family=family, backlog=BACKLOG)
-        except OSError as error:
-            place = f"{self.host}:{self._port}"
-            raise WireError("cannot listen", where=place, got=error.strerror, remedy="Is another server running?") from error
-        self._port = int(self._listener.getsockname()[1])
-        self._listener.setblocking(False)
-        self._wake = socket.socketpair()
-        self._acceptor = threading.Thread(target=self._accept, name="accept", daemon=True)
-        self._acceptor.start()
-        logger.info("event=listening host=%s port=%d", self.host, self._port)
-        if not _is_loopback(self.host):
-            logger.warning("event=not_loopback host=%s note='MRD has neither encryption nor passwords'", self.host)
+        self._listener.start()
         return self
 
     def serve_forever(self) -> None:
         """``start``, and wait until ``close`` is called from elsewhere."""
-        if self._acceptor is None:
+        if not self._listener.running:
             self.start()
-        assert self._acceptor is not None
-        self._acceptor.join()
+        self._listener.wait()
 
     def close(self, timeout: float = 10.0) -> None:
         """Stop accepting; connections without a scan end at once, scans may take ``timeout`` s and are abandoned then."""
         self._closing = True
-        if self._wake is not None:
-            with contextlib.suppress(OSError):
-                self._wake[1].send(b"x")
-        if self._acceptor is not None and self._acceptor is not threading.current_thread():
-            self._acceptor.join()
+        self._listener.stop()
         for connection in self._open():
             if not connection.busy:
                 connection.stop()
@@ -138,13 +125,12 @@ class Server:
         for connection in self._open():
             logger.warning("event=abandoned connection=%s", connection.name)
             connection.stop()
-        self._wait(time.monotonic() + 2.0)
-        for end in self._wake or ():
-            end.close()
-        self._wake = None
+        until = time.monotonic() + 2.0
+        self._wait(until)
+        self._listener.finish(until)
 
     def __enter__(self) -> Server:
-        return self.start() if self._acceptor is None else self
+        return self if self._listener.running else self.start()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
@@ -159,36 +145,14 @@ class Server:
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
 
-    def _accept(self) -> None:
-        assert self._listener is not None and self._wake is not None
-        with self._listener as listener:
-            while not self._closing:
-                select.select([listener, self._wake[0]], [], [])
-                if self._closing:
-                    break
-                try:
-                    accepted, address = listener.accept()
-                except BlockingIOError:
-                    continue  # the peer was gone before it was accepted
-                except OSError as error:
-                    logger.error("event=accept_failed error=%s", error.strerror)
-                    time.sleep(0.1)  # out of file descriptors: the connections at work have to end first
-                    continue
-                self._serve(accepted, str(address[0]))
-
-    def _serve(self, accepted: socket.socket, address: str) -> None:
+    def _serve(self, accepted: socket.socket, place: Place) -> None:
         name = f"c{next(self._numbers):05d}"
-        with self._lock:
-            n = len(self._connections)
-        if n >= self.max_connections + REFUSALS_AT_ONCE:
-            logger.error("event=dropped connection=%s open=%d", name, n)
-            accepted.close()
-            return
-        refusal = f"the server is busy with {n} connections" if n >= self.max_connections else None
         try:
+            if self._closing:
+                raise OSError("the server is stopping")
             peer = Peer(accepted, self.timing)
-            connection = Connection(name, peer, address, self.handlers, self.limits, self.spool, refusal)
-            thread = threading.Thread(target=self._run, args=(connection,), name=name, daemon=True)
+            connection = Connection(name, peer, place.address, self.handlers, self.limits, self.spool, place.refusal)
+            thread = threading.Thread(target=self._run, args=(connection, place), name=name, daemon=True)
             with self._lock:
                 self._connections[connection] = thread
             thread.start()
@@ -197,14 +161,12 @@ class Server:
             with self._lock:
                 self._connections = {c: t for c, t in self._connections.items() if c.name != name}
             accepted.close()
+            place.leave()
 
-    def _run(self, connection: Connection) -> None:
+    def _run(self, connection: Connection, place: Place) -> None:
         try:
             connection.run()
         finally:
             with self._lock:
                 self._connections.pop(connection, None)
-
-
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+            place.leave()

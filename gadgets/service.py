@@ -8,19 +8,29 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from gadgets.chain import Chain, chain_from_script, chain_names, load_chain
+from gadgets.compute_pool import Events
 from gadgets.connection import ChainRequest
+from gadgets.devices import choose_device
+from gadgets.handlers import Scan as OpenedScan
 from gadgets.job_folder import JobFolders, remove_orphans
-from gadgets.jobs import Jobs, remove_stale_scratch
+from gadgets.jobs import Jobs
+from gadgets.journal import JobRow
+from gadgets.listener import Access
+from gadgets.monitor.observer import Observer
 from gadgets.noise_store import NoiseStore
 from gadgets.peer import Timing
 from gadgets.pipeline import Scan, Services
+from gadgets.results import Archives
+from gadgets.scheduler_options import SchedulerOptions
+from gadgets.scratch import remove_stale_scratch
 from gadgets.server import Server
 from gadgets.spool import ScanLog, Spool
+from gadgets.unattended import Unattended
 from gadgets.wire.framing import Limits
 from gadgets.wire.header import parse_header
-from recon_core.errors import SettingError
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +40,11 @@ class ServiceOptions:
     """How a service runs. Sizes in bytes; ``spool=None`` keeps no raw data, ``workers=None`` takes one for two cores.
 
     ``previews=False`` sends final images only. ``job_folder`` takes what methods tell besides images (arrays, curves, pictures); by
-    default each scan's goes beside its raw data.
+    default each scan's goes beside its raw data. ``observe`` writes what the monitor shows (``gadgets.monitor``) into the spool.
+    ``keep_images`` keeps every scan's images in its job folder, ``keep_days`` removes captures by age, below ``min_free_bytes`` of free
+    disk no capture is begun, and ``archives`` get the images of every scan by themselves. ``masks`` is the folder of sampling masks.
+    ``scheduler`` names a Dask cluster for the slices; ``time_limit`` bounds a chain's computing for one scan, in s (0: not).
+    ``rehearse=False`` starts workers sooner and makes their first scans slower.
     """
 
     host: str = "127.0.0.1"
@@ -45,8 +59,54 @@ class ServiceOptions:
     device: str = "auto"
     previews: bool = True
     job_folder: Path | None = None
+    observe: bool = False
+    keep_images: bool = False
+    keep_days: float | None = None
+    min_free_bytes: int = 2 * 10**9
+    archives: Archives | None = None
+    masks: Path | None = None
+    scheduler: SchedulerOptions | None = None
+    time_limit: float = 0.0
+    rehearse: bool = True
     limits: Limits = field(default_factory=Limits)
     timing: Timing = field(default_factory=Timing)
+    access: Access = field(default_factory=Access)
+
+
+def reconstruct_row(options: ServiceOptions, row: JobRow) -> JobRow:
+    """Reconstruct a waiting job of a spool that no server keeps; the row as it is afterwards."""
+    import torch
+
+    service = Service(options)
+    try:
+        if service.jobs.workers == 0:
+            torch.set_num_threads(service.jobs.threads)  # sums depend on their number in the last bits
+        return service.reconstruct(row)
+    finally:
+        service.close()
+
+
+def server_device(options: ServiceOptions) -> str:
+    """Which device this machine's own workers take: with a scheduler, a GPU that is asked for may be elsewhere."""
+    return choose_device(options.device if options.scheduler is None or options.device == "cpu" else "auto")
+
+
+def compute(options: ServiceOptions, workers: int) -> Jobs:
+    """The workers of this machine, and those of a Dask cluster where one is named."""
+    devices = 0
+    if server_device(options) == "cuda":  # no number: each worker gets a GPU of its own
+        import torch
+
+        devices = torch.cuda.device_count()
+    scheduler = options.scheduler
+    if scheduler is None:
+        return Jobs(workers, threads=options.threads, devices=devices, rehearse=options.rehearse)
+    from gadgets.compute_dask import DaskPool
+
+    def cluster(events: Events, threads: int) -> DaskPool:
+        return DaskPool(scheduler, threads, options.device, events, rehearse=options.rehearse)
+
+    return Jobs(workers, threads=options.threads, remote=cluster, devices=devices, rehearse=options.rehearse)
 
 
 class Service:
@@ -59,9 +119,15 @@ class Service:
         stale = remove_stale_scratch()
         if stale:
             log.info("event=stale_scratch_removed folders=%d", stale)
-        self.jobs = Jobs(workers, threads=options.threads)
+        self.jobs = compute(options, workers)
         self.noise = NoiseStore(options.noise) if options.noise is not None else None
-        self.spool = Spool(options.spool, max_bytes=options.spool_bytes, max_scan_bytes=options.scan_bytes)
+        self.spool = Spool(
+            options.spool,
+            max_bytes=options.spool_bytes,
+            max_scan_bytes=options.scan_bytes,
+            min_free_bytes=options.min_free_bytes,
+            max_age=None if options.keep_days is None else options.keep_days * 86400.0,
+        )
         if self.spool.root is not None:
             remove_orphans(self.spool.root)
         self.job_folders = JobFolders(self.jobs, options.job_folder)
@@ -69,9 +135,11 @@ class Service:
             self.jobs,
             self.noise,
             options.configs,
-            device=choose_device(options.device),
+            device=server_device(options),
             previews=options.previews,
             job_folders=self.job_folders,
+            time_limit=options.time_limit,
+            masks=options.masks,
         )
         self.server = Server(
             options.host,
@@ -81,9 +149,15 @@ class Service:
             spool=self.spool,
             limits=options.limits,
             timing=options.timing,
+            access=options.access,
             noise_store=self.noise,
             chain_names=lambda: chain_names(options.configs),
         )
+        self.unattended = Unattended(self.spool, self.jobs, keep_images=options.keep_images, archives=options.archives)
+        self.server.handlers = self.unattended.handlers(self.server.handlers)
+        self.observer: Observer | None = None
+        if options.observe and self.spool.root is not None:
+            self.observer = Observer(self.spool.root, self._describe, min_free_bytes=self.spool.min_free_bytes)
 
     @property
     def host(self) -> str:
@@ -98,13 +172,21 @@ class Service:
         """Warm the workers, then listen."""
         self.jobs.warm()
         self.server.start()
+        if self.observer is not None:
+            self.observer.start()
+        self.unattended.start(self.server.handlers, self.options.limits)
         return self
 
     def close(self) -> None:
         """Stop listening, end the scans, stop the workers."""
+        self.unattended.stop()
         self.server.close()
         self.job_folders.close()
+        self.unattended.settle()
         self.jobs.close()
+        self.unattended.close()
+        if self.observer is not None:
+            self.observer.close()
 
     def __enter__(self) -> Service:
         return self.start()
@@ -112,27 +194,37 @@ class Service:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def reconstruct(self, row: JobRow) -> JobRow:
+        """A waiting job, in the caller's thread; for processes that do not serve."""
+        return self.unattended.reconstruct(row, self.server.handlers, self.options.limits)
+
     def _chain(self, request: ChainRequest) -> Chain:
         if request.script is not None and request.name is None:
             return chain_from_script(request.script, request.overrides, directory=self.options.configs)
         return load_chain(request.name or "", request.overrides, directory=self.options.configs)
 
-    def _open_scan(self, request: ChainRequest, header_text: str, raw: ScanLog, say: Callable[[str], None]) -> Scan:
-        return Scan(self._chain(request), parse_header(header_text), raw, self.services, say)
+    def _open_scan(self, request: ChainRequest, header_text: str, raw: ScanLog, say: Callable[[str], None]) -> OpenedScan:
+        chain, header = self._chain(request), parse_header(header_text)
 
+        def make(say: Callable[[str], None]) -> Scan:
+            return Scan(chain, header, raw, self.services, say)
 
-def choose_device(wanted: str) -> str:
-    """``auto`` takes the first CUDA device when torch sees one, else the CPU.
+        return make(say) if self.observer is None else self.observer.open(make, chain.name, raw, say)
 
-    Raises
-    ------
-    SettingError
-        CUDA was asked for by name and is not there.
-    """
-    import torch
-
-    if wanted == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted.startswith("cuda") and not torch.cuda.is_available():
-        raise SettingError("no CUDA device", where="device", got=wanted, expected="auto or cpu on this machine")
-    return wanted
+    def _describe(self) -> dict[str, Any]:
+        """For the monitor: what a server knows of itself."""
+        state = self.jobs.state
+        return {
+            "queued": state.waiting,
+            "capacity": state.capacity,
+            "deaths": state.deaths,
+            "host": self.host,
+            "port": self.port,
+            "listening": self.server.is_listening,
+            "connections": self.server.n_connections,
+            "workers": self.jobs.workers,
+            "device": self.services.device,
+            "versions": self.spool.versions,
+            "spool_bytes": self.spool.max_bytes,
+            "min_free_bytes": self.spool.min_free_bytes,
+        }

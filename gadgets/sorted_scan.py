@@ -10,12 +10,15 @@ from numpy.typing import NDArray
 
 from gadgets.buffer_settings import AcquisitionSettings
 from gadgets.geometry import Geometry
-from gadgets.readouts import Headers, ReadoutGeometry
+from gadgets.readouts import Headers, ReadoutGeometry, flag_mask
+from gadgets.wire.dtypes import Flag
 from gadgets.wire.header import Encoding, MrdHeader
 from recon_core.types import ScanInfo
 
 STATE_COUNTERS = ("repetition", "set", "contrast", "phase")
 """Order of the state axis, slowest first: the phases of one cine are neighbours."""
+
+REVERSE = flag_mask(Flag.ACQ_IS_REVERSE)
 
 SATURATION_PREFIX = "SaturationTime_ms_"
 """``userParameterDouble`` or ``userParameterLong`` ``SaturationTime_ms_0``, ``_1``, ...: saturation times in ms. MRD has no
@@ -144,6 +147,9 @@ class SortedScan:
             repetition_time=_only(self.header.repetition_times),
             flip_angle=_only(self.header.flip_angles),
             field_strength=self.header.field_strength,
+            larmor_frequency=self.header.h1_frequency,
+            b0_direction=self.geometry[slice_index].b0_direction,
+            reversed_readouts=tuple(((self.source_headers[slice_index]["flags"] & REVERSE) != 0).tolist()),
             state_counters=self.states,
             slice_index=self.slices[slice_index],
         )

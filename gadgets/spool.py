@@ -11,9 +11,6 @@ that is still being written is locked (``flock``); one that is neither locked no
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
-import fcntl
 import hashlib
 import logging
 import math
@@ -23,42 +20,28 @@ import shutil
 import tempfile
 import threading
 import time
-import weakref
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from gadgets.capture import capture_status, sidecar, write_sidecar
+from gadgets.capture import JOB_SUFFIX as JOB_SUFFIX
+from gadgets.capture import capture_status, folder_size, sidecar, size_of, write_sidecar
+from gadgets.capture import job_folder_of as job_folder_of
 from gadgets.capture import read_capture as read_capture
 from gadgets.errors import SpoolError
+from gadgets.file_locks import is_locked
 from gadgets.queries import versions as installed_versions
+from gadgets.scan_log import TEMPORARY_PREFIX
+from gadgets.scan_log import ScanLog as ScanLog
+from gadgets.scan_log import Status as Status
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["complete", "truncated", "failed"]
+ORPHAN_NOTE = "the server ended during this scan"
+"""In the sidecar of a capture that a dying server left, until `gadgets.recovery` has looked at it."""
 
-TEMPORARY_PREFIX = "recon-gadgets-log-"
-CHECK_EVERY = 256 << 20  # bytes between two looks at the limits
-NOTE_CHARS = 500
 STALE_SECONDS = 3600.0
 RECOUNT_SECONDS = 60.0
-RESERVE_FROM, RESERVE_BYTES = 1 << 20, 64 << 20
-FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
-_fallocate = getattr(ctypes.CDLL(None), "fallocate64", None) if os.name == "posix" else None
-if _fallocate is not None:
-    _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS})
-"""Errors of a write after which another place may still take the bytes."""
-
-
-JOB_SUFFIX = ".job"
-
-
-def job_folder_of(capture: Path) -> Path:
-    """The folder of what methods told besides images: part of its capture, in size and in when it is removed."""
-    return capture.with_suffix(JOB_SUFFIX)
 
 
 def default_spool_root() -> Path:
@@ -81,6 +64,8 @@ class Spool:
         What has to stay free on the disk. When removing finished captures is not enough, logs go to temporary storage.
     max_scan_bytes
         Largest single log; more is a ``SpoolError``.
+    max_age
+        Finished captures older than this many seconds are removed, whatever became of their scans; ``None`` keeps them.
     versions
         Written into every sidecar; by default those of this installation.
 
@@ -97,14 +82,18 @@ class Spool:
         min_free_bytes: int = 2 * 10**9,
         max_scan_bytes: int = 64 * 10**9,
         *,
+        max_age: float | None = None,
         versions: Mapping[str, str] | None = None,
         temporary_directories: tuple[Path, ...] | None = None,
     ) -> None:
         self.root = None if root is None else Path(root).expanduser()
         self.max_bytes, self.min_free_bytes, self.max_scan_bytes = max_bytes, min_free_bytes, max_scan_bytes
+        self.max_age = max_age
+        self.held: frozenset[str] = frozenset()  # captures (file names) that are still to be reconstructed: never removed
         self.versions = dict(installed_versions() if versions is None else versions)
         self.temporary_directories = temporary_directories or (Path("/dev/shm"), Path(tempfile.gettempdir()))
         self._lock = threading.Lock()
+        self._owed: dict[Path, dict[str, Any]] = {}  # sidecars that the disk did not take
         self._used, self._counted = 0, -math.inf  # bytes in the folder, and when they were last counted
         self._salt = secrets.token_bytes(16)  # peers are comparable within one run of the server, and not beyond
         if self.root is not None:
@@ -132,19 +121,39 @@ class Spool:
         if self.root is None:
             return False
         with self._lock:
+            self._write_owed()
             self._used += grown
             fresh = time.monotonic() - self._counted < RECOUNT_SECONDS
             if fresh and self._used <= self.max_bytes and _free(self.root) >= self.min_free_bytes:
                 return True
             return self._evict(self.root)
 
+    def owe_sidecar(self, capture: Path, info: Mapping[str, Any]) -> None:
+        """Write a finished capture's sidecar as soon as the disk takes it: without one the capture would never be evicted."""
+        with self._lock:
+            self._owed[capture] = dict(info)
+
+    def _write_owed(self) -> None:
+        for capture, info in list(self._owed.items()):
+            try:
+                if capture.exists():
+                    write_sidecar(sidecar(capture), info)
+            except OSError:
+                return
+            del self._owed[capture]
+
     def _evict(self, root: Path) -> bool:
-        sizes = {path: _size(path) + _folder_size(job_folder_of(path)) for path in root.glob("*.mrd")}
-        used = self._used = sum(sizes.values())
+        sizes = {path: size_of(path) + folder_size(job_folder_of(path)) for path in root.glob("*.mrd")}
+        self._used = sum(sizes.values())
         self._counted = time.monotonic()
+        if self.max_age is not None:
+            oldest = time.time() - self.max_age
+            for path in [path for path in sizes if path.name not in self.held and _finished_before(path, oldest)]:
+                self._remove(path, sizes.pop(path), "age")
+        used = self._used
         if used <= self.max_bytes and _free(root) >= self.min_free_bytes:
             return True
-        finished = [path for path in sorted(sizes) if sidecar(path).exists()]
+        finished = [path for path in sorted(sizes) if path.name not in self.held and sidecar(path).exists()]
         status = {path: capture_status(path) for path in finished}
         kept_failed = sum(sizes[path] for path in finished if status[path] != "complete")
         # when others have filled the disk, removing captures would lose them and not help
@@ -153,16 +162,19 @@ class Spool:
             complete = [path for path in finished if status[path] == "complete"]
             victim = complete[0] if complete and kept_failed <= self.max_bytes // 2 else finished[0]
             finished.remove(victim)
-            with contextlib.suppress(OSError):
-                victim.unlink()
-            with contextlib.suppress(OSError):
-                sidecar(victim).unlink()
-            shutil.rmtree(job_folder_of(victim), ignore_errors=True)
-            used -= sizes[victim]
-            self._used = used
+            self._remove(victim, sizes[victim], status[victim])
+            used = self._used
             kept_failed -= sizes[victim] if status[victim] != "complete" else 0
-            logger.info("event=capture_evicted file=%s bytes=%d status=%s", victim.name, sizes[victim], status[victim])
         return _free(root) >= self.min_free_bytes
+
+    def _remove(self, capture: Path, size: int, reason: str) -> None:
+        """A capture, its sidecar and what came of it."""
+        for path in (capture, sidecar(capture)):
+            with contextlib.suppress(OSError):
+                path.unlink()
+        shutil.rmtree(job_folder_of(capture), ignore_errors=True)
+        self._used -= size
+        logger.info("event=capture_evicted file=%s bytes=%d reason=%s", capture.name, size, reason)
 
     def place(self, needed: int, tried: set[Path]) -> tuple[Path, bool]:
         """Where a log of at least ``needed`` bytes may go, and whether it is kept there.
@@ -196,13 +208,18 @@ class Spool:
     def _adopt_orphans(self, root: Path) -> None:
         """Give a sidecar to captures that a dying server left; without one they would never be evicted."""
         for path in root.glob("*.mrd"):
-            if sidecar(path).exists() or _is_locked(path):
+            if sidecar(path).exists() or is_locked(path):
                 continue
-            info = {"status": "truncated", "note": "the server ended during this scan", "bytes": _size(path), "versions": {}}
+            info = {
+                "status": "truncated",
+                "note": ORPHAN_NOTE,
+                "bytes": size_of(path),
+                "versions": {},
+            }
             with contextlib.suppress(OSError):
-                os.truncate(path, _size(path))  # gives back what was reserved
+                os.truncate(path, size_of(path))  # gives back what was reserved
                 write_sidecar(sidecar(path), info)
-                logger.warning("event=capture_orphaned file=%s bytes=%d", path.name, _size(path))
+                logger.warning("event=capture_orphaned file=%s bytes=%d", path.name, size_of(path))
 
     def _remove_stale_temporaries(self) -> None:
         for folder in self.temporary_directories:
@@ -210,268 +227,15 @@ class Spool:
                 with contextlib.suppress(OSError):
                     state = left.stat()
                     old = time.time() - state.st_mtime > STALE_SECONDS
-                    if state.st_uid == os.getuid() and old and not any(_is_locked(log) for log in left.glob("*.mrd")):
+                    if state.st_uid == os.getuid() and old and not any(is_locked(log) for log in left.glob("*.mrd")):
                         shutil.rmtree(left)
 
 
-class ScanLog:
-    """The bytes of one connection, in order. Written by one thread; other processes may read what was appended at once.
-
-    ``path`` changes when the log has to move to other storage; offsets stay valid, and the old file stays readable until the
-    end.
-    """
-
-    def __init__(self, spool: Spool, peer: str) -> None:
-        self._spool = spool
-        self._peer = peer
-        self._started = datetime.now(UTC)
-        self._name = f"{self._started:%Y%m%dT%H%M%S.%f}Z-{secrets.token_hex(4)}.mrd"
-        self._fd = -1
-        self._path: Path | None = None
-        self._kept = False
-        self._tried: set[Path] = set()
-        self._left: list[Path] = []  # files that the log moved away from
-        self._next_check = CHECK_EVERY
-        self._reserved = 0  # blocks up to here are allocated; never more than RESERVE_BYTES ahead
-        self._ended = False
-        self._reported = 0  # bytes that the spool's total knows of
-        self.size = 0
-
-    @property
-    def name(self) -> str:
-        """File name of the capture, for logs and messages."""
-        return self._name
-
-    @property
-    def kept(self) -> bool:
-        """Whether the file stays after ``finish``."""
-        return self._kept and not self._ended
-
-    @property
-    def lost_by_its_spool(self) -> bool:
-        """Whether the file will be gone after ``finish`` although captures are wanted."""
-        return self._spool.root is not None and self._path is not None and not self._kept
-
-    @property
-    def path(self) -> Path:
-        """The file that holds every byte appended so far (made when nothing was appended yet)."""
-        if self._path is None:
-            self._create(0)
-        assert self._path is not None
-        return self._path
-
-    def append(self, data: memoryview | bytes) -> int:
-        """Write ``data`` behind what is there; returns the offset at which it begins.
-
-        Raises
-        ------
-        SpoolError
-            The log is over ``max_scan_bytes``, or no storage at all has room.
-        """
-        view = memoryview(data).cast("B")
-        if self.size + len(view) > self._spool.max_scan_bytes:
-            raise SpoolError(
-                "the scan is larger than allowed",
-                where="spool",
-                got=f"over {self.size + len(view)} bytes",
-                expected=f"at most {self._spool.max_scan_bytes}",
-                remedy="Raise the limit of one scan",
-            )
-        if self._fd < 0:
-            self._create(len(view))
-        offset = self.size
-        if self._kept and self.size >= RESERVE_FROM and self.size + len(view) > self._reserved:
-            self._reserved = self.size + RESERVE_BYTES if _reserve(self._fd, self.size) else 1 << 62
-        while view:
-            try:
-                written = os.write(self._fd, view)
-            except OSError as error:
-                if error.errno not in FULL:
-                    raise SpoolError("cannot write the raw data", where=f"spool {self._name}", got=error.strerror) from error
-                self._move(error.strerror or "write failed")
-                continue
-            view = view[written:]
-            self.size += written
-        if self.size >= self._next_check:
-            self._next_check = self.size + CHECK_EVERY
-            if self._kept and not self._spool.make_room(self._growth()):
-                self._move("too little free space")
-        return offset
-
-    def _growth(self) -> int:
-        grown, self._reported = self.size - self._reported, self.size
-        return grown
-
-    def flush(self) -> None:
-        """Force the bytes to the device. Other processes need no flush: appending does not buffer.
-
-        Not done at the end of a scan: it would stall the file system under the next one. Captures survive the death of the
-        server at any moment; a power cut may cost the last seconds.
-        """
-        if self._fd >= 0:
-            with contextlib.suppress(OSError):  # not every file system can; the bytes are in the page cache then
-                os.fdatasync(self._fd)
-
-    def finish(self, status: Status, note: str = "", *, chain: str = "", readouts: int = 0) -> Path | None:
-        """End the log: sidecar beside a kept capture, temporary files removed. Returns the capture, if there is one.
-
-        ``note`` is one line for the administrator, without patient data.
-        """
-        if self._ended or self._path is None:
-            self._end()
-            return None
-        path, kept = self._path, self._kept
-        incomplete = [left for left in self._left if left.parent == self._spool.root]
-        info = {
-            "status": status,
-            "note": note[:NOTE_CHARS],
-            "started": self._started.isoformat(timespec="milliseconds"),
-            "ended": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "bytes": self.size,
-            "readouts": readouts,
-            "chain": chain,
-            "peer": self._peer,
-            "versions": self._spool.versions,
-        }
-        if not kept:
-            if status != "complete" and incomplete:
-                # the disk ran full during a failed scan: the part that it took is all that will be left
-                info |= {
-                    "bytes": _size(incomplete[0]),
-                    "note": f"{info['note']} (the disk was full: only the beginning is here)",
-                }
-                path = incomplete[0]
-            else:
-                self._end()
-                return None
-        try:
-            write_sidecar(sidecar(path), info)
-        except OSError as error:
-            logger.error("event=sidecar_failed file=%s error=%s", path.name, error.strerror)
-        self._end(keep=path)
-        self._spool.make_room(self._growth())
-        return path if path.exists() else None
-
-    def discard(self) -> None:
-        """End the log and leave nothing."""
-        self._end()
-
-    def _end(self, keep: Path | None = None) -> None:
-        self._ended = True
-        if self._fd >= 0:
-            if self._reserved:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(self._fd, self.size)  # gives back what was reserved
-            os.close(self._fd)
-            self._fd = -1
-        for path in [*self._left, *([self._path] if self._path else [])]:
-            if path != keep:
-                _remove(path, self._spool.root)
-        self._left = []
-
-    def _create(self, needed: int) -> None:
-        if self._ended:
-            raise SpoolError("the log is finished", where=f"spool {self._name}")
-        while True:
-            folder, kept = self._spool.place(self.size + needed, self._tried)
-            try:
-                home = folder if kept else Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder))
-                fd = os.open(home / self._name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            except OSError as error:
-                self._tried.add(folder)
-                logger.error("event=spool_unusable folder=%s error=%s", folder, error.strerror)
-                continue
-            with contextlib.suppress(OSError):  # network file systems may have no locks
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._fd, self._path, self._kept, self._reserved = fd, home / self._name, kept, 0
-            if not kept:  # also when nobody ends the log: the process exits, or forgets it
-                weakref.finalize(self, _forget, home, os.getpid())
-            self._tried.add(folder)
-            if not kept and self._spool.root is not None:
-                logger.error("event=spool_full file=%s action=temporary_storage folder=%s", self._name, folder)
-            return
-
-    def _move(self, why: str) -> None:
-        """Go on in other storage: copy what is there, so that one file holds every byte."""
-        old_fd, old_path, old_kept = self._fd, self.path, self._kept
-        logger.error("event=spool_move file=%s bytes=%d reason=%r", self._name, self.size, why)
-        while True:
-            self._create(self.size + (64 << 20))
-            try:
-                _copy(old_fd, self._fd, self.size)
-                break
-            except OSError:  # that place is full as well
-                os.close(self._fd)
-                _remove(self.path, self._spool.root)
-                self._fd, self._path, self._kept = old_fd, old_path, old_kept
-        self._left.append(old_path)
-        os.close(old_fd)
-
-
-def _forget(home: Path, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child must not remove its parent's files
-        shutil.rmtree(home, ignore_errors=True)
-
-
-def _copy(source: int, target: int, size: int) -> None:
-    for offset, length in _blocks(size, 4 << 20):
-        block = memoryview(os.pread(source, length, offset))
-        while block:
-            block = block[os.write(target, block) :]
-
-
-def _reserve(fd: int, offset: int) -> bool:
-    """Allocate the next blocks of a file without changing its size; whether the file system can.
-
-    Appending then costs less processor time than with allocation page by page (``benchmarks/ingest.py`` appends in its loop).
-    """
-    if _fallocate is None:
-        return False
-    return int(_fallocate(fd, FALLOC_FL_KEEP_SIZE, offset, RESERVE_BYTES)) == 0
-
-
-def _blocks(size: int, step: int) -> Iterator[tuple[int, int]]:
-    for offset in range(0, size, step):
-        yield offset, min(step, size - offset)
-
-
-def _remove(path: Path, root: Path | None) -> None:
-    for left in (path, sidecar(path)):
-        with contextlib.suppress(OSError):
-            left.unlink()
-    if path.parent != root:
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()
-
-
-def _is_locked(path: Path) -> bool:
+def _finished_before(capture: Path, moment: float) -> bool:
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return sidecar(capture).stat().st_mtime < moment
     except OSError:
         return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
-def _folder_size(folder: Path) -> int:
-    """Bytes of the files in it; none where there is no such folder."""
-    try:
-        with os.scandir(folder) as entries:
-            return sum(entry.stat(follow_symlinks=False).st_size for entry in entries)
-    except OSError:
-        return 0
 
 
 def _free(folder: Path) -> int:

@@ -16,10 +16,14 @@ import torch
 from numpy.typing import NDArray
 
 from gadgets.buffer import SortedScan, assemble
+from gadgets.devices import choose_device
 from gadgets.errors import JobFailed, SortError
-from gadgets.jobs import FileReport, out_of_memory
+from gadgets.memory_errors import out_of_memory
 from gadgets.readouts import ReadoutGeometry
+from gadgets.reports import FileReport
+from gadgets.row_files import RowArrays, RowFiles
 from gadgets.wire.readouts import read_samples
+from recon_core.batches import batch_share
 from recon_core.errors import DataError, ReconError
 from recon_core.fourier import fft_centred
 from recon_core.methods import methods
@@ -195,51 +199,19 @@ def compress_chunk(job: RecompressJob) -> None:
     _write(job.out, out)
 
 
-@dataclass(frozen=True)
-class RowFiles:
-    """Prepared readouts in arrival order, spread over equal chunks: a read-only, lazily mapped ``(n, coil, x)`` array."""
-
-    paths: tuple[str, ...]
-    chunk: int
-    n_readouts: int
-    n_coils: int
-    n_x: int
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (self.n_readouts, self.n_coils, self.n_x)
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        return np.dtype(np.complex64)
-
-    def __len__(self) -> int:
-        return self.n_readouts
-
-    def __getitem__(self, rows: NDArray[np.integer]) -> NDArray[np.complex64]:
-        rows = np.asarray(rows)
-        out = np.empty((len(rows), self.n_coils, self.n_x), np.complex64)
-        owner = rows // self.chunk
-        for number in np.unique(owner):
-            where = np.flatnonzero(owner == number)
-            out[where] = self._map(int(number))[rows[where] - number * self.chunk]
-        return out
-
-    def _map(self, number: int) -> NDArray[np.complex64]:
-        n = min(self.chunk, self.n_readouts - number * self.chunk)
-        return np.memmap(self.paths[number], np.complex64, "r", shape=(n, self.n_coils, self.n_x))
-
-
 Role = Literal["slice", "fallback", "preview"]
 """What a slice's images are for: final ones, those of a failed method's stand-in, or quick ones ahead of them."""
 
 
 @dataclass(frozen=True)
 class SliceJob:
-    """Reconstruct one slice or slab from prepared readouts. ``previews``: whether the method's own previews are wanted."""
+    """Reconstruct one slice or slab from prepared readouts.
+
+    ``previews``: whether the method's own previews are wanted. ``batch_share`` and ``cpu_only`` are for when memory is short.
+    """
 
     sorted_scan: SortedScan
-    rows: RowFiles
+    rows: RowFiles | RowArrays
     slice_index: int
     scan: ScanInfo
     recipe: Recipe
@@ -248,11 +220,21 @@ class SliceJob:
     role: Role = "slice"
     previews: bool = False
     device: str = "cpu"
+    batch_share: float = 1.0
+    cpu_only: bool = False
 
     @property
     def tag(self) -> str:
         """Under which name it reports."""
         return report_tag(self.role, self.slice_index)
+
+    def packed(self, device: str) -> SliceJob:
+        """The same job with its readouts in memory, for a worker that does not see this machine's files; it chooses ``device`` there."""
+        if isinstance(self.rows, RowArrays):
+            return replace(self, device=device)
+        scan = self.sorted_scan
+        own = [place.rows[place.slice == self.slice_index] for place in (scan.imaging, scan.calibration)]
+        return replace(self, rows=self.rows.picked(np.concatenate(own)), device=device)
 
 
 def report_tag(role: Role, slice_index: int) -> str:
@@ -313,10 +295,11 @@ def _reconstruct_slice(job: SliceJob) -> Result:
     report = SliceReport(job)
     report.progress(0.0)
     kspace = assemble(job.sorted_scan, job.slice_index, job.rows)
-    kspace = replace(kspace, noise_std=job.noise_std).to(job.device)
+    kspace = replace(kspace, noise_std=job.noise_std).to("cpu" if job.cpu_only else choose_device(job.device))
     if job.role != "slice" and job.recipe.method == "fourier":
         _refuse_aliasing(kspace)
-    return _portable(reconstruct(kspace, job.scan, job.recipe, report))
+    with batch_share(job.batch_share):
+        return _portable(reconstruct(kspace, job.scan, job.recipe, report))
 
 
 def _refuse_aliasing(kspace: KSpace) -> None:
@@ -364,9 +347,12 @@ def _plain(extras: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v.detach().cpu().numpy() if isinstance(v, torch.Tensor) else v for k, v in extras.items()}
 
 
+REHEARSED_DELAYS = (0.5, 1.0, 1.5, 2.0, 8.0)  # s; those of the shipped weights
+
+
 def rehearse() -> None:
     """Run every stage and every method once on tiny data: a worker's first scan pays no import, planning or allocation."""
-    n_states, n_coils, n = 5, 4, 32
+    n_states, n_coils, n = len(REHEARSED_DELAYS), 4, 32
     whole = np.zeros(2, np.intp)
     samples = np.ones((2, n_coils, n), np.complex64)
     prepare_readouts(samples, first=whole, last=whole + n, reverse=whole > 0, k0_start=whole, n_encoded=n, n_x=n)
@@ -376,7 +362,8 @@ def rehearse() -> None:
     contrast = torch.linspace(1, 2, n_states)[:, None, None, None, None]
     data = fft_centred(contrast * (sensitivity * disc)[:, None], (K2, K1)).to(torch.complex64)
     kspace = KSpace(data, torch.ones(n_states, 1, n), data[-1], torch.ones(1, n, dtype=torch.bool))
-    scan = ScanInfo((1, n, n), (0.01, 0.2, 0.2), (1, n, n), (0.01, 0.2, 0.2))
+    place = ((1, n, n), (0.01, 0.2, 0.2))
+    scan = ScanInfo(*place, *place, saturation_times=REHEARSED_DELAYS)
     for name, method in methods().items():
         try:
             settings: Any = parse_settings(method.Settings, getattr(method, "REHEARSAL", {}))

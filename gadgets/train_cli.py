@@ -17,7 +17,7 @@ app = typer.Typer(name="train", help="Train the learned methods on synthetic dat
 out = Console()
 
 
-def _progress() -> Progress:
+def progress_bars() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -29,7 +29,7 @@ def _progress() -> Progress:
     )
 
 
-class _Bar:
+class PhaseBars:
     """One bar per phase: loss beside it, validation figures above it."""
 
     def __init__(self, progress: Progress) -> None:
@@ -44,6 +44,11 @@ class _Bar:
         if step.validation is not None:
             figures = "  ".join(f"{name} {value:.4f}" for name, value in step.validation.figures.items())
             self._progress.console.print(f"{phase} step {step.step}: {figures}", markup=False, highlight=False)
+
+
+def _say_ended(finished: bool, minutes: float, weights: Path) -> None:
+    state = "finished" if finished else "stopped; --resume goes on"
+    out.print(f"{state} after {minutes:.1f} min: {weights}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.callback()
@@ -140,7 +145,94 @@ def pinqi(
         validate_every=validate_every,
         checkpoint_minutes=checkpoint_minutes,
     )
-    with _progress() as progress:
-        result, weights = run(recipe, output, settings, _Bar(progress))
-    state = "finished" if result.finished else "stopped; --resume goes on"
-    out.print(f"{state} after {result.minutes:.1f} min: {weights}", markup=False, highlight=False, soft_wrap=True)
+    with progress_bars() as progress:
+        result, weights = run(recipe, output, settings, PhaseBars(progress))
+    _say_ended(result.finished, result.minutes, weights)
+
+
+@app.command()
+def laro(
+    output: Annotated[Path, typer.Option(help="Folder for checkpoints, logs, pictures, the masks and the weights.")],
+    max_minutes: Annotated[float, typer.Option(help="Stop, resumably, after this time.", min=0.01)] = math.inf,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the training in the folder was stopped.")] = False,
+    pattern: Annotated[
+        list[str] | None,
+        typer.Option(help="R/SPO: acceleration and kind of mask (0 hand-made, 1 one, 2 one per echo); repeat. [8/2]"),
+    ] = None,
+    k1: Annotated[int, typer.Option(help="Phase-encoding positions along k1 (y).", min=8)] = 206,
+    k2: Annotated[int, typer.Option(help="Phase-encoding positions along k2 (partitions, z).", min=8)] = 80,
+    readout: Annotated[int, typer.Option(help="Readout positions of the training scans.", min=8)] = 200,
+    echoes: Annotated[int, typer.Option(help="Echoes of the training scans.", min=1)] = 10,
+    coils: Annotated[int, typer.Option(help="Coils of the training scans.", min=2)] = 8,
+    acs_k1: Annotated[int, typer.Option(help="Central block along k1, always sampled.", min=0)] = 20,
+    acs_k2: Annotated[int, typer.Option(help="Central block along k2.", min=0)] = 20,
+    kind: Annotated[str, typer.Option(help="laro, or the comparator modl.")] = "laro",
+    fusion: Annotated[int, typer.Option(help="TFF: 1 recurrent over echoes, 0 not.", min=0, max=1)] = 1,
+    direction: Annotated[str, typer.Option(help="Of the recurrence: both or forward.")] = "both",
+    channels: Annotated[int, typer.Option(help="Features that are fused.", min=1)] = 64,
+    features: Annotated[
+        list[int] | None, typer.Option(help="Channels of the denoiser's levels, finest first; repeat. [64 128 256]")
+    ] = None,
+    first_steps: Annotated[int, typer.Option(help="Phase one: masks and network.", min=0)] = 160_000,
+    second_steps: Annotated[int, typer.Option(help="Phase two: the network alone.", min=1)] = 160_000,
+    first_unrolls: Annotated[int, typer.Option(help="Iterations in phase one.", min=1)] = 2,
+    second_unrolls: Annotated[int, typer.Option(help="Iterations in phase two, and in use.", min=1)] = 10,
+    pixel_weight: Annotated[float, typer.Option(help="Of the mean absolute error beside SSIM.", min=0.0)] = 0.0,
+    network_rate: Annotated[float, typer.Option(help="Learning rate of the network.")] = 1e-3,
+    mask_rate: Annotated[float, typer.Option(help="Learning rate of the masks.")] = 0.01,
+    mask_start: Annotated[str, typer.Option(help="First probabilities: density or uniform.")] = "density",
+    scans: Annotated[
+        Path | None, typer.Option(help="Folder of scans to learn from (docs/laro.md); simulated heads otherwise.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, masks and samples.")] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more time.")] = False,
+    validate_every: Annotated[int, typer.Option(help="Steps between validations; 0 for none.", min=0)] = 250,
+    checkpoint_minutes: Annotated[float, typer.Option(help="Between checkpoints.", min=0.0)] = 10.0,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them to torch.", min=0)] = 0,
+) -> None:
+    """Train LARO's masks and network. Ctrl-C stops after the step in progress; --resume goes on, to the same bits.
+
+    The same without this package's server side: python -m recon_core.training.laro --help. Masks alone: recon mask learn.
+    """
+    import torch
+
+    from recon_core.training.laro import RunSettings, run
+    from recon_core.training.laro_tasks import LaroRecipe
+
+    if threads:
+        torch.set_num_threads(threads)
+    default = LaroRecipe()
+    recipe = LaroRecipe(
+        kind=kind,
+        fusion=fusion,
+        direction=direction,
+        channels=channels,
+        features=tuple(features or default.features),
+        patterns=tuple(pattern or default.patterns),
+        matrix=(k2, k1, readout),
+        n_echoes=echoes,
+        n_coils=coils,
+        acs=(acs_k2, acs_k1),
+        first_steps=first_steps,
+        second_steps=second_steps,
+        first_unrolls=first_unrolls,
+        second_unrolls=second_unrolls,
+        pixel_weight=pixel_weight,
+        network_rate=network_rate,
+        mask_rate=mask_rate,
+        mask_start=mask_start,
+        seed=seed,
+    )
+    settings = RunSettings(
+        device=device,
+        max_minutes=max_minutes,
+        resume=resume,
+        recompute=recompute,
+        validate_every=validate_every,
+        checkpoint_minutes=checkpoint_minutes,
+        scans=None if scans is None else str(scans),
+    )
+    with progress_bars() as progress:
+        result, weights = run(recipe, output, settings, PhaseBars(progress))
+    _say_ended(result.finished, result.minutes, weights)

@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
+MAX_CHARACTERS = 4000
+"""Of an error's text."""
+
+MAX_GOT_CHARACTERS = 500
+"""Of an offending value in it, which often comes from a peer or a file."""
+
+
+def plain(text: str, most: int = MAX_CHARACTERS) -> str:
+    """A text as one line that can stand in a log and on a terminal: what is not printable as an escape, and not too long.
+
+    Line breaks would forge lines of a log, escape sequences would steer the terminal of who reads it, and directional marks
+    would show a name that it is not.
+    """
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: most + 1])
+    return text if len(text) <= most else text[: most - 3] + "..."
+
 
 class ReconError(Exception):
     """Base of all typed errors of this product.
@@ -32,12 +49,12 @@ class ReconError(Exception):
         self.what, self.where, self.got, self.expected, self.remedy = what, where, got, expected, remedy
         text = f"{where}: {what}" if where else what
         if got is not None:
-            text += f"; got {got}"
+            text += f"; got {plain(str(got), MAX_GOT_CHARACTERS)}"
         if expected is not None:
             text += f"; expected {expected}"
         if remedy:
             text += f". {remedy}"
-        super().__init__(text)
+        super().__init__(plain(text))
 
     def __reduce__(self) -> tuple[object, ...]:
         # the default would call cls(text) in the receiving process and lose the keyword-only parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -11,7 +11,9 @@ from recon_core.coils.estimate import CoilSettings, estimate_coil_maps
 from recon_core.errors import DataError, ReconError
 from recon_core.fourier import fft_centred, ifft_centred
 from recon_core.maps.regrid import map_on_recon_matrix
-from recon_core.maps.series_t1 import ImageNoise, image_noise, recovery_times, t1_maps
+from recon_core.maps.series import ImageNoise, image_noise
+from recon_core.maps.series_qsm import multi_echo_maps, multi_echo_times
+from recon_core.maps.series_t1 import recovery_times, t1_maps
 from recon_core.maps.settings import MapSettings
 from recon_core.methods import Method, get_method, needs_coil_maps
 from recon_core.preprocess.coil_compression import compress, compress_geometric, compression_matrix, geometric_compression
@@ -23,6 +25,8 @@ from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, Report, Result, 
 
 COIL_IMAGE_AXES = (K2, K1)
 """Phase-encoding axes of hybrid k-space, which become z and y."""
+
+MAP_NAMES = {"t1": "T1", "r2star": "R2*", "qsm": "susceptibility"}
 
 
 @dataclass(frozen=True)
@@ -67,12 +71,13 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, recipe: Recipe, report: Report |
     method = get_method(recipe.method)
     if not bool((kspace.counts > 0).any()):
         raise DataError("nothing was sampled", where=f"slice {scan.slice_index}")
-    if recipe.maps.maps == "t1" and recipe.maps.map_failure == "error":
-        recovery_times(scan, kspace.n_states, recipe.maps)  # known before anything is computed
+    if recipe.maps.maps != "none" and recipe.maps.map_failure == "error":
+        _require_times(scan, kspace.n_states, recipe.maps)  # known before anything is computed
     kspace = compress_coils(kspace, recipe.preprocess)
     if needs_coil_maps(method, recipe.settings):
         if kspace.coil_maps is None:
-            kspace = replace(kspace, coil_maps=estimate_coil_maps(kspace, recipe.coils, report))
+            maps = estimate_coil_maps(_calibration(method, kspace, scan, recipe.settings), recipe.coils, report)
+            kspace = replace(kspace, coil_maps=maps)
         result = method.reconstruct(kspace, scan, recipe.settings, report)
         result = _complete(result, kspace, recipe.preprocess)
         result = _on_console_matrix(result, scan)
@@ -94,6 +99,12 @@ def compress_coils(kspace: KSpace, settings: PreprocessSettings) -> KSpace:
     find = geometric_compression if geometric else compression_matrix
     matrix = find(source, settings.virtual_coils)
     return replace(kspace, data=apply(kspace.data), acs=None if kspace.acs is None else apply(kspace.acs), coil_maps=None)
+
+
+def _calibration(method: Method, kspace: KSpace, scan: ScanInfo, settings: Any) -> KSpace:
+    """What coil maps are estimated from: the method may know better which state's lines are good for it."""
+    choose = getattr(method, "calibration", None)
+    return kspace if choose is None else cast(KSpace, choose(kspace, scan, settings))
 
 
 def extents_of(kspace: KSpace) -> tuple[Extent, Extent, Extent]:
@@ -164,17 +175,28 @@ def _with_parameter_maps(result: Result, kspace: KSpace, scan: ScanInfo, setting
     """The maps that the recipe asks for, fitted to the final images of the method's first series."""
     if settings.maps == "none" or result.maps:
         return result
+    make = t1_maps if settings.maps == "t1" else multi_echo_maps
     try:
-        found = t1_maps(result.images[0], scan, _noise_of(kspace, scan), settings)
+        found = make(result.images[0], scan, _noise_of(kspace, scan), settings)
     except ReconError as error:
         if settings.map_failure == "error":
             raise
-        text = f"no T1 map: {error}"
+        text = f"no {MAP_NAMES[settings.maps]} map: {error}"
         report.warn(text)
         return replace(result, notes=(*result.notes, text))
     for note in found.notes:
         report.warn(note)
-    return replace(result, maps=found.maps, notes=(*result.notes, *found.notes), quality={**result.quality, **found.quality})
+    images = result.images if found.images is None else (*found.images, *result.images[1:])
+    notes, quality = (*result.notes, *found.notes), {**result.quality, **found.quality}
+    return replace(result, images=images, maps=found.maps, notes=notes, quality=quality)
+
+
+def _require_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> None:
+    """Refuse a scan whose times cannot make the maps that are asked for."""
+    if settings.maps == "t1":
+        recovery_times(scan, n_states, settings)
+    else:
+        multi_echo_times(scan, n_states, settings)
 
 
 def _noise_of(kspace: KSpace, scan: ScanInfo) -> ImageNoise | None:

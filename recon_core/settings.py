@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_type_hints
@@ -116,6 +117,8 @@ def _convert(kind: type, value: Any) -> Any:
     if kind is int:
         if isinstance(value, float) and value != int(value):
             raise ValueError(value)
+        if isinstance(value, str) and (whole := re.fullmatch(r"\s*([+-]?\d+)\.0*\s*", value)):
+            return int(whole[1])  # some consoles write every number with a point
         return int(value) if not isinstance(value, str) else int(value.strip())
     if kind is float:
         return float(value)

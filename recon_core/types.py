@@ -106,6 +106,12 @@ class ScanInfo:
         One value per state in s, or empty when the header has none that fits the state axis.
     repetition_time, flip_angle, field_strength
         s, rad, T; ``None`` when the header is silent (missing is not a default).
+    larmor_frequency
+        Of protons in this scanner, Hz; ``None`` when the header is silent.
+    b0_direction
+        Unit vector of B0 in the image frame, ``(z, y, x)``; ``None`` when the readouts carry no directions.
+    reversed_readouts
+        For each state whether its readouts were read backwards (bipolar gradients); empty: none were.
     state_counters
         For each state the encoding counters it came from, e.g. ``{"contrast": 0, "phase": 3, "set": 0, "repetition": 0}``.
     slice_index
@@ -122,6 +128,9 @@ class ScanInfo:
     repetition_time: float | None = None
     flip_angle: float | None = None
     field_strength: float | None = None
+    larmor_frequency: float | None = None
+    b0_direction: tuple[float, float, float] | None = None
+    reversed_readouts: tuple[bool, ...] = ()
     state_counters: tuple[Mapping[str, int], ...] = ()
     slice_index: int = 0
 

@@ -69,6 +69,7 @@ class FrameParser:
     list. When the end of the bad message is known, framing goes on (a text that is not UTF-8; ZFP-compressed readouts, of
     which only the first is reported and all are left out of the events). When it is not (unknown id, a length over its
     limit), ``lost`` becomes true and later bytes are ignored. ``closed`` becomes true at CLOSE; bytes behind it are ignored.
+    ``nul_terminated`` tells that the peer ends its texts with NUL, as consoles do, and wants ours like that.
 
     A ``Readouts`` event holds successive readouts, *not necessarily of one shape* (see ``gadgets.wire.readouts.groups``);
     all their bytes have been fed when it is returned.
@@ -80,6 +81,7 @@ class FrameParser:
         self.lost = False
         self.closed = False
         self.error: WireError | None = None
+        self.nul_terminated = False
         self._base = 0  # stream offset of the chunk's first byte
         self._chunk = memoryview(b"")
         self._at = 0
@@ -357,7 +359,9 @@ class FrameParser:
         self._count_text()
         self._expected = self.offset - self._start + length_bytes
         n = int.from_bytes((yield from self._take(length_bytes)), "little")
-        return self._decoded((yield from self._body(n, limit, what)), what, strict=strict)
+        raw = yield from self._body(n, limit, what)
+        self.nul_terminated = self.nul_terminated or raw.endswith(b"\0")
+        return self._decoded(raw, what, strict=strict)
 
     def _decoded(self, raw: bytes, what: str, *, strict: bool = True) -> str:
         """UTF-8 without the trailing NULs that FIRE clients and Gadgetron count in the length."""

@@ -6,14 +6,18 @@ the local field, zero outside the mask that it is valid on, which is smaller tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from scipy.fft import next_fast_len
+from scipy.ndimage import distance_transform_edt
 
 from recon_core.errors import DataError
-from recon_core.maps.dipole_kernel import DipoleOperator
+from recon_core.maps.dipole_kernel import convolve_spectrum, point_dipole_spectrum
 from recon_core.maps.field_checks import checked_field, squared_weights
+from recon_core.maps.finite_differences import relative_steps
 from recon_core.maps.spherical_mean import SphericalMean, inner_distance
 from recon_core.settings import setting
 from recon_core.solvers.cg import conjugate_gradient
@@ -25,8 +29,12 @@ Tensor = torch.Tensor
 class BackgroundSettings:
     """Of the three methods; each reads its own."""
 
-    pdf_iterations: int = setting(400, "PDF: most steps of conjugate gradients", low=1, high=10000)
-    pdf_tolerance: float = setting(3e-3, "PDF: relative residual of the normal equations to stop at", low=1e-8, high=1.0)
+    pdf_iterations: int = setting(300, "PDF: most steps of conjugate gradients", low=1, high=10000)
+    pdf_tolerance: float = setting(1e-3, "PDF: relative residual of the normal equations to stop at", low=1e-8, high=1.0)
+    pdf_gap: float = setting(
+        1.2, "PDF: sources lie farther than this from the mask, in units of the mean voxel side", low=0.0, high=10.0
+    )
+    pdf_shell: float = setting(4.0, "PDF: and no farther than this, in the same unit", low=1.0, high=100.0)
     vsharp_radius: float = setting(0.012, "V-SHARP: radius of the largest sphere", unit="m", low=0.001, high=0.05)
     vsharp_threshold: float = setting(0.05, "V-SHARP: truncation of the inverse filter", low=0.0, high=1.0)
     resharp_radius: float = setting(0.006, "RESHARP: radius of the sphere", unit="m", low=0.001, high=0.05)
@@ -69,11 +77,13 @@ def pdf(
     weights: Tensor | None = None,
     settings: BackgroundSettings | None = None,
 ) -> LocalField:
-    """Projection onto dipole fields: ``min_x |w (f - D x)|^2`` over sources ``x`` outside the mask; local is ``f - D x``.
+    """Projection onto dipole fields: ``min_x |w (f - D x)|^2`` over sources ``x`` around the mask; local is ``f - D x``.
 
-    The field of a dipole inside is nearly orthogonal to all fields of dipoles outside, so at the minimum it stays. The margin
-    around the volume holds sources too (air, shoulders). Conjugate gradients must arrive: some 30 steps leave most of a strong
-    background behind, hence the tolerance, and ``converged`` in the result.
+    Inside, the fields of outside sources are exactly the harmonic functions, and those of inside sources are nearly orthogonal
+    to them. Two things keep it so on a grid. The sources are points (`point_dipole_spectrum`): with the band-limited kernel their
+    ringing explains part of any field, and twice as much of the local one is lost (test_background.py). And they lie in a
+    shell that does not touch the mask: what is farther out is some harmonic function as well, and what is nearer acts on single
+    voxels. Conjugate gradients must arrive: hence the tolerance, and ``converged`` in the result.
 
     Parameters
     ----------
@@ -95,19 +105,60 @@ def pdf(
     """
     s = settings or BackgroundSettings()
     inside, data = checked_field(field, mask, "PDF")
-    operator = DipoleOperator(field.shape, voxel, b0, data)
     squared = squared_weights(weights, inside, data)
-    outside = operator.pad(inside.to(data.dtype)).eq(0).to(data.dtype)
+    box = _SourceBox(inside, voxel, b0, data, s)
 
     def normal(x: Tensor) -> Tensor:
-        # the sources are zero inside, and stay so: every product ends with ``outside``
-        seen = operator.pad(operator.crop(operator.convolve(x)) * squared)
-        return operator.convolve(seen).mul_(outside)
+        # the sources are zero outside the shell, and stay so: every product ends with it
+        return box.sources(box.field(x).mul_(box.cut(squared)))
 
-    rhs = operator.convolve(operator.pad(data * squared)).mul_(outside)
+    rhs = box.sources(box.cut(data * squared))
     found = conjugate_gradient(normal, rhs, max_iterations=s.pdf_iterations, tolerance=s.pdf_tolerance, n_batch_axes=0)
-    local = (data - operator.crop(operator.convolve(found.solution))) * inside
-    return LocalField(local, inside, int(found.iterations), float(found.residual), found.all_converged)
+    local = data.clone()
+    box.cut(local).sub_(box.field(found.solution))
+    return LocalField(local * inside, inside, int(found.iterations), float(found.residual), found.all_converged)
+
+
+class _SourceBox:
+    """The mask's bounding box with room for the shell of sources on all sides, periodic: images of sources stay outside the mask."""
+
+    def __init__(
+        self, inside: Tensor, voxel: Sequence[float], b0: Sequence[float], like: Tensor, settings: BackgroundSettings
+    ) -> None:
+        relative_steps(voxel)
+        side = math.prod(voxel) ** (1 / 3)
+        places = inside.nonzero()
+        low, high = places.amin(0).tolist(), (places.amax(0) + 1).tolist()
+        self._room = [math.ceil(settings.pdf_shell * side / v) for v in voxel]
+        self._box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        self.shape = tuple(next_fast_len(b - a + 2 * r, real=True) for a, b, r in zip(low, high, self._room, strict=True))
+        self._spectrum = point_dipole_spectrum(self.shape, voxel, b0, like)
+        far = torch.from_numpy(
+            distance_transform_edt(~(self._put(inside.to(like.dtype)) > 0).cpu().numpy(), sampling=tuple(voxel))
+        )
+        self._shell = ((far > settings.pdf_gap * side) & (far <= settings.pdf_shell * side)).to(like.device, like.dtype)
+
+    def cut(self, x: Tensor) -> Tensor:
+        """The bounding box of a volume, a view."""
+        return x[self._box]
+
+    def field(self, sources: Tensor) -> Tensor:
+        """In the bounding box, of sources in the larger one."""
+        room = tuple(slice(r, r + s.stop - s.start) for r, s in zip(self._room, self._box, strict=True))
+        return convolve_spectrum(sources, self._spectrum, self.shape)[room]
+
+    def sources(self, field: Tensor) -> Tensor:
+        """Adjoint of `field`, restricted to the shell."""
+        return convolve_spectrum(self._put_box(field), self._spectrum, self.shape).mul_(self._shell)
+
+    def _put(self, x: Tensor) -> Tensor:
+        return self._put_box(self.cut(x))
+
+    def _put_box(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(self.shape)
+        room = tuple(slice(r, r + n) for r, n in zip(self._room, x.shape, strict=True))
+        out[room] = x
+        return out
 
 
 def v_sharp(

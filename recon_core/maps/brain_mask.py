@@ -54,16 +54,8 @@ def brain_mask(magnitude: Tensor, voxel: Sequence[float], *, settings: BrainMask
         No brain is found; values are not finite; wrong axes.
     """
     s = settings or BrainMaskSettings()
-    if magnitude.ndim not in (3, 4) or 0 in magnitude.shape:
-        raise DataError(
-            "wrong axes", where="brain mask", got=tuple(magnitude.shape), expected="(echo, z, y, x) or (z, y, x)"
-        )
     relative_steps(voxel)
-    image = magnitude.abs().float()
-    if image.ndim == 4:
-        image = image.square().mean(0).sqrt()
-    if not bool(torch.isfinite(image).all()):
-        raise DataError("magnitude is not finite", where="brain mask")
+    image = _combined(magnitude, "brain mask")
     values = image.cpu().numpy()
     top = float(np.quantile(values, 0.999))
     if not top > 0:
@@ -84,6 +76,35 @@ def brain_mask(magnitude: Tensor, voxel: Sequence[float], *, settings: BrainMask
     if volume < s.min_volume:
         raise _no_brain(volume, s.min_volume, "the largest bright part is too small")
     return mask.to(magnitude.device)
+
+
+def object_mask(magnitude: Tensor, *, fraction: float = 0.1) -> Tensor:
+    """Everything with signal: root mean square over the echoes at least ``fraction`` of its 99.9th percentile; for phantoms and patches.
+
+    Parameters and axes as `brain_mask`; parts need not hang together, holes stay.
+
+    Raises
+    ------
+    DataError
+        Nothing has signal; wrong axes; values are not finite.
+    """
+    image = _combined(magnitude, "object mask")
+    top = float(np.quantile(image.cpu().numpy(), 0.999))
+    if not top > 0:
+        raise DataError("no signal", where="object mask", remedy="Check that the images show an object.")
+    return image >= fraction * top
+
+
+def _combined(magnitude: Tensor, where: str) -> Tensor:
+    """Root mean square over the echoes, float32 ``(z, y, x)``."""
+    if magnitude.ndim not in (3, 4) or 0 in magnitude.shape:
+        raise DataError("wrong axes", where=where, got=tuple(magnitude.shape), expected="(echo, z, y, x) or (z, y, x)")
+    image = magnitude.abs().float()
+    if image.ndim == 4:
+        image = image.square().mean(0).sqrt()
+    if not bool(torch.isfinite(image).all()):
+        raise DataError("magnitude is not finite", where=where)
+    return image
 
 
 def otsu(values: np.ndarray, bins: int = 256) -> float:

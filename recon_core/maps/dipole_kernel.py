@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from scipy.fft import next_fast_len
@@ -92,6 +93,30 @@ def dipole_spectrum(shape: Sequence[int], voxel: Sequence[float], b0: Sequence[f
     spectrum = 1 / 3 - along / squares
     spectrum[0, 0, 0] = 0.0
     return spectrum
+
+
+def point_dipole_spectrum(shape: Sequence[int], voxel: Sequence[float], b0: Sequence[float], like: Tensor) -> Tensor:
+    """Spectrum of the field of a magnetised *point*, ``V (3 cos^2 - 1) / (4 pi r^3)``, with its 26 nearest periodic images.
+
+    `dipole_spectrum` is band-limited: its field rings, and is not harmonic, at any distance from a voxel. This one is harmonic
+    everywhere but at the point itself, as the field of an outside source must be.
+
+    Parameters, returns and references as `dipole_spectrum`; 0 at the point.
+    """
+    direction = unit_vector(b0)
+    axes = [torch.fft.fftfreq(n, 1 / (n * side), dtype=like.dtype) for n, side in zip(shape, voxel, strict=True)]
+    total = torch.zeros(tuple(shape), dtype=like.dtype, device=like.device)
+    for image in product((-1, 0, 1), repeat=3):
+        where = [
+            (axis + k * n * side).to(like.device).reshape([-1 if a == i else 1 for a in range(3)])
+            for i, (axis, k, n, side) in enumerate(zip(axes, image, shape, voxel, strict=True))
+        ]
+        square = where[0] ** 2 + where[1] ** 2 + where[2] ** 2
+        square = torch.where(square == 0, torch.full_like(square, math.inf), square)
+        along = sum(d * w for d, w in zip(direction, where, strict=True))
+        total += (3 * along**2 / square - 1) / square**1.5
+    total *= math.prod(voxel) / (4 * math.pi)
+    return torch.fft.rfftn(total).real.clone()  # the imaginary part is what an even side cannot mirror
 
 
 class DipoleOperator:

@@ -22,6 +22,8 @@ Tensor = torch.Tensor
 
 TURN = 2 * math.pi
 MAX_STEPS, TOLERANCE = 30, 1e-5  # of Gauss-Newton; rad at the last echo
+SUSPICIOUS = 2.0  # times what the noise leaves: chance seldom leaves more ...
+HARMLESS = 0.15  # rad; ... and so much the field's spread inside a voxel may
 SEARCH_PER_CYCLE = 8  # points of the search for the ramp between odd and even echoes
 MOST_CYCLES = 4.0  # of that ramp across the volume: a readout shifted by four samples
 
@@ -38,22 +40,22 @@ class FieldMaps:
         Phase at TE = 0, rad, in ``(-pi, pi]``.
     residual
         Root of the weighted mean square of the phase residual, rad: large where the model fails (vessels, edges, wrong wraps).
+    weights
+        ``(z, y, x)``, of background removal and dipole inversion, any scale, 0 outside: 1 / SD under *one* noise for all voxels,
+        less where the residual is more than `SUSPICIOUS` times what that noise leaves and more than `HARMLESS`. (A voxel's own
+        residual has few degrees of freedom: 1 / SD from it alone would trust the voxels that fit by chance.)
     """
 
     field: ParameterMap
     field_sd: ParameterMap
     phase_offset: ParameterMap
     residual: ParameterMap
+    weights: Tensor
 
     @property
     def maps(self) -> tuple[ParameterMap, ...]:
         """All four."""
         return self.field, self.field_sd, self.phase_offset, self.residual
-
-    def inversion_weights(self) -> Tensor:
-        """1 / SD, 0 where unknown: the weights of background removal and of dipole inversion (any scale)."""
-        sd = self.field_sd.data
-        return torch.where(self.field_sd.valid & (sd > 0), 1 / sd.clamp_min(1e-30), 0.0)
 
 
 def fit_field(
@@ -139,7 +141,18 @@ def fit_field(
         full("field_SD", sd / TURN, "Hz"),
         full("phase_offset", torch.polar(torch.ones_like(offset), offset).angle(), "rad"),
         full("phase_residual", squares.sqrt(), "rad"),
+        _spread(_weights(energy, spread, squares, noise_std, len(times) - 2), inside).float(),
     )
+
+
+def _weights(energy: Tensor, spread: Tensor, squares: Tensor, noise_std: float | None, freedom: int) -> Tensor:
+    weights = (energy * spread.clamp_min(0)).sqrt()
+    if freedom < 1:
+        return weights
+    power = squares * energy / freedom  # noise variance by the voxel's own residual
+    noise = noise_std**2 if noise_std is not None else float(power.median())
+    expected = SUSPICIOUS * (noise * freedom / energy.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
+    return weights / (squares.sqrt() / expected.clamp_min(HARMLESS)).clamp_min(1.0)
 
 
 def correct_bipolar(

@@ -32,7 +32,7 @@ class MEDISettings:
     max_iterations: int = setting(10, "Most Gauss-Newton steps", low=1, high=1000)
     tolerance: float = setting(0.005, "Relative change of the map to stop at", low=0.0, high=1.0)
     cg_iterations: int = setting(100, "Most steps of conjugate gradients in each", low=1, high=10000)
-    cg_tolerance: float = setting(0.05, "Relative residual of each linear system", low=1e-8, high=1.0)
+    cg_tolerance: float = setting(0.1, "Relative residual of each linear system", low=1e-8, high=1.0)
 
 
 def medi(
@@ -105,10 +105,7 @@ def medi(
     for done in range(1, s.max_iterations + 1):
         grad = gradient(chi, problem.steps, periodic=True).mul_(padded)
         lagged = padded / (grad.square().sum(0) + SMOOTHING**2).sqrt() if done > 1 else padded / _typical(data, inside)
-        downhill = problem.descent(chi, lagged)
-        step = conjugate_gradient(
-            problem.hessian(lagged), downhill, max_iterations=s.cg_iterations, tolerance=s.cg_tolerance, n_batch_axes=0
-        ).solution
+        step = problem.step(chi, lagged)
         chi = chi + step
         size = float(torch.linalg.vector_norm(chi))
         change = float(torch.linalg.vector_norm(step)) / size if size > 0 else 0.0
@@ -129,6 +126,30 @@ class _Problem:
     scale: float | None
     csf: Tensor | None
     settings: MEDISettings
+
+    def step(self, chi: Tensor, lagged: Tensor) -> Tensor:
+        """One step of Gauss-Newton, by conjugate gradients with the diagonal as preconditioner.
+
+        The lagged weights differ by four orders of magnitude between edges and plain tissue: without it most steps go there.
+        """
+        scale = self.diagonal(lagged).rsqrt_()
+        hessian = self.hessian(lagged)
+        s = self.settings
+        found = conjugate_gradient(
+            lambda x: hessian(x * scale).mul_(scale),
+            self.descent(chi, lagged).mul_(scale),
+            max_iterations=s.cg_iterations,
+            tolerance=s.cg_tolerance,
+            n_batch_axes=0,
+        )
+        return found.solution * scale
+
+    def diagonal(self, lagged: Tensor) -> Tensor:
+        """Of Gauss-Newton's matrix; the dipole's part by its mean, the fluid's left out."""
+        total = torch.full_like(lagged[0], float(self.operator.spectrum.square().mean()))
+        for axis, step in enumerate(self.steps):
+            total += (self.settings.weight / step**2) * (lagged[axis] + lagged[axis].roll(1, axis))
+        return total
 
     def descent(self, chi: Tensor, lagged: Tensor) -> Tensor:
         """Minus the gradient of the objective, on the padded volume."""

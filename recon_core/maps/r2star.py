@@ -60,7 +60,7 @@ def arlo(
     The integral is that of the parabola through three echoes, ``S_i``; with ``d_i = s_i - s_(i+2)`` and ``c_i`` a sixth of the
     triplet's length ``T2* = sum S_i (S_i + c_i d_i) / sum d_i (S_i + c_i d_i)``. For equal spacing that is Simpson's rule and the
     paper's Eq. 8; the parabola through unequally spaced echoes is our extension. Its systematic error grows with the spacing over
-    T2*: below 0.2 % with equal and 2 % with unequal echoes of the tests, up to 140 1/s.
+    T2*: below 0.2 % with the equal and unequal echoes of the tests, up to 140 1/s.
 
     Parameters
     ----------

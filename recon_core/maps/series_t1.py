@@ -9,11 +9,12 @@ and without loss (geometry factor 1), and where the residual is larger than that
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
 from recon_core.errors import DataError
+from recon_core.maps.series import ImageNoise, SeriesMaps
 from recon_core.maps.settings import MapSettings
 from recon_core.maps.t1 import T1Maps, inversion_recovery_t1, molli_t1, saturation_recovery_t1
 from recon_core.types import ImageSeries, ParameterMap, ScanInfo
@@ -33,23 +34,6 @@ MOST_INVALID = 0.2
 """Part of the object's pixels without a believable T1 above which the operator is told."""
 
 FITS = {"molli": molli_t1, "inversion_recovery": inversion_recovery_t1, "saturation_recovery": saturation_recovery_t1}
-
-
-@dataclass(frozen=True)
-class SeriesMaps:
-    """T1 and its standard deviation in s, M0 and residual in the images' unit; what the operator has to know; figures of merit."""
-
-    maps: tuple[ParameterMap, ...]
-    notes: tuple[str, ...]
-    quality: dict[str, float]
-
-
-@dataclass(frozen=True)
-class ImageNoise:
-    """Standard deviation of one real number of an unregularised image, in its unit, and whether it was measured."""
-
-    std: float
-    measured: bool
 
 
 def recovery_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tuple[float, ...]:
@@ -80,32 +64,6 @@ def recovery_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tupl
     if (n := len(set(times))) < LEAST_TIMES:
         raise DataError(f"too few different {kind} times", where=where, got=n, expected=f"at least {LEAST_TIMES}")
     return times
-
-
-def image_noise(noise_std: float, counts: Tensor, scan: ScanInfo, *, measured: bool) -> ImageNoise:
-    """Noise of an image on the console's matrix, had it been unfolded without loss.
-
-    ``noise_std / sqrt(2) * sqrt(positions / samples)``: an orthonormal FFT keeps the noise of a complex sample, and a state with
-    one sample for ``R`` positions has ``sqrt(R)`` times as much; the mean square over states counts. Interpolation keeps it, a
-    coarser matrix averages it down.
-
-    Parameters
-    ----------
-    noise_std
-        Of one complex sample with ``counts`` 1, see ``KSpace.noise_std``.
-    counts
-        float32 ``(state, k2, k1)``.
-    scan
-        Encoded and console's matrix.
-    measured
-        Whether ``noise_std`` comes from a noise measurement.
-    """
-    positions = counts[0].numel()
-    per_state = positions / counts.double().sum(dim=(1, 2)).clamp_min(1.0)
-    kept = 1.0
-    for n, fov, recon_n, recon_fov in zip(scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov, strict=True):
-        kept *= min(1.0, round(recon_n * fov / recon_fov) / n) if n > 1 else 1.0
-    return ImageNoise(noise_std / math.sqrt(2) * math.sqrt(float(per_state.mean()) * kept), measured)
 
 
 def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, settings: MapSettings) -> SeriesMaps:
@@ -184,10 +142,9 @@ def _honest_deviation(maps: T1Maps, noise: ImageNoise | None, settings: MapSetti
     def kept(parameter: ParameterMap, data: Tensor, comment: str = "") -> ParameterMap:
         return replace(parameter, data=torch.where(valid, data, 0.0), valid=valid, comment=comment or parameter.comment)
 
-    source = "measured noise" if noise.measured else "noise of outer k-space"
     return T1Maps(
         kept(maps.t1, maps.t1.data),
-        kept(maps.t1_sd, sd, f"from {source}, or the fit's residual where that is larger"),
+        kept(maps.t1_sd, sd, f"from {noise.source}, or the fit's residual where that is larger"),
         kept(maps.m0, maps.m0.data),
         kept(maps.residual, maps.residual.data),
     )

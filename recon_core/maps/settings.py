@@ -13,7 +13,10 @@ class MapSettings:
     """Maps that are fitted to the final images (partial Fourier completed, console's matrix), pixel by pixel."""
 
     maps: str = setting(
-        "none", "Parametric maps fitted to the final images, whichever method made them.", choices=("none", "t1")
+        "none",
+        "Parametric maps fitted to the final images, whichever method made them: T1 of recoveries; of several gradient echoes R2*, or "
+        "R2*, local field and susceptibility (3D).",
+        choices=("none", "t1", "r2star", "qsm"),
     )
     map_failure: str = setting(
         "error",
@@ -40,6 +43,41 @@ class MapSettings:
         "A pixel with less than this part of the series' 99.9th percentile has no signal and no T1",
         low=0.0,
         high=1.0,
+    )
+    map_echo_images: bool = setting(True, "R2* and susceptibility: send each echo, not only their combination")
+    map_r2star_fit: str = setting(
+        "nonlinear", "R2*: by nonlinear fit of the magnitudes, noise-aware, or ARLO", choices=("nonlinear", "arlo")
+    )
+    map_background: str = setting(
+        "v_sharp", "Susceptibility: how the background field is removed", choices=("pdf", "v_sharp", "resharp", "none")
+    )
+    map_inversion: str = setting(
+        "tv",
+        "Susceptibility: total variation by ADMM, MEDI, MEDI with uniform fluid as its zero (MEDI+0), or thresholded division",
+        choices=("tv", "medi", "medi0", "tkd"),
+    )
+    map_reference: str = setting(
+        "brain",
+        "Region whose mean susceptibility is zero: the brain, or the ventricles' fluid, found by its R2* (MEDI+0: always)",
+        choices=("brain", "csf"),
+    )
+    map_mask: str = setting(
+        "brain",
+        "Susceptibility: where it is mapped: the brain, or everything with signal (phantoms)",
+        choices=("brain", "object"),
+    )
+    map_bipolar: str = setting(
+        "auto",
+        "Phase between readouts of alternating direction is corrected: where the readouts say so, always, or never",
+        choices=("auto", "on", "off"),
+    )
+    map_phase_sign: str = setting(
+        "positive",
+        "Sign of the phase that a higher frequency gives with time; the wrong one shows veins dark",
+        choices=("positive", "negative"),
+    )
+    map_b0_direction: str = setting(
+        "", "B0 in the image frame, 'z, y, x'; empty: the patient's head-feet axis by the readouts' directions"
     )
     map_max_relative_sd: float = setting(
         T1Settings.max_relative_sd, "Largest believable standard deviation of T1, as a part of T1", low=0.001, high=10.0

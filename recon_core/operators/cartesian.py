@@ -15,6 +15,7 @@ import copy
 
 import torch
 
+from recon_core.batches import batch
 from recon_core.errors import DataError
 
 Tensor = torch.Tensor
@@ -66,7 +67,7 @@ class CartesianSense:
         self._axes = tuple(axis for axis in (-2, -1) if self._maps.shape[axis] > 1) or (-1,)
         n_coils, n_x = self._maps.shape[:2]
         block = CPU_BLOCK if self._maps.device.type == "cpu" else ACCELERATOR_BLOCK
-        step = max(1, block // (n_coils * self._maps[0, 0].numel()))
+        step = max(1, batch(block) // (n_coils * self._maps[0, 0].numel()))
         self._columns = [slice(first, min(first + step, n_x)) for first in range(0, n_x, step)]
 
     def with_weights(self, weights: Tensor) -> CartesianSense:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,6 +15,16 @@ MAX_NAMED = 4
 """Positions named per echo; the rest is counted."""
 
 MAX_SHIFT = 2
+
+
+def pattern_digest(mask: BoolArray) -> str:
+    """SHA-256 of which samples a mask has, in hexadecimal: the same for HDF5 and CSV, with or without order and probabilities.
+
+    Over the text ``echo k2 k1`` (the sizes, separated by blanks, with a newline) and then the samples in C order, eight to a byte, the
+    first in the highest bit.
+    """
+    sizes = " ".join(str(n) for n in mask.shape) + "\n"
+    return hashlib.sha256(sizes.encode() + np.packbits(mask).tobytes()).hexdigest()
 
 
 def differences(acquired: BoolArray, told: BoolArray) -> list[str]:

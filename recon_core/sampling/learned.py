@@ -171,6 +171,14 @@ class LearnedSampling(nn.Module):
             patterns = settings.n_echoes if settings.spo == PER_ECHO else 1
             self.weights = nn.Parameter(torch.zeros(patterns, *settings.shape))
 
+    @torch.no_grad()
+    def start_from_density(self) -> None:
+        """Set the weights to those of the hand-made density, from which short trainings get further than from equal ones."""
+        s = self.settings
+        if s.spo != FIXED:
+            density = torch.from_numpy(multilevel_density(s.shape, s.n_samples, s.acs)).to(self.weights)
+            self.weights.copy_((torch.logit(density.clamp(1e-3, 1 - 1e-3)) / s.slope).expand_as(self.weights))
+
     def probability(self) -> Tensor:
         """Probability of each position: ``(echo, k2, k1)``; the mean of every echo is ``n_samples`` over the grid (Eq. 4)."""
         s = self.settings

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recon_core.errors import DataError
+from recon_core.hdf5_input import plain_dataset
 from recon_core.sampling.ordering import check_order
 
 FORMAT = "recon-gadgets sampling mask"
@@ -128,9 +129,11 @@ def read_mask(path: str | Path) -> SamplingMask:
                 if name.startswith("fact_")
             }
             return SamplingMask(
-                np.asarray(file["mask"][()]) != 0,
-                np.asarray(file["probability"][()], np.float32) if "probability" in file else None,
-                np.asarray(file["order"][()], np.int64) if "order" in file else None,
+                np.asarray(plain_dataset(file, "mask", whole=True)[()]) != 0,
+                np.asarray(plain_dataset(file, "probability", whole=True)[()], np.float32)
+                if "probability" in file
+                else None,
+                np.asarray(plain_dataset(file, "order", whole=True)[()], np.int64) if "order" in file else None,
                 int(file.attrs.get("n_segments", 1)),
                 facts,
             )

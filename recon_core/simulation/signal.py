@@ -99,6 +99,24 @@ def multi_echo(m0: ComplexArray, r2star: FloatArray, field: FloatArray, echo_tim
     return np.asarray(m0 * np.exp(echo_time * (2j * np.pi * field - r2star)), dtype=np.complex64)
 
 
+def spoiled_gradient_echo(pd: FloatArray, r1: FloatArray, *, flip_angle: float, repetition_time: float) -> FloatArray:
+    """Steady state of a spoiled gradient echo at TE = 0: ``pd sin(a) (1 - E1) / (1 - E1 cos a)``, ``E1 = exp(-TR R1)``.
+
+    Parameters
+    ----------
+    pd, r1
+        Proton density; relaxation rate in 1/s.
+    flip_angle, repetition_time
+        rad, s.
+
+    Source
+    ------
+    Ernst and Anderson 1966, doi:10.1063/1.1719961.
+    """
+    e1 = np.exp(-repetition_time * r1)
+    return np.asarray(pd * np.sin(flip_angle) * (1 - e1) / (1 - e1 * np.cos(flip_angle)), dtype=np.float32)
+
+
 def dipole_field(
     chi: FloatArray,
     voxel: tuple[float, float, float],

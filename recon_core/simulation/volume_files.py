@@ -58,23 +58,44 @@ def read_nifti(content: bytes) -> NDArray[np.generic]:
     Raises
     ------
     DataError
-        Not NIfTI-1, another type of numbers, or too short.
+        Not NIfTI-1, another type of numbers, too short, or several volumes.
+    """
+    series, _ = nifti_series(content)
+    if len(series) > 1:
+        raise DataError("not one volume of plain numbers", where="NIfTI", got=f"{len(series)} volumes")
+    return series[0]
+
+
+def read_series(path: str | Path) -> tuple[NDArray[np.generic], tuple[float, float, float]]:
+    """All volumes of a NIfTI-1 file, for instance echoes, and its voxel; see `nifti_series`."""
+    return nifti_series(_content(Path(path)))
+
+
+def nifti_series(content: bytes) -> tuple[NDArray[np.generic], tuple[float, float, float]]:
+    """The volumes of a NIfTI-1 file ``(t, z, y, x)``, axes as stored, scaling applied; sides of the voxel ``(z, y, x)`` in m (from mm).
+
+    Raises
+    ------
+    DataError
+        Not NIfTI-1, another type of numbers, more than four axes, or too short.
     """
     order = "<" if content[:4] == struct.pack("<i", 348) else ">"
     if len(content) < NIFTI_HEADER or struct.unpack(order + "i", content[:4])[0] != 348:
         raise DataError("not a NIfTI-1 file", where="volume")
     dims = struct.unpack(order + "8h", content[40:56])
     code = struct.unpack(order + "h", content[70:72])[0]
+    sides = struct.unpack(order + "4f", content[76:92])
     offset, slope, intercept = struct.unpack(order + "3f", content[108:120])
-    shape = dims[3:0:-1]
-    if code not in NIFTI_TYPES or dims[0] < 3 or min(shape) < 1 or any(d > 1 for d in dims[4 : dims[0] + 1]):
-        raise DataError("not one volume of plain numbers", where="NIfTI", got=f"type {code}, sizes {dims}")
+    shape = (dims[4] if dims[0] > 3 else 1, *dims[3:0:-1])
+    if code not in NIFTI_TYPES or dims[0] < 3 or min(shape) < 1 or any(d > 1 for d in dims[5 : dims[0] + 1]):
+        raise DataError("not volumes of plain numbers", where="NIfTI", got=f"type {code}, sizes {dims}")
     dtype = np.dtype(order + NIFTI_TYPES[code])
-    n = int(np.prod(shape))
+    n = int(np.prod(shape, dtype=np.int64))
     if len(content) < offset + n * dtype.itemsize:
         raise DataError("truncated", where="NIfTI", got=f"{len(content)} bytes")
     data = np.frombuffer(content, dtype, count=n, offset=int(offset)).reshape(shape)
-    return data if slope in (0.0, 1.0) and intercept == 0.0 else data * slope + intercept
+    scaled = data if slope in (0.0, 1.0) and intercept == 0.0 else data * slope + intercept
+    return scaled, (sides[3] * 1e-3, sides[2] * 1e-3, sides[1] * 1e-3)
 
 
 def _read_minc(content: bytes) -> NDArray[np.generic]:

@@ -24,6 +24,10 @@ from recon_core.errors import DataError, ReconError
 Tensor = torch.Tensor
 
 
+MAX_NETWORK_NUMBER = 1024
+"""Largest number in the description of a network: a network is built before its tensors can be compared with the file's."""
+
+
 class WeightError(ReconError):
     """A weight file or checkpoint is missing, damaged, or made for something else."""
 
@@ -86,6 +90,10 @@ def read_pair(path: str | Path, device: torch.device | str = "cpu") -> tuple[dic
         raise WeightError("no such weights", where=path.name) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightError("not a description of weights", where=path.name, got=type(error).__name__) from None
+    if _largest(facts.get("network")) > MAX_NETWORK_NUMBER:
+        raise WeightError(
+            "not a network that fits into a machine", where=path.name, expected=f"numbers up to {MAX_NETWORK_NUMBER}"
+        )
     if not file.is_file():
         raise WeightError("the tensors are missing", where=path.name, got=f"no {file.name}")
     found = sha256_of(file)
@@ -101,6 +109,15 @@ def read_pair(path: str | Path, device: torch.device | str = "cpu") -> tuple[dic
         return load_file(file, device=str(device)), facts
     except SafetensorError as error:
         raise WeightError("not a safetensors file", where=file.name, got=str(error)) from None
+
+
+def _largest(value: object) -> float:
+    """The largest number (or number of entries) in a part of a JSON document: it would become layers and channels."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return max(len(value), *(_largest(entry) for entry in value), 0)
+    return abs(value) if isinstance(value, int | float) else 0
 
 
 def sha256_of(path: str | Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from recon_core.methods.laro.weights import save_weights
 from recon_core.sampling.learned import FIXED
 from recon_core.sampling.mask_files import SamplingMask, write_mask
 from recon_core.simulation.random_fields import sample_seed
-from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, typical_amplitude
+from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, scan_supply, typical_amplitude
 from recon_core.training.loop import Progress, TrainingResult, train
 from recon_core.training.png import write_png
 from recon_core.training.runs import (
@@ -40,7 +41,7 @@ Tell = Callable[[str, Progress], None]
 
 
 def run(
-    recipe: LaroRecipe, output: str | Path, settings: CarryOut | None = None, progress: Tell | None = None
+    recipe: LaroRecipe, output: str | Path, settings: RunSettings | None = None, progress: Tell | None = None
 ) -> tuple[TrainingResult, Path]:
     """Both phases and export, as far as the time allows.
 
@@ -59,7 +60,7 @@ def run(
     SettingError
         The folder holds a training and ``resume`` is off, or one of another recipe.
     """
-    training = _Training(recipe, Path(output), settings or CarryOut(), progress)
+    training = _Training(recipe, Path(output), settings or RunSettings(), progress)
     result = training.first()
     if result is None or result.finished:
         result = training.second()
@@ -67,7 +68,7 @@ def run(
 
 
 def learn_masks(
-    recipe: LaroRecipe, output: str | Path, settings: CarryOut | None = None, progress: Tell | None = None
+    recipe: LaroRecipe, output: str | Path, settings: RunSettings | None = None, progress: Tell | None = None
 ) -> tuple[TrainingResult | None, list[Path]]:
     """The first phase alone; masks are written for every pattern, also when the time was too short for all steps.
 
@@ -76,32 +77,47 @@ def learn_masks(
     result, masks
         The mask files, which `recon_core.sampling.mask_files.read_mask` reads.
     """
-    training = _Training(recipe, Path(output), settings or CarryOut(), progress)
+    training = _Training(recipe, Path(output), settings or RunSettings(), progress)
     result = training.first()
     return result, training.write_masks()
 
 
+@dataclass(frozen=True)
+class RunSettings(CarryOut):
+    """How a training of LARO is carried out.
+
+    Attributes
+    ----------
+    scans
+        Folder of scans (`recon_core.simulation.scan_folder`); `None` simulates them on the way.
+    """
+
+    scans: str | None = None
+
+
 class _Training:
-    def __init__(self, recipe: LaroRecipe, output: Path, settings: CarryOut, progress: Tell | None) -> None:
+    def __init__(self, recipe: LaroRecipe, output: Path, settings: RunSettings, progress: Tell | None) -> None:
         self.recipe, self.output, self.settings, self.progress = recipe, output, settings, progress
         self.device = training_device(settings.device)
         be_deterministic(self.device)
         settle_recipe(recipe, output, settings.resume)
+        self.supply = scan_supply(recipe, settings.scans)
         torch.manual_seed(sample_seed(recipe.seed, "weights"))
         self.module = LaroModule(recipe, recompute=settings.recompute).to(self.device)
         self.deadline = time.monotonic() + 60 * settings.max_minutes
         self.reached = {"phase1": 0, "phase2": 0}
+        self.minutes = {"phase1": 0.0, "phase2": 0.0}
 
     def first(self) -> TrainingResult | None:
         """Masks and network; ``None`` where the recipe has no steps for it."""
         if not self.recipe.first_steps:
             return None
-        return self._phase(1, LaroTask(self.module, self.recipe, self.device, 1))
+        return self._phase(1, LaroTask(self.module, self.recipe, self.device, 1, self.supply))
 
     def second(self) -> TrainingResult:
         """The network for masks that are drawn once."""
         masks = {p: torch.from_numpy(self.module.pattern(p).draw(MASK_SEED)) for p in self.recipe.patterns}
-        return self._phase(2, LaroTask(self.module, self.recipe, self.device, 2, masks))
+        return self._phase(2, LaroTask(self.module, self.recipe, self.device, 2, self.supply, masks))
 
     def _phase(self, number: int, task: LaroTask) -> TrainingResult:
         s, name = self.settings, f"phase{number}"
@@ -121,7 +137,7 @@ class _Training:
                 self.progress(name, p)
 
         result = train(task, loop, self.output / name, resume=s.resume, progress=tell)
-        self.reached[name] = result.step
+        self.reached[name], self.minutes[name] = result.step, round(result.minutes, 2)
         return result
 
     def write_masks(self) -> list[Path]:
@@ -151,15 +167,15 @@ class _Training:
         self.write_masks()
         recipe = self.recipe
         facts: dict[str, Any] = {
-            "amplitude": typical_amplitude(recipe),
+            "amplitude": typical_amplitude(recipe, self.supply),
             "recipe": recipe.facts(),
             "seed": recipe.seed,
-            "anatomy": "simulated heads (recon_core.simulation.multi_echo_brain)",
+            "scans": "a folder" if self.settings.scans else "simulated heads (recon_core.simulation.multi_echo_brain)",
             **code_facts(self.device),
             "steps": {"phase1": recipe.first_steps, "phase2": recipe.second_steps},
             "steps_done": self.reached,
             "finished": result.finished and self.reached["phase2"] > 0,
-            "minutes": round(result.minutes, 2),
+            "minutes": self.minutes,
             "skipped_steps": result.skipped,
             "validation": dict(result.figures),
         }
@@ -171,7 +187,7 @@ class _Training:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The plain command: a line per report."""
-    kinds = (LaroRecipe, CarryOut)
+    kinds = (LaroRecipe, RunSettings)
     parser = option_parser("python -m recon_core.training.laro", __doc__, *kinds)
     output, (recipe, settings) = parsed_options(parser, arguments, *kinds)
     result, weights = run(recipe, output, settings, PlainReport(settings.log_every))

@@ -19,6 +19,7 @@ from recon_core.problem import signal_scale
 from recon_core.sampling.learned import FIXED, LearnedSampling, SamplingSettings, samples_for
 from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe
 from recon_core.simulation.random_fields import sample_seed
+from recon_core.simulation.scan_folder import ScanFolder, ScanSupply
 from recon_core.training.loop import LoopSettings, ParameterGroup, Validation
 from recon_core.training.losses import channel_ssim
 from recon_core.training.runs import TrainingRecipe
@@ -27,7 +28,7 @@ from recon_core.types import KSpace
 Tensor = torch.Tensor
 
 EVALUATION_SEED = 20230306  # of validation and test scans, whatever the training's seed is
-TYPICAL_SCANS = 4
+TYPICAL_SCANS = 3
 SHOWN_ERROR = 10.0
 
 
@@ -178,7 +179,7 @@ class PlaneSamples:
         The supply; it should keep as many scans as the window has.
     """
 
-    def __init__(self, brains: MultiEchoBrains, recipe: LaroRecipe, device: torch.device, phase: int) -> None:
+    def __init__(self, brains: ScanSupply, recipe: LaroRecipe, device: torch.device, phase: int) -> None:
         self._brains, self._recipe, self._device, self._phase = brains, recipe, device, phase
 
     def batch(self, step: int) -> PlaneSample:
@@ -211,6 +212,8 @@ class LaroTask:
 
     Parameters
     ----------
+    supply
+        Of scans; ``None`` simulates them.
     masks
         Phase two: bool ``(echo, k2, k1)`` by pattern. Phase one draws them anew in every step.
     """
@@ -221,13 +224,14 @@ class LaroTask:
         recipe: LaroRecipe,
         device: torch.device,
         phase: int,
+        supply: ScanSupply | None = None,
         masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.module = module
         self.recipe, self.phase, self._masks, self._device = recipe, phase, masks, device
-        brains = MultiEchoBrains(recipe.scans, seed=recipe.seed, keep=recipe.scans_held + 1)
-        self.samples = PlaneSamples(brains, recipe, device, phase)
-        self._evaluation = MultiEchoBrains(recipe.scans, seed=EVALUATION_SEED, keep=max(1, recipe.n_validation))
+        self.samples = PlaneSamples(supply or scan_supply(recipe), recipe, device, phase)
+        evaluation = MultiEchoBrains(recipe.scans, seed=EVALUATION_SEED, keep=max(1, recipe.n_validation))
+        self._evaluation: ScanSupply = supply if isinstance(supply, ScanFolder) else evaluation
         self.unrolls = recipe.first_unrolls if phase == 1 else recipe.second_unrolls
 
     def facts(self) -> dict[str, Any]:
@@ -301,12 +305,17 @@ def least_squares_start_of(sample: PlaneSample, mask: Tensor) -> Tensor:
     return least_squares_start(operator, operator.adjoint(sample.kspace))
 
 
-def typical_amplitude(recipe: LaroRecipe) -> float:
+def scan_supply(recipe: LaroRecipe, folder: str | None = None) -> ScanSupply:
+    """The scans of a folder, or simulated ones."""
+    keep = recipe.scans_held + 1
+    return ScanFolder(folder, keep=keep) if folder else MultiEchoBrains(recipe.scans, seed=recipe.seed, keep=keep)
+
+
+def typical_amplitude(recipe: LaroRecipe, supply: ScanSupply) -> float:
     """Median of what `signal_scale` gives for training scans: the amplitude that a scan has to be brought to."""
-    brains = MultiEchoBrains(recipe.scans, seed=recipe.seed, keep=1)
     scales = []
     for i in range(TYPICAL_SCANS):
-        scan = brains.scan("train", i)
+        scan = supply.scan("train", i)
         sampling = LearnedSampling(
             SamplingSettings(recipe.matrix[:2], 1, recipe.matrix[0] * recipe.matrix[1], recipe.acs, FIXED)
         )

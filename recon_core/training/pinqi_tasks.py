@@ -16,6 +16,7 @@ from recon_core.errors import SettingError
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
 from recon_core.methods.pinqi.model import ABLATIONS, STARTS, Pinqi
 from recon_core.methods.pinqi.start import low_rank_images
+from recon_core.operators.batched_sense import BatchedSense
 from recon_core.problem import Problem, pose, signal_scale
 from recon_core.simulation.anatomy import Anatomy
 from recon_core.simulation.quantitative_brain import SATURATION_TIMES, BrainBatch, QuantitativeBrains, SampleRecipe
@@ -171,13 +172,9 @@ class _PinqiTask:
         for i in range(self.recipe.n_validation):
             yield self._evaluation.batch("validation", [i])
 
-    def aliased(self, batch: BrainBatch) -> tuple[Any, Tensor, Tensor | None]:
-        """Operator, ``A^H k``, and the images to begin with where they are not made from these."""
-        operator = batch.operator()
-        start = None
-        if self.recipe.start == "llr":
-            start = operator.enter_image(torch.stack([low_rank_images(problem) for problem in _problems(batch)]))
-        return operator, operator.adjoint(operator.enter_data(batch.kspace)), start
+    def aliased(self, batch: BrainBatch) -> tuple[BatchedSense, Tensor, Tensor | None]:
+        """`posed` as the recipe says."""
+        return posed(batch, self.recipe.start)
 
 
 class Pretraining(_PinqiTask):
@@ -275,6 +272,15 @@ def network_groups(
         ("embedding", network.embedding, embedding_rate),
     ]
     return [ParameterGroup(name, list(net.parameters()), rate) for name, net, rate in found if net is not None]
+
+
+def posed(batch: BrainBatch, start: str) -> tuple[BatchedSense, Tensor, Tensor | None]:
+    """Operator, ``A^H k``, and the images to begin with where the network does not make them from these."""
+    operator = batch.operator()
+    rhs = operator.adjoint(operator.enter_data(batch.kspace))
+    if start != "llr":
+        return operator, rhs, None
+    return operator, rhs, operator.enter_image(torch.stack([low_rank_images(problem) for problem in _problems(batch)]))
 
 
 def _problems(batch: BrainBatch) -> Iterator[Problem]:

@@ -14,23 +14,12 @@ from recon_core.methods import Method, get_method, methods
 from recon_core.settings import describe, parse_settings
 from recon_core.types import KSpace, Report, Result
 from tests.contracts.series_of import series_of
+from tests.recon_core.listener import Listener
 from tests.recon_core.small_series import SmallSeries
 
 every_method = pytest.mark.parametrize("method", methods().values(), ids=methods().keys())
 SHAPES = {"2D": (1, 32, 30), "3D": (8, 18, 15)}
 both_geometries = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-
-
-class Listener(Report):
-    def __init__(self) -> None:
-        self.fractions: list[float] = []
-        self.warnings: list[str] = []
-
-    def progress(self, fraction: float, message: str = "") -> None:
-        self.fractions.append(fraction)
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def run(method: Method, series: SmallSeries, kspace: KSpace | None = None, **settings: Any) -> Result:

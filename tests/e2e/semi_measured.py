@@ -58,7 +58,7 @@ def semi_measured_molli(name: str, matrix: int, **settings: Any) -> tuple[Simula
     y, x = np.meshgrid(*[(np.arange(n) - n // 2) / (n / 2)] * 2, indexing="ij")
     images = (images * np.exp(1j * (0.8 * x - 0.6 * y + 0.4 * x * y)))[None, :, None]  # (slice, state, z, y, x)
     coil_images = images[:, :, None] * scan.truth.coil_maps[:, None]
-    clean = _encode(coil_images)
+    clean = encode_oversampled(coil_images, (-2, -1))
     truth = replace(scan.truth, images=images.astype(np.complex64), states=series.times)
     scan = replace(scan, clean=clean, truth=truth)
     return SimulatedScan(Path("(in memory)"), stream_of(scan)), series
@@ -79,10 +79,10 @@ def _inverted(series: Measured) -> NDArray[np.float64]:
     return images
 
 
-def _encode(images: NDArray[np.complexfloating]) -> NDArray[np.complex64]:
-    """Oversampled k-space of ``(..., y, x)``: the field of view along x is padded with air."""
+def encode_oversampled(images: NDArray[np.complexfloating], axes: tuple[int, ...]) -> NDArray[np.complex64]:
+    """Oversampled k-space of ``(..., z, y, x)``: the field of view along x is padded with air."""
     n = images.shape[-1]
     pad = (OVERSAMPLING - 1) * n
     wide = np.pad(images, [(0, 0)] * (images.ndim - 1) + [(pad // 2, pad - pad // 2)])
-    shifted = np.fft.fftn(np.fft.ifftshift(wide, axes=(-2, -1)), axes=(-2, -1), norm="ortho")
-    return np.fft.fftshift(shifted, axes=(-2, -1)).astype(np.complex64)
+    shifted = np.fft.fftn(np.fft.ifftshift(wide, axes=axes), axes=axes, norm="ortho")
+    return np.fft.fftshift(shifted, axes=axes).astype(np.complex64)

@@ -1,11 +1,15 @@
-"""One pipeline behind every front: the same scan gives the same bits through the server, ``recon run`` and a capture."""
+"""One pipeline behind every front: the same scan gives the same bits through clients, nodes, streams, files, and a capture."""
 
 from __future__ import annotations
 
+import io
 import re
+import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -13,10 +17,22 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from gadgets.image_attributes import is_preview
+from gadgets.listener import Access
 from gadgets.raw_source import open_source
 from gadgets.replay import replay
-from gadgets.service import Service
+from gadgets.service import Service, ServiceOptions
+from gadgets.stream import chain_script, run_stream
+from gadgets.tls import ClientTls, ServerTls
+from gadgets.wire import codec
+from gadgets.wire.events import Image
+from gadgets.wire.framing import FrameParser
 from tests.e2e.scans import SimulatedScan, ask, one_by_one, simulated, stack
+from tests.gadgetron_stand_in import connected, session
+from tests.gadgets.certificates import authority
+from tests.gadgets.test_node import recorded
+from tests.strict_client import StrictClient
+from tests.wire.conftest import CAPTURES
 
 RECON = Path(sys.executable).with_name("recon")
 CHAINS = ("fourier", "llr")
@@ -121,3 +137,117 @@ def test_in_pieces_of_one_readout(service: Service, scan: SimulatedScan) -> None
     pieces = ask(service, "llr", scan, messages=one_by_one(scan.stream.batches))
     np.testing.assert_array_equal(stack(pieces.images, 4), stack(whole.images, 4))
     assert [i.attributes for i in pieces.images] == [i.attributes for i in whole.images]
+
+
+# -- every front, from the same recorded scan ------------------------------------------------------------------------------------
+
+SETTINGS = {"prewhiten": "False"}  # behind Gadgetron's trigger there is no noise to whiten with
+QUIET = ServiceOptions(port=0, workers=0, threads=1, spool=None, previews=False)
+Front = Callable[[Service, str, Path], list[Image]]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A session that the real client sent: header, and everything between it and CLOSE."""
+
+    header: str
+    messages: bytes
+
+    @property
+    def stream(self) -> bytes:
+        return codec.header(self.header) + self.messages + codec.close()
+
+
+def recorded_scan() -> Recorded:
+    raw = (CAPTURES / "client_config_file.bin").read_bytes()
+    (length,) = struct.unpack_from("<I", raw, 1028)
+    return Recorded(raw[1032 : 1032 + length].decode(), raw[1032 + length : -len(codec.close())])
+
+
+def gadgetron_client(service: Service, chain: str, folder: Path) -> list[Image]:
+    scan, script = recorded_scan(), chain_script(chain, SETTINGS)
+    return StrictClient(service.host, service.port).scan(script=script, header=scan.header, messages=[scan.messages]).images
+
+
+def fire_client(service: Service, chain: str, folder: Path, **parameters: object) -> list[Image]:
+    scan, client = recorded_scan(), StrictClient(service.host, service.port, dialect="fire")
+    named = "openrecon" if parameters else chain
+    return client.scan(named, header=scan.header, messages=[scan.messages], parameters={**SETTINGS, **parameters}).images
+
+
+def console(service: Service, chain: str, folder: Path) -> list[Image]:
+    """OpenRecon: the chain is one of the parameters."""
+    return fire_client(service, chain, folder, config=chain)
+
+
+def node(kind: str) -> Front:
+    def front(service: Service, chain: str, folder: Path) -> list[Image]:
+        properties = "".join(f'<property name="{k}" value="{v}"/>' for k, v in {"chain": chain, **SETTINGS}.items())
+        received = session(connected(service.port), recorded(kind, f"<configuration>{properties}</configuration>"))
+        assert not received.errors
+        return received.images
+
+    return front
+
+
+def stream(service: Service, chain: str, folder: Path) -> list[Image]:
+    """`recon run -`, without a server."""
+    out = io.BytesIO()
+    run_stream(io.BytesIO(recorded_scan().stream), out, config=chain, settings=SETTINGS, options=QUIET)
+    return [event for event in FrameParser(role="node").feed(out.getvalue()) if isinstance(event, Image)]
+
+
+def file(service: Service, chain: str, folder: Path) -> list[Image]:
+    """`recon replay` of a capture."""
+    capture, images = folder / "capture.mrd", list[Image]()
+    capture.write_bytes(codec.config_file("other") + recorded_scan().stream)
+    replay(capture, host=service.host, port=service.port, config=chain, parameters=SETTINGS, on_image=images.append)
+    return images
+
+
+def tls(service: Service, chain: str, folder: Path) -> list[Image]:
+    """`recon replay` through a TLS port."""
+    ours, images = authority(folder / "authority"), list[Image]()
+    capture = folder / "capture.mrd"
+    capture.write_bytes(codec.config_file("other") + recorded_scan().stream)
+    options = replace(QUIET, access=Access(tls=ServerTls(*ours.issue("server"))))
+    with Service(options) as secure:
+        replay(
+            capture,
+            port=secure.port,
+            config=chain,
+            parameters=SETTINGS,
+            on_image=images.append,
+            tls=ClientTls(ours.certificate),
+        )
+    return images
+
+
+FRONTS: dict[str, Front] = {
+    "gadgetron-client": gadgetron_client,
+    "fire-client": fire_client,
+    "console": console,
+    "node-readouts": node("acquisitions"),
+    "node-bucket": node("bucket"),
+    "node-recondata": node("recondata"),
+    "stream": stream,
+    "file": file,
+    "tls": tls,
+}
+
+
+def wire_bytes(images: list[Image]) -> list[bytes]:
+    """The final images as they were on the wire: header, attributes, pixels."""
+    return [codec.image(i.header, i.attributes, i.data) for i in images if not is_preview(i.attributes)]
+
+
+@pytest.mark.parametrize("chain", ["fourier", "cg_sense", "llr"])
+def test_all_fronts_give_the_same_bits(chain: str, service: Service, tmp_path: Path) -> None:
+    found = {}
+    for name, front in FRONTS.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        found[name] = wire_bytes(front(service, chain, folder))
+    reference = found["gadgetron-client"]
+    assert reference and len(reference[0]) > 1000
+    assert {name: images == reference for name, images in found.items()} == dict.fromkeys(FRONTS, True)

@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from gadgets.jobs import SCRATCH_PREFIX
+from gadgets.scratch import SCRATCH_PREFIX
 from gadgets.service import Service
 from gadgets.wire import codec
 from gadgets.wire.dtypes import Flag, flag_bits

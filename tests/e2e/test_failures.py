@@ -19,9 +19,8 @@ import pytest
 from defusedxml.ElementTree import fromstring
 from numpy.typing import NDArray
 
-from gadgets.chain import config_directory
 from gadgets.errors import JobFailed
-from gadgets.jobs import SCRATCH_PREFIX
+from gadgets.scratch import SCRATCH_PREFIX
 from gadgets.service import Service, ServiceOptions
 from gadgets.wire import codec
 from gadgets.wire.dtypes import Flag
@@ -38,6 +37,7 @@ from tests.e2e.scans import (
     one_by_one,
     stack,
 )
+from tests.e2e.slow_chain import write_chain
 from tests.strict_client import Answer, StrictClient
 
 
@@ -123,22 +123,8 @@ def test_plain_fourier_does_not_stand_in_for_undersampled_data(service: Service)
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service with the site's own chains: ``fragile`` fails everywhere, and what it falls back to exists here only."""
     folder = tmp_path_factory.mktemp("configs")
-    shipped = (config_directory() / "cg_sense.xml").read_text(encoding="utf-8")
-
-    def chain(name: str, fallback: str, **properties: object) -> None:
-        text = shipped.replace('target="cg_sense"', f'target="{name}"')
-        own = {**({"fallback": fallback} if fallback else {}), **properties}
-        added = "".join(f'<property name="{key}" value="{value}"/>' for key, value in own.items())
-        text = re.sub(
-            r"<configuration>\s*<property.*</configuration>(?=\s*</external>)",
-            f"<configuration>{added}</configuration>",
-            text,
-            flags=re.S,
-        )
-        (folder / f"{name}.xml").write_text(text)
-
-    chain("fragile", "sturdy", method="cg_sense")
-    chain("sturdy", "", method="fourier")
+    write_chain(folder, "fragile", "cg_sense", "sturdy")
+    write_chain(folder, "sturdy", "fourier")
     with Service(ServiceOptions(port=0, workers=1, threads=1, configs=folder)) as running:
         yield running
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from gadgets.dicom import Conversion, convert
 from gadgets.dicom_cli import dicom, pacs_app
-from gadgets.pacs import Destination, PacsError, Tls, echo, store
+from gadgets.pacs import Destination, PacsError, Tls, echo, read_address, store
 from gadgets.pacs_queue import Pauses, Queue, QueueBusy
 from tests.e2e.orthanc import AET, Orthanc, free_ports, orthanc
 from tests.gadgets.dicom_scan import PATIENT, PATIENT_ID, Scan, scan
@@ -288,3 +288,20 @@ def test_the_worker_sends_what_others_put_in(archive: Orthanc, made: Conversion,
     worker.start()
     worker.join(60)
     assert seen == [2] and not queue.jobs() and not worker.is_alive()
+
+
+def test_addresses_of_archives() -> None:
+    assert read_address("ARCHIVE@10.0.0.5:104") == ("ARCHIVE", "10.0.0.5", 104)
+    assert read_address("A B@[fd00::5]:11112") == ("A B", "fd00::5", 11112)
+    for bad in (
+        "",
+        "ARCHIVE",
+        "ARCHIVE@host",
+        "@host:104",
+        "ARCHIVE@:104",
+        "ARCHIVE@host:",
+        "ARCHIVE@host:dicom",
+        "A@h:\u0661",
+    ):
+        with pytest.raises(PacsError, match="AET@HOST:PORT"):
+            read_address(bad)

@@ -15,7 +15,7 @@ import numpy as np
 from gadgets.capture import sidecar
 from gadgets.chain import noise_dependency_request
 from gadgets.errors import ConfigRefused, UnknownChain
-from gadgets.handlers import ChainRequest
+from gadgets.handlers import ChainRequest, ScanFacts
 from gadgets.noise_store import NoiseStore
 from gadgets.peer import Timing
 from gadgets.server import Server
@@ -44,6 +44,7 @@ class CountingScan:
     n_readouts: int = 0
     n_waveforms: int = 0
     abandoned: bool = False
+    facts: ScanFacts = field(default_factory=ScanFacts)
 
     def readouts(self, event: Readouts) -> None:
         self.n_readouts += len(event)

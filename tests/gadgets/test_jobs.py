@@ -16,17 +16,12 @@ import numpy as np
 import pytest
 import torch
 
+from gadgets.compute_local import log_python_warnings
 from gadgets.errors import JobFailed
-from gadgets.jobs import (
-    SCRATCH_PREFIX,
-    FileReport,
-    Jobs,
-    ReportReader,
-    Scratch,
-    log_python_warnings,
-    out_of_memory,
-    remove_stale_scratch,
-)
+from gadgets.jobs import Jobs
+from gadgets.memory_errors import out_of_memory
+from gadgets.reports import FileReport, ReportReader
+from gadgets.scratch import SCRATCH_PREFIX, Scratch, remove_stale_scratch
 from recon_core.errors import DataError
 from recon_core.types import ImageSeries
 
@@ -54,7 +49,7 @@ def fail() -> None:
 
 @pytest.fixture(scope="module")
 def workers() -> Jobs:
-    jobs = Jobs(1, threads=1)
+    jobs = Jobs(1, threads=1, rehearse=False)
     yield jobs
     jobs.close()
 

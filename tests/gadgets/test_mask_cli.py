@@ -2,12 +2,19 @@
 
 from pathlib import Path
 
+import ismrmrd
+import ismrmrd.xsd as xsd
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from gadgets.errors import HeaderError, RawFileError
+from gadgets.mask_check import mask_names
 from gadgets.mask_cli import app
+from gadgets.raw_source import RawFile
+from gadgets.wire.header import parse_header
 from recon_core.errors import DataError, SettingError
+from recon_core.sampling.agreement import pattern_digest
 from recon_core.sampling.mask_files import SamplingMask, read_mask, write_mask
 
 SMALL = [
@@ -47,7 +54,7 @@ def test_from_density_to_sequence(tmp_path: Path) -> None:
         "export", ordered, "--csv", tmp_path / "scan.csv", "--seq", tmp_path / "scan.seq",
         *["--matrix", "16", "--fov-mm", "160", "160", "80", "--echo-spacing-ms", "4", "--tr-ms", "20", "--dummies", "1"],
     )  # fmt: skip
-    assert "96 readouts in 0.7 s" in said and "echo times 3.99" in said and "timing check passed" in said
+    assert "96 readouts in 0.7 s, largest gradient" in said and "echo times 3.99" in said and "timing check passed" in said
     assert (tmp_path / "scan.seq").is_file() and (tmp_path / "scan.mrd.xml").is_file()
     np.testing.assert_array_equal(read_mask(tmp_path / "scan.csv").order, read_mask(ordered).order)
 
@@ -105,3 +112,92 @@ def test_refusals(tmp_path: Path) -> None:
         _run("export", tmp_path / "a.h5", "--seq", tmp_path / "a.seq")
     with pytest.raises(SettingError, match="divides the samples"):
         _run("order", tmp_path / "a.h5", tmp_path / "b.h5", "--segments", "5")
+
+
+def _raw(path: Path, n_samples: int) -> Path:
+    """Two readouts under the header of another protocol, with a measurement id, a coil count and a user parameter of its own."""
+    space = xsd.encodingSpaceType(
+        matrixSize=xsd.matrixSizeType(x=7, y=8, z=9), fieldOfView_mm=xsd.fieldOfViewMm(x=1, y=1, z=1)
+    )
+    header = xsd.ismrmrdHeader(
+        measurementInformation=xsd.measurementInformationType(
+            measurementID="42_7", patientPosition=xsd.patientPositionType.FFP
+        ),
+        acquisitionSystemInformation=xsd.acquisitionSystemInformationType(
+            receiverChannels=2, systemFieldStrength_T=2.89
+        ),
+        experimentalConditions=xsd.experimentalConditionsType(H1resonanceFrequency_Hz=123200000),
+        encoding=[
+            xsd.encodingType(
+                encodedSpace=space, reconSpace=space, encodingLimits=xsd.encodingLimitsType(),
+                trajectory=xsd.trajectoryType.OTHER,
+            )
+        ],
+        sequenceParameters=xsd.sequenceParametersType(TE=[99.0]),
+        userParameters=xsd.userParametersType(
+            userParameterLong=[xsd.userParameterLongType(name="kept", value=5)],
+            userParameterString=[xsd.userParameterStringType(name="SamplingMask", value="older")],
+        ),
+    )  # fmt: skip
+    dataset = ismrmrd.Dataset(str(path), "dataset")
+    dataset.write_xml_header(str(xsd.ToXML(header)))
+    for _ in range(2):
+        dataset.append_acquisition(ismrmrd.Acquisition.from_array(np.ones((2, n_samples), np.complex64)))
+    dataset.close()
+    return path
+
+
+def test_attach_takes_the_sequence_from_one_header_and_the_rest_from_the_other(tmp_path: Path) -> None:
+    _run("draw", tmp_path / "a.h5", *SMALL)
+    _run("order", tmp_path / "a.h5", tmp_path / "brain.h5", "--segments", "4")
+    shape = ["--matrix", "16", "--fov-mm", "160", "160", "80", "--echo-spacing-ms", "4", "--tr-ms", "20"]
+    _run("export", tmp_path / "brain.h5", "--seq", tmp_path / "scan.seq", *shape)
+    raw, side = _raw(tmp_path / "raw.h5", 16), tmp_path / "scan.mrd.xml"
+    before = raw.read_bytes()
+    _run("attach", raw, side, tmp_path / "fixed.h5")
+    assert raw.read_bytes() == before
+    fixed = RawFile(tmp_path / "fixed.h5", b"").header
+    assert fixed is not None and fixed.encodings == parse_header(side.read_text()).encodings
+    assert len(fixed.echo_times) == 3 and fixed.measurement_id == "42_7" and fixed.patient_position == "FFP"
+    assert fixed.field_strength == 2.89 and fixed.h1_frequency == 123200000 and fixed.receiver_channels == 2
+    assert fixed.user_long == {"kept": 5} and fixed.user_string["SamplingMask"] == "brain"
+    with pytest.raises(RawFileError, match="would be overwritten"):
+        _run("attach", raw, side, raw)
+    with pytest.raises(RawFileError, match="not a scan of this sequence"):
+        _run("attach", _raw(tmp_path / "short.h5", 12), side, tmp_path / "x.h5")
+    with pytest.raises(RawFileError, match="no MRD raw data"):
+        _run("attach", tmp_path / "a.h5", side, tmp_path / "x.h5")
+    side.write_text("<nothing/>")
+    with pytest.raises(HeaderError, match="not an MRD header"):
+        _run("attach", raw, side, tmp_path / "x.h5")
+    assert not (tmp_path / "x.h5").exists()
+
+
+def test_install_puts_a_mask_where_the_server_looks(tmp_path: Path) -> None:
+    _run("draw", tmp_path / "a.h5", *SMALL)
+    said = _run("install", tmp_path / "a.h5", "--masks", tmp_path / "masks")
+    assert "installed as 'a'" in said and pattern_digest(read_mask(tmp_path / "a.h5").mask) in said
+    assert list(mask_names(tmp_path / "masks")) == ["a"]
+    (tmp_path / "bad name.h5").write_bytes((tmp_path / "a.h5").read_bytes())
+    with pytest.raises(DataError, match="not a name for a mask"):
+        _run("install", tmp_path / "bad name.h5", "--masks", tmp_path / "masks")
+    (tmp_path / "b.h5").write_bytes(b"no mask")
+    with pytest.raises(DataError, match="not a readable HDF5 file"):
+        _run("install", tmp_path / "b.h5", "--masks", tmp_path / "masks")
+
+
+def test_learn_writes_a_mask_that_can_be_ordered(tmp_path: Path) -> None:
+    """One step on tiny scans: what was learned is no matter here, only that the file is a mask of the asked size."""
+    words = [
+        "--k1", "24", "--k2", "16", "--readout", "16", "--echoes", "3", "--coils", "2", "--acceleration", "4", "--segments", "5",
+        "--acs-k1", "6", "--acs-k2", "4", "--steps", "1", "--features", "4", "--features", "8",
+    ]  # fmt: skip
+    said = _run("learn", tmp_path / "m.h5", *words)
+    assert "100 of 24 x 16 positions in each of 3 echoes" in said and "learned after 1 of 1 steps" in said
+    mask = read_mask(tmp_path / "m.h5")
+    assert mask.facts["density"] == "learned" and mask.probability is not None
+    assert "5 segments x 20 = 100" in _run("order", tmp_path / "m.h5", tmp_path / "o.h5", "--segments", "5")
+    with pytest.raises(SettingError):  # the folder holds a training
+        _run("learn", tmp_path / "m.h5", *words)
+    with pytest.raises(DataError, match="unknown kind of file"):
+        _run("learn", tmp_path / "m.png", *words)

@@ -7,9 +7,11 @@ import numpy as np
 import pypulseq as pp
 import pytest
 
-from gadgets.pulseq import SequenceError, SequenceFacts, SequenceSettings, write_sequence
+from gadgets.pulseq import write_sequence
+from gadgets.pulseq_settings import SequenceError, SequenceFacts, SequenceSettings
 from gadgets.wire.header import parse_header
 from recon_core.errors import SettingError
+from recon_core.sampling.agreement import pattern_digest
 from recon_core.sampling.learned import draw_mask, multilevel_density
 from recon_core.sampling.mask_files import SamplingMask
 from recon_core.sampling.ordering import fan_beam_order
@@ -23,7 +25,9 @@ SETTINGS = SequenceSettings(
     repetition_time=0.02,
     oversampling=2,
     dummies=2,
+    noise_readouts=4,
 )
+BLOCKS_PER_SHOT = 1 + 3 * 2 + 1
 
 
 def _mask() -> SamplingMask:
@@ -52,19 +56,26 @@ def test_timing_and_duration(sequence: pp.Sequence, written: tuple[Path, Sequenc
     fine, report = sequence.check_timing()
     assert fine, report
     facts = written[1]
-    assert sequence.duration()[0] == pytest.approx(facts.duration) == pytest.approx(22 * 0.02)
+    noise = sum(sequence.block_durations[n] for n in range(1, 5))
+    assert sequence.duration()[0] == pytest.approx(facts.duration) == pytest.approx(noise + 22 * 0.02)
     assert facts.n_readouts == 60 and facts.repetition_time == pytest.approx(0.02)
+    assert sequence.definitions["TR"] == pytest.approx(0.02)
+    pulses = [n for n in sequence.block_events if sequence.block_events[n][1]]
+    starts = np.cumsum([0.0, *(sequence.block_durations[n] for n in sequence.block_events)])[np.array(pulses) - 1]
+    np.testing.assert_allclose(np.diff(starts), 0.02, atol=1e-9)  # every TR, dummies included
 
 
 def test_labels_are_the_order(sequence: pp.Sequence) -> None:
     labels = sequence.evaluate_labels(evolution="adc")
     assert MASK.order is not None
     order = MASK.order.reshape(-1, 2)
-    np.testing.assert_array_equal(labels["PAR"], order[:, 0])
-    np.testing.assert_array_equal(labels["LIN"], order[:, 1])
-    np.testing.assert_array_equal(labels["ECO"], np.tile(np.arange(3), 20))
+    np.testing.assert_array_equal(labels["NOISE"], [1] * 4 + [0] * 60)
+    par, lin, eco = (labels[name][4:] for name in ("PAR", "LIN", "ECO"))
+    np.testing.assert_array_equal(par, order[:, 0])
+    np.testing.assert_array_equal(lin, order[:, 1])
+    np.testing.assert_array_equal(eco, np.tile(np.arange(3), 20))
     sampled = np.zeros_like(MASK.mask)
-    sampled[labels["ECO"], labels["PAR"], labels["LIN"]] = True
+    sampled[eco, par, lin] = True
     np.testing.assert_array_equal(sampled, MASK.mask)
 
 
@@ -73,6 +84,7 @@ def test_trajectory_agrees_with_the_mask_and_the_echo_times(
 ) -> None:
     """From the gradients alone: every readout is a straight line through its position, at k0 = 0 when it says so."""
     k, _, t_excitation, _, t_adc = sequence.calculate_kspace()
+    k, t_adc = k[:, 4 * 32 :], t_adc[4 * 32 :]
     x, y, z = k.reshape(3, 60, 32)
     assert MASK.order is not None
     order = MASK.order.reshape(-1, 1, 2)
@@ -86,15 +98,14 @@ def test_trajectory_agrees_with_the_mask_and_the_echo_times(
 
 def test_moments_are_the_same_in_every_repetition(sequence: pp.Sequence) -> None:
     """Two cycles per voxel are left on x, nothing on y, and on z what the slab gradient does before the pulse's centre."""
-    per_shot = 1 + 3 * 2 + 1
     areas = np.zeros((22, 3))
     slab = 0.0
-    for number in range(1, len(sequence.block_events) + 1):
+    for number in range(5, len(sequence.block_events) + 1):
         block = sequence.get_block(number)
         for axis, g in enumerate((block.gx, block.gy, block.gz)):
             if g is not None:
                 area = g.amplitude * (g.flat_time + 0.5 * (g.rise_time + g.fall_time))
-                areas[(number - 1) // per_shot, axis] += area
+                areas[(number - 5) // BLOCKS_PER_SHOT, axis] += area
                 slab = area if block.rf is not None else slab
     np.testing.assert_allclose(areas, np.tile([2 * 16 / 0.16, 0.0, 0.5 * slab], (22, 1)), rtol=1e-3, atol=0.02)
 
@@ -102,8 +113,7 @@ def test_moments_are_the_same_in_every_repetition(sequence: pp.Sequence) -> None
 def test_gradient_shapes_do_not_change_from_shot_to_shot(sequence: pp.Sequence) -> None:
     """Interpreters that compile a repetition once can scale amplitudes, not times."""
     times: dict[int, set[tuple[float, ...]]] = {}
-    blocks_per_shot = 1 + 3 * 2 + 1
-    for number in range(1, len(sequence.block_events) + 1):
+    for number in range(5, len(sequence.block_events) + 1):
         block = sequence.get_block(number)
         shape = tuple(
             round(v * 1e6, 3)
@@ -111,8 +121,36 @@ def test_gradient_shapes_do_not_change_from_shot_to_shot(sequence: pp.Sequence) 
             if g is not None
             for v in (g.rise_time, g.flat_time, g.fall_time)
         )
-        times.setdefault((number - 1) % blocks_per_shot, set()).add(shape)
-    assert all(len(found) == 1 for found in times.values()) and len(times) == blocks_per_shot
+        times.setdefault((number - 5) % BLOCKS_PER_SHOT, set()).add(shape)
+    assert all(len(found) == 1 for found in times.values()) and len(times) == BLOCKS_PER_SHOT
+
+
+def test_limits_and_what_the_axes_reach_together(sequence: pp.Sequence, written: tuple[Path, SequenceFacts]) -> None:
+    """Each axis within the settings; the facts are the vector sum, found here from the blocks as written."""
+    reached = np.zeros(2)
+    for number in sequence.block_events:
+        block = sequence.get_block(number)
+        lobes = [g for g in (block.gx, block.gy, block.gz) if g is not None]
+        amplitude = np.array([abs(g.amplitude) for g in lobes]) / 42.577478518e6
+        slew = amplitude / np.array([min(g.rise_time, g.fall_time) for g in lobes])
+        assert (amplitude <= 32.001e-3).all() and (slew <= 130.01).all()
+        reached = np.maximum(reached, [1e3 * np.linalg.norm(amplitude), np.linalg.norm(slew)])
+    np.testing.assert_allclose(reached, [written[1].max_grad, written[1].max_slew], rtol=1e-3)
+
+
+def test_phases_spoil(sequence: pp.Sequence) -> None:
+    """Quadratic phase with 117 degrees; the receiver follows the pulse."""
+    pulses, receivers = [], []
+    for number in range(5, len(sequence.block_events) + 1):
+        block = sequence.get_block(number)
+        if block.rf is not None:
+            pulses.append(block.rf.phase_offset)
+        if block.adc is not None:
+            receivers.append((block.adc.phase_offset, pulses[-1]))
+    n = np.arange(22)
+    expected = np.deg2rad(117.0) * n * (n + 1) / 2
+    assert np.abs(np.exp(1j * np.array(pulses)) - np.exp(1j * expected)).max() < 1e-4
+    assert len(receivers) == 60 and all(a == pytest.approx(b) for a, b in receivers)
 
 
 def test_header_describes_the_full_grid(written: tuple[Path, SequenceFacts]) -> None:
@@ -127,6 +165,18 @@ def test_header_describes_the_full_grid(written: tuple[Path, SequenceFacts]) -> 
     assert limits["contrast"] == (0, 2, 0)
     assert header.echo_times == pytest.approx(facts.echo_times) and header.repetition_times == pytest.approx((0.02,))
     assert header.flip_angles == pytest.approx((SETTINGS.flip_angle,)) and header.field_strength == 3.0
+    assert header.user_string == {"SamplingMask": "scan", "SamplingMaskSHA256": pattern_digest(MASK.mask)}
+    assert encoding.acceleration == (3, 1)  # 60 positions, 20 samples
+
+
+def test_older_file_format(tmp_path: Path) -> None:
+    write_sequence(tmp_path / "a.seq", MASK, SETTINGS, mask_name="other", pulseq_1_4=True)
+    text = (tmp_path / "a.seq").read_text()
+    assert "major 1\nminor 4\nrevision 1" in text
+    found = pp.Sequence(pp.Opts(rf_ringdown_time=30e-6, rf_dead_time=100e-6, adc_dead_time=10e-6))
+    found.read(str(tmp_path / "a.seq"), detect_rf_use=True)
+    assert found.check_timing()[0] and len(found.evaluate_labels(evolution="adc")["LIN"]) == 64
+    assert parse_header((tmp_path / "a.mrd.xml").read_text()).user_string["SamplingMask"] == "other"
 
 
 def test_definitions_tell_interpreters_where_the_centre_is(sequence: pp.Sequence) -> None:

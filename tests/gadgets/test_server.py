@@ -13,13 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gadgets.peer import Timing
+from gadgets.admission import Quota
+from gadgets.capture import capture_status
+from gadgets.connection import Connection
+from gadgets.handlers import Handlers
+from gadgets.listener import Access
+from gadgets.peer import Peer, Timing
 from gadgets.spool import Spool
 from gadgets.wire import codec
 from gadgets.wire.events import Readouts
 from gadgets.wire.framing import FrameParser, Limits
 from recon_core.errors import DataError
-from tests.gadgets.serving import CHAINS, HEADER, QUICK, CountingScan, Served, count_image, data, serving
+from tests.gadgets.serving import CHAINS, HEADER, QUICK, CountingScan, Served, check_config, count_image, data, serving
 from tests.strict_client import Answer
 from tests.wire import streams
 
@@ -485,7 +490,7 @@ def test_many_scans_at_once(served: Served) -> None:
 
 
 def test_a_busy_server_says_so(tmp_path: Path) -> None:
-    with serving(tmp_path, max_connections=1) as served:
+    with serving(tmp_path, access=Access(quota=Quota(total=1))) as served:
         with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as first:
             first.sendall(codec.query("ismrmrd::version"))
             assert first.recv(1), "the first connection is being served"
@@ -577,3 +582,19 @@ def test_no_patient_data_in_any_log_line(served: Served, caplog: pytest.LogCaptu
     assert "4711-X" not in told and "DOE" not in told
     assert "127.0.0.1" not in str([info for _, info in captures])
     assert len(captures) == 3 and all(line.startswith("event=") and "\n" not in line for line in lines)
+
+
+def test_what_came_before_a_reset_is_kept(tmp_path: Path) -> None:
+    """The reset is there before the first byte is read: the bytes are, too."""
+    spool = Spool(tmp_path, min_free_bytes=0)
+    sent = codec.config_file("fourier") + codec.header(HEADER) + data(20)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        client.sendall(sent)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        accepted, _ = listener.accept()
+    handlers = Handlers(open_scan=CountingScan, check_config=check_config)
+    Connection("c1", Peer(accepted, QUICK), "127.0.0.1", handlers, Limits(), spool).run()
+    (capture,) = spool.captures()
+    assert capture.read_bytes() == sent and capture_status(capture) == "truncated"

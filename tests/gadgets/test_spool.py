@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gadgets.capture import sidecar
+from gadgets.capture import capture_status, sidecar
 from gadgets.errors import SpoolError
-from gadgets.spool import ScanLog, Spool, read_capture
+from gadgets.spool import ScanLog, Spool, job_folder_of, read_capture
 
 SESSION = b"\x01\x00" + b"fourier".ljust(1024, b"\0") + b"\x04\x00"
 
@@ -255,3 +255,75 @@ def test_a_folder_that_cannot_be_made_is_a_typed_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SpoolError, match="cannot make the folder"):
         Spool(tmp_path / "file" / "spool")
+
+
+def test_a_sidecar_that_the_disk_did_not_take_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one a capture counts as running, and would be kept for ever."""
+
+    def full(path: Path, info: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    spool = Spool(tmp_path, min_free_bytes=0)
+    log = spool.open()
+    log.append(b"\x01\x00 data")
+    with monkeypatch.context() as patched:
+        patched.setattr("gadgets.scan_log.write_sidecar", full)
+        patched.setattr("gadgets.spool.write_sidecar", full)
+        log.finish("complete", chain="fourier")
+        assert spool.captures() == []
+    spool.make_room()
+    (capture,) = spool.captures()
+    assert capture_status(capture) == "complete"
+
+
+def made_older(path: Path, seconds: float) -> None:
+    moment = path.stat().st_mtime - seconds
+    os.utime(sidecar(path), (moment, moment))
+
+
+def test_captures_go_by_age(tmp_path: Path) -> None:
+    spool = make(tmp_path, max_age=3600.0)
+    old_good, old_failed, new = keep(spool, SESSION), keep(spool, SESSION, "failed"), keep(spool, SESSION)
+    for path in (old_good, old_failed):
+        made_older(path, 3700.0)
+        job_folder_of(path).mkdir()
+        (job_folder_of(path) / "images.h5").write_bytes(b"x")
+    running = spool.open()
+    running.append(SESSION)
+    again = make(tmp_path, max_age=3600.0)
+    assert again.make_room()
+    assert again.captures() == [new] and running.path.exists()
+    assert not job_folder_of(old_good).exists() and not sidecar(old_failed).exists()
+
+
+def test_without_an_age_nothing_goes_by_it(tmp_path: Path) -> None:
+    path = keep(make(tmp_path), SESSION)
+    made_older(path, 1e9)
+    assert make(tmp_path).make_room() and path.exists()
+
+
+def test_captures_that_somebody_needs_stay(tmp_path: Path) -> None:
+    spool = make(tmp_path, max_bytes=1, max_age=3600.0)
+    spool.max_bytes = 1 << 30
+    path = keep(spool, SESSION)
+    made_older(path, 3700.0)
+    spool.max_bytes, spool.held = 1, frozenset({path.name})
+    spool._counted = float("-inf")
+    spool.make_room()
+    assert path.exists()
+    spool.held = frozenset()
+    spool._counted = float("-inf")
+    spool.make_room()
+    assert not path.exists()
+
+
+def test_what_came_of_a_capture_counts_as_part_of_it(tmp_path: Path) -> None:
+    spool = make(tmp_path, max_bytes=5000)
+    first = keep(spool, b"1" * 1000)
+    nested = job_folder_of(first) / "r1"
+    nested.mkdir(parents=True)
+    (nested / "images.h5").write_bytes(b"x" * 4000)
+    second = keep(spool, b"2" * 1000)
+    spool._counted = float("-inf")
+    spool.make_room()
+    assert not first.exists() and not job_folder_of(first).exists() and second.exists()

@@ -11,13 +11,15 @@ import torch
 
 from recon_core.errors import DataError
 from recon_core.maps.regrid import map_on_recon_matrix
-from recon_core.maps.series_t1 import ImageNoise, image_noise, recovery_times, t1_maps
+from recon_core.maps.series import ImageNoise, image_noise
+from recon_core.maps.series_t1 import recovery_times, t1_maps
 from recon_core.maps.settings import MapSettings
 from recon_core.methods import get_method
 from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.reconstruct import Recipe, reconstruct
 from recon_core.settings import parse_settings
-from recon_core.types import ImageSeries, KSpace, ParameterMap, Report, Result, ScanInfo
+from recon_core.types import ImageSeries, KSpace, ParameterMap, Result, ScanInfo
+from tests.recon_core.listener import Listener
 from tests.recon_core.small_series import centred_fft, coil_maps
 
 N = 48
@@ -25,14 +27,6 @@ TIMES = (0.12, 1.12, 2.12, 3.12, 4.12, 0.20, 1.20, 2.20)  # 5(3)3, as acquired: 
 T1 = MapSettings(maps="t1")
 FOV = (0.008, 0.3, 0.3)
 SCAN = ScanInfo((1, N, N), FOV, (1, N, N), FOV, inversion_times=TIMES)
-
-
-class Listener(Report):
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def object_t1(n: int = N) -> tuple[np.ndarray, np.ndarray]:

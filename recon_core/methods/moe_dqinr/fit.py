@@ -9,6 +9,7 @@ from dataclasses import field as dataclass_field
 
 import torch
 
+from recon_core.batches import batch
 from recon_core.errors import NumericalError, SettingError
 from recon_core.methods.moe_dqinr.gradients import PRECISIONS as PRECISIONS
 from recon_core.methods.moe_dqinr.gradients import Evaluation, Part, activation_bytes, matmul_precision
@@ -191,13 +192,13 @@ def memory_plan(field: MoeField, n_pixels: int, settings: FitSettings, precision
     """Pixels at a time (0: all) and whether intermediate values are computed again, by the device's memory unless set."""
     device = field.encoder.table.device
     on_cuda = device.type == "cuda"
-    budget = round(CUDA_SHARE * torch.cuda.mem_get_info(device)[0]) if on_cuda else CPU_BYTES
+    budget = batch(round(CUDA_SHARE * torch.cuda.mem_get_info(device)[0]) if on_cuda else CPU_BYTES)
     needed = activation_bytes(field, n_pixels, precision)
     recompute = needed > budget if settings.recompute is None else settings.recompute
     if settings.chunk:
         return settings.chunk, recompute
     if not on_cuda:
-        return CPU_CHUNK, recompute
+        return max(LEAST_CHUNK, batch(CPU_CHUNK)), recompute
     if not recompute:
         return 0, False
     # as many pixels as fit, in chunks of equal size; twice as many chunks as would just do

@@ -240,8 +240,8 @@ def longest_delay_calibration(kspace: KSpace, scan: ScanInfo) -> KSpace:
 
 
 def calibration(kspace: KSpace, scan: ScanInfo, settings: Settings) -> KSpace:
-    """The k-space whose calibration lines give the coil maps: those of the longest delay, or unchanged (all delays)."""
-    return longest_delay_calibration(kspace, scan) if settings.calibration == "longest" else kspace
+    """The k-space whose calibration lines give the coil maps: those of the longest delay, or unchanged."""
+    return longest_delay_calibration(kspace, scan) if settings.coil_map_source == "longest" else kspace
 
 
 def _judge(agreed: Agreement, noise_measured: bool, settings: Settings, where: str) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from recon_core.settings import setting
 
 DEFAULT_WEIGHTS = "pinqi_t1"
 FAILURES = ("mark", "error")
-CALIBRATIONS = ("longest", "all")
+COIL_MAP_SOURCES = ("longest", "chain")
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,11 @@ class Settings:
     """Which weights, and what may be believed of the maps."""
 
     weights: str = setting(DEFAULT_WEIGHTS, "name of the installed weights, see docs/pinqi.md; never a path")
-    calibration: str = setting(
+    coil_map_source: str = setting(
         "longest",
-        "calibration lines that coil maps come from: the longest delay's, which has the most signal, or the mean of all delays",
-        choices=CALIBRATIONS,
+        "calibration lines that coil maps come from: the longest delay's, which has the most signal, or those that the chain's "
+        "setting 'calibration' chooses",
+        choices=COIL_MAP_SOURCES,
     )
     precision: str = setting("float32", "of the networks; bfloat16 is for GPUs", choices=PRECISIONS)
     t1_min: float = setting(0.05, "shortest plausible T1", unit="s", low=0.001, high=1.0)

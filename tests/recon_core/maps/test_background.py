@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.special import sph_harm_y
 
 from recon_core.errors import DataError
 from recon_core.maps.background import BackgroundSettings, pdf, resharp, v_sharp
@@ -13,7 +14,6 @@ from recon_core.maps.spherical_mean import SphericalMean
 from tests.recon_core.maps.analytic_fields import positions, sphere_field
 
 SHAPE, VOXEL, B0 = (28, 28, 28), (0.002, 0.002, 0.002), (0.8, 0.6, 0.0)
-SETTINGS = BackgroundSettings(pdf_tolerance=5e-3, pdf_iterations=300, resharp_weight=1e-4, vsharp_radius=0.010)
 DOUBLE = torch.zeros((), dtype=torch.float64)
 
 
@@ -46,7 +46,24 @@ def relative(a: torch.Tensor, b: torch.Tensor, mask: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(difference - difference.mean()) / torch.linalg.vector_norm(b[mask]))
 
 
-@pytest.mark.parametrize(("method", "error"), [("pdf", 0.42), ("v_sharp", 0.30), ("resharp", 0.25)])
+def harmonic_part(field: torch.Tensor, mask: torch.Tensor, degree: int = 6) -> float:
+    """Norm of the projection of a field onto solid harmonics, over its own: what no outside source can be told from."""
+    z, y, x = (np.broadcast_to(p, SHAPE)[mask.numpy()] / 0.02 for p in positions(SHAPE, VOXEL))
+    r = np.sqrt(z**2 + y**2 + x**2)
+    polar, azimuth = np.arccos(z / np.maximum(r, 1e-9)), np.arctan2(y, x)
+    columns = [
+        part for n in range(degree + 1) for m in range(n + 1) for part in _parts(r**n * sph_harm_y(n, m, polar, azimuth))
+    ]
+    basis, _ = np.linalg.qr(np.stack(columns, axis=1))
+    values = field[mask].numpy()
+    return float(np.linalg.norm(basis.T @ (values - values.mean())) / np.linalg.norm(values))
+
+
+def _parts(values: np.ndarray) -> list[np.ndarray]:
+    return [values.real, values.imag] if np.abs(values.imag).max() > 0 else [values.real]
+
+
+@pytest.mark.parametrize(("method", "error"), [("pdf", 0.38), ("v_sharp", 0.33), ("resharp", 0.18)])
 def test_local_field_is_recovered(method: str, error: float) -> None:
     mask = ball()
     inside, outside = local(mask), background() * mask
@@ -55,10 +72,12 @@ def test_local_field_is_recovered(method: str, error: float) -> None:
     total = inside + outside
     kept = total.clone()
     if method == "pdf":
-        found = pdf(total, mask, VOXEL, B0, settings=SETTINGS)
-        assert found.converged and found.iterations > 30
+        found = pdf(total, mask, VOXEL, B0)
+        assert found.converged
+        # a harmonic part of the local field is lost by any method that knows nothing else; dipoles outside find little more
+        assert relative(found.field, inside, mask) < harmonic_part(inside, mask) + 0.07
     else:
-        found = {"v_sharp": v_sharp, "resharp": resharp}[method](total, mask, VOXEL, settings=SETTINGS)
+        found = {"v_sharp": v_sharp, "resharp": resharp}[method](total, mask, VOXEL)
         assert found.mask.sum() < mask.sum()
     assert torch.equal(total, kept)
     assert (found.field[~found.mask] == 0).all()
@@ -66,48 +85,58 @@ def test_local_field_is_recovered(method: str, error: float) -> None:
 
 
 def test_projection() -> None:
-    """The minimum is orthogonal to every dipole outside as far as it claims, and a second projection finds little more."""
+    """What is left is orthogonal to the closed-form field of every dipole outside; a second projection finds little more."""
     mask = ball()
     total = local(mask) + background() * mask
-    found = pdf(total, mask, VOXEL, B0, settings=SETTINGS)
-    operator = DipoleOperator(SHAPE, VOXEL, B0, total)
-    outside = operator.pad(mask.double()) == 0
-    correlation = operator.convolve(operator.pad(found.field)) * outside
-    of_total = operator.convolve(operator.pad(total)) * outside
-    ratio = float(torch.linalg.vector_norm(correlation) / torch.linalg.vector_norm(of_total))
-    assert ratio == pytest.approx(found.residual, rel=1e-3) and ratio <= SETTINGS.pdf_tolerance
-    again = pdf(found.field, mask, VOXEL, B0, settings=SETTINGS)
-    assert relative(again.field, found.field, mask) < 0.25
+    found = pdf(total, mask, VOXEL, B0)
+    z, y, x = positions(SHAPE, VOXEL)
+    for cz, cy, cx in ((0.0, 0.024, 0.004), (0.024, 0.0, -0.004), (0.0, -0.010, 0.022), (-0.030, -0.030, 0.0)):
+        dipole = torch.from_numpy(sphere_field((z - cz, y - cy, x - cx), 0.003, B0)) * mask
+        cosine = float((found.field * dipole).sum() / (found.field.norm() * dipole.norm()))
+        assert abs(cosine) < 0.005
+    assert found.residual <= BackgroundSettings.pdf_tolerance
+    again = pdf(found.field, mask, VOXEL, B0)
+    assert relative(again.field, found.field, mask) < 0.12
 
 
 def test_the_projection_theorem_in_a_ball() -> None:
     """A dipole of radius ``a`` in the middle of a ball of radius ``R``: the part of its field that dipoles outside explain.
 
     Of the harmonic functions only ``r^2 Y2`` meets ``Y2 / r^3``: the squared cosine between both over ``a < r < R`` is
-    ``21/4 (a/R)^3`` for ``a`` much smaller than ``R``, 10.6 % here. So much, at least, is lost from a field without any
-    background (a little more: next to the mask the field of a voxel is not quite harmonic inside it), and no more.
+    ``21/4 (a/R)^3`` for ``a`` much smaller than ``R``, 10.6 % here, and least squares with solid harmonics in the voxels of this ball
+    say 11.0 %. So much is lost from a field without any background. Sources next to the mask add a little: their fields, too, are
+    harmonic between the voxels' centres only. (With the band-limited kernel instead of points it was 18 to 20 %.)
     """
     mask, radius = ball(0.022), 0.006
     z, y, x = positions(SHAPE, VOXEL)
     field = torch.from_numpy(sphere_field((z, y, x), radius, B0)) * mask
-    found = pdf(field, mask, VOXEL, B0, settings=SETTINGS)
+    found = pdf(field, mask, VOXEL, B0)
     lost = 1 - float(found.field.square().sum() / field.square().sum())
     theory = 21 / 4 * (radius / 0.022) ** 3
-    assert 0.9 * theory < lost < theory + 0.1
+    assert harmonic_part(field, mask) ** 2 == pytest.approx(0.110, abs=0.002)
+    assert 0.98 * theory < lost < 1.35 * theory
     harmonic = torch.from_numpy(3 * (z * B0[0] + y * B0[1] + x * B0[2]) ** 2 - (z**2 + y**2 + x**2)) * mask
     left, before = (float((f * harmonic).sum() / (f.norm() * harmonic.norm())) for f in (found.field, field))
-    assert abs(left) < 0.02 < 0.25 < abs(before)
+    assert abs(left) < 0.002 < 0.3 < abs(before)
 
 
 def test_few_steps_leave_background_behind() -> None:
     mask, outside = ball(), background()
     size = float(torch.linalg.vector_norm(outside[mask]))
     left = []
-    for steps in (5, 200):
-        found = pdf(outside, mask, VOXEL, B0, settings=BackgroundSettings(pdf_iterations=steps, pdf_tolerance=2e-3))
+    for steps in (5, 20, 300):
+        found = pdf(outside, mask, VOXEL, B0, settings=BackgroundSettings(pdf_iterations=steps))
         left.append(float(torch.linalg.vector_norm(found.field)) / size)
-    assert left[1] < 0.05
-    assert left[0] > 3 * left[1]
+    assert left[0] > 0.08 and 0.015 < left[1] < 0.04 and left[2] < 0.012
+
+
+def test_a_uniform_field_and_gradients_are_background() -> None:
+    """Shim and centre frequency: harmonic, so outside sources make them too."""
+    mask = ball()
+    z, y, x = positions(SHAPE, VOXEL)
+    shim = torch.from_numpy(3.0 + 200.0 * x - 150.0 * z + 4e3 * (x * y) + np.zeros(SHAPE)) * mask
+    found = pdf(shim, mask, VOXEL, B0)
+    assert float(found.field.norm() / shim.norm()) < 0.01
 
 
 def test_spherical_mean() -> None:

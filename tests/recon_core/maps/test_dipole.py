@@ -43,7 +43,7 @@ def relative_error(found: Susceptibility, h: Head) -> float:
     return float(torch.linalg.vector_norm(a - a.mean() - b + b.mean()) / torch.linalg.vector_norm(b - b.mean()))
 
 
-@pytest.mark.parametrize(("method", "error", "high"), [(by_tkd, 0.45, 0.40), (by_tv, 0.12, 0.08), (by_medi, 0.20, 0.20)])
+@pytest.mark.parametrize(("method", "error", "high"), [(by_tkd, 0.37, 0.34), (by_tv, 0.085, 0.052), (by_medi, 0.055, 0.028)])
 def test_susceptibility_of_a_head(method: Callable[[Head], Susceptibility], error: float, high: float) -> None:
     h = head()
     kept = h.field.clone()
@@ -60,15 +60,15 @@ def test_susceptibility_of_a_head(method: Callable[[Head], Susceptibility], erro
 
 
 def test_total_variation_beats_the_threshold() -> None:
-    assert relative_error(by_tv(head()), head()) < 0.6 * relative_error(by_tkd(head()), head())
+    assert relative_error(by_tv(head()), head()) < 0.25 * relative_error(by_tkd(head()), head())
 
 
 def test_oblique_field_direction() -> None:
     h = small_head(b0=(0.8, 0.6, 0.0))
     right = tv_admm(h.field, h.mask, h.voxel, h.b0, settings=FEW)
     wrong = tv_admm(h.field, h.mask, h.voxel, (1.0, 0.0, 0.0), settings=FEW)
-    assert relative_error(right, h) < 0.25
-    assert relative_error(wrong, h) > 2 * relative_error(right, h)
+    assert relative_error(right, h) < 0.15
+    assert relative_error(wrong, h) > 5 * relative_error(right, h)
 
 
 def test_uniform_fluid_is_the_zero() -> None:
@@ -77,8 +77,8 @@ def test_uniform_fluid_is_the_zero() -> None:
     assert found.reference == "cerebrospinal fluid"
     assert abs(float(found.chi.data[h.fluid].mean())) < 1e-6
     nucleus = h.chi > 0.16
-    assert float(found.chi.data[nucleus].mean()) == pytest.approx(float(h.chi[nucleus].mean()), abs=0.02)
-    assert float(found.chi.data[h.fluid].std()) < float(by_medi(h).chi.data[h.fluid].std())
+    assert float(found.chi.data[nucleus].mean()) == pytest.approx(float(h.chi[nucleus].mean()), abs=0.003)
+    assert float(found.chi.data[h.fluid].std()) < 0.7 * float(by_medi(h).chi.data[h.fluid].std())
 
 
 def test_wrong_wraps_do_not_spread_through_the_exponential() -> None:
@@ -90,8 +90,8 @@ def test_wrong_wraps_do_not_spread_through_the_exponential() -> None:
     exponential = medi(
         field, h.mask, h.magnitude, h.voxel, h.b0, radians_per_ppm=2 * math.pi * turns_per_ppm, settings=SHORT
     )
-    assert relative_error(exponential, h) < relative_error(linear, h)
-    assert relative_error(exponential, h) < relative_error(by_medi(h), h) + 0.1
+    assert relative_error(exponential, h) < 0.1 * relative_error(linear, h)
+    assert relative_error(exponential, h) < 1.1 * relative_error(by_medi(h), h)
 
 
 def test_threshold_underestimates_by_the_mean_response() -> None:

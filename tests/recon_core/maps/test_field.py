@@ -56,7 +56,7 @@ def test_unwrapping_is_exact_modulo_whole_turns() -> None:
     noisy = truth + 0.5 * torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     steps = (unwrap_phase(wrapped(noisy), mask) - noisy)[mask] / (2 * math.pi)
     assert torch.allclose(steps, steps.round(), atol=1e-9)
-    assert (steps.round() == steps.median().round()).double().mean() > 0.995
+    assert (steps.round() == steps.median().round()).all()
 
 
 def test_unwrapping_goes_round_a_noisy_wall_of_low_quality() -> None:
@@ -114,13 +114,13 @@ def test_field_standard_deviation_is_that_of_repeated_draws() -> None:
     draws = [fit_field(echo_images(EQUAL, field, noise=noise, seed=i), EQUAL, mask, noise_std=noise) for i in range(30)]
     found = torch.stack([d.field.data[mask] for d in draws]).double()
     claimed = torch.stack([d.field_sd.data[mask] for d in draws]).double()
-    assert (found.mean(0) - field[mask]).abs().mean() < 3 * found.std() / math.sqrt(30) + 0.05
+    assert (found.mean(0) - field[mask]).abs().mean() < 1.2 * found.std(0).mean() / math.sqrt(30)
     assert (claimed.square().mean() / found.var(0).mean()).sqrt().item() == pytest.approx(1.0, abs=0.05)
     residual = torch.stack(
         [fit_field(echo_images(EQUAL, field, noise=noise, seed=i), EQUAL, mask).field_sd.data[mask] for i in range(10)]
     ).double()
     assert (residual.square().mean() / found.var(0).mean()).sqrt().item() == pytest.approx(1.0, abs=0.08)
-    weights = draws[0].inversion_weights()
+    weights = draws[0].weights
     assert (weights[mask] > 0).all() and (weights[~mask] == 0).all()
 
 
@@ -133,11 +133,11 @@ def test_alternating_readouts_equal_unipolar_ones_after_correction(times: tuple[
     bipolar = clean.clone()
     bipolar[1::2] *= torch.exp(1j * theta)
     corrected, constant, slope = correct_bipolar(bipolar, times, mask)
-    assert constant == pytest.approx(0.9, abs=0.01)
-    assert slope == pytest.approx(11.0, abs=0.02)
+    assert constant == pytest.approx(0.9, abs=1e-3)
+    assert slope == pytest.approx(11.0, abs=2e-3)
     reference, wrong, right = (fit_field(im, times, mask).field.data[mask] for im in (clean, bipolar, corrected))
-    assert (right - reference).abs().mean() < 0.2
-    assert (wrong - reference).abs().mean() > 2.0
+    assert (right - reference).abs().mean() < 0.002
+    assert (wrong - reference).abs().mean() > 30.0
 
 
 def test_nonsense_is_refused() -> None:
@@ -154,3 +154,16 @@ def test_nonsense_is_refused() -> None:
         unwrap_phase(torch.full(SHAPE, math.nan), mask)
     with pytest.raises(DataError, match="quality"):
         unwrap_phase(torch.zeros(SHAPE), mask, quality=-torch.ones(SHAPE))
+
+
+def test_weights_trust_no_voxel_for_fitting_by_chance_and_distrust_those_that_do_not_fit() -> None:
+    field, mask, noise = smooth_hz(20.0), ball(0.8), 0.02
+    images = echo_images(EQUAL, field, noise=noise)
+    images[3, 5, 8, 9] *= torch.exp(torch.tensor(1.5j))  # a voxel that no straight line fits
+    for known in (noise, None):
+        maps = fit_field(images, EQUAL, mask, noise_std=known)
+        weights, strength = maps.weights[mask].double(), images.abs().square().sum(0).sqrt()[mask]
+        ratio = weights / strength
+        usual = ratio.median()
+        assert ((ratio / usual).quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)) - 1).abs().max() < 0.1
+        assert maps.weights[5, 8, 9] / images[:, 5, 8, 9].abs().square().sum().sqrt() < 0.5 * usual

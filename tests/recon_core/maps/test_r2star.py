@@ -21,7 +21,7 @@ def decays(times: tuple[float, ...], rates: torch.Tensor = RATES, s0: float = 70
     return (s0 * torch.exp(-torch.tensor(times, dtype=torch.float64)[:, None] * rates))[:, None, None]
 
 
-@pytest.mark.parametrize(("times", "error"), [(EQUAL, 2e-3), (UNEQUAL, 2e-2)])
+@pytest.mark.parametrize(("times", "error"), [(EQUAL, 2e-3), (UNEQUAL, 2e-3)])
 def test_arlo_without_noise(times: tuple[float, ...], error: float) -> None:
     maps = arlo(decays(times), times)
     assert maps.r2star.valid.all()
@@ -34,9 +34,9 @@ def test_unequal_spacing_matters() -> None:
     """Equal spacing assumed for these echoes is wrong by more than a tenth: the parabola through unequal ones is at work."""
     wrong = tuple(np.linspace(UNEQUAL[0], UNEQUAL[-1], len(UNEQUAL)))
     found = arlo(decays(UNEQUAL), wrong).r2star.data[0, 0].double()
-    assert ((found - RATES).abs() / RATES).max() > 0.05
+    assert ((found - RATES).abs() / RATES).max() > 0.2
     right = arlo(decays(UNEQUAL), UNEQUAL).r2star.data[0, 0].double()
-    assert ((right - RATES).abs() / RATES).max() < 0.02
+    assert ((right - RATES).abs() / RATES).max() < 0.002
 
 
 def test_arlo_is_the_papers_formula_for_equal_spacing() -> None:

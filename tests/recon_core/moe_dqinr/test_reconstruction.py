@@ -16,6 +16,7 @@ from recon_core.methods.moe_dqinr.refine import RefineSettings, consistent, refi
 from recon_core.methods.moe_dqinr.settings import Settings, plan_for
 from recon_core.problem import pose
 from recon_core.types import Report, Result
+from tests.recon_core.listener import Listener
 from tests.recon_core.small_series import SmallSeries, small_series
 
 METHOD = get_method("moe_dqinr")
@@ -142,17 +143,10 @@ def test_a_slab_is_refused_with_a_remedy() -> None:
 
 
 def test_a_state_far_from_its_data_is_reported() -> None:
-    class Listener(Report):
-        def __init__(self) -> None:
-            self.said: list[str] = []
-
-        def warn(self, message: str) -> None:
-            self.said.append(message)
-
     series, listener = small_series(), Listener()
     result = METHOD.reconstruct(series.kspace, series.scan, Settings(preset="paper", iterations=2), listener)
     assert any("times the noise" in note for note in result.notes)
-    assert list(result.notes) == listener.said
+    assert list(result.notes) == listener.warnings
 
 
 def test_data_without_noise_are_data() -> None:

@@ -17,6 +17,7 @@ from recon_core.methods.pinqi.settings import Settings
 from recon_core.methods.pinqi.weights import TrainedPinqi
 from recon_core.training.checkpoint import WeightError
 from recon_core.types import KSpace, Report, Result
+from tests.recon_core.listener import Listener
 from tests.recon_core.pinqi.saturation_scan import TIMES, SaturationScan, saturation_scan, save_network, saved_network
 
 
@@ -29,18 +30,6 @@ def physics(tmp_path_factory: pytest.TempPathFactory) -> TrainedPinqi:
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> TrainedPinqi:
     """Both networks, at random, one iteration."""
     return saved_network(tmp_path_factory.mktemp("weights"), PinqiSettings(n_iterations=1))
-
-
-class Listener(Report):
-    def __init__(self) -> None:
-        self.fractions: list[float] = []
-        self.warnings: list[str] = []
-
-    def progress(self, fraction: float, message: str = "") -> None:
-        self.fractions.append(fraction)
-
-    def warn(self, message: str) -> None:
-        self.warnings.append(message)
 
 
 def run(trained: TrainedPinqi, s: SaturationScan, kspace: KSpace | None = None, **settings: object) -> Result:

@@ -91,7 +91,9 @@ def test_a_training_may_begin_from_llr_images_and_from_weights_and_says_so(whole
     settings = replace(CPU, initial=str(origin), validate_every=0)
     _, weights = run(replace(recipe, network_rate=1e-12, lambda_rate=1e-12, embedding_rate=1e-12), tmp_path, settings)
     facts, before = json.loads(weights.read_text()), load_weights(origin).network
-    assert facts["recipe"]["initial_sha256"] == json.loads(origin.read_text())["sha256"] and facts["network"]["start"] == "llr"
+    assert (
+        facts["recipe"]["initial_sha256"] == json.loads(origin.read_text())["sha256"] and facts["network"]["start"] == "llr"
+    )
     after = load_weights(weights).network
     for (name, a), b in zip(after.state_dict().items(), before.state_dict().values(), strict=True):
         assert torch.allclose(a, b, atol=1e-8), name

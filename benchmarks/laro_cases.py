@@ -1,0 +1,152 @@
+"""Cases of the LARO benchmark: held-out simulated brains, masks of every kind, and the methods that reconstruct them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import recon_core
+from benchmarks import bart
+from recon_core.fourier import fft_centred
+from recon_core.methods import cg_sense, laro, llr
+from recon_core.methods.laro.weights import TrainedLaro, load_weights
+from recon_core.operators.planes import Planes
+from recon_core.sampling.learned import draw_mask, interpolate_probability, multilevel_density, samples_for
+from recon_core.sampling.mask_files import read_mask
+from recon_core.sampling.masks import centre_block
+from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe
+from recon_core.training.laro_tasks import EVALUATION_SEED
+from recon_core.types import KSpace, Report, ScanInfo
+
+Tensor = torch.Tensor
+Images = tuple[Tensor, float]
+"""Complex ``(echo, z, y, x)`` and the CPU seconds that they took."""
+
+WEIGHTS = Path(recon_core.__file__).parent / "weights"
+ACS_SHARE = 0.19  # of the samples, as the paper's 20 x 20 of 2068
+BART_WEIGHT, BART_ITERATIONS = 0.01, 40
+
+
+@dataclass(frozen=True)
+class Case:
+    """One undersampled scan."""
+
+    scan: BrainScan
+    kspace: KSpace
+    info: ScanInfo
+    acceleration: float
+    spo: int
+
+
+def held_out(recipe: ScanRecipe, count: int) -> list[BrainScan]:
+    """Test scans: heads of a seed that no training has."""
+    supply = MultiEchoBrains(recipe, seed=EVALUATION_SEED, keep=1)
+    return [supply.scan("test", i) for i in range(count)]
+
+
+def pattern(
+    shape: tuple[int, int], n_echoes: int, acceleration: float, spo: int, masks: Path = WEIGHTS, seed: int = 1
+) -> NDArray[np.bool_]:
+    """A mask ``(echo, k2, k1)``: SPO 0 from the hand-made density, 1 and 2 from learned probabilities, interpolated where need be.
+
+    Raises
+    ------
+    MaskError
+        No learned mask of that acceleration.
+    """
+    n_samples = samples_for(shape, acceleration)
+    acs = acs_block(shape, n_samples)
+    if spo == 0:
+        drawn = draw_mask(multilevel_density(shape, n_samples, acs)[None], n_samples, seed, acs)
+    else:
+        learned = read_mask(masks / f"laro_mask_r{acceleration:g}_spo{spo}.h5")
+        assert learned.probability is not None
+        probability = learned.probability.astype(float)
+        # more echoes than were trained: the last pattern goes on, with draws of its own
+        chosen = probability[np.minimum(np.arange(n_echoes if spo == 2 else 1), len(probability) - 1)]
+        if chosen.shape[1:] != shape:
+            chosen = interpolate_probability(chosen, shape, n_samples)
+        drawn = draw_mask(chosen, n_samples, seed, acs)
+    return np.array(np.broadcast_to(drawn, (n_echoes, *shape)))
+
+
+def acs_block(shape: tuple[int, int], n_samples: int) -> tuple[int, int]:
+    """A square central block of a fifth of the samples, at least 8 and at most 20 wide (the trained 32 x 64 at R = 8 has 8 x 8)."""
+    side = 2 * round(min(20.0, max(8.0, (ACS_SHARE * n_samples) ** 0.5)) / 2)
+    return min(side, shape[0]), min(side, shape[1])
+
+
+def acquire(scan: BrainScan, mask: NDArray[np.bool_], acceleration: float, spo: int, seed: int = 0) -> Case:
+    """Sample a scan through its coils, with its noise, by a mask ``(echo, k2, k1)``."""
+    sampled = torch.from_numpy(mask).float()
+    images = scan.images.movedim(-1, 0)
+    kspace = Planes(scan.coil_maps.movedim(-1, 0), sampled).forward(images).permute(1, 2, 3, 4, 0)
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(kspace.shape, dtype=torch.complex64, generator=generator)
+    kspace = (kspace + scan.noise_std * noise) * sampled[:, None, :, :, None]
+    shape = (mask.shape[1], mask.shape[2])
+    block = torch.from_numpy(centre_block(shape, acs_block(shape, int(mask[0].sum()))) & mask.all(0))
+    data = KSpace(
+        kspace,
+        sampled,
+        acs=kspace.mean(0) * block[None, :, :, None],
+        acs_mask=block,
+        coil_maps=scan.coil_maps,
+        noise_std=scan.noise_std,
+    )
+    matrix = (int(images.shape[2]), int(images.shape[3]), int(images.shape[0]))
+    fov = (matrix[0] * scan.voxel[0], matrix[1] * scan.voxel[1], matrix[2] * scan.voxel[2])
+    info = ScanInfo(matrix, fov, matrix, fov, echo_times=scan.echo_times, field_strength=3.0)
+    return Case(scan, data, info, acceleration, spo)
+
+
+# --------------------------------------------------------------------------------------------------------------- methods
+
+
+def available(weights: Sequence[Path]) -> dict[str, Callable[[Case], Images]]:
+    """Methods by name: the classical ones, and a network per weight file (named by the file)."""
+    found: dict[str, Callable[[Case], Images]] = {
+        "cg_sense": lambda case: _timed(cg_sense, cg_sense.Settings(), case),
+        "llr": lambda case: _timed(llr, llr.Settings(), case),
+    }
+    if bart.available():
+        found["bart_llr"] = _bart_llr
+    for path in weights:
+        trained = load_weights(path)
+        found[path.stem] = partial(network, trained=trained)
+        if trained.start == "llr":
+            # as it was trained, without the classical images
+            own = replace(trained, amplitude=float(trained.facts.get("trained_amplitude", trained.amplitude)))
+            unrolls = int(trained.facts["recipe"]["second_unrolls"])
+            found[f"{path.stem} from cg_sense"] = partial(network, trained=own, start="cg_sense", unrolls=unrolls)
+    return found
+
+
+def network(case: Case, trained: TrainedLaro, **settings: Any) -> Images:
+    """Images by a network."""
+    chosen = replace(laro.Settings(), **settings)
+    begun = time.process_time()
+    images = laro.reconstruct_with(trained, case.kspace, case.info, chosen, Report()).images[0].data
+    return images, time.process_time() - begun
+
+
+def _timed(method: Any, settings: Any, case: Case) -> Images:
+    begun = time.process_time()
+    images = method.reconstruct(case.kspace, case.info, settings, Report()).images[0].data
+    return images, time.process_time() - begun
+
+
+def _bart_llr(case: Case) -> Images:
+    full = bart.to_bart(fft_centred(case.kspace.data, -1).numpy())
+    maps = bart.maps_to_bart(case.scan.coil_maps.numpy())
+    words = ["pics", "-S", "-R", f"L:7:7:{BART_WEIGHT}", "-b", "4", "-i", str(BART_ITERATIONS)]
+    timed = bart.run(words, full, maps)
+    return torch.from_numpy(np.array(bart.images_from_bart(timed.data))), timed.cpu_s

@@ -1,0 +1,77 @@
+"""Memory of a server and its workers over time, and whether it grows."""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from typing import Any
+
+import psutil
+
+WARM_UP = 0.2
+"""Part of the samples before the first window: caches and allocators reach their size."""
+
+WINDOW = 0.2
+"""Part of the samples in each window."""
+
+
+def workers_of(server: psutil.Process) -> list[psutil.Process]:
+    """The compute processes of a server (not the helper that watches over shared resources)."""
+    found = []
+    with contextlib.suppress(psutil.Error):
+        for child in server.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                words = " ".join(child.cmdline())
+                if "loky" in words and "resource_tracker" not in words:
+                    found.append(child)
+    return found
+
+
+class Memory:
+    """Samples of PSS (pages that are shared count once) in bytes: the server alone, and each worker."""
+
+    def __init__(self, server: psutil.Process) -> None:
+        self._server = server
+        self._started = time.monotonic()
+        self.samples: list[dict[str, float]] = []
+        self.threads_and_files: list[tuple[int, int]] = []
+
+    def sample(self) -> None:
+        """Take one."""
+        with contextlib.suppress(psutil.Error):
+            found = {"at": time.monotonic() - self._started, "server": float(self._server.memory_full_info().pss)}
+            each = []
+            for worker in workers_of(self._server):
+                with contextlib.suppress(psutil.Error):
+                    each.append(float(worker.memory_full_info().pss))
+            if each:
+                found["largest worker"] = max(each)
+            self.samples.append(found)
+            self.threads_and_files.append((self._server.num_threads(), self._server.num_fds()))
+
+    def last(self) -> None:
+        """Forget the process; it is about to end."""
+        self.sample()
+
+    def verdict(self) -> dict[str, Any]:
+        """Medians of a window after the warm-up and of one at the end, MB, and how much more the latter is."""
+        growth, text, medians = {}, {}, {}
+        for who in ("server", "largest worker"):
+            series = [sample[who] / 1e6 for sample in self.samples if who in sample]
+            n = max(1, int(WINDOW * len(series)))
+            first = int(WARM_UP * len(series))
+            if len(series) < 3:
+                continue
+            before, after = statistics.median(series[first : first + n]), statistics.median(series[-n:])
+            growth[who], medians[who] = after / before - 1, [before, after]
+            text[who] = f"{before:.1f}, {after:.1f}"
+        half = self.threads_and_files[len(self.threads_and_files) // 2 :] or [(0, 0)]
+        return {
+            "growth": growth, "text": text, "medians_mb": medians,
+            "threads_and_files_at_the_end": half[-1], "n_samples": len(self.samples),
+            "series_mb": [{k: round(v / 1e6 if k != "at" else v, 1) for k, v in s.items()} for s in self._thinned()],
+        }  # fmt: skip
+
+    def _thinned(self) -> list[dict[str, float]]:
+        return self.samples[:: max(1, len(self.samples) // 60)]

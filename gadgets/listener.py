@@ -1,0 +1,231 @@
+"""The listening socket: takes connections, turns away who may not connect, and hands the others on. Nothing that a peer does or
+leaves undone keeps the next one from being taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from gadgets.admission import AllowList, Place, Places, Quota, is_loopback, require_guarded
+from gadgets.errors import WireError
+from gadgets.tls import HANDSHAKE_SECONDS, SEND_SECONDS, ServerTls, TlsBridge, TlsError
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 128
+REPEAT_SECONDS = 60.0
+"""A peer that is turned away again and again is one line of the log in this time."""
+
+Serve = Callable[[socket.socket, Place], None]
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may connect, and how.
+
+    ``allow`` are networks (`AllowList`); a server that does not listen on loopback needs them, or ``allow_any``. With ``tls`` the
+    port speaks TLS only.
+    """
+
+    allow: tuple[str, ...] = ()
+    allow_any: bool = False
+    quota: Quota = field(default_factory=Quota)
+    tls: ServerTls | None = None
+    handshake_seconds: float = HANDSHAKE_SECONDS  # longest wait for a peer's TLS handshake
+
+
+class Listener:
+    """Accepts on one address.
+
+    Parameters
+    ----------
+    host, port
+        Where to listen; port 0 takes a free one (see ``port``).
+    serve
+        Called with each connection that is let in and its place (`Place.leave` is the callee's duty, also if it raises); from
+        the accepting thread, or, with TLS, from the connection's own, once the peer is known. Must not wait.
+    access
+        Who may connect, and how.
+    send_seconds
+        Longest wait for a peer that takes nothing.
+
+    Raises
+    ------
+    SettingError
+        The address is open to the network, and nothing says who may connect.
+    TlsError
+        Certificates that cannot be used.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        serve: Serve,
+        access: Access | None = None,
+        *,
+        send_seconds: float = SEND_SECONDS,
+    ) -> None:
+        access = access or Access()
+        self.host, self.port = host, port
+        self.allow = AllowList(access.allow)
+        require_guarded(host, self.allow, allow_any=access.allow_any)
+        self.places = Places(access.quota)
+        self._serve = serve
+        self._tls: ssl.SSLContext | None = None if access.tls is None else access.tls.context()
+        self._handshake_seconds, self._send_seconds = access.handshake_seconds, send_seconds
+        self._socket: socket.socket | None = None
+        self._wake: tuple[socket.socket, socket.socket] | None = None
+        self._thread: threading.Thread | None = None
+        self._closing = False
+        self._lock = threading.Lock()
+        self._bridges: dict[threading.Thread, TlsBridge] = {}
+        self._told: dict[tuple[str, str], float] = {}
+
+    @property
+    def running(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def start(self) -> None:
+        """Listen; a thread accepts from now on.
+
+        Raises
+        ------
+        WireError
+            The address is taken or not this machine's.
+        """
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        place = f"{self.host}:{self.port}"
+        try:
+            self._socket = socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
+        except (OSError, OverflowError, UnicodeError) as error:
+            got = getattr(error, "strerror", None) or type(error).__name__
+            raise WireError("cannot listen", where=place, got=got, remedy="Is another server running?") from error
+        self.port = int(self._socket.getsockname()[1])
+        self._socket.setblocking(False)
+        self._wake = socket.socketpair()
+        self._thread = threading.Thread(target=self._accept, name="accept", daemon=True)
+        self._thread.start()
+        logger.info(
+            "event=listening host=%s port=%d tls=%s allow=%s",
+            self.host,
+            self.port,
+            "off" if self._tls is None else "on" if self._tls.verify_mode is not ssl.CERT_REQUIRED else "with-certificates",
+            ",".join(map(str, self.allow.networks)) or "any",
+        )
+        if not is_loopback(self.host) and self._tls is None:
+            logger.warning("event=not_encrypted host=%s note='what is sent can be read on the way'", self.host)
+
+    def wait(self) -> None:
+        """Until `stop` is called from elsewhere."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def stop(self) -> None:
+        """Accept no more. Connections that were handed on go on."""
+        self._closing = True
+        if self._wake is not None:
+            with contextlib.suppress(OSError):
+                self._wake[1].send(b"x")
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        for end in self._wake or ():
+            end.close()
+        self._wake = None
+
+    def finish(self, until: float) -> None:
+        """After `stop`: wait until what was handed to TLS has gone out, at the latest at ``until`` (monotonic)."""
+        with self._lock:
+            bridges = dict(self._bridges)
+        for thread in bridges:
+            thread.join(max(0.0, until - time.monotonic()))
+        for thread, bridge in bridges.items():
+            if thread.is_alive():
+                bridge.abort()
+
+    # -- accepting -------------------------------------------------------------------------------------------------------
+
+    def _accept(self) -> None:
+        assert self._socket is not None and self._wake is not None
+        with self._socket as listening:
+            while not self._closing:
+                select.select([listening, self._wake[0]], [], [])
+                if self._closing:
+                    break
+                try:
+                    accepted, address = listening.accept()
+                except BlockingIOError:
+                    continue  # the peer was gone before it was accepted
+                except OSError as error:
+                    logger.error("event=accept_failed error=%s", error.strerror)
+                    time.sleep(0.1)  # out of file descriptors: the connections at work have to end first
+                    continue
+                self._take(accepted, str(address[0]))
+
+    def _take(self, accepted: socket.socket, address: str) -> None:
+        if not self.allow.allows(address):
+            self._tell("peer_refused", address, "its address is in none of the allowed networks")
+            accepted.close()
+            return
+        place = self.places.take(address)
+        if place is None:
+            self._tell("dropped", address, "too many connections")
+            accepted.close()
+            return
+        try:
+            if self._tls is None:
+                self._serve(accepted, place)
+            else:
+                self._secure(accepted, place, self._tls)
+        except (OSError, RuntimeError) as error:  # no file descriptors, no threads
+            logger.error("event=dropped error=%s", type(error).__name__)
+            accepted.close()
+            place.leave()
+
+    def _secure(self, accepted: socket.socket, place: Place, context: ssl.SSLContext) -> None:
+        """The handshake, the hand-over and all the carrying, in a thread of this connection."""
+        bridge = TlsBridge(accepted, context, send_seconds=self._send_seconds)
+
+        def run() -> None:
+            try:
+                end = bridge.handshake(self._handshake_seconds)
+            except (TlsError, OSError) as error:
+                place.leave()
+                got = error.got or error.what if isinstance(error, TlsError) else type(error).__name__
+                self._tell("tls_refused", place.address, str(got))
+            else:
+                with contextlib.suppress(OSError, RuntimeError):  # no threads: the connection just ends
+                    self._serve(end, place)
+                bridge.run()
+            finally:
+                with self._lock:
+                    self._bridges.pop(threading.current_thread(), None)
+
+        thread = threading.Thread(target=run, name="tls", daemon=True)
+        with self._lock:
+            self._bridges[thread] = bridge
+        try:
+            thread.start()
+        except RuntimeError:
+            with self._lock:
+                self._bridges.pop(thread, None)
+            raise
+
+    def _tell(self, event: str, address: str, reason: str) -> None:
+        """A line for the administrator, who needs the address; not one for each try."""
+        now, key = time.monotonic(), (event, address)
+        with self._lock:
+            if len(self._told) > 1000:
+                self._told = {k: t for k, t in self._told.items() if now - t < REPEAT_SECONDS}
+            known = now - self._told.get(key, -REPEAT_SECONDS) < REPEAT_SECONDS or len(self._told) > 1000
+            if not known:
+                self._told[key] = now
+        logger.log(logging.DEBUG if known else logging.WARNING, "event=%s address=%s reason=%r", event, address, reason)

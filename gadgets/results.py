@@ -1,0 +1,173 @@
+"""What happens to a job's images when it is over: an image file in its folder, and their way to an archive.
+
+Both are a worker's work at the lowest priority; the console has its images by then. A failure is noted with the job and fails nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gadgets.bookkeeping import Books, reason_of
+from gadgets.fair_queue import HOUSEKEEPING
+from gadgets.job_images import IMAGES, MESSAGES, write_image_file
+from gadgets.jobs import Jobs
+from gadgets.journal import JobRow
+
+if TYPE_CHECKING:  # pynetdicom is an extra
+    from gadgets.pacs import Destination
+    from gadgets.pacs_sender import Sender
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Archives:
+    """Where images go by themselves: the archives, and the folder of the queue to them."""
+
+    destinations: tuple[Destination, ...]
+    queue: Path
+
+
+class Results:
+    """After each job of a server.
+
+    Parameters
+    ----------
+    root
+        The spool's folder.
+    books, jobs
+        Where the end is noted, and whose workers do the work.
+    archives, sender
+        ``None``: images stay here.
+    """
+
+    def __init__(
+        self, root: Path, books: Books, jobs: Jobs, archives: Archives | None = None, sender: Sender | None = None
+    ) -> None:
+        self._root, self._books, self._jobs = root, books, jobs
+        self._archives, self._sender = archives, sender
+        self._lock = threading.Lock()
+        self._working: set[Future[str]] = set()
+
+    def over(self, row: JobRow) -> None:
+        """A job has ended: begin what there is to do. Returns at once."""
+        due = row.archive == "due"
+        if not due and not (self._root / row.folder / MESSAGES).exists():
+            return
+        future = self.make(row)
+        with self._lock:
+            self._working.add(future)
+        future.add_done_callback(partial(self._done, row))
+
+    def make(self, row: JobRow) -> Future[str]:
+        """The task itself; its result says what went wrong on the way to the archive, "" for nothing."""
+        archives = self._archives if row.archive == "due" else None
+        capture = self._root / row.capture
+        return self._jobs.scope(HOUSEKEEPING).submit(finish_job, self._root / row.folder, capture, archives)
+
+    def note(self, row: JobRow, problem: str) -> JobRow:
+        """The row after its images' way to the archive; the sender is told."""
+        if row.archive != "due":
+            return row
+        if problem:
+            log.error("event=archive_failed job=%s text=%r", row.id, problem)
+            return replace(row, archive="failed", warnings=(*row.warnings, f"not sent to the archive: {problem}"))
+        if self._sender is not None:
+            self._sender.poke()
+        return replace(row, archive="queued")
+
+    def close(self) -> None:
+        """Wait for what is being done, within reason; the next server goes on with the rest."""
+        with self._lock:
+            left = set(self._working)
+        if wait(left, timeout=CLOSE_SECONDS).not_done:
+            log.warning("event=results_incomplete jobs=%d", len(left))
+
+    def _done(self, row: JobRow, future: Future[str]) -> None:
+        with self._lock:
+            self._working.discard(future)
+        error = future.exception()
+        if error is not None:
+            log.error("event=images_not_kept job=%s error=%r", row.id, reason_of(_plain(error)))
+        if row.archive == "due":
+            self._books.put(self.note(row, reason_of(_plain(error)) if error is not None else future.result()))
+
+
+def _plain(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
+
+
+def finish_job(folder: Path, capture: Path, archives: Archives | None) -> str:
+    """A worker's task: the image file, then the queue to the archives; returns what went wrong with the latter.
+
+    Raises
+    ------
+    ImageFileError
+        The image file cannot be made.
+    """
+    write_image_file(folder)
+    return "" if archives is None else queue_images(folder, capture, archives)
+
+
+def queue_images(folder: Path, capture: Path, archives: Archives) -> str:
+    """Convert a job's images and put them into the queue once for each archive; what went wrong, "" for nothing.
+
+    Run twice, it queues the same objects with the same UIDs, which an archive takes as the same.
+    """
+    made = folder / "dicom"
+    try:
+        from gadgets.dicom import convert
+        from gadgets.dicom_identity import read_header_text
+        from gadgets.pacs_queue import Queue
+
+        shutil.rmtree(made, ignore_errors=True)
+        files: Sequence[Path] = convert(folder / IMAGES, made, header=read_header_text(capture)).files
+        queue = Queue(archives.queue)
+        for destination in archives.destinations:
+            queue.put(files, destination)
+    except ModuleNotFoundError as error:
+        return f"{error.name} is not installed: pip install 'recon-gadgets[dicom]'"
+    except Exception as error:  # DICOM libraries raise many kinds; a scan is none the worse for it
+        return reason_of(error)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return ""
+
+
+def check_archives(archives: Archives, spool: Path | None) -> None:
+    """Whether images can go to an archive by themselves, before the first scan comes.
+
+    Raises
+    ------
+    SettingError
+        No raw data are kept: a crash would lose images on their way.
+    PacsError
+        The queue's folder cannot be made.
+    """
+    from gadgets.pacs_queue import Queue
+    from recon_core.errors import SettingError
+
+    if spool is None:
+        raise SettingError(
+            "images go to an archive only where raw data are kept", where="pacs", remedy="Leave out --no-keep-raw"
+        )
+    Queue(archives.queue)
+
+
+def has_waiting(queue: Path) -> bool:
+    """Whether something waits in a queue, told without DICOM's libraries."""
+    waiting: list[Any] = []
+    with contextlib.suppress(OSError):
+        waiting = list((queue / "waiting").iterdir())
+    return bool(waiting)

@@ -1,0 +1,36 @@
+"""What a chain reconstructs with, in plain values: for the journal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from gadgets.chain import Chain
+from gadgets.handlers import ScanFacts
+from recon_core.errors import ReconError
+
+GROUPS = ("acquisition", "preprocess", "coils", "maps", "output")
+
+
+def facts_of(chain: Chain) -> ScanFacts:
+    """Settings by group and the sha256 of the method's weights, if it has any."""
+    groups = {name: getattr(chain, name) for name in GROUPS} | {"method": chain.settings}
+    settings = {name: asdict(group) for name, group in groups.items() if is_dataclass(group) and not isinstance(group, type)}
+    plain = json.loads(json.dumps(settings, default=str))
+    return ScanFacts(chain=chain.name, settings={"name": chain.method, **plain}, weights=_weights(chain.settings))
+
+
+def _weights(settings: Any) -> str:
+    """As the JSON beside the weights states it (whoever loads them checks that it is true)."""
+    name = getattr(settings, "weights", None)
+    if not isinstance(name, str) or not name:
+        return ""
+    from recon_core.methods.pinqi.installed import find_weights
+
+    try:
+        stated = json.loads(find_weights(name).read_text(encoding="utf-8"))
+    except (ReconError, OSError, ValueError):
+        return ""  # the method says what is wrong with them
+    return str(stated.get("sha256", "")) if isinstance(stated, Mapping) else ""

@@ -1,0 +1,78 @@
+"""The shared space between a scan's processes: prepared readouts, progress, previews, in memory-backed files where there is room."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+import uuid
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+SCRATCH_PREFIX = "recon-gadgets-"
+
+MIN_SHARED_BYTES = 1 << 30
+"""With less room than this in shared memory (64 MiB in a container by default), scratch files go to the temporary directory."""
+
+
+class Scratch:
+    """A scan's files between processes: prepared readouts, progress, previews. Memory-backed where there is room.
+
+    The directory's name carries the process id, so that a later start can remove what a killed server left behind.
+    """
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-", dir=_scratch_root()))
+        self._overflow: Path | None = None
+
+    def allocate(self, n_bytes: int) -> Path:
+        """A new file with ``n_bytes`` really reserved; falls from shared memory to disk when memory is short."""
+        path = self.path / uuid.uuid4().hex
+        try:
+            _reserve(path, n_bytes)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            if self._overflow is None:
+                self._overflow = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-"))
+                log.warning("event=scratch_overflow bytes=%d error=%s", n_bytes, error.strerror)
+            path = self._overflow / path.name
+            _reserve(path, n_bytes)
+        return path
+
+    def close(self) -> None:
+        """Remove every file of this scan."""
+        for folder in (self.path, self._overflow):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _reserve(path: Path, n_bytes: int) -> None:
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        if n_bytes:
+            os.posix_fallocate(handle, 0, n_bytes)
+    finally:
+        os.close(handle)
+
+
+def _scratch_root() -> str | None:
+    shared = Path("/dev/shm")
+    with contextlib.suppress(OSError):
+        if os.access(shared, os.W_OK) and shutil.disk_usage(shared).free >= MIN_SHARED_BYTES:
+            return str(shared)
+    return None
+
+
+def remove_stale_scratch() -> int:
+    """Delete scratch directories whose process no longer exists; returns how many."""
+    removed = 0
+    for root in {Path("/dev/shm"), Path(tempfile.gettempdir())}:
+        for folder in root.glob(f"{SCRATCH_PREFIX}*-*"):
+            owner = folder.name.removeprefix(SCRATCH_PREFIX).partition("-")[0]
+            if owner.isdigit() and not Path(f"/proc/{owner}").exists() and Path("/proc/self").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                removed += 1
+    return removed

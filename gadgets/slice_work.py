@@ -1,0 +1,152 @@
+"""The slices of one scan on the workers: submitted, watched, tried again with less memory, taken."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gadgets.chain import Chain
+from gadgets.compute_pool import Budget
+from gadgets.compute_settings import budget_of
+from gadgets.jobs import Scope
+from gadgets.memory_ladder import Ladder, Rung
+from gadgets.previews import AUTO
+from gadgets.progress import RemainingTime, progress_line
+from gadgets.reports import ReportReader
+from gadgets.row_files import RowFiles
+from gadgets.sorted_scan import SortedScan
+from gadgets.tasks import Role, SliceJob, reconstruct_slice, report_tag
+from recon_core.preprocess.noise import WHITENED_NOISE_STD
+from recon_core.reconstruct import Recipe
+from recon_core.types import Result
+
+if TYPE_CHECKING:
+    from gadgets.pipeline import Services
+
+PROGRESS_SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A slice that is under way: by which chain, as what, and how carefully."""
+
+    chain: Chain
+    role: Role
+    rung: Rung
+    future: Future[Result]
+
+
+class SliceWork:
+    """The slices of a scan on the workers.
+
+    Parameters
+    ----------
+    tasks, services, chain
+        Where they are computed, with what, and by which method.
+    folder
+        Where tasks report.
+    sorted_scan, rows
+        What they are computed from; ``whitened`` says whether the rows' noise is known.
+    """
+
+    def __init__(
+        self,
+        tasks: Scope,
+        services: Services,
+        chain: Chain,
+        folder: Path,
+        sorted_scan: SortedScan,
+        rows: RowFiles,
+        *,
+        whitened: bool,
+    ) -> None:
+        self._tasks, self._services, self._chain, self._folder = tasks, services, chain, folder
+        self._sorted, self._rows, self._whitened = sorted_scan, rows, whitened
+        self.reports = ReportReader(folder)
+        self.remaining = RemainingTime(sorted_scan.n_slices, services.jobs.capacity)
+        self._ladder = Ladder()
+        self._budgets: dict[Role, Budget | None] = {}
+        self._pending: dict[int, _Pending] = {}
+        self._taken: set[int] = set()
+        self._said = time.monotonic()
+
+    def submit(self, number: int, chain: Chain, *, role: Role = "slice") -> Future[Result]:
+        """One slice by ``chain``."""
+        rung = self._ladder.rung
+        job = SliceJob(
+            sorted_scan=self._sorted,
+            rows=self._rows,
+            slice_index=number,
+            scan=self._sorted.scan_info(number),
+            recipe=Recipe(chain.method, chain.settings, chain.preprocess, chain.coils, chain.maps),
+            noise_std=WHITENED_NOISE_STD if self._whitened else None,
+            report_folder=str(self._folder),
+            role=role,
+            previews=role == "slice" and chain.output.preview == AUTO and self._services.previews,
+            device=self._services.device,
+            batch_share=rung.batch_share,
+            cpu_only=rung.cpu_only,
+        )
+        # all slices of a scan share the limit: an operator waits for the scan, not for a slice
+        if role not in self._budgets:
+            self._budgets[role] = budget_of(chain.name, chain.compute, self._services.time_limit)
+        budget = self._budgets[role]
+        return self._tasks.submit(reconstruct_slice, job, place="remote", budget=budget, alone=rung.alone)
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        """Submit the final images of slices that are not yet under way."""
+        for number in numbers:
+            if number not in self._pending and number not in self._taken:
+                self._put(number, self._chain, "slice")
+
+    def begin_again(self, number: int, fallback: Chain) -> None:
+        """Submit a slice whose method failed to another one."""
+        self._put(number, fallback, "fallback")
+
+    def ease(self, number: int) -> str | None:
+        """Submit a slice that is done again, if it failed for want of memory and there is something left to try.
+
+        Returns
+        -------
+        str or None
+            What to tell the operator; ``None`` when the result, or the failure, stands.
+        """
+        pending = self._pending[number]
+        error = pending.future.exception()
+        words = None if error is None else self._ladder.down(pending.chain.name, pending.rung, error)
+        if words is not None:
+            self._put(number, pending.chain, pending.role)
+        return words
+
+    def future(self, number: int) -> Future[Result]:
+        return self._pending[number].future
+
+    def take(self, number: int) -> Result:
+        """The result of a slice that is done; its memory is not needed twice."""
+        self._taken.add(number)
+        return self._pending.pop(number).future.result()
+
+    def progress(self, name: str) -> str | None:
+        """A line for the operator, when it is time for one."""
+        now = time.monotonic()
+        reported = self.reports.fractions()
+        fractions = dict.fromkeys(self._taken, 1.0)
+        for number, pending in self._pending.items():
+            tag = report_tag(pending.role, number)
+            if pending.future.done() and pending.future.exception() is None:
+                fractions[number] = 1.0
+            elif tag in reported:  # begun: one that waits for a worker has no time yet
+                fractions[number] = reported[tag]
+        self.remaining.update(now, fractions)
+        if now - self._said < PROGRESS_SECONDS:
+            return None
+        self._said = now
+        return progress_line(name, self.remaining.fraction, self.remaining.seconds_left(now))
+
+    def _put(self, number: int, chain: Chain, role: Role) -> None:
+        rung = self._ladder.rung
+        self._pending[number] = _Pending(chain, role, rung, self.submit(number, chain, role=role))

@@ -1,0 +1,321 @@
+"""R2*, local field and susceptibility of a reconstructed multi-echo series, whichever method made it.
+
+Order, by the ISMRM consensus (arXiv 2307.02306): R2* from the magnitudes; brain mask; field across all echoes with exact
+unwrapping; background removal; sparsity-regularised dipole inversion; the reference region is reported. R2* needs no mask, so it
+still goes out when there is no susceptibility and ``map_failure`` is ``warn``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import torch
+
+from recon_core.errors import DataError, ReconError, SettingError
+from recon_core.maps.background import BackgroundSettings, LocalField, pdf, resharp, v_sharp
+from recon_core.maps.brain_mask import brain_mask, object_mask
+from recon_core.maps.dipole import Susceptibility, tkd, tv_admm
+from recon_core.maps.dipole_kernel import unit_vector
+from recon_core.maps.field import FieldMaps, correct_bipolar, fit_field
+from recon_core.maps.medi import csf_region, medi
+from recon_core.maps.r2star import R2StarMaps, arlo, nonlinear_r2star
+from recon_core.maps.series import ImageNoise, SeriesMaps
+from recon_core.maps.settings import MapSettings
+from recon_core.simulation.signal import GYROMAGNETIC_RATIO
+from recon_core.types import ImageSeries, ParameterMap, ScanInfo, Tensor
+
+LONGEST = 0.5
+"""s; a longer echo time is one that was given in another unit."""
+
+LEAST_PLANES = 8
+"""A susceptibility map needs the field's third dimension: fewer planes are a slice, not a volume."""
+
+LEAST_STRENGTH = 3.0
+"""RMS of the echoes over that of their noise below which what is bright is no tissue."""
+
+BACKGROUNDS = {"v_sharp": v_sharp, "resharp": resharp}
+
+
+@dataclass(frozen=True)
+class FieldFrame:
+    """What a susceptibility needs to know of the scanner: voxel sides in m and B0's direction ``(z, y, x)``, Larmor frequency in Hz."""
+
+    voxel: tuple[float, float, float]
+    b0: tuple[float, float, float]
+    larmor: float
+
+
+def multi_echo_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tuple[float, ...]:
+    """The echo times of the states in s; cheap, so that it can be asked before anything is reconstructed.
+
+    Raises
+    ------
+    DataError
+        No echo times, another number of them than of states, equal ones, too few; for ``qsm`` also whatever `field_frame` lacks.
+    """
+    where = "R2* map" if settings.maps == "r2star" else "susceptibility map"
+    least = 3 if settings.map_r2star_fit == "arlo" else 2
+    if n_states < least:
+        raise DataError("too few echoes", where=where, got=n_states, expected=f"at least {least}")
+    times = scan.echo_times
+    if not times:
+        raise DataError(
+            "no echo times that fit the images",
+            where=where,
+            got=f"{n_states} images",
+            expected="one TE for each value of the contrast counter, in the header's sequence parameters",
+            remedy="See docs/qsm.md; maps = none sends the images alone",
+        )
+    if len(times) != n_states:
+        raise DataError("count of echo times and of images differ", where=where, got=f"{len(times)} and {n_states}")
+    if wrong := [t for t in times if not (math.isfinite(t) and 0 < t <= LONGEST)]:
+        raise DataError(
+            "not an echo time", where=where, got=f"{1e3 * wrong[0]:g} ms", expected=f"above 0, to {1e3 * LONGEST:g} ms"
+        )
+    if len(set(times)) < n_states:
+        raise DataError(
+            "an echo time occurs twice",
+            where=where,
+            got=", ".join(f"{1e3 * t:g}" for t in times) + " ms",
+            remedy="Only the contrast counter may vary: several repetitions or sets make several images of one echo",
+        )
+    if settings.maps == "qsm":
+        field_frame(scan, settings)
+    return times
+
+
+def field_frame(scan: ScanInfo, settings: MapSettings) -> FieldFrame:
+    """Voxel, B0's direction and frequency of the console's matrix.
+
+    Raises
+    ------
+    DataError
+        A single slice, no field strength, no directions.
+    SettingError
+        ``map_b0_direction`` is no direction.
+    """
+    where = "susceptibility map"
+    if scan.recon_matrix[0] < LEAST_PLANES:
+        raise DataError(
+            "not a volume",
+            where=where,
+            got=f"{scan.recon_matrix[0]} planes",
+            expected=f"a 3D scan of at least {LEAST_PLANES} planes",
+            remedy="maps = r2star needs no volume",
+        )
+    z, y, x = (fov / n for fov, n in zip(scan.recon_fov, scan.recon_matrix, strict=True))
+    larmor = scan.larmor_frequency or GYROMAGNETIC_RATIO * (scan.field_strength or 0.0)
+    if not (math.isfinite(larmor) and larmor > 0):
+        raise DataError(
+            "no field strength", where=where, expected="H1resonanceFrequency_Hz or systemFieldStrength_T in the header"
+        )
+    return FieldFrame((z, y, x), _b0_direction(scan, settings), larmor)
+
+
+def _b0_direction(scan: ScanInfo, settings: MapSettings) -> tuple[float, float, float]:
+    if settings.map_b0_direction:
+        try:
+            z, y, x = (float(part) for part in settings.map_b0_direction.replace(";", ",").split(","))
+            return unit_vector((z, y, x))
+        except (ValueError, DataError):
+            raise SettingError(
+                "not a direction",
+                where="maps.map_b0_direction",
+                got=repr(settings.map_b0_direction[:80]),
+                expected="'z, y, x'",
+            ) from None
+    if scan.b0_direction is None:
+        raise DataError(
+            "B0's direction in the image is unknown",
+            where="susceptibility map",
+            got="readouts without read_dir, phase_dir and slice_dir",
+            remedy="State map_b0_direction, for an axial scan 1, 0, 0",
+        )
+    return unit_vector(scan.b0_direction)
+
+
+def multi_echo_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, settings: MapSettings) -> SeriesMaps:
+    """R2* with its standard deviation and S0; for ``qsm`` also local field, susceptibility and brain mask, of one slab.
+
+    Parameters
+    ----------
+    series
+        ``(echo, z, y, x)``, final, on the console's matrix, in any order of time. Complex for ``qsm``.
+    scan
+        Echo times, geometry, frequency, direction of B0.
+    noise
+        Of the images; ``None`` where it is not known: standard deviations then come from the fits' residuals alone.
+    settings
+        Which maps, and how.
+
+    Returns
+    -------
+    SeriesMaps
+        With the echoes' combination (root sum of squares) in front of the echo images, or in their place.
+
+    Raises
+    ------
+    DataError
+        As `multi_echo_times`; ``map_failure = error`` and no susceptibility could be made.
+    """
+    times = multi_echo_times(scan, len(series.data), settings)
+    images = series.data.conj() if settings.map_phase_sign == "negative" and series.data.is_complex() else series.data
+    combined = ImageSeries(
+        "combined",
+        torch.linalg.vector_norm(images, dim=0, keepdim=True).float(),
+        f"root sum of squares of {len(times)} echoes",
+    )
+    shown = (combined, series) if settings.map_echo_images else (combined,)
+    r2star = _r2star(images, times, noise, settings)
+    notes: list[str] = []
+    quality = {"r2star_valid": float(r2star.r2star.valid.float().mean())}
+    maps = [r2star.r2star, r2star.r2star_sd, r2star.s0]
+    if settings.maps == "qsm":
+        try:
+            found = _susceptibility(images, times, r2star, scan, noise, settings)
+        except ReconError as error:
+            if settings.map_failure == "error":
+                raise
+            notes.append(f"R2* only, no susceptibility map: {error}")
+        else:
+            maps += found.maps
+            notes += found.notes
+            quality |= found.quality
+    return SeriesMaps(tuple(maps), tuple(notes), quality, shown)
+
+
+def _r2star(images: Tensor, times: tuple[float, ...], noise: ImageNoise | None, settings: MapSettings) -> R2StarMaps:
+    std = None if noise is None else noise.std
+    fit = arlo if settings.map_r2star_fit == "arlo" else nonlinear_r2star
+    magnitudes = images.abs()
+    found = fit(magnitudes, times, noise_std=std)
+    if noise is None:
+        return replace(found, r2star_sd=replace(found.r2star_sd, comment="noise from the fit's residual: a lower limit"))
+    # where the fit leaves more than the noise (aliasing, motion, dephasing), that counts
+    t = torch.tensor(times, dtype=magnitudes.dtype, device=images.device)[:, None, None, None]
+    rest = magnitudes - found.s0.data * torch.exp(-t * found.r2star.data)
+    freedom = max(1, len(times) - 2)
+    larger = (rest.square().sum(0) / freedom).sqrt().div_(noise.std).clamp_min_(1.0) if len(times) > 2 else 1.0
+    comment = f"from {noise.source}, or the fit's residual where that is larger"
+    return replace(found, r2star_sd=replace(found.r2star_sd, data=found.r2star_sd.data * larger, comment=comment))
+
+
+def _susceptibility(
+    images: Tensor,
+    times: tuple[float, ...],
+    r2star: R2StarMaps,
+    scan: ScanInfo,
+    noise: ImageNoise | None,
+    settings: MapSettings,
+) -> SeriesMaps:
+    if not images.is_complex():
+        raise DataError(
+            "only magnitudes exist, no phase",
+            where="susceptibility map",
+            remedy="Use a method that keeps the phase (not fourier)",
+        )
+    frame = field_frame(scan, settings)
+    mask = _mask(images, frame, noise, settings)
+    notes = []
+    alternating = _alternating(scan, times, settings)
+    if alternating and len(times) >= 3:
+        images, _, slope = correct_bipolar(images, times, mask, readout_axis=2)
+        notes.append(f"alternating readouts: phase corrected by {slope:.2f} rad across the readout")
+    elif alternating:
+        notes.append("alternating readouts need three echoes to be corrected: the field is off by a ramp")
+    field = fit_field(images, times, mask, noise_std=None if noise is None else noise.std)
+    weights = field.weights
+    local = _local_field(field, mask, frame, weights, settings)
+    if not local.converged:
+        notes.append(f"background removal: not converged after {local.iterations} steps (residual {local.residual:.1e})")
+    chi, region = _invert(local, images, times, r2star, frame, weights, settings)
+    if not chi.converged:
+        notes.append(f"dipole inversion: still changing by {100 * chi.change:.1f} % after {chi.iterations} steps")
+    method = settings.map_background
+    maps = (
+        ParameterMap("local_field", local.field, "Hz", local.mask, f"background removed by {method}"),
+        replace(chi.chi, comment=f"{chi.chi.comment}; background {method}; {1e-6 * frame.larmor:.2f} MHz"),
+        ParameterMap("brain_mask", mask.float(), "1", mask, region),
+    )
+    volume = float(mask.sum()) * math.prod(frame.voxel)
+    quality = {
+        "brain_ml": 1e6 * volume,
+        "background_residual": local.residual,
+        "inversion_iterations": float(chi.iterations),
+        "inversion_change": chi.change,
+    }
+    return SeriesMaps(maps, tuple(notes), quality)
+
+
+def _mask(images: Tensor, frame: FieldFrame, noise: ImageNoise | None, settings: MapSettings) -> Tensor:
+    if settings.map_mask == "object":
+        return object_mask(images)
+    mask = brain_mask(images, frame.voxel)
+    if noise is not None:
+        # noise has bright parts as well, and where coils are near they hang together
+        strength = float(images[:, mask].abs().square().mean(0).sqrt().median()) / (math.sqrt(2) * noise.std)
+        if strength < LEAST_STRENGTH:
+            raise DataError(
+                "no brain found",
+                where="brain mask",
+                got=f"{strength:.2g} times the noise",
+                expected=f"at least {LEAST_STRENGTH:g} times",
+                remedy="Check that the images show a head",
+            )
+    return mask
+
+
+def _alternating(scan: ScanInfo, times: tuple[float, ...], settings: MapSettings) -> bool:
+    """Whether every second echo, in the order of time, was read backwards."""
+    if settings.map_bipolar != "auto":
+        return settings.map_bipolar == "on"
+    if len(scan.reversed_readouts) != len(times):
+        return False
+    ordered = [scan.reversed_readouts[i] for i in sorted(range(len(times)), key=times.__getitem__)]
+    return any(ordered) and all(a != b for a, b in pairwise(ordered))
+
+
+def _local_field(field: FieldMaps, mask: Tensor, frame: FieldFrame, weights: Tensor, settings: MapSettings) -> LocalField:
+    total = field.field.data
+    if settings.map_background == "none":
+        return LocalField(total, mask, 0, 0.0, True)
+    if settings.map_background == "pdf":
+        return pdf(total, mask, frame.voxel, frame.b0, weights=weights, settings=BackgroundSettings())
+    return BACKGROUNDS[settings.map_background](total, mask, frame.voxel)
+
+
+def _invert(
+    local: LocalField,
+    images: Tensor,
+    times: tuple[float, ...],
+    r2star: R2StarMaps,
+    frame: FieldFrame,
+    weights: Tensor,
+    settings: MapSettings,
+) -> tuple[Susceptibility, str]:
+    """The map, and a word on its reference region."""
+    per_hz = 1e6 / frame.larmor
+    ppm, mask, voxel, b0 = local.field * per_hz, local.mask, frame.voxel, frame.b0
+    wanted = settings.map_reference == "csf" or settings.map_inversion == "medi0"
+    fluid = csf_region(r2star.r2star.data, mask, voxel) if wanted else None
+    name = "" if fluid is None else "cerebrospinal fluid"
+    if settings.map_inversion == "tv":
+        found = tv_admm(ppm, mask, voxel, b0, weights=weights, reference=fluid, reference_name=name)
+    elif settings.map_inversion == "tkd":
+        found = tkd(ppm, mask, voxel, b0, reference=fluid, reference_name=name)
+    else:
+        magnitude = images.abs().square().sum(0).sqrt()
+        spacing = min(b - a for a, b in pairwise(sorted(times)))
+        found = medi(
+            ppm,
+            mask,
+            magnitude,
+            voxel,
+            b0,
+            weights=weights,
+            csf=fluid,
+            radians_per_ppm=2 * math.pi * spacing / per_hz,
+        )
+    return found, f"reference region: {found.reference}"

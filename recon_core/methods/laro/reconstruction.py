@@ -1,0 +1,211 @@
+"""LARO as a method: a scan is brought to what the network was trained on, plane by plane along the readout, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from recon_core.errors import DataError, NumericalError
+from recon_core.methods import cg_sense, llr
+from recon_core.methods.laro.model import LEAST_SQUARES_STEPS, LEAST_SQUARES_TOLERANCE, LEAST_SQUARES_WEIGHT
+from recon_core.methods.laro.settings import Settings
+from recon_core.methods.laro.weights import TrainedLaro, installed_weights
+from recon_core.operators.planes import Planes
+from recon_core.problem import Problem, check_kspace, check_maps, pose
+from recon_core.types import ImageSeries, KSpace, Report, Result, ScanInfo
+
+Tensor = torch.Tensor
+
+NAME = "laro"
+SUMMARY = "Multi-echo images from learned masks by unrolled ADMM with temporal feature fusion (LARO)"
+NEEDS_COIL_MAPS = True
+ROUNDING = 2e-3
+"""Normalisation inside the network and solvers that stop at a tolerance amplify float32's last bit where there is no signal."""
+FIDELITY = 0.2
+"""What it has learned stays in images of complete data as well."""
+REHEARSAL = {"unrolls": "1", "start": "cg_sense"}
+
+BYTES_PER_FEATURE = 4 * 6
+"""Memory of inference per pixel, echo and channel: the features of one resolution, their copies and the skips."""
+
+
+def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Report) -> Result:
+    """Images of one slab by the installed weights that the settings name; see `reconstruct_with`.
+
+    Raises
+    ------
+    WeightError
+        Weights that are missing or damaged.
+    DataError, CalibrationError, NumericalError
+        As `reconstruct_with`.
+    """
+    trained = installed_weights(settings.weights, kspace.data.device, settings.precision)
+    return reconstruct_with(trained, kspace, scan, settings, report)
+
+
+def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, settings: Settings, report: Report) -> Result:
+    """Unrolled ADMM (Eq. 7) on each plane (k2, k1) of a slab; a single slice is one plane (x, y).
+
+    K-space is scaled so that the 99.9th percentile of its calibration images equals that of the training scans. Echoes are fused in the
+    order of their times where the header has them. Which positions were sampled is read from the data, for each echo; the
+    number of echoes, coils and positions is free.
+
+    Parameters
+    ----------
+    trained
+        On the device of the k-space.
+    kspace
+        With coil maps. Averages count by their number.
+    scan
+        ``echo_times`` in s, one per state, or none.
+
+    Returns
+    -------
+    Result
+        Images complex64 ``(state, z, y, x)``; ``quality``: relative residual of the normal equations, noise, iterations.
+
+    Raises
+    ------
+    DataError
+        Echo times for another number of echoes; an echo without samples; k-space that does not fit together.
+    CalibrationError
+        No usable coil maps.
+    NumericalError
+        Images that are not finite.
+
+    References
+    ----------
+    LARO (Zhang et al., doi:10.1002/mrm.29582), Eqs. 1, 2, 7 and 8.
+    """
+    where = f"slice {scan.slice_index}"
+    check_kspace(kspace, where)
+    check_maps(kspace, where)
+    order = echo_order(kspace, scan, where).to(kspace.data.device)
+    kspace = replace(kspace, data=kspace.data[order], counts=kspace.counts[order])
+    if not bool((kspace.data != 0).any()):
+        return _nothing(kspace, report)
+    problem = pose(kspace, where, report)
+    start = settings.start if settings.start != "weights" else trained.start
+    planes = _planes(problem, kspace, trained.amplitude)
+    first = _first_images(start, problem, planes, trained.amplitude, report)
+    images = torch.empty_like(planes.rhs)
+    change = torch.zeros((), dtype=torch.float64, device=images.device)
+    for chosen in planes.groups(trained, settings.memory_mb):
+        operator = Planes(planes.maps[chosen], planes.sampling, planes.axes)
+        with torch.no_grad():
+            images[chosen] = trained.network(operator, planes.rhs[chosen], first[chosen], settings.unrolls)[-1]
+            change += (planes.rhs[chosen] - operator.normal(images[chosen])).abs().double().square().sum()
+        report.progress(0.5 + 0.5 * chosen.stop / len(images), NAME)
+    if not bool(torch.isfinite(torch.view_as_real(images)).all()):
+        raise NumericalError("the network's result is not finite", where=where, remedy="The chain's fallback can answer")
+    size = planes.rhs.abs().double().square().sum()
+    found = planes.leave(images)[torch.argsort(order)] * (problem.scale / trained.amplitude)
+    report.progress(1.0)
+    return Result(
+        images=(ImageSeries("image", found.to(torch.complex64), _origin(trained)),),
+        quality={
+            "iterations": float(settings.unrolls or trained.network.settings.unrolls),
+            "residual": float((change / size).sqrt()) if float(size) > 0 else 0.0,
+            "noise": problem.noise,
+        },
+    )
+
+
+def echo_order(kspace: KSpace, scan: ScanInfo, where: str) -> Tensor:
+    """States in the order of their echo times, as they come where the header has none.
+
+    Raises
+    ------
+    DataError
+        Another number of times than of states, or a time that occurs twice.
+    """
+    times = scan.echo_times
+    if not times:
+        return torch.arange(kspace.n_states)
+    if len(times) != kspace.n_states or len(set(times)) < len(times):
+        raise DataError(
+            "count of echo times and of echoes differ" if len(times) != kspace.n_states else "an echo time occurs twice",
+            where=where,
+            got=f"{len(times)} times, {kspace.n_states} states",
+            remedy="Check the TE list of the header, and that every echo was sent",
+        )
+    return torch.argsort(torch.tensor(times, dtype=torch.float64), stable=True)
+
+
+@dataclass(frozen=True)
+class _PlaneProblems:
+    """A slab as planes ``(plane, echo, z, y)``, a slice as the one plane ``(1, echo, x, y)``, in the network's units."""
+
+    rhs: Tensor
+    maps: Tensor
+    sampling: Tensor
+    axes: tuple[int, ...]
+    is_3d: bool
+
+    def enter(self, images: Tensor) -> Tensor:
+        """Centred ``(echo, z, y, x)`` to planes."""
+        return images.movedim(-1, 0) if self.is_3d else images[:, 0].mT[None]
+
+    def leave(self, images: Tensor) -> Tensor:
+        """Planes to centred ``(echo, z, y, x)``."""
+        return images.movedim(0, -1) if self.is_3d else images[0].mT[:, None]
+
+    def groups(self, trained: TrainedLaro, memory_mb: float) -> list[slice]:
+        """Planes that are reconstructed together; every group but the last has the same number, so that kernels are reused."""
+        settings = trained.network.settings
+        per_plane = self.rhs[0].numel() * (settings.channels + settings.features[0]) * BYTES_PER_FEATURE
+        per_plane += self.rhs[0].numel() * self.maps.shape[1] * 8 * 4  # coil images of the data consistency
+        step = max(1, int(memory_mb * 2**20 / per_plane))
+        return [slice(k, min(k + step, len(self.rhs))) for k in range(0, len(self.rhs), step)]
+
+
+def _planes(problem: Problem, kspace: KSpace, amplitude: float) -> _PlaneProblems:
+    assert kspace.coil_maps is not None
+    operator = problem.operator
+    rhs = operator.leave_image(problem.rhs) * amplitude
+    sampling = operator.weights.square()
+    if kspace.is_3d:
+        return _PlaneProblems(rhs.movedim(-1, 0).contiguous(), kspace.coil_maps.movedim(-1, 0), sampling, (-2, -1), True)
+    return _PlaneProblems(rhs[:, 0].mT[None].contiguous(), kspace.coil_maps[:, 0].mT[None], sampling, (-1,), False)
+
+
+def _first_images(start: str, problem: Problem, planes: _PlaneProblems, amplitude: float, report: Report) -> Tensor:
+    """First images in the network's units."""
+    if start == "zero_filled":
+        return planes.rhs
+    if start == "llr" and problem.rhs.shape[0] > 1:
+        images = llr.estimate(problem, llr.Settings(), _FirstHalf(report)).solution
+    else:
+        images = cg_sense.solve(
+            problem, LEAST_SQUARES_WEIGHT, LEAST_SQUARES_STEPS, LEAST_SQUARES_TOLERANCE, Report()
+        ).solution
+    return planes.enter(problem.operator.leave_image(images) * amplitude).contiguous()
+
+
+class _FirstHalf(Report):
+    """Progress of the first images is half of the method's."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def progress(self, fraction: float, message: str = "") -> None:
+        self._report.progress(0.5 * fraction, message)
+
+    def warn(self, message: str) -> None:
+        self._report.warn(message)
+
+
+def _origin(trained: TrainedLaro) -> str:
+    digest = str(trained.facts.get("sha256", ""))[:8] or "unsaved"
+    return f"LARO, weights {digest}, {trained.network.settings.unrolls} iterations, from {trained.start} images"
+
+
+def _nothing(kspace: KSpace, report: Report) -> Result:
+    """Images of data that are all zero: a network has biases and would see something."""
+    text = f"{NAME}: all samples are zero"
+    report.warn(text)
+    report.progress(1.0)
+    shape = (kspace.n_states, *kspace.data.shape[2:])
+    images = torch.zeros(shape, dtype=torch.complex64, device=kspace.data.device)
+    return Result(images=(ImageSeries("image", images, text),), notes=(text,))

@@ -1,0 +1,31 @@
+"""What a user may choose of LARO as a method; everything else was decided when its weights were trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recon_core.methods.laro.model import PRECISIONS, STARTS
+from recon_core.settings import setting
+
+DEFAULT_WEIGHTS = "laro"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Which weights, from which images, how long."""
+
+    weights: str = setting(DEFAULT_WEIGHTS, "name of the installed weights, see docs/laro.md; never a path")
+    start: str = setting(
+        "weights",
+        "first images: as the weights were trained ('weights'), locally low rank, a few steps of CG-SENSE, or zero-filled",
+        choices=("weights", *STARTS),
+    )
+    unrolls: int = setting(0, "unrolled iterations; 0: as many as the weights were trained with", low=0, high=100)
+    precision: str = setting("float32", "of the networks; bfloat16 is for GPUs", choices=PRECISIONS)
+    memory_mb: float = setting(
+        512.0,
+        "planes are reconstructed in groups whose features take about so much memory",
+        unit="MB",
+        low=1.0,
+        high=100000.0,
+    )

@@ -1,0 +1,134 @@
+"""Multi-echo scans in a folder: simulated ones that several trainings share, or a user's own fully sampled ones.
+
+A scan is a pair ``<name>.json`` and ``<name>.safetensors`` (`write_scan`). Scans are split by their order in the folder: the last
+tenth is for validation, the tenth before it for tests (one each at least), the rest for training.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from recon_core.errors import DataError
+from recon_core.simulation.anatomy import check_split
+from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe
+from recon_core.training.checkpoint import read_pair, write_pair
+
+FORMAT = "recon-gadgets multi-echo scan"
+TENSORS = ("images", "coil_maps", "brain", "head", "r2star", "field", "local_field", "chi", "labels")
+SPLITS = ("train", "test", "validation")
+
+
+class ScanSupply(Protocol):
+    """Where scans come from."""
+
+    def scan(self, split: str, index: int) -> BrainScan:
+        """Scan number ``index`` of a split."""
+
+
+def write_scan(folder: str | Path, name: str, scan: BrainScan) -> Path:
+    """Write a scan; the JSON's path. Maps that a measured scan does not have are zeros."""
+    facts = {
+        "format": FORMAT,
+        "echo_times": list(scan.echo_times),
+        "voxel": list(scan.voxel),
+        "b0": list(scan.b0),
+        "noise_std": scan.noise_std,
+        "key": list(scan.key),
+    }
+    return write_pair(folder, name, {k: getattr(scan, k) for k in TENSORS}, facts)
+
+
+def read_scan(path: str | Path) -> BrainScan:
+    """Read a scan of `write_scan`.
+
+    Raises
+    ------
+    WeightError
+        A damaged pair.
+    DataError
+        Something else.
+    """
+    tensors, facts = read_pair(path)
+    if facts.get("format") != FORMAT or set(tensors) != set(TENSORS):
+        raise DataError("not a multi-echo scan", where=Path(path).name, expected=FORMAT)
+    images, maps = tensors["images"], tensors["coil_maps"]
+    if images.ndim != 4 or maps.shape[1:] != images.shape[1:] or len(facts["echo_times"]) != len(images):
+        raise DataError("images, maps and echo times do not fit", where=Path(path).name, got=tuple(images.shape))
+    z, y, x = facts["voxel"]
+    b0 = tuple(facts["b0"])
+    split, index = facts["key"]
+    return BrainScan(
+        **tensors,
+        echo_times=tuple(facts["echo_times"]),
+        voxel=(z, y, x),
+        b0=(b0[0], b0[1], b0[2]),
+        noise_std=float(facts["noise_std"]),
+        key=(split, index),
+    )
+
+
+class ScanFolder:
+    """The scans of a folder; after the last one the first comes again.
+
+    Parameters
+    ----------
+    folder
+        Holds at least three scans.
+    keep
+        Scans held in memory.
+
+    Raises
+    ------
+    DataError
+        Fewer than three scans.
+    """
+
+    def __init__(self, folder: str | Path, *, keep: int = 8) -> None:
+        paths = sorted(Path(folder).glob("*.json"))
+        if len(paths) < len(SPLITS):
+            raise DataError("too few scans", where=Path(folder).name, got=len(paths), expected="three or more")
+        n = max(1, len(paths) // 10)
+        self._paths = {"train": paths[: -2 * n], "test": paths[-2 * n : -n], "validation": paths[-n:]}
+        self._keep = keep
+        self._held: OrderedDict[Path, BrainScan] = OrderedDict()
+
+    def scan(self, split: str, index: int) -> BrainScan:
+        """Scan number ``index`` of a split.
+
+        Raises
+        ------
+        SettingError
+            An unknown split.
+        """
+        check_split(split)
+        path = self._paths[split][index % len(self._paths[split])]
+        if path not in self._held:
+            self._held[path] = read_scan(path)
+            while len(self._held) > self._keep:
+                self._held.popitem(last=False)
+        self._held.move_to_end(path)
+        return self._held[path]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Simulate scans into a folder: ``python -m recon_core.simulation.scan_folder --output DIR --count 20``."""
+    parser = argparse.ArgumentParser(prog="python -m recon_core.simulation.scan_folder", description=main.__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--matrix", type=int, nargs=3, default=ScanRecipe.matrix, metavar=("Z", "Y", "X"))
+    parser.add_argument("--echoes", type=int, default=ScanRecipe.n_echoes)
+    parser.add_argument("--coils", type=int, default=ScanRecipe.n_coils)
+    options = parser.parse_args(arguments)
+    recipe = ScanRecipe(matrix=tuple(options.matrix), n_echoes=options.echoes, n_coils=options.coils)
+    supply = MultiEchoBrains(recipe, seed=options.seed, keep=1)
+    for index in range(options.count):
+        print(write_scan(options.output, f"scan_{index:04d}", supply.scan("train", index)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""The LARO benchmark's masks, cases and figures, on heads small enough for a test."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.laro_cases import acquire, acs_block, available, held_out, pattern
+from benchmarks.laro_scores import Maps, maps_of, regional, regression, scores, true_regional
+from recon_core.sampling.mask_files import MaskError
+from recon_core.simulation.multi_echo_brain import BrainScan, ScanRecipe
+
+RECIPE = ScanRecipe(matrix=(16, 40, 36), voxel=(5.0, 5.2), n_echoes=4, noise=(0.01, 0.01))
+
+
+@cache
+def head() -> BrainScan:
+    return held_out(RECIPE, 1)[0]
+
+
+@cache
+def reference() -> Maps:
+    return maps_of(head().images, head())
+
+
+@pytest.mark.parametrize("spo", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(32, 64), (40, 80)])
+def test_masks_of_every_kind_and_matrix(spo: int, shape: tuple[int, int]) -> None:
+    mask = pattern(shape, 7, 8.0, spo)
+    n = -(-shape[0] * shape[1] // 8)
+    assert mask.shape == (7, *shape) and set(mask.sum((1, 2))) == {n}
+    assert bool((mask == mask[:1]).all()) == (spo < 2)
+    block = acs_block(shape, n)
+    middle = mask[:, shape[0] // 2 - block[0] // 2 :, shape[1] // 2 - block[1] // 2 :][:, : block[0], : block[1]]
+    assert middle.all()
+
+
+def test_no_learned_mask_of_that_acceleration(tmp_path: Path) -> None:
+    with pytest.raises(MaskError, match="r3"):
+        pattern((32, 64), 6, 3.0, 2, tmp_path)
+
+
+def test_a_case_holds_the_samples_of_its_mask_and_the_scan_s_noise() -> None:
+    scan = head()
+    mask = pattern((16, 40), 4, 4.0, 0)
+    case = acquire(scan, mask, 4.0, 0)
+    assert torch.equal(case.kspace.mask, torch.from_numpy(mask))
+    assert bool((case.kspace.data.movedim(1, -1)[~case.kspace.mask] == 0).all())
+    full = acquire(scan, np.ones_like(mask), 1.0, 0)
+    again = full.kspace.data * case.kspace.counts[:, None, :, :, None]
+    assert torch.equal(again, case.kspace.data)
+
+
+def test_the_reference_is_perfect_and_noise_is_not() -> None:
+    same = scores(reference(), reference(), head())
+    assert same["magnitude PSNR"] == np.inf and same["QSM RMSE"] == 0 and same["QSM SSIM"] == pytest.approx(1)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(head().images.shape, dtype=torch.complex64, generator=generator)
+    figures = [scores(maps_of(head().images + std * noise, head()), reference(), head()) for std in (0.005, 0.05)]
+    for key in figures[0]:
+        better, worse = (f[key] for f in figures)
+        assert (better > worse) if "PSNR" in key or "SSIM" in key else (better < worse), key
+
+
+def test_regression_and_regions() -> None:
+    truth = {"a": 0.1, "b": -0.05, "c": 0.0, "d": 0.2}
+    slope, r2, n = regression({k: 0.9 * v + 0.01 for k, v in truth.items()} | {"only here": 3.0}, truth)
+    assert slope == pytest.approx(0.9) and r2 == pytest.approx(1) and n == 4
+    assert np.isnan(regression({"a": 1.0}, truth)[0])
+    found, simulated = regional(reference(), head()), true_regional(head(), reference().region)
+    assert set(found) == set(simulated) and {"GP", "PU", "CC"} <= set(found)
+    assert regression(found, simulated)[0] > 0.4
+
+
+def test_the_networks_that_are_installed_are_methods() -> None:
+    from benchmarks.laro_cases import WEIGHTS
+
+    names = set(available(sorted(WEIGHTS.glob("laro*.json"))))
+    assert {"cg_sense", "llr", "laro", "laro from cg_sense"} <= names

@@ -1,0 +1,36 @@
+"""The soak in its short form: a minute of mixed scans with a killed worker, clients that leave, malformed peers and a full disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.soak import soak, table
+from benchmarks.soak_memory import Memory
+
+
+@pytest.mark.slow
+def test_a_minute_of_everything(tmp_path: Path) -> None:
+    """Growth of memory is judged by the long form only: caches are not warm after a minute."""
+    result = soak(1.0, workers=1, scanners=1, kill_every=20.0, keep_log=tmp_path / "log")
+    failures = [text for text in result["failures"] if not text.startswith("memory")]
+    assert failures == [], (result["examples"], result["log_errors"])
+    counts = result["counts"]
+    assert counts["scans_identical"] == counts["scan_connections"] > 0
+    assert counts["clients_that_left"] > 0 and counts["hostile_connections"] > 0
+    assert ["scans lost", 0, 0] in table(result)
+
+
+class _Process:
+    """Not asked here."""
+
+
+def test_a_leak_is_seen_and_warming_up_is_none() -> None:
+    memory = Memory(_Process())  # type: ignore[arg-type]
+    memory.samples = [
+        {"at": i, "server": 100e6 + (50e6 if i > 10 else 0)} for i in range(100)
+    ]  # caches fill at the beginning
+    assert memory.verdict()["growth"]["server"] == 0
+    memory.samples = [{"at": i, "server": 100e6 + 1e5 * i} for i in range(100)]
+    assert 0.05 < memory.verdict()["growth"]["server"] < 0.08

@@ -1,0 +1,104 @@
+"""The Slurm job, as it is, on this machine: scheduler, workers and server over TLS, a scan through them, and an end without a rest.
+
+Slurm itself is missing: ``srun`` is a script that starts one task.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from gadgets.relay import answers
+from tests.deploy.test_docker import DOCKER
+from tests.e2e.orthanc import free_ports
+from tests.e2e.scans import in_memory, stack
+from tests.strict_client import StrictClient
+
+SRUN = """#!/usr/bin/env bash
+for argument in "$@"; do case "$argument" in --*) shift ;; *) break ;; esac; done
+exec "$@"
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "bin").mkdir()
+    srun = tmp_path / "bin" / "srun"
+    srun.write_text(SRUN)
+    srun.chmod(0o755)
+    subprocess.run(
+        [str(DOCKER / "make-certificates.sh"), str(tmp_path / "tls")], check=True, capture_output=True, timeout=60
+    )
+    port, scheduler = free_ports(2)
+    return {
+        **os.environ,
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "RECON_ENV": sys.prefix,
+        "RECON_TLS": str(tmp_path / "tls"),
+        "RECON_ALLOW": "127.0.0.1",
+        "RECON_LISTEN": "127.0.0.1",
+        "RECON_HOST": "127.0.0.1",
+        "RECON_PORT": str(port),
+        "RECON_SCHEDULER_PORT": str(scheduler),
+        "RECON_STATE": str(tmp_path / "state"),
+        "SLURM_TMPDIR": str(tmp_path),
+        "HOME": str(tmp_path),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_job_reconstructs_and_ends(tmp_path: Path, environment: dict[str, str]) -> None:
+    scan = in_memory("cine", matrix_x=32, matrix_y=32, coils=4, states=1, slices=2)
+    log = tmp_path / "log"
+    with log.open("wb") as out, subprocess.Popen([str(DOCKER / "slurm.sh")], env=environment, stdout=out, stderr=out) as job:
+        try:
+            address = f"127.0.0.1:{environment['RECON_PORT']}"
+            until = time.monotonic() + 400.0
+            while not (answers(address) and log.read_text().count("Registered to:") == 1):
+                assert job.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
+                time.sleep(0.5)
+            client = StrictClient("127.0.0.1", int(environment["RECON_PORT"]), timeout=120.0)
+            answer = client.scan("fourier", header=scan.header, messages=scan.messages)
+            family = psutil.Process(job.pid).children(recursive=True)
+        finally:
+            job.send_signal(signal.SIGTERM)
+        assert job.wait(120.0) == 0, log.read_text()[-3000:]
+    assert len(answer.images) == 2, answer.texts
+    assert np.isfinite(stack(answer.images, 1)).all()
+    said = log.read_text()
+    assert "event=cluster_size tasks=1" in said  # the server and the worker have found each other
+    assert len(family) >= 3
+    _, alive = psutil.wait_procs(family, timeout=30.0)
+    assert not alive
+
+
+@pytest.mark.parametrize("missing", ["RECON_ENV", "RECON_TLS", "RECON_ALLOW"])
+def test_the_job_says_what_it_needs(environment: dict[str, str], missing: str) -> None:
+    del environment[missing]
+    done = subprocess.run([str(DOCKER / "slurm.sh")], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode and missing in done.stderr
+
+
+def test_without_certificates_there_is_no_cluster(environment: dict[str, str]) -> None:
+    Path(environment["RECON_TLS"], "key.pem").unlink()
+    done = subprocess.run([str(DOCKER / "slurm.sh")], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "key.pem" in done.stderr
+
+
+def test_certificates_are_never_replaced(environment: dict[str, str]) -> None:
+    folder = Path(environment["RECON_TLS"])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    done = subprocess.run([str(DOCKER / "make-certificates.sh"), str(folder)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "is there already" in done.stderr
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert set(before) == {"ca.pem", "cert.pem", "key.pem"}
+    assert {path.stat().st_mode & 0o077 for path in folder.iterdir()} == {0}

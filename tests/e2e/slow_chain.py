@@ -1,0 +1,32 @@
+"""Chains of a site for tests of time and memory: methods whose end nobody waits for."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from gadgets.chain import config_directory
+
+
+def write_chain(folder: Path, name: str, method: str, fallback: str = "", **properties: object) -> None:
+    """``folder/<name>.xml``, made from a shipped one, with ``method`` and no other properties than these."""
+    shipped = (config_directory() / "cg_sense.xml").read_text(encoding="utf-8")
+    own = {"method": method, **({"fallback": fallback} if fallback else {}), **properties}
+    added = "".join(f'<property name="{key}" value="{value}"/>' for key, value in own.items())
+    text = shipped.replace('target="cg_sense"', f'target="{name}"')
+    text = re.sub(
+        r"<configuration>\s*<property.*</configuration>(?=\s*</external>)",
+        f"<configuration>{added}</configuration>",
+        text,
+        flags=re.S,
+    )
+    (folder / f"{name}.xml").write_text(text)
+
+
+def site_chains(folder: Path) -> Path:
+    """``endless`` computes for minutes and falls back to ``quick``; ``long`` takes some seconds."""
+    folder.mkdir(exist_ok=True)
+    write_chain(folder, "endless", "llr", "quick", iterations=2000)
+    write_chain(folder, "long", "llr", "quick", iterations=150)
+    write_chain(folder, "quick", "fourier")
+    return folder

@@ -1,0 +1,163 @@
+"""Slices on a real Dask cluster: same images, killed workers, limits, and no cluster at all."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gadgets.compute_dask import DaskPool
+from gadgets.errors import JobFailed
+from gadgets.scheduler_options import SchedulerOptions
+from gadgets.service import Service, ServiceOptions
+from tests.e2e.scans import SimulatedScan, ask, complaints, final_images, in_memory, stack
+from tests.e2e.slow_chain import site_chains
+from tests.gadgets.test_compute_limits import DEADLINE, is_alive, until
+
+
+@pytest.fixture(scope="module")
+def scan() -> SimulatedScan:
+    return in_memory("cine", matrix_x=48, matrix_y=48, coils=4, states=2, slices=3, calibration="separate", acs=16)
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A service whose slices go to two Dask workers; no file of the server is given to them."""
+    options = ServiceOptions(
+        port=0, workers=1, threads=1, scheduler=SchedulerOptions("local:2"), rehearse=False,
+        configs=site_chains(tmp_path_factory.mktemp("configs")),
+    )  # fmt: skip
+    with Service(options) as running:
+        yield running
+
+
+def pool(service: Service) -> DaskPool:
+    remote = service.jobs._remote
+    assert isinstance(remote, DaskPool)
+    return remote
+
+
+def busy_worker(service: Service) -> tuple[str, int]:
+    """Address and process id of a worker that computes a slice now."""
+    remote = pool(service)
+    found: list[str] = []
+
+    def look() -> bool:
+        found[:] = [sent.worker for sent in list(remote._sent.values()) if sent.worker is not None]
+        return bool(found)
+
+    until(look, "no task began")
+    pids = remote._client.run(os.getpid, workers=[found[0]])
+    return found[0], pids[found[0]]
+
+
+def test_images_are_those_of_the_servers_own_workers(cluster: Service, service: Service, scan: SimulatedScan) -> None:
+    here = ask(service, "llr", scan, iterations=8)
+    there = ask(cluster, "long", scan, iterations=8)
+    assert not complaints(there)
+    np.testing.assert_array_equal(stack(final_images(there), 2), stack(final_images(here), 2))
+
+
+def test_progress_and_previews_cross_the_cluster(cluster: Service, scan: SimulatedScan) -> None:
+    answer = ask(cluster, "long", scan, preview="auto")
+    assert any(text.startswith("DBG long") for text in answer.texts)
+    assert len(final_images(answer)) == 6
+
+
+def test_a_worker_that_is_killed_in_mid_slice_costs_no_image(cluster: Service, scan: SimulatedScan) -> None:
+    expected = stack(final_images(ask(cluster, "long", scan)), 2)
+    killed: list[int] = []
+
+    def kill() -> None:
+        killed.append(busy_worker(cluster)[1])
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    answer = ask(cluster, "long", scan)
+    killer.join()
+    assert not is_alive(killed[0])
+    assert not complaints(answer)
+    np.testing.assert_array_equal(stack(final_images(answer), 2), expected)
+    until(lambda: pool(cluster).capacity == 2, "the cluster did not replace the worker")
+
+
+def test_what_takes_too_long_is_ended_and_the_fallback_answers(cluster: Service, scan: SimulatedScan) -> None:
+    began: list[tuple[str, int]] = []
+    watcher = threading.Thread(target=lambda: began.append(busy_worker(cluster)))
+    watcher.start()
+    answer = ask(cluster, "endless", scan, time_limit=3.0)
+    watcher.join()
+    assert len(answer.images) == 6
+    assert all("quick_instead_of_endless" in image.attributes for image in answer.images)
+    assert {text.split(" failed ")[0] for text in complaints(answer)} == {"WRN endless"}
+    assert all("time limit" in text for text in complaints(answer))
+    until(lambda: not is_alive(began[0][1]), "the worker still computes")
+
+
+def test_a_scan_that_is_given_up_leaves_the_cluster(cluster: Service) -> None:
+    scope = cluster.jobs.scope()
+    until(lambda: pool(cluster).capacity == 2, "the cluster is not whole")
+    future = scope.submit(never, _Packable(), place="remote")
+    until(lambda: any(sent.future is not None for sent in list(pool(cluster)._sent.values())), "nothing was sent")
+    scope.abandon()
+    with pytest.raises(JobFailed, match="given up"):
+        future.result(DEADLINE)
+    until(lambda: pool(cluster).free(), "its place is still taken")
+
+
+@dataclass(frozen=True)
+class _Packable:
+    """A task's argument."""
+
+    report_folder: str = "/nonexistent"
+
+    def packed(self, device: str) -> _Packable:
+        return self
+
+
+def never(job: _Packable) -> None:
+    """Until its scan is given up: then its folder is gone."""
+    while Path(job.report_folder).is_dir():
+        time.sleep(0.05)
+
+
+def test_without_the_scheduler_slices_are_computed_here(scan: SimulatedScan, tmp_path: Path) -> None:
+    options = ServiceOptions(
+        port=0, workers=1, threads=1, scheduler=SchedulerOptions("local:1"), rehearse=False, configs=site_chains(tmp_path)
+    )
+    with Service(options) as running:
+        stopper = threading.Thread(target=lambda: (busy_worker(running), pool(running)._cluster.close(timeout=30)))
+        stopper.start()
+        answer = ask(running, "long", scan)
+        stopper.join()
+        assert len(final_images(answer)) == 6 and not complaints(answer)
+        until(lambda: pool(running).capacity == 0, "the lost cluster still counts")
+        assert len(final_images(ask(running, "quick", scan))) == 6
+
+
+def test_a_cluster_without_workers_gives_its_tasks_back(
+    scan: SimulatedScan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gadgets.compute_dask.DESERTED", 0.5)
+    options = ServiceOptions(
+        port=0, workers=1, threads=1, scheduler=SchedulerOptions("local:1"), rehearse=False, configs=site_chains(tmp_path)
+    )
+    with Service(options) as running:
+
+        def leave() -> None:
+            busy_worker(running)
+            pool(running)._cluster.scale(0)
+
+        leaver = threading.Thread(target=leave)
+        leaver.start()
+        answer = ask(running, "long", scan)
+        leaver.join()
+        assert len(final_images(answer)) == 6 and not complaints(answer)

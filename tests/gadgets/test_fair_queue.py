@@ -1,0 +1,134 @@
+"""Scans take turns; the scan on the table comes before replays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gadgets.compute_pool import Budget, Task
+from gadgets.fair_queue import HOUSEKEEPING, REPLAY, SCAN, FairQueue
+
+EVERYWHERE = ("local", "remote")
+
+
+@dataclass(eq=False)
+class Scan:
+    name: str
+    priority: int = SCAN
+    abandoned: bool = False
+    made: list[Task] = field(default_factory=list)
+
+    def task(self, **options: Any) -> Task:
+        task = Task(print, (self.name, len(self.made)), self, **options)
+        self.made.append(task)
+        return task
+
+
+def filled(*scans: tuple[Scan, int]) -> FairQueue:
+    queue = FairQueue()
+    for scan, n in scans:
+        for _ in range(n):
+            queue.add(scan.task())
+    return queue
+
+
+def served(queue: FairQueue, n_workers: int = 1) -> list[tuple[str, int]]:
+    """The order in which ``n_workers`` workers take everything, the one that began first being done first."""
+    order, running = [], []
+    while len(queue) or running:
+        task = queue.choose(EVERYWHERE)
+        if task is None or len(running) == n_workers:
+            queue.ended(running.pop(0))
+            continue
+        queue.take(task)
+        running.append(task)
+        order.append(task.args)
+    return order
+
+
+def test_scans_take_turns() -> None:
+    a, b, c = Scan("a"), Scan("b"), Scan("c")
+    order = served(filled((a, 4), (b, 2), (c, 2)))
+    assert [name for name, _ in order] == ["a", "b", "c", "a", "b", "c", "a", "a"]
+
+
+def test_a_scan_keeps_its_own_order() -> None:
+    order = served(filled((Scan("a"), 5), (Scan("b"), 5)), n_workers=2)
+    for name in "ab":
+        assert [number for owner, number in order if owner == name] == list(range(5))
+
+
+def test_a_preview_waits_for_no_more_than_what_runs() -> None:
+    long, short = Scan("long"), Scan("short")
+    queue = filled((long, 12))
+    for _ in range(2):
+        queue.take(queue.choose(EVERYWHERE))
+    queue.add(short.task())
+    assert queue.choose(EVERYWHERE).owner is short
+
+
+def test_workers_are_shared_evenly() -> None:
+    """A scan that came later gets the next workers until it has as many."""
+    first, second = Scan("first"), Scan("second")
+    queue = filled((first, 8))
+    for _ in range(3):
+        queue.take(queue.choose(EVERYWHERE))
+    for _ in range(8):
+        queue.add(second.task())
+    for _ in range(3):
+        task = queue.choose(EVERYWHERE)
+        assert task.owner is second
+        queue.take(task)
+
+
+@pytest.mark.parametrize("order", [(SCAN, REPLAY, HOUSEKEEPING), (HOUSEKEEPING, REPLAY, SCAN), (REPLAY, SCAN, HOUSEKEEPING)])
+def test_live_scans_come_before_replays_and_those_before_files(order: tuple[int, ...]) -> None:
+    queue = filled(*((Scan(str(priority), priority), 2) for priority in order))
+    assert [int(name) for name, _ in served(queue)] == [SCAN, SCAN, REPLAY, REPLAY, HOUSEKEEPING, HOUSEKEEPING]
+
+
+def test_a_task_that_is_tried_again_comes_first() -> None:
+    scan = Scan("a")
+    queue = filled((scan, 3))
+    again = queue.choose(EVERYWHERE)
+    queue.take(again)
+    queue.ended(again)
+    queue.add(again, first=True)
+    assert queue.choose(EVERYWHERE) is again
+
+
+def test_places_have_queues_of_their_own() -> None:
+    scan, queue = Scan("a"), FairQueue()
+    here, there = scan.task(), scan.task(place="remote")
+    queue.add(there)
+    queue.add(here)
+    assert queue.choose(("local",)) is here
+    assert queue.choose(("remote",)) is there
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.sampled_from([SCAN, REPLAY])), max_size=40), st.integers(1, 4))
+def test_every_task_is_served_once_and_nothing_is_kept(arrivals: list[tuple[int, int]], n_workers: int) -> None:
+    scans = {key: Scan(str(key), key[1]) for key in set(arrivals)}
+    queue = FairQueue()
+    for key in arrivals:
+        queue.add(scans[key].task())
+    order = served(queue, n_workers)
+    assert sorted(order) == sorted(task.args for scan in scans.values() for task in scan.made)
+    assert not any(vars(queue)[name] for name in ("_waiting", "_running", "_served"))
+
+
+def test_a_budget_counts_time_while_something_runs_once() -> None:
+    budget = Budget(10.0, name="llr")
+    assert budget.left(100.0) == 10.0
+    budget.begin(100.0)
+    budget.begin(102.0)  # side by side: not twice
+    assert budget.left(104.0) == 6.0
+    budget.end(104.0)
+    budget.end(105.0)
+    assert budget.left(200.0) == 5.0  # waiting costs nothing
+    budget.begin(200.0)
+    assert budget.left(206.0) == -1.0

@@ -1,0 +1,401 @@
+"""Jobs without a connection: what a dead server or client left, and retries."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gadgets.bookkeeping import Books
+from gadgets.capture import sidecar
+from gadgets.errors import CaptureGone, WorkerKilled
+from gadgets.handlers import ChainRequest, Handlers
+from gadgets.image_file import read_images
+from gadgets.jobs import Jobs
+from gadgets.journal import JobRow
+from gadgets.recovery import MAX_ATTEMPTS, Recovery, require_capture
+from gadgets.results import Results
+from gadgets.spool import ScanLog, Spool
+from gadgets.wire import codec
+from recon_core.errors import DataError
+from tests.gadgets.serving import HEADER, CountingScan, check_config, data
+
+SESSION = codec.config_file("fourier") + codec.header(HEADER) + data(3) + data(2) + codec.close()
+FIRE = json.dumps({"version": "1.1.0", "parameters": {"weight": "7"}})
+FIRE_SESSION = codec.config_file("fourier") + codec.header(HEADER) + codec.text(FIRE) + data(4) + codec.close()
+STEM = "20260101T000000.000000Z-0000000"
+RECENT = time.time() - 100.0
+CAPTURES = Path(__file__).parent.parent / "data" / "wire-captures"
+
+
+@dataclass
+class Site:
+    """A spool with whatever a dead server left in it, and what takes it up."""
+
+    root: Path
+    scan: type = CountingScan
+    opened: list[Any] = field(default_factory=list)
+    checks: list[ChainRequest] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def left(self, number: int, session: bytes = SESSION, info: Mapping[str, Any] | None = None) -> str:
+        """A capture as it lies there after kill -9 (no sidecar), or after a scan."""
+        self.root.mkdir(exist_ok=True)
+        path = self.root / f"{STEM}{number}.mrd"
+        path.write_bytes(session)
+        if info is not None:
+            sidecar(path).write_text(json.dumps({"status": "complete", "bytes": len(session), **info}))
+        return path.stem
+
+    def open_scan(self, request: ChainRequest, header: str, raw: ScanLog, say: Callable[[str], None]) -> Any:
+        check_config(request)
+        scan = self.scan(request, header, raw, say)
+        self.opened.append(scan)
+        return scan
+
+    def check(self, request: ChainRequest) -> None:
+        self.checks.append(request)
+        check_config(request)
+
+    @contextmanager
+    def recovery(self, *, start: bool = True) -> Iterator[tuple[Recovery, Books]]:
+        spool = Spool(self.root, **{"min_free_bytes": 0, **self.options})
+        books, jobs = Books(self.root), Jobs(0)
+        handlers = Handlers(open_scan=self.open_scan, check_config=self.check, entry=books.entry)
+        recovery = Recovery(books, spool, Results(self.root, books, jobs), handlers)
+        if start:
+            books.is_server = True
+            recovery.start()
+        try:
+            yield recovery, books
+        finally:
+            recovery.close()
+            jobs.close()
+            recovery.join()
+            books.close()
+
+    def info(self, stem: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.root / f"{stem}.json").read_text())
+        return found
+
+
+def over(books: Books, stem: str, seconds: float = 30.0) -> JobRow:
+    """The row when its job is over."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for row in books.journal().rows(limit=None):
+            if row.id == stem and row.is_over:
+                return row
+        time.sleep(0.01)
+    raise AssertionError(f"{stem} is not over: {books.journal().rows()}")
+
+
+def pixel(root: Path, row: JobRow) -> complex:
+    """The one image's value: readouts + 1j * waveforms."""
+    path = row.images(root)
+    assert path is not None
+    [image] = read_images(path)
+    return complex(image.data.flat[0])
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path / "spool")
+
+
+# -- after the death of a server -----------------------------------------------------------------------------------------------
+
+
+def test_a_complete_capture_without_a_row_is_reconstructed(site: Site) -> None:
+    stem = site.left(1)
+    with site.recovery() as (_, books):
+        row = over(books, stem)
+    assert (row.state, row.chain, row.n_readouts, row.n_images, row.attempts) == ("sent", "fourier", 5, 1, 1)
+    assert "server ended" in row.why and row.capture == f"{stem}.mrd"
+    assert pixel(site.root, row) == 5
+    info = site.info(stem)
+    assert info["status"] == "complete" and "it was complete" in info["note"]
+    with site.recovery() as (recovery, books):
+        assert over(books, stem) == row
+        recovery.wake()
+    assert len(site.opened) == 1, "once is enough"
+
+
+def test_a_capture_that_was_cut_is_a_failed_job(site: Site) -> None:
+    stem = site.left(1, SESSION[: -len(data(2)) + 100])
+    with site.recovery() as (_, books):
+        row = over(books, stem)
+    assert row.state == "failed" and "cut" in row.why and "3 readouts" in row.why
+    assert site.info(stem)["status"] == "truncated" and not site.opened
+    assert (site.root / row.capture).exists(), "what was received is kept"
+
+
+def test_what_is_no_scan_gets_no_row(site: Site) -> None:
+    stem = site.left(1, codec.config_file("fourier"))
+    site.left(2, b"")
+    site.left(3, b"GET / HTTP/1.1\r\n\r\n")
+    last = site.left(4)
+    with site.recovery() as (_, books):
+        over(books, last)
+        assert [row.id for row in books.journal().rows()] == [last]
+    assert "cut" in site.info(stem)["note"]
+
+
+@pytest.mark.parametrize("state", ["received", "reconstructing"])
+def test_an_open_row_of_a_dead_server_is_taken_up(site: Site, state: str) -> None:
+    stem = site.left(1)
+    with site.recovery(start=False) as (_, books):
+        books.journal().put(
+            JobRow(stem, "fourier", state, capture=f"{stem}.mrd", peer="192.0.2.7", owner="sdead", received=RECENT)  # type: ignore[arg-type]
+        )
+    with site.recovery() as (_, books):
+        row = over(books, stem)
+    assert (row.state, row.peer, row.received, row.attempts) == ("sent", "192.0.2.7", RECENT, 1)
+    assert pixel(site.root, row) == 5 and site.info(stem)["status"] == "complete"
+
+
+def test_a_scan_that_was_sent_is_not_repeated(site: Site) -> None:
+    stem = site.left(1)
+    with site.recovery(start=False) as (_, books):
+        books.journal().put(JobRow(stem, "fourier", "sent", capture=f"{stem}.mrd", owner="sdead"))
+    other = site.left(2)
+    with site.recovery() as (_, books):
+        over(books, other)
+    assert len(site.opened) == 1
+    assert site.info(stem)["status"] == "complete"
+
+
+def test_a_row_whose_raw_data_were_never_kept(site: Site) -> None:
+    with site.recovery(start=False) as (_, books):
+        books.journal().put(JobRow("a", "fourier", "reconstructing", owner="sdead"))
+        books.journal().put(JobRow("b", "fourier", "received", capture="b.mrd"))
+    with site.recovery() as (_, books):
+        assert "not kept" in over(books, "a").why
+        assert "have been removed" in over(books, "b").why
+    with pytest.raises(CaptureGone):
+        require_capture(site.root, JobRow("a"))
+
+
+def test_a_row_cannot_lead_out_of_the_spool(site: Site) -> None:
+    site.left(1)
+    elsewhere = site.root.parent / "elsewhere.mrd"
+    elsewhere.write_bytes(SESSION)
+    for row in (
+        JobRow("a", capture="../elsewhere.mrd"),
+        JobRow("a", capture=str(elsewhere)),
+        JobRow("../a", capture=f"{STEM}1.mrd"),
+    ):
+        with pytest.raises(CaptureGone):
+            require_capture(site.root, row)
+    assert require_capture(site.root, JobRow("a", capture=f"{STEM}1.mrd")) == site.root / f"{STEM}1.mrd"
+
+
+def test_a_scan_that_ends_every_server_is_given_up(site: Site) -> None:
+    stem = site.left(1)
+    with site.recovery(start=False) as (_, books):
+        row = JobRow(stem, "fourier", "received", capture=f"{stem}.mrd", owner="sdead", attempts=MAX_ATTEMPTS)
+        books.journal().put(row)
+    with site.recovery() as (_, books):
+        row = over(books, stem)
+    assert row.state == "failed" and f"{MAX_ATTEMPTS} attempts" in row.why and not site.opened
+
+
+def test_an_attempt_is_counted_before_it_begins(site: Site) -> None:
+    seen: list[int] = []
+
+    @dataclass
+    class Counted(CountingScan):
+        def finish(self) -> Iterator[bytes]:
+            seen.append(held[0].journal().row(stem).attempts)
+            return super().finish()
+
+    stem, held = site.left(1), []
+    site.scan = Counted
+    with site.recovery() as (_, books):
+        held.append(books)
+        over(books, stem)
+    assert seen == [1]
+
+
+@dataclass
+class FailingScan(CountingScan):
+    def finish(self) -> Iterator[bytes]:
+        if self.n_readouts == 4:
+            raise DataError("no good", where="readout 1")
+        return super().finish()
+
+
+def test_a_job_that_fails_keeps_no_other_waiting(site: Site) -> None:
+    site.scan = FailingScan
+    bad, good = site.left(1, FIRE_SESSION), site.left(2)
+    with site.recovery() as (_, books):
+        assert over(books, good).state == "sent"
+        row = over(books, bad)
+    assert (row.state, row.why) == ("failed", "DataError: readout 1: no good")
+    assert site.info(bad)["status"] == "failed"
+
+
+def test_the_end_of_the_server_is_no_attempt(site: Site) -> None:
+    begun = threading.Event()
+
+    @dataclass
+    class Slow(CountingScan):
+        def finish(self) -> Iterator[bytes]:
+            begun.set()
+            while True:
+                yield codec.text("DBG still at it\n")
+
+    stem = site.left(1)
+    site.scan = Slow
+    with site.recovery():
+        assert begun.wait(30)
+    with site.recovery(start=False) as (_, books):
+        row = books.journal().row(stem)
+        assert (row.state, row.owner, row.attempts) == ("received", "", 0)
+    site.scan = CountingScan
+    with site.recovery() as (_, books):
+        assert over(books, stem).state == "sent"
+
+
+def test_a_job_is_done_by_one_of_two(site: Site) -> None:
+    stems = [site.left(number, info={}) for number in range(1, 6)]
+    with site.recovery(start=False) as (_, books):
+        for stem in stems:
+            books.journal().put(JobRow(stem, "fourier", "received", capture=f"{stem}.mrd"))
+    with site.recovery() as (_, one), site.recovery() as (_, other):
+        for stem in stems:
+            over(one, stem)
+            over(other, stem)
+    assert len(site.opened) == 5
+
+
+def test_captures_that_wait_are_not_removed(site: Site) -> None:
+    site.options = {"max_bytes": 1}
+    kept: list[bool] = []
+
+    @dataclass
+    class Looking(CountingScan):
+        def finish(self) -> Iterator[bytes]:
+            spools[0].make_room(10)
+            kept.append((site.root / f"{second}.mrd").exists())
+            return super().finish()
+
+    first, second = site.left(1, info={}), site.left(2, info={})
+    site.scan = Looking
+    with site.recovery(start=False) as (_, books):
+        for stem in (first, second):
+            books.journal().put(JobRow(stem, "fourier", "received", capture=f"{stem}.mrd"))
+    with site.recovery() as (recovery, books):
+        spools = [recovery._spool]
+        assert over(books, second).state == "sent"
+        recovery._spool.held = frozenset()
+        recovery._spool.make_room(10)
+    assert kept == [True, True]
+    assert not list(site.root.glob("*.mrd")), "the limits hold afterwards"
+    assert len(site.opened) == 2
+
+
+@pytest.mark.parametrize("kind", ["acquisitions", "bucket", "recondata"])
+def test_what_gadgetron_sent_is_reconstructed_as_well(site: Site, kind: str) -> None:
+    stem = site.left(1, (CAPTURES / f"gadgetron_node_{kind}.bin").read_bytes())
+    with site.recovery() as (recovery, books):
+        row = over(books, stem)
+        assert (row.origin, row.state) == ("node", "failed") and "names no chain" in row.why
+        again = books.journal().add_retry(row, {"config": "fourier"})
+        recovery.wake()
+        row = over(books, again.id)
+    assert (row.state, row.chain, row.versions["protocol"]) == ("sent", "fourier", "node")
+    assert pixel(site.root, row).real == row.n_readouts > 0
+
+
+def test_a_scan_whose_workers_die_is_tried_again_and_not_for_ever(site: Site) -> None:
+    @dataclass
+    class Deadly(CountingScan):
+        def finish(self) -> Iterator[bytes]:
+            if len(site.opened) < succeeds_at:
+                raise WorkerKilled("a worker process died twice", where="reconstruct_slice")
+            return super().finish()
+
+    site.scan, succeeds_at = Deadly, 2
+    stem = site.left(1)
+    with site.recovery() as (_, books):
+        row = over(books, stem)
+    assert (row.state, row.attempts) == ("sent", 2)
+    site.opened.clear()
+    succeeds_at = 100
+    stem = site.left(2)
+    with site.recovery() as (_, books):
+        row = over(books, stem)
+    assert row.state == "failed" and "died twice" in row.why and len(site.opened) == MAX_ATTEMPTS
+
+
+# -- retries ---------------------------------------------------------------------------------------------------------------------
+
+
+def retried(site: Site, session: bytes, ask: Mapping[str, Any], status: str = "sent") -> tuple[JobRow, Any]:
+    stem = site.left(1, session, {})
+    with site.recovery() as (recovery, books):
+        original = JobRow(stem, "fourier", status, capture=f"{stem}.mrd", received=RECENT)  # type: ignore[arg-type]
+        books.journal().put(original)
+        waiting = books.journal().add_retry(original, ask)
+        recovery.wake()
+        row = over(books, waiting.id)
+        assert books.journal().row(stem) == original, "the scan's own row is not touched"
+    return row, site.opened[-1] if site.opened else None
+
+
+def test_a_retry_does_what_the_scanner_asked_for(site: Site) -> None:
+    row, scan = retried(site, FIRE_SESSION, {})
+    assert (row.state, row.origin, row.id) == ("sent", f"retry of {STEM}1", f"{STEM}1.r1")
+    assert pixel(site.root, row) == 4
+    assert (scan.request.name, dict(scan.request.overrides)) == ("fourier", {"weight": "7"})
+    assert scan.raw.replayed and scan.raw.path == site.root / f"{STEM}1.mrd"
+
+
+def test_a_retry_may_change_settings(site: Site) -> None:
+    _, scan = retried(site, FIRE_SESSION, {"config": None, "set": {"other": "1"}})
+    assert dict(scan.request.overrides) == {"weight": "7", "other": "1"}
+
+
+def test_a_retry_with_another_chain_has_its_own_settings(site: Site) -> None:
+    row, scan = retried(site, FIRE_SESSION, {"config": "cg_sense", "set": {"other": "1"}})
+    assert (scan.request.name, dict(scan.request.overrides)) == ("cg_sense", {"other": "1"})
+    assert row.chain == "cg_sense" and row.state == "sent"
+
+
+def test_a_scan_with_an_unknown_chain_can_be_rescued(site: Site) -> None:
+    session = SESSION.replace(b"fourier", b"fuorier", 1)
+    row, _ = retried(site, session, {}, "failed")
+    assert row.state == "failed" and "no such chain" in row.why
+    again = Site(site.root.parent / "again")
+    row, scan = retried(again, session, {"config": "cg_sense"}, "failed")
+    assert row.state == "sent" and scan.request.name == "cg_sense"
+
+
+def test_a_retry_with_an_unknown_chain_fails_with_its_reason(site: Site) -> None:
+    row, scan = retried(site, SESSION, {"config": "nonsense"})
+    assert row.state == "failed" and "no such chain" in row.why and scan is None
+
+
+def test_a_retry_of_a_cut_scan_fails_with_its_reason(site: Site) -> None:
+    row, _ = retried(site, SESSION[:-2], {}, "failed")
+    assert row.state == "failed" and "before its CLOSE" in row.why
+    assert row.images(site.root) is None
+
+
+def test_an_older_result_is_replaced_whole(site: Site) -> None:
+    first, _ = retried(site, SESSION, {})
+    before = first.images(site.root)
+    assert before is not None
+    with site.recovery() as (_, books):
+        second = books.journal().add_retry(first, {})
+        row = over(books, second.id)
+    assert row.images(site.root) != before and before.exists() and pixel(site.root, row) == 5
+    assert replace(row, id="") != replace(first, id="")

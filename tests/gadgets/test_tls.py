@@ -1,0 +1,233 @@
+"""TLS in front of the server: the same sessions, nothing for plain peers, and no peer that can hold up others."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gadgets.listener import Access
+from gadgets.peer import Timing
+from gadgets.tls import ClientTls, ServerTls, TlsError, connect_tls, server_tls
+from gadgets.wire import codec
+from gadgets.wire.events import Close, Image, Text
+from gadgets.wire.framing import FrameParser
+from tests.gadgets.certificates import Authority, authority
+from tests.gadgets.serving import HEADER, CountingScan, Served, count_image, data, serving
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return authority(tmp_path_factory.mktemp("ours"))
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    return authority(tmp_path_factory.mktemp("theirs"), "stranger")
+
+
+@pytest.fixture
+def served(tmp_path: Path, ours: Authority) -> Iterator[Served]:
+    with serving(tmp_path, access=Access(tls=ServerTls(*ours.issue("server")), handshake_seconds=20.0)) as running:
+        yield running
+
+
+SESSION = codec.config_file("fourier") + codec.header(HEADER) + data(5) + codec.close()
+
+
+def dial(served: Served) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", served.server.port), timeout=20)
+
+
+def answer(end: socket.socket) -> tuple[list[Image], list[str], bool]:
+    """Images, texts and whether a CLOSE came, until the end of the stream."""
+    parser, images, texts, closed = FrameParser(role="client"), [], [], False
+    while chunk := end.recv(1 << 16):
+        for event in parser.feed(chunk):
+            match event:
+                case Image():
+                    images.append(event)
+                case Text():
+                    texts.append(event.text)
+                case Close():
+                    closed = True
+    return images, texts, closed
+
+
+def scan(served: Served, tls: ClientTls, session: bytes = SESSION) -> tuple[list[Image], list[str], bool]:
+    with connect_tls(dial(served), "127.0.0.1", tls) as end:
+        end.sendall(session)
+        return answer(end)
+
+
+def test_a_session_through_tls(served: Served, ours: Authority) -> None:
+    images, texts, closed = scan(served, ClientTls(ours.certificate))
+    assert closed and not texts and images[0].data.flat[0] == 5
+    [(stored, info)] = served.captures()
+    assert stored == SESSION and info["status"] == "complete"
+
+
+@pytest.mark.parametrize("newest", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_another_implementation_of_the_client_s_side(served: Served, ours: Authority, newest: ssl.TLSVersion) -> None:
+    """Python's ordinary TLS socket, one thread."""
+    context = ssl.create_default_context(cafile=ours.certificate)
+    context.maximum_version = newest
+    with context.wrap_socket(dial(served), server_hostname="127.0.0.1") as end:
+        assert end.version() in ("TLSv1.2", "TLSv1.3")
+        end.sendall(SESSION)
+        images, _, closed = answer(end)
+    assert closed and len(images) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*TLSv1_1 is deprecated:DeprecationWarning")
+def test_old_tls_is_refused(served: Served, ours: Authority) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(ours.certificate)
+    context.set_ciphers("ALL:@SECLEVEL=0")
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    with pytest.raises(ssl.SSLError), context.wrap_socket(dial(served), server_hostname="127.0.0.1"):
+        pass
+
+
+@pytest.mark.parametrize("start", [SESSION, b"GET / HTTP/1.1\r\n\r\n", b"\x16\x03\x01\xff\xff" + bytes(100), bytes(1000)])
+def test_plain_peers_are_closed(served: Served, start: bytes) -> None:
+    with dial(served) as plain:
+        plain.sendall(start)
+        got = b""
+        try:
+            while piece := plain.recv(1000):
+                got += piece
+        except ConnectionResetError:
+            pass
+        assert b"INF" not in got and len(got) < 100  # an alert of TLS at most
+    assert served.captures() == [] and not served.scans
+
+
+def test_silent_peers_hold_up_nobody_and_are_closed(tmp_path: Path, ours: Authority) -> None:
+    tls = ServerTls(*ours.issue("server"))
+    with serving(tmp_path, access=Access(tls=tls, handshake_seconds=0.5)) as served:
+        silent = [dial(served) for _ in range(8)]
+        silent[0].sendall(b"\x16\x03\x01")  # the beginning of a handshake, and no more
+        assert scan(served, ClientTls(ours.certificate))[2], "others are served meanwhile"
+        for peer in silent:
+            assert peer.recv(100) == b"", "closed when its time is over"
+            peer.close()
+        listener = served.server._listener
+        until = time.monotonic() + 10
+        while len(listener.places) and time.monotonic() < until:
+            threading.Event().wait(0.01)
+        assert len(listener.places) == 0, "and their places are free"
+
+
+def test_certificates_of_peers(tmp_path: Path, ours: Authority, theirs: Authority) -> None:
+    tls = ServerTls(*ours.issue("server"), client_ca=ours.certificate)
+    with serving(tmp_path, access=Access(tls=tls)) as served:
+        known = ClientTls(ours.certificate, *ours.issue("scanner"))
+        assert scan(served, known)[2]
+        for unknown in (ClientTls(ours.certificate), ClientTls(ours.certificate, *theirs.issue("scanner"))):
+            try:
+                images, texts, closed = scan(served, unknown)
+            except (TlsError, OSError):
+                continue  # TLS 1.2 says so in the handshake, 1.3 afterwards
+            assert not images and not texts and not closed
+        assert len(served.scans) == 1
+
+
+def test_the_client_verifies_the_server(served: Served, ours: Authority, theirs: Authority) -> None:
+    for wrong in (ClientTls(theirs.certificate), ClientTls(), ClientTls(ours.certificate, server_name="scanner.example")):
+        with pytest.raises(TlsError, match="CERTIFICATE_VERIFY_FAILED"):
+            scan(served, wrong)
+
+
+def test_a_server_without_tls(tmp_path: Path, ours: Authority) -> None:
+    with serving(tmp_path) as served, pytest.raises(TlsError):
+        connect_tls(dial(served), "127.0.0.1", ClientTls(ours.certificate), seconds=1.0)
+
+
+def test_a_client_that_stops_sending_still_gets_its_answer(served: Served, ours: Authority) -> None:
+    """The end of one direction does not end the other."""
+    with connect_tls(dial(served), "127.0.0.1", ClientTls(ours.certificate)) as end:
+        end.sendall(SESSION)
+        end.shutdown(socket.SHUT_WR)
+        images, _, closed = answer(end)
+    assert closed and len(images) == 1
+
+
+def test_a_client_that_vanishes(served: Served, ours: Authority) -> None:
+    end = connect_tls(dial(served), "127.0.0.1", ClientTls(ours.certificate))
+    end.sendall(SESSION[:-2])
+    end.close()
+    while not served.scans or not served.scans[0].abandoned:
+        threading.Event().wait(0.01)
+    [(stored, info)] = served.captures()
+    assert stored == SESSION[:-2] and info["status"] == "truncated"
+
+
+class LargeScan(CountingScan):
+    def finish(self) -> Iterator[bytes]:
+        for i in range(40):
+            yield count_image(1, series=i, shape=(512, 512))
+
+
+def test_large_data_in_both_directions(tmp_path: Path, ours: Authority) -> None:
+    with serving(tmp_path, LargeScan, access=Access(tls=ServerTls(*ours.issue("server")))) as served:
+        session = codec.config_file("fourier") + codec.header(HEADER) + data(200, 16, 512) * 4 + codec.close()
+        with connect_tls(dial(served), "127.0.0.1", ClientTls(ours.certificate)) as end:
+            sender = threading.Thread(target=end.sendall, args=(session,))
+            sender.start()
+            images, _, closed = answer(end)
+            sender.join()
+        assert closed and len(images) == 40 and all((image.data == 1).all() for image in images)
+        [(stored, _)] = served.captures()
+        assert stored == session
+
+
+def test_nothing_is_left_of_ended_connections(served: Served, ours: Authority) -> None:
+    for _ in range(3):
+        assert scan(served, ClientTls(ours.certificate))[2]
+    until = time.monotonic() + 10
+    while any(t.name.startswith("tls") for t in threading.enumerate()) and time.monotonic() < until:
+        threading.Event().wait(0.01)
+    assert not [t for t in threading.enumerate() if t.name.startswith("tls")]
+    assert len(served.server._listener.places) == 0
+
+
+def test_files_that_cannot_be_used(tmp_path: Path, ours: Authority) -> None:
+    certificate, key = ours.issue("server")
+    text = tmp_path / "text.pem"
+    text.write_text("no certificate")
+    for tls in (
+        ServerTls(str(tmp_path / "none.pem")),
+        ServerTls(str(text)),
+        ServerTls(certificate, str(text)),
+        ServerTls(certificate, key, client_ca=str(text)),
+        ClientTls(str(text)),
+        ClientTls(ours.certificate, certificate),
+    ):
+        with pytest.raises(TlsError, match="cannot use the TLS files"):
+            tls.context()
+    with pytest.raises(TlsError, match="no certificate"):
+        server_tls(None, None, Path(ours.certificate))
+
+
+def test_waits_hold_behind_tls(tmp_path: Path, ours: Authority) -> None:
+    """A peer that says nothing, or reads nothing, after the handshake is given up as without TLS."""
+    timing = Timing(handshake=0.2, idle=0.2, send=0.3, linger=0.3)
+    access = Access(tls=ServerTls(*ours.issue("server")))
+    with serving(tmp_path, LargeScan, timing=timing, access=access) as served:
+        with connect_tls(dial(served), "127.0.0.1", ClientTls(ours.certificate)) as silent:
+            images, texts, closed = answer(silent)
+            assert closed and not images and "too long" in texts[0]
+        with connect_tls(dial(served), "127.0.0.1", ClientTls(ours.certificate)) as mute:
+            mute.sendall(SESSION)
+            listener, until = served.server._listener, time.monotonic() + 20
+            while (len(listener.places) or listener._bridges) and time.monotonic() < until:
+                threading.Event().wait(0.01)
+            assert not len(listener.places) and not listener._bridges
+        [(_, info)] = served.captures()
+        assert info["status"] == "failed" and "does not read" in info["note"]

@@ -1,0 +1,159 @@
+"""LARO as a method: units, order of echoes, groups of planes, other echo counts and matrices, bad input."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recon_core.errors import DataError, SettingError
+from recon_core.installed_weights import FOLDERS
+from recon_core.methods import get_method, llr
+from recon_core.methods.laro import Settings, reconstruct, reconstruct_with
+from recon_core.methods.laro.model import Laro, LaroSettings
+from recon_core.methods.laro.weights import TrainedLaro, load_weights, save_weights
+from recon_core.settings import parse_settings
+from recon_core.training.checkpoint import WeightError
+from recon_core.types import KSpace, Report, ScanInfo
+from tests.recon_core.laro.tiny import sampled, tiny_scan, without
+
+
+def idle(unrolls: int = 3, start: str = "cg_sense") -> TrainedLaro:
+    """A network whose denoiser takes nothing off: what is left is data consistency."""
+    torch.manual_seed(0)
+    network = Laro(LaroSettings(channels=4, features=(4, 4), unrolls=unrolls, cg_iterations=50, cg_tolerance=1e-5))
+    for parameter in network.denoiser.unet.last.parameters():  # type: ignore[union-attr]
+        torch.nn.init.zeros_(parameter)
+    return TrainedLaro(network.eval().requires_grad_(False), start, 1.0, {})
+
+
+def busy() -> TrainedLaro:
+    """A network that changes images."""
+    torch.manual_seed(0)
+    return TrainedLaro(
+        Laro(LaroSettings(channels=4, features=(4, 4), unrolls=2)).eval().requires_grad_(False), "cg_sense", 1.0, {}
+    )
+
+
+def images(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, **settings: Any) -> torch.Tensor:
+    return reconstruct_with(trained, kspace, scan, replace(Settings(), **settings), Report()).images[0].data
+
+
+def error(found: torch.Tensor, truth: torch.Tensor, where: torch.Tensor) -> float:
+    return float((found - truth)[:, where].norm() / truth[:, where].norm())
+
+
+@pytest.mark.parametrize("start", ["cg_sense", "llr", "zero_filled", "weights"])
+def test_complete_data_give_the_true_images(start: str) -> None:
+    scan = tiny_scan()
+    kspace, info = sampled(scan, noise=0.0, full=True)
+    found = images(idle(6), kspace, info, start=start)
+    assert found.dtype == torch.complex64 and found.shape == scan.images.shape
+    assert error(found, scan.images, scan.head) < 0.02
+
+
+def test_data_consistency_beats_the_first_images() -> None:
+    scan = tiny_scan()
+    kspace, info = sampled(scan)
+    zero = error(images(idle(1), kspace, info, start="zero_filled"), scan.images, scan.brain)
+    more = error(images(idle(12), kspace, info, start="zero_filled"), scan.images, scan.brain)
+    assert more < 0.7 * zero
+
+
+def test_groups_of_planes_change_nothing() -> None:
+    kspace, info = sampled(tiny_scan())
+    whole, small = (images(busy(), kspace, info, memory_mb=mb) for mb in (512.0, 1.0))
+    assert torch.allclose(whole, small, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_echoes_are_fused_in_the_order_of_their_times() -> None:
+    kspace, info = sampled(tiny_scan())
+    order = [2, 0, 1]
+    shuffled = replace(kspace, data=kspace.data[order], counts=kspace.counts[order])
+    times = replace(info, echo_times=tuple(info.echo_times[i] for i in order))
+    expected = images(busy(), kspace, info)[order]
+    assert torch.allclose(images(busy(), shuffled, times), expected, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_fewer_echoes_another_matrix_and_one_coil_pass() -> None:
+    kspace, info = sampled(tiny_scan())
+    two = replace(kspace, data=kspace.data[:2], counts=kspace.counts[:2])
+    assert images(busy(), two, replace(info, echo_times=info.echo_times[:2])).shape[0] == 2
+    assert images(busy(), two, replace(info, echo_times=())).shape[0] == 2
+    maps = kspace.coil_maps
+    assert maps is not None and kspace.acs is not None
+    one = replace(
+        kspace, data=kspace.data[:1, :1], counts=kspace.counts[:1], acs=kspace.acs[:1], coil_maps=torch.ones_like(maps[:1])
+    )
+    assert torch.isfinite(torch.view_as_real(images(busy(), one, replace(info, echo_times=()), start="llr"))).all()
+
+
+def test_a_missing_echo_and_times_that_do_not_fit_are_named() -> None:
+    kspace, info = sampled(tiny_scan())
+    with pytest.raises(DataError, match=r"without any sample.*1"):
+        images(busy(), without(kspace, 1), info)
+    with pytest.raises(DataError, match="2 times, 3 states"):
+        images(busy(), kspace, replace(info, echo_times=info.echo_times[:2]))
+    with pytest.raises(DataError, match="twice"):
+        images(busy(), kspace, replace(info, echo_times=(0.01, 0.01, 0.02)))
+
+
+def test_a_network_for_other_echoes_is_refused() -> None:
+    kspace, info = sampled(tiny_scan())
+    network = Laro(LaroSettings(kind="modl", features=(4,), n_echoes=5, unrolls=1)).eval()
+    with pytest.raises(DataError, match="number of echoes"):
+        images(TrainedLaro(network, "cg_sense", 1.0, {}), kspace, info)
+
+
+def test_weights_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = busy()
+    path = save_weights(tmp_path, "mine", trained.network, "cg_sense", {"amplitude": 1.0, "seed": 3})
+    again = load_weights(path)
+    assert again.network.settings == trained.network.settings and again.facts["seed"] == 3
+    kspace, info = sampled(tiny_scan())
+    assert torch.equal(images(again, kspace, info), images(trained, kspace, info))
+    monkeypatch.setenv(FOLDERS, str(tmp_path))
+    found = reconstruct(kspace, info, replace(Settings(), weights="mine"), Report())
+    assert torch.equal(found.images[0].data, images(trained, kspace, info))
+    with pytest.raises(WeightError, match="mine"):
+        reconstruct(kspace, info, replace(Settings(), weights="other"), Report())
+    with pytest.raises(WeightError, match="not a name"):
+        reconstruct(kspace, info, replace(Settings(), weights="../mine"), Report())
+
+
+def test_weights_of_another_kind_are_refused(tmp_path: Path) -> None:
+    path = save_weights(tmp_path, "mine", busy().network, "cg_sense", {"amplitude": 1.0})
+    text = path.read_text()
+    for old, new in (
+        ('"laro",\n "format"', '"pinqi",\n "format"'),
+        ('"amplitude": 1.0', '"amplitude": -1'),
+        ('"channels": 4', '"channels": 8'),
+    ):
+        assert old in text
+        path.write_text(text.replace(old, new))
+        with pytest.raises(WeightError):
+            load_weights(path)
+
+
+def test_the_shipped_network_is_better_than_llr_on_a_held_out_head() -> None:
+    from benchmarks.laro_cases import acquire, held_out, pattern
+    from recon_core.metrics import psnr
+    from recon_core.simulation.multi_echo_brain import ScanRecipe
+
+    scan = held_out(ScanRecipe(matrix=(32, 64, 12), noise=(0.012, 0.012)), 1)[0]
+    case = acquire(scan, pattern((32, 64), len(scan.images), 8.0, 2), 8.0, 2)
+    truth, brain = scan.images.abs().square().sum(0).sqrt(), scan.brain
+    figures = {}
+    for name, method in (("laro", get_method("laro")), ("llr", llr)):
+        found = method.reconstruct(case.kspace, case.info, method.Settings(), Report()).images[0].data
+        figures[name] = psnr(found.abs().square().sum(0).sqrt(), truth, brain)
+    assert figures["laro"] > figures["llr"] + 0.2
+
+
+def test_settings_are_checked() -> None:
+    for wrong in ({"start": "yesterday"}, {"unrolls": -1}, {"memory_mb": 0.0}, {"precision": "int8"}):
+        with pytest.raises(SettingError):
+            parse_settings(Settings, wrong)

@@ -1,0 +1,208 @@
+"""Training of LARO: both phases, resuming to the same bits, masks that are learned, scans from a folder."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from recon_core.errors import DataError, SettingError
+from recon_core.methods.laro.weights import load_weights
+from recon_core.sampling.mask_files import read_mask
+from recon_core.simulation.multi_echo_brain import BrainScan, ScanRecipe, simulate
+from recon_core.simulation.scan_folder import ScanFolder, read_scan, write_scan
+from recon_core.training.checkpoint import WeightError, read_pair
+from recon_core.training.laro import RunSettings, learn_masks, main, run
+from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, plane_sample
+from recon_core.training.losses import channel_ssim
+
+TINY = LaroRecipe(
+    channels=4,
+    features=(4, 4),
+    patterns=("3/2", "3/1"),
+    matrix=(12, 20, 14),
+    n_echoes=3,
+    n_coils=4,
+    acs=(4, 4),
+    first_steps=4,
+    second_steps=3,
+    second_unrolls=2,
+    scans_held=2,
+    steps_per_scan=4,
+    mask_rate=0.1,
+    pixel_weight=1.0,
+    n_validation=0,
+)
+
+
+@cache
+def scans() -> tuple[BrainScan, ...]:
+    recipe = ScanRecipe(matrix=TINY.matrix, voxel=(7.0, 9.0), n_echoes=3, n_coils=4)
+    return tuple(simulate(recipe, seed, ("train", seed)) for seed in range(3))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> str:
+    for number, scan in enumerate(scans()):
+        write_scan(tmp_path / "scans", f"s{number}", scan)
+    return str(tmp_path / "scans")
+
+
+def test_both_phases_leave_weights_and_masks(folder: str, tmp_path: Path) -> None:
+    result, path = run(replace(TINY, n_validation=1), tmp_path / "out", RunSettings(scans=folder, validate_every=3))
+    assert result.finished and result.step == 3
+    trained = load_weights(path)
+    assert trained.network.settings.unrolls == 2 and trained.start == "cg_sense" and 0.3 < trained.amplitude < 3
+    assert trained.facts["steps_done"] == {"phase1": 4, "phase2": 3} and "psnr_3/2" in trained.facts["validation"]
+    assert list((tmp_path / "out" / "phase2").glob("magnitude_0_*.png"))
+    for spo in (1, 2):
+        mask = read_mask(tmp_path / "out" / f"laro_mask_r3_spo{spo}.h5")
+        assert mask.mask.shape == (3, 12, 20) and set(mask.mask.sum((1, 2))) == {80}
+        assert mask.probability is not None and mask.probability.mean() == pytest.approx(80 / 240, abs=1e-4)
+        assert bool((mask.mask[0] == mask.mask[1]).all()) == (spo == 1)
+
+
+@pytest.mark.parametrize("stops", [(2,), (4, 1)])
+def test_a_training_in_parts_equals_one_in_one(folder: str, tmp_path: Path, stops: tuple[int, ...]) -> None:
+    run(TINY, tmp_path / "whole", RunSettings(scans=folder, validate_every=0))
+    seen = 0
+
+    class Enough(Exception):
+        pass
+
+    for number, stop in enumerate(stops):
+        seen = 0
+
+        def count(phase: str, progress: object, stop: int = stop) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == stop:
+                raise Enough
+
+        with pytest.raises(Enough):
+            # a crash: what the last checkpoint has not is lost, and done again
+            run(
+                TINY,
+                tmp_path / "parts",
+                RunSettings(scans=folder, validate_every=0, checkpoint_minutes=0, resume=number > 0),
+                count,
+            )
+    run(TINY, tmp_path / "parts", RunSettings(scans=folder, validate_every=0, resume=True))
+    for name in ("laro", "phase1/checkpoint", "phase2/checkpoint"):
+        (one, _), (other, _) = (read_pair(tmp_path / way / f"{name}.json") for way in ("whole", "parts"))
+        assert set(one) == set(other) and all(torch.equal(one[k], other[k]) for k in one), name
+    masks = [read_mask(tmp_path / way / "laro_mask_r3_spo2.h5") for way in ("whole", "parts")]
+    assert np.array_equal(masks[0].mask, masks[1].mask)
+
+
+def test_a_time_limit_leaves_something_to_resume(folder: str, tmp_path: Path) -> None:
+    result, path = run(TINY, tmp_path / "out", RunSettings(scans=folder, max_minutes=1e-6))
+    assert not result.finished and path.is_file()
+    with pytest.raises(SettingError, match="resume"):
+        run(TINY, tmp_path / "out", RunSettings(scans=folder))
+    with pytest.raises(SettingError, match="mask_rate"):
+        run(replace(TINY, mask_rate=1.0), tmp_path / "out", RunSettings(scans=folder, resume=True))
+
+
+def test_phase_one_changes_masks_and_phase_two_does_not(folder: str, tmp_path: Path) -> None:
+    result, masks = learn_masks(TINY, tmp_path / "out", RunSettings(scans=folder, validate_every=0))
+    assert result is not None and result.finished and len(masks) == 2
+    first, _ = read_pair(tmp_path / "out" / "phase1" / "checkpoint.json")
+    start = LaroModule(TINY).state_dict()["sampling.r3_2.weights"]
+    learned = first["module/sampling.r3_2.weights"]
+    free = start.new_tensor(1) * (learned != start)
+    assert float(free.sum()) > 0.5 * learned.numel()
+    run(TINY, tmp_path / "out", RunSettings(scans=folder, validate_every=0, resume=True))
+    second, _ = read_pair(tmp_path / "out" / "phase2" / "checkpoint.json")
+    assert torch.equal(second["module/sampling.r3_2.weights"], learned)
+
+
+def test_a_few_steps_on_one_plane_lower_the_loss() -> None:
+    torch.manual_seed(0)
+    module = LaroModule(TINY)
+    task = LaroTask(
+        module, TINY, torch.device("cpu"), 2, masks={p: torch.from_numpy(module.pattern(p).draw(0)) for p in TINY.patterns}
+    )
+    sample = plane_sample(scans()[0], torch.tensor([7]), 1.0, 3, torch.device("cpu"))
+    task.samples.batch = lambda step: sample  # type: ignore[method-assign]
+    optimizer = torch.optim.Adam(module.network.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(12):
+        optimizer.zero_grad()
+        loss, _figures = task.loss(0)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_samples_are_a_function_of_the_step(folder: str) -> None:
+    tasks = [LaroTask(LaroModule(TINY), TINY, torch.device("cpu"), 1, ScanFolder(folder)) for _ in range(2)]
+    for step in (5, 0):
+        a, b = (task.samples.batch(step) for task in tasks)
+        assert torch.equal(a.kspace, b.kspace) and torch.equal(a.images, b.images)
+    assert not torch.equal(tasks[0].samples.batch(1).kspace, a.kspace)
+
+
+def test_channel_similarity() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 16, 20, dtype=torch.complex64, generator=g)
+    assert float(channel_ssim(x, x)) == pytest.approx(1.0)
+    y = x + 0.3 * torch.randn(x.shape, dtype=x.dtype, generator=g)
+    worse = x + 0.6 * torch.randn(x.shape, dtype=x.dtype, generator=g)
+    assert float(channel_ssim(worse, x)) < float(channel_ssim(y, x)) < 1
+    # against the definition, in one plane large enough that its middle sees no border
+    offsets = torch.arange(11.0) - 5
+    k = torch.exp(-0.5 * (offsets / 1.5) ** 2)
+    k = (k / k.sum())[:, None] * (k / k.sum())
+
+    def mean(v: torch.Tensor) -> torch.Tensor:
+        padded = torch.nn.functional.pad(v, (5, 5, 5, 5))
+        return (padded.unfold(0, 11, 1).unfold(1, 11, 1) * k).sum((-1, -2))
+
+    values = []
+    for a, b in ((x[0, 0].real, y[0, 0].real), (x[0, 0].imag, y[0, 0].imag)):
+        ma, mb = mean(a), mean(b)
+        top = (2 * ma * mb + 1e-4) * (2 * (mean(a * b) - ma * mb) + 9e-4)
+        values.append(top / ((ma**2 + mb**2 + 1e-4) * (mean(a * a) - ma**2 + mean(b * b) - mb**2 + 9e-4)))
+    assert float(channel_ssim(x[0, 0], y[0, 0])) == pytest.approx(float(torch.stack(values).mean()), rel=1e-4)
+
+
+def test_recipes_that_cannot_be() -> None:
+    for wrong in (
+        {"patterns": ("8",)},
+        {"patterns": ("8/3",)},
+        {"patterns": ()},
+        {"patterns": ("400/2",)},
+        {"second_steps": 0},
+        {"mask_start": "random"},
+    ):
+        with pytest.raises(SettingError):
+            replace(TINY, **wrong)
+    assert LaroRecipe.from_facts(TINY.facts()) == TINY
+
+
+def test_scans_on_disk(folder: str, tmp_path: Path) -> None:
+    scan = read_scan(Path(folder) / "s1.json")
+    assert (
+        torch.equal(scan.images, scans()[1].images) and scan.echo_times == scans()[1].echo_times and scan.key == ("train", 1)
+    )
+    supply = ScanFolder(folder)
+    kinds = [supply.scan(split, 0).key[1] for split in ("train", "test", "validation")]
+    assert kinds == [0, 1, 2] and supply.scan("train", 9).key[1] == 0
+    with pytest.raises(DataError, match="too few"):
+        ScanFolder(tmp_path)
+    (Path(folder) / "s0.safetensors").write_bytes(b"x")
+    with pytest.raises(WeightError, match="sha256"):
+        read_scan(Path(folder) / "s0.json")
+
+
+def test_the_plain_command(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--channels 4 --features 4 4 --patterns 3/2 --matrix 12 20 14 --n-echoes 3 --n-coils 4 --acs 4 4 --first-steps 1"
+    more = f"--second-steps 1 --second-unrolls 1 --n-validation 0 --device cpu --scans {folder} --output {tmp_path / 'out'}"
+    main([*words.split(), *more.split()])
+    assert "phase2 1/1" in (text := capsys.readouterr().out) and "finished" in text
