@@ -71,6 +71,11 @@ class BatchedSense:
         return torch.fft.fftshift(self._weights[:, :, 0, 0], dim=-1)
 
     @property
+    def coil_maps(self) -> Tensor:
+        """The maps as they were given, ``(batch, coil, y, x)``."""
+        return self._maps.movedim(-1, -2)
+
+    @property
     def requires_grad(self) -> bool:
         """Whether a gradient with respect to the coil maps is wanted."""
         return self._maps.requires_grad

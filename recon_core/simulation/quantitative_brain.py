@@ -71,6 +71,9 @@ class SampleRecipe:
         Fully sampled central lines, counted among the sampled lines.
     noise
         Range of the standard deviation of the complex noise, in units in which images are about 1.
+    rate_spread
+        All rates of a sample are multiplied by one factor between its inverse and this, uniform in its logarithm: other field
+        strengths, contrast agent, phantoms. 1 leaves the published ranges, and draws nothing.
     columns
         Keep so many neighbouring readout positions at a random place, 0 for all: in hybrid space every readout position is a
         complete acquisition of its own, so that a strip is as exact as a slice and costs its share.
@@ -82,6 +85,7 @@ class SampleRecipe:
     accelerations: tuple[float, ...] = (4.0, 5.0, 6.0, 7.0, 8.0)
     acs: int = 8
     noise: tuple[float, float] = (0.001, 0.04)
+    rate_spread: float = 1.0
     columns: int = 0
 
     def __post_init__(self) -> None:
@@ -89,6 +93,7 @@ class SampleRecipe:
             self.size < 16
             or not 0 <= self.columns <= self.size
             or self.n_coils < 1
+            or self.rate_spread < 1
             or not self.accelerations
             or not 0 <= self.noise[0] <= self.noise[1]
         ):
@@ -185,6 +190,8 @@ class QuantitativeBrains:
         recipe, n = self.recipe, self.recipe.size
         fractions = self.anatomy.fractions(draws, n, split)
         parameters = vary(draws, tissue_parameters(draws, fractions))
+        if recipe.rate_spread > 1:
+            parameters[:, 2] *= torch.exp(draws.uniform(-1.0, 1.0, 1, 1) * math.log(recipe.rate_spread))
         coil_maps = birdcage_maps(draws, n, recipe.n_coils)
         mask = self._masks(draws)
         noise_std = draws.uniform(*recipe.noise)

@@ -42,6 +42,8 @@ class PinqiRecipe(TrainingRecipe):
         Key of `ABLATIONS`.
     size, times, n_coils, accelerations
         Of the samples.
+    rate_spread
+        See `SampleRecipe`; training only.
     columns
         Train on strips of so many readout positions, 0 for whole slices; validation always sees whole slices.
     batch, epochs, samples_per_epoch
@@ -68,6 +70,7 @@ class PinqiRecipe(TrainingRecipe):
     times: tuple[float, ...] = SATURATION_TIMES
     n_coils: int = 8
     accelerations: tuple[float, ...] = (4.0, 5.0, 6.0, 7.0, 8.0)
+    rate_spread: float = 1.0
     columns: int = 0
     batch: int = 16
     epochs: float = 80.0
@@ -160,7 +163,7 @@ class _PinqiTask:
         self.module: Pinqi = network
         self.recipe = recipe
         brains = QuantitativeBrains(anatomy, recipe.samples, seed=recipe.seed, device=device)
-        self.samples = TrainingSamples(brains.with_recipe(columns=recipe.columns), recipe.batch, first)
+        self.samples = TrainingSamples(brains.with_recipe(columns=recipe.columns, rate_spread=recipe.rate_spread), recipe.batch, first)
         self._evaluation = QuantitativeBrains(anatomy, recipe.samples, seed=EVALUATION_SEED, device=device)
         self._anatomy = anatomy.name
 

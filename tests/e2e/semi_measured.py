@@ -1,4 +1,4 @@
-"""Measured MOLLI images times simulated coils, encoded as readouts: semi-measured scans that go through the whole path."""
+"""Images that no scan simulation made (measured, or drawn for training) encoded as readouts, so that they go through the whole path."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from benchmarks.measured_series import Measured, measured
 from gadgets.simulate import simulate_kind, stream_of
 from recon_core.maps.t1 import molli_t1
 from recon_core.preprocess.oversampling import to_recon_matrix
+from recon_core.simulation.head_atlas import HeadAtlas
 from recon_core.simulation.options import settings_for
+from recon_core.simulation.quantitative_brain import SATURATION_TIMES, BrainBatch, QuantitativeBrains, SampleRecipe
+from recon_core.simulation.scan import Scan
+from recon_core.training.pinqi_tasks import EVALUATION_SEED
 from tests.e2e.scans import SimulatedScan
 
 OVERSAMPLING = 2
@@ -53,15 +57,36 @@ def semi_measured_molli(name: str, matrix: int, **settings: Any) -> tuple[Simula
         },
     )
     scan = simulate_kind("molli", complete)
-    # as bright as the simulated object, so that its noise and SNR hold
-    images = images * np.percentile(np.abs(scan.truth.images), 99) / np.percentile(np.abs(images), 99)
     y, x = np.meshgrid(*[(np.arange(n) - n // 2) / (n / 2)] * 2, indexing="ij")
-    images = (images * np.exp(1j * (0.8 * x - 0.6 * y + 0.4 * x * y)))[None, :, None]  # (slice, state, z, y, x)
-    coil_images = images[:, :, None] * scan.truth.coil_maps[:, None]
-    clean = encode_oversampled(coil_images, (-2, -1))
-    truth = replace(scan.truth, images=images.astype(np.complex64), states=series.times)
-    scan = replace(scan, clean=clean, truth=truth)
-    return SimulatedScan(Path("(in memory)"), stream_of(scan)), series
+    return _in_place_of(scan, images * np.exp(1j * (0.8 * x - 0.6 * y + 0.4 * x * y)), series.times), series
+
+
+@lru_cache(maxsize=2)
+def synthetic_brain(matrix: int, index: int, **settings: Any) -> tuple[SimulatedScan, BrainBatch]:
+    """A held-out sample of what PINQI is trained on, as a saturation-recovery scan; and the sample.
+
+    Parameters
+    ----------
+    settings
+        Of the simulation: mask, acceleration, snr, ...
+    """
+    brains = QuantitativeBrains(HeadAtlas(), SampleRecipe(size=matrix), seed=EVALUATION_SEED)
+    batch = brains.batch("test", [index])
+    n_coils = batch.coil_maps.shape[1]
+    values = {"matrix_x": matrix, "matrix_y": matrix, "coils": n_coils, "oversampling": OVERSAMPLING, **settings}
+    scan = simulate_kind("satrec", settings_for("satrec", values))
+    maps = batch.coil_maps[:, :, None].numpy()  # (slice, coil, z, y, x)
+    scan = replace(scan, truth=replace(scan.truth, coil_maps=maps))
+    return _in_place_of(scan, batch.images[0].numpy(), SATURATION_TIMES), batch
+
+
+def _in_place_of(scan: Scan, images: NDArray[np.complexfloating], times: tuple[float, ...]) -> SimulatedScan:
+    """Other images ``(state, y, x)`` seen by the coils of a scan of one slice, as bright as its own, so that its noise and SNR hold."""
+    images = images * np.percentile(np.abs(scan.truth.images), 99) / np.percentile(np.abs(images), 99)
+    images = images[None, :, None]  # (slice, state, z, y, x)
+    clean = encode_oversampled(images[:, :, None] * scan.truth.coil_maps[:, None], (-2, -1))
+    truth = replace(scan.truth, images=images.astype(np.complex64), states=times)
+    return SimulatedScan(Path("(in memory)"), stream_of(replace(scan, clean=clean, truth=truth)))
 
 
 def _inverted(series: Measured) -> NDArray[np.float64]:

@@ -11,14 +11,16 @@ from gadgets.service import Service
 from gadgets.wire.events import Image
 from recon_core.simulation.tubes import PROTOCOL, compare_tubes
 from tests.e2e.scans import SimulatedScan, ask, complaints, in_memory
+from tests.e2e.semi_measured import synthetic_brain
 from tests.strict_client import Answer
 
 SMALL = {**PROTOCOL, "matrix_x": 96, "matrix_y": 96, "acceleration": 4.0, "coils": 6, "snr": 60.0}
+BRAIN = {"mask": "random", "acceleration": 4.0, "acs": 16, "snr": 50.0}
 
 
 @pytest.fixture(scope="module")
 def tubes() -> SimulatedScan:
-    """One slice of the nine tubes, five delays, four-fold undersampled."""
+    """One slice of nine tubes, five delays, four-fold undersampled: nothing like a brain."""
     return in_memory("satrec", **SMALL)
 
 
@@ -40,21 +42,39 @@ def in_ms(image: Image) -> NDArray[np.float64]:
     return np.where(pixels == float(m["PixelPaddingValue"][0]), np.nan, shown)
 
 
-def test_maps_arrive_with_units_windows_geometry_and_the_true_t1(service: Service, tubes: SimulatedScan) -> None:
-    answer = ask(service, "pinqi_t1", tubes)
+def test_maps_arrive_with_units_windows_geometry_and_the_true_t1(service: Service) -> None:
+    scan, batch = synthetic_brain(192, 1, **BRAIN)
+    answer = ask(service, "pinqi_t1", scan)
     assert not complaints(answer)
     found = by_role(answer)
-    assert {role: len(images) for role, images in found.items()} == {"Image": 5, "T1": 1, "T1SD": 1, "M0": 1, "M0PHASE": 1}
+    assert {role: len(images) for role, images in found.items()} == {"Image": 5, "T1": 1, "T1SD": 1, "M0": 1, "M0_PHASE": 1}
     t1 = found["T1"][0]
     m = meta(t1)
     assert m["QuantityUnit"] == ("ms",) and (int(m["WindowCenter"][0]), int(m["WindowWidth"][0])) == (1300, 1300)
     assert any("weights" in text for text in m["ImageComment"])
     for name in ("position", "read_dir", "phase_dir", "slice_dir", "field_of_view", "matrix_size"):
         np.testing.assert_array_equal(t1.header[name], found["Image"][0].header[name], err_msg=name)
-    values = in_ms(t1)[0] * 1e-3
+    brain = batch.brain[0].numpy()
+
+    def error(answer: Answer) -> float:
+        values, true = in_ms(by_role(answer)["T1"][0])[0][brain], 1e3 * batch.t1[0].numpy()[brain]
+        assert np.isfinite(values).mean() > 0.98
+        kept = np.isfinite(values)
+        return float(np.linalg.norm(values[kept] - true[kept]) / np.linalg.norm(true[kept]))
+
+    assert error(answer) < min(0.1, 1.05 * error(ask(service, "llr_t1", scan, map_model="saturation_recovery")))
+
+
+def test_what_the_network_cannot_explain_is_answered_by_llr_with_a_fit(service: Service, tubes: SimulatedScan) -> None:
+    """Whoever answers, the tubes are right; and nobody takes one for the other."""
+    answer = ask(service, "pinqi_t1", tubes)
+    found = by_role(answer)
+    values = in_ms(found["T1"][0])[0] * 1e-3
     report = compare_tubes(np.nan_to_num(values), tubes.stream.truth.labels[0, 0, 0], np.isfinite(values))
     assert report.rms_deviation < 0.035 and np.abs(report.relative).max() < 0.07
     assert report.valid.min() > 0.95
+    told = any("do not fit the measured data" in text and "llr" in text for text in complaints(answer))
+    assert told == ("llr_instead_of_pinqi_t1" in meta(found["T1"][0])["SeriesDescriptionAdditional"][0])
 
 
 @pytest.mark.parametrize(("change", "reason", "maps"), [

@@ -197,6 +197,7 @@ class Pinqi(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.settings = model, settings or PinqiSettings()
+        self._strength = 1.0  # of the call in progress
         self.linear, self.nonlinear = linear or LinearSettings(), nonlinear or NonlinearSettings()
         names = model.parameter_names
         looked = tuple(ranges) if ranges is not None else ranges_of(names)
@@ -228,7 +229,9 @@ class Pinqi(nn.Module):
     parameter_net: ParameterNet | None
     image_net: ImageNet | None
 
-    def forward(self, operator: LinearOperator, rhs: Tensor, start: Tensor | None = None) -> PinqiOutput:
+    def forward(
+        self, operator: LinearOperator, rhs: Tensor, start: Tensor | None = None, strength: float = 1.0
+    ) -> PinqiOutput:
         """Reconstruct.
 
         Parameters
@@ -239,6 +242,8 @@ class Pinqi(nn.Module):
             ``A^H k``, ``(batch, state, *plane)`` with two axes in the plane, scaled so that images are about 1.
         start
             ``y_0`` like ``rhs``, see `first_images`.
+        strength
+            Factor on all lambdas: below 1 the data count for more than what was learned.
 
         Raises
         ------
@@ -254,6 +259,7 @@ class Pinqi(nn.Module):
                 remedy="use weights trained for this number of states",
             )
         y = self.first_images(operator, rhs, start)
+        self._strength = strength
         return self._coupled(operator, rhs, y) if self.settings.coupled else self._decoupled(operator, rhs, y)
 
     def first_images(self, operator: LinearOperator, rhs: Tensor, start: Tensor | None = None) -> Tensor:
@@ -346,9 +352,9 @@ class Pinqi(nn.Module):
         """Eq. 12 from the previous images ``y``."""
         terms: list[tuple[Tensor | float, Tensor]] = []
         if signal is not None and self.lambda_q is not None:
-            terms.append((self.lambda_q()[i], signal))
+            terms.append((self._strength * self.lambda_q()[i], signal))
         if y_reg is not None and self.lambda_y is not None:
-            terms.append((self.lambda_y()[i], y_reg))
+            terms.append((self._strength * self.lambda_y()[i], y_reg))
         with record_function("pinqi::linear"):
             return solve_linear(operator, rhs, terms, initial=y.detach(), settings=self.linear)
 
@@ -362,7 +368,7 @@ class Pinqi(nn.Module):
         if start is None:
             start = self.middle[:, None, None].expand(len(y), -1, *y.shape[2:]).contiguous()
         # without a prediction there is nothing to be near to
-        weight = self.lambda_p()[i] if p_reg is not None and self.lambda_p is not None else 0.0
+        weight = self._strength * self.lambda_p()[i] if p_reg is not None and self.lambda_p is not None else 0.0
         prior = p_reg if p_reg is not None else torch.zeros_like(start)
         with record_function("pinqi::nonlinear"):
             if self.settings.parameter_solver == "gradient":

@@ -10,6 +10,7 @@ from recon_core.errors import DataError, NumericalError
 from recon_core.methods.pinqi.installed import installed_weights
 from recon_core.methods.pinqi.model import PinqiOutput
 from recon_core.methods.pinqi.parameter_maps import Agreement, agreement, parameter_maps
+from recon_core.methods.pinqi.phase import smooth_phase, turned
 from recon_core.methods.pinqi.settings import Settings
 from recon_core.methods.pinqi.start import low_rank_images
 from recon_core.methods.pinqi.weights import TrainedPinqi, check_times
@@ -27,6 +28,13 @@ ROUNDING = 1e-3
 """Solvers stop at a tolerance; where there is no signal their end point is anywhere within it."""
 FIDELITY = 0.2
 """What it has learned stays in images of complete data as well."""
+
+FULL_STRENGTH_NOISE = 0.03
+"""SD of a complex sample, where M0 is about 1, from which on the lambdas count as they were learned; chosen on validation slices and
+not below what they need there."""
+
+LEAST_STRENGTH = 0.05
+"""Undersampling stays when noise goes."""
 
 MOST_EMPTY = 0.2  # part of the pixels with signal without a believable T1 above which the operator is told
 
@@ -90,7 +98,7 @@ def reconstruct_with(trained: TrainedPinqi, kspace: KSpace, scan: ScanInfo, sett
     if not bool((kspace.data != 0).any()):
         return _nothing(kspace, report)
     report.progress(0.0, NAME)
-    applied = apply_network(trained, kspace, order, where, report)
+    applied = apply_network(trained, kspace, order, where, report, settings.regularisation)
     found, scale, noise = applied.found, applied.scale, applied.noise
     report.progress(0.9, NAME)
     agreed = agreement(applied.operator, applied.data, found, applied.signal, noise)
@@ -147,8 +155,13 @@ class Applied:
     noise_measured: bool
 
 
-def apply_network(trained: TrainedPinqi, kspace: KSpace, order: Tensor, where: str, report: Report) -> Applied:
+def apply_network(
+    trained: TrainedPinqi, kspace: KSpace, order: Tensor, where: str, report: Report, regularisation: str = "noise"
+) -> Applied:
     """Sort, scale and reconstruct one slice whose k-space and maps have been checked.
+
+    ``regularisation="noise"``: one set of lambdas was learned for noise from 0.1 to 4 % of M0, and is right for the noisy half of it.
+    Below `FULL_STRENGTH_NOISE` all lambdas fall with the noise, so that good data are believed.
 
     Raises
     ------
@@ -162,15 +175,31 @@ def apply_network(trained: TrainedPinqi, kspace: KSpace, order: Tensor, where: s
     assert kspace.coil_maps is not None
     operator = BatchedSense(kspace.coil_maps[None, :, 0], problem.operator.weights[None, :, 0])
     data = operator.enter_data(kspace.data[None, :, :, 0] / scale)
+    strength = max(LEAST_STRENGTH, min(1.0, noise / FULL_STRENGTH_NOISE)) if regularisation == "noise" else 1.0
     start = None
     if trained.network.settings.start == "llr":
         start = operator.enter_image(low_rank_images(problem)[None] / scale)
     with torch.no_grad():
-        found = trained.network(operator, operator.adjoint(data), start)
+        found = _nearly_real(trained, operator, data, start, strength)
         signal = trained.network.model.signal(found.parameters.movedim(1, 0)).movedim(0, 1)
     if not bool(torch.isfinite(found.parameters).all() & torch.isfinite(torch.view_as_real(found.images)).all()):
         raise NumericalError("the network's result is not finite", where=where, remedy="The chain's fallback can answer")
     return Applied(operator, data, found, signal, scale, noise, problem.noise_measured)
+
+
+def _nearly_real(
+    trained: TrainedPinqi, operator: BatchedSense, data: Tensor, start: Tensor | None, strength: float
+) -> PinqiOutput:
+    """The network on images without the coil maps' phase; see `recon_core.methods.pinqi.phase`."""
+    network, rhs = trained.network, operator.adjoint(data)
+    if not network.model.is_complex:
+        return network(operator, rhs, start, strength)
+    longest = max(range(len(trained.times)), key=trained.times.__getitem__)
+    turn = smooth_phase((rhs if start is None else start)[:, longest])  # (1, x, y)
+    back = turn.conj()[:, None]
+    maps = operator.coil_maps * turn.mT[:, None]
+    found = network(BatchedSense(maps, operator.weights), rhs * back, None if start is None else start * back, strength)
+    return turned(found, turn, network.model.parameter_names)
 
 
 def check_geometry(kspace: KSpace, scan: ScanInfo) -> str:

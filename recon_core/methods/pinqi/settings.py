@@ -23,6 +23,11 @@ class Settings:
         "setting 'calibration' chooses",
         choices=COIL_MAP_SOURCES,
     )
+    regularisation: str = setting(
+        "noise",
+        "how much what was learned counts: less where there is less noise than most training samples had, or always as learned",
+        choices=("noise", "learned"),
+    )
     precision: str = setting("float32", "of the networks; bfloat16 is for GPUs", choices=PRECISIONS)
     t1_min: float = setting(0.05, "shortest plausible T1", unit="s", low=0.001, high=1.0)
     t1_max: float = setting(6.0, "longest plausible T1", unit="s", low=1.0, high=60.0)
@@ -39,13 +44,13 @@ class Settings:
         high=10.0,
     )
     quality_noise: float = setting(
-        2.0,
+        1.1,
         "the maps fail when their residual against the measured data is above this many times the noise",
         low=1.0,
         high=1000.0,
     )
     quality_signal: float = setting(
-        0.05, "... and what noise does not explain of it is above this part of the data (both must hold)", low=0.0, high=1.0
+        0.03, "... and what noise does not explain of it is above this part of the data (both must hold)", low=0.0, high=1.0
     )
     quality_failure: str = setting(
         "mark",

@@ -152,7 +152,7 @@ def test_averages_lower_the_standard_deviation(physics: TrainedPinqi) -> None:
     """Data with four averages everywhere, of the same noise per readout: half the spread."""
     s = saturation_scan((20, 16), noise=0.02)
     four = replace(s.kspace, counts=4 * s.kspace.counts)
-    once, averaged = (run(physics, s, k).maps[1].data[0].numpy()[s.body] for k in (s.kspace, four))
+    once, averaged = (run(physics, s, k, quality_signal=1.0).maps[1].data[0].numpy()[s.body] for k in (s.kspace, four))
     # the same data are noisier than claimed, and the residual says so: by two, but for the three of eight numbers that are fitted
     assert np.median(averaged / once) == pytest.approx(np.sqrt(5 / 8), abs=0.1)
     quiet = saturation_scan((20, 16), noise=0.01)
@@ -257,3 +257,32 @@ def test_damaged_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv(FOLDERS, str(tmp_path))
     with pytest.raises(WeightError, match="sha256"):
         reconstruct(s.kspace, s.scan, Settings(weights="site"), Report())
+
+
+def test_what_was_learned_counts_less_where_there_is_less_noise(untrained: TrainedPinqi) -> None:
+    s = saturation_scan(noise=1e-3, keep=0.6)
+    truth = np.stack([s.m0 * (1 - np.exp(-t / s.t1)) for t in TIMES])
+
+    def error(kspace: KSpace, how: str) -> float:
+        images = run(untrained, s, kspace, regularisation=how).images[0].data[:, 0].numpy()
+        return float(np.linalg.norm(images - truth) / np.linalg.norm(truth))
+
+    # random networks know nothing: the less they count, the better
+    assert error(s.kspace, "noise") < 0.6 * error(s.kspace, "learned")
+    loud = replace(s.kspace, noise_std=0.1)
+    assert error(loud, "noise") == error(loud, "learned")
+
+
+def test_a_smooth_phase_of_the_coil_maps_changes_only_the_phase(untrained: TrainedPinqi) -> None:
+    """Estimated maps have an arbitrary one: the networks must not see it."""
+    s = saturation_scan((32, 30), noise=0.01)
+    y, x = np.meshgrid(*[np.linspace(-1, 1, n) for n in (32, 30)], indexing="ij")
+    turn = torch.from_numpy(np.exp(1j * (2.0 + 1.0 * x - 0.8 * y))).to(torch.complex64)
+    assert s.kspace.coil_maps is not None
+    plain = run(untrained, s)
+    other = run(untrained, s, replace(s.kspace, coil_maps=s.kspace.coil_maps * turn))
+    t1, images = plain.maps[0].data, plain.images[0].data
+    body = torch.from_numpy(s.body)[None]
+    assert float((other.maps[0].data - t1).abs()[body].median()) < 0.01
+    back = other.images[0].data * turn
+    assert float(torch.linalg.vector_norm(back - images)) < 0.05 * float(torch.linalg.vector_norm(images))
