@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -100,7 +100,7 @@ class JobFolders:
 
     def __init__(self, jobs: Jobs, folder: Path | None = None) -> None:
         self._jobs, self._folder = jobs, folder
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._writing: set[Future[list[str]]] = set()
 
     def keep(self, record: JobRecord, raw: ScanLog) -> None:
@@ -120,19 +120,21 @@ class JobFolders:
     def close(self) -> None:
         """Wait for what is being written, within reason."""
         with self._lock:
-            left = set(self._writing)
-        if wait(left, timeout=CLOSE_SECONDS).not_done:
-            log.warning("event=job_folder_incomplete scans=%d", len(left))
+            if not self._lock.wait_for(lambda: not self._writing, CLOSE_SECONDS):
+                log.warning("event=job_folder_incomplete scans=%d", len(self._writing))
 
     def _written(self, future: Future[list[str]]) -> None:
-        with self._lock:
-            self._writing.discard(future)
-        error = future.exception()
-        if error is not None:
-            log.warning("event=job_folder_failed error=%s", type(error).__name__)
-            return
-        for problem in future.result():
-            log.warning("event=job_folder_incomplete text=%r", problem)
+        try:
+            error = future.exception()
+            if error is not None:
+                log.warning("event=job_folder_failed error=%s", type(error).__name__)
+                return
+            for problem in future.result():
+                log.warning("event=job_folder_incomplete text=%r", problem)
+        finally:  # only then `close` has nothing to wait for
+            with self._lock:
+                self._writing.discard(future)
+                self._lock.notify_all()
 
 
 def remove_orphans(root: Path) -> int:

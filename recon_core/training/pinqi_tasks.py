@@ -163,7 +163,9 @@ class _PinqiTask:
         self.module: Pinqi = network
         self.recipe = recipe
         brains = QuantitativeBrains(anatomy, recipe.samples, seed=recipe.seed, device=device)
-        self.samples = TrainingSamples(brains.with_recipe(columns=recipe.columns, rate_spread=recipe.rate_spread), recipe.batch, first)
+        self.samples = TrainingSamples(
+            brains.with_recipe(columns=recipe.columns, rate_spread=recipe.rate_spread), recipe.batch, first
+        )
         self._evaluation = QuantitativeBrains(anatomy, recipe.samples, seed=EVALUATION_SEED, device=device)
         self._anatomy = anatomy.name
 

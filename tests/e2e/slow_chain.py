@@ -26,7 +26,7 @@ def write_chain(folder: Path, name: str, method: str, fallback: str = "", **prop
 def site_chains(folder: Path) -> Path:
     """``endless`` computes for minutes and falls back to ``quick``; ``long`` takes some seconds."""
     folder.mkdir(exist_ok=True)
-    write_chain(folder, "endless", "llr", "quick", iterations=2000)
-    write_chain(folder, "long", "llr", "quick", iterations=150)
+    write_chain(folder, "endless", "moe_dqinr", "quick", preset="paper", iterations=20000)
+    write_chain(folder, "long", "llr", "quick", iterations=1200)
     write_chain(folder, "quick", "fourier")
     return folder

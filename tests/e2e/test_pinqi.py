@@ -50,7 +50,7 @@ def test_maps_arrive_with_units_windows_geometry_and_the_true_t1(service: Servic
     assert {role: len(images) for role, images in found.items()} == {"Image": 5, "T1": 1, "T1SD": 1, "M0": 1, "M0_PHASE": 1}
     t1 = found["T1"][0]
     m = meta(t1)
-    assert m["QuantityUnit"] == ("ms",) and (int(m["WindowCenter"][0]), int(m["WindowWidth"][0])) == (1300, 1300)
+    assert m["QuantityUnit"] == ("ms",) and (int(m["WindowCenter"][0]), int(m["WindowWidth"][0])) == (1600, 1600)
     assert any("weights" in text for text in m["ImageComment"])
     for name in ("position", "read_dir", "phase_dir", "slice_dir", "field_of_view", "matrix_size"):
         np.testing.assert_array_equal(t1.header[name], found["Image"][0].header[name], err_msg=name)

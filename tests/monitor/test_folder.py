@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import time
 from pathlib import Path
 
@@ -121,8 +122,13 @@ def test_health_says_what_is_wrong(tmp_path: Path) -> None:
     assert "ended" in health.checks(folder)[0].words
     spools.put_status(root, listening=False)
     assert levels(folder)["server"] == "failing"
-    spools.put_status(root, workers=2)
-    assert levels(folder)["workers"] == "failing"
+    childless = subprocess.Popen(["sleep", "60"])
+    try:
+        spools.put_status(root, pid=childless.pid, workers=2)
+        assert levels(folder)["workers"] == "failing"
+    finally:
+        childless.kill()
+        childless.wait()
     spools.put_status(root, min_free_bytes=1 << 60)
     assert levels(folder)["spool"] == "failing"
     spools.put_status(root, queued=1000)
