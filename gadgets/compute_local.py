@@ -38,7 +38,7 @@ WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
 """Threads that wait must sleep, not spin: the reader, other workers and the client share these cores. numpy's and scipy's BLAS only
 gets small problems here, and its threads spin for longer than those take; torch has its own."""
 
-MOST_FAILED_STARTS = 3
+MOST_FAILED_STARTS = 8
 
 
 @dataclass(eq=False)
@@ -134,9 +134,12 @@ class LocalPool:
         self._events.began(task)
         try:
             inner = executor.submit(task.function, *task.args)
-        except Exception as error:  # the process died while it was idle
+        except Exception as error:
             self._retire(slot)
-            self._events.died(task, error)
+            if _is_dead_worker(error):  # it died while it was idle, which says nothing against the task
+                self._events.lost(task)
+            else:
+                self._events.died(task, error)
             return
         inner.add_done_callback(lambda finished: self._done(slot, task, finished))
 
