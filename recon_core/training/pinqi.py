@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from recon_core.training.pinqi_tasks import EndToEnd, PinqiRecipe, Pretraining, 
 from recon_core.training.png import write_png
 from recon_core.training.runs import (
     RECIPE,
+    CarryOut,
     PlainReport,
     be_deterministic,
     code_facts,
@@ -42,43 +42,26 @@ NAME = "pinqi"
 
 
 @dataclass(frozen=True)
-class RunSettings:
-    """How a training is carried out; nothing here changes its result, but for rounding.
+class RunSettings(CarryOut):
+    """How a training is carried out; see `CarryOut` for the rest.
 
     Attributes
     ----------
-    device
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``; ``"auto"`` takes a GPU when there is one.
-    max_minutes
-        Of this call.
-    resume
-        Go on in a folder that has a training.
     brainweb
         Folder of BrainWeb heads; `None` draws heads from an atlas.
     atlas
         Folder ``nilearn/datasets/data`` of an installation, for the atlas at 1 mm; `None` takes the packed one at 1.5 mm.
     initial
         JSON of weights of the same network to begin with, for instance of another training that ended; recorded by its sha256.
-    recompute
-        Trade time for memory.
     compile
         Fuse the networks' kernels with `torch.compile`: a minute or two at the start, then faster; a resumed training must
         use it as well to give the same bits.
-    validate_every, checkpoint_minutes, log_every
-        See `LoopSettings`.
     """
 
-    device: str = "auto"
-    max_minutes: float = math.inf
-    resume: bool = False
     brainweb: str | None = None
     atlas: str | None = None
     initial: str | None = None
-    recompute: bool = False
     compile: bool = False
-    validate_every: int = 250
-    checkpoint_minutes: float = 10.0
-    log_every: int = 1
 
 
 def run(

@@ -197,7 +197,6 @@ class Pinqi(nn.Module):
     ) -> None:
         super().__init__()
         self.model, self.settings = model, settings or PinqiSettings()
-        self._strength = 1.0  # of the call in progress
         self.linear, self.nonlinear = linear or LinearSettings(), nonlinear or NonlinearSettings()
         names = model.parameter_names
         looked = tuple(ranges) if ranges is not None else ranges_of(names)
@@ -259,8 +258,8 @@ class Pinqi(nn.Module):
                 remedy="use weights trained for this number of states",
             )
         y = self.first_images(operator, rhs, start)
-        self._strength = strength
-        return self._coupled(operator, rhs, y) if self.settings.coupled else self._decoupled(operator, rhs, y)
+        solve = self._coupled if self.settings.coupled else self._decoupled
+        return solve(operator, rhs, y, strength)
 
     def first_images(self, operator: LinearOperator, rhs: Tensor, start: Tensor | None = None) -> Tensor:
         """``y_0``, no gradient: two steps of conjugate gradients from ``A^H k``, or what is given where the settings ask for it.
@@ -306,7 +305,7 @@ class Pinqi(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- the two loops
 
-    def _coupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor) -> PinqiOutput:
+    def _coupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor, strength: float) -> PinqiOutput:
         n, settings = self.settings.n_iterations, self.settings
         predictions, linear, nonlinear = [], [], []
         y_reg = self.predict_images(y, 1 / n) if settings.image_network == "once" else None
@@ -315,30 +314,30 @@ class Pinqi(nn.Module):
             predictions.append(p)
         else:
             p_reg = None
-            p, _ = self._solve_parameters(y, None, None, 0)
+            p, _ = self._solve_parameters(y, None, None, 0, strength)
         for i in range(n):
             if settings.image_network == "each":
                 y_reg = self.predict_images(y, (i + 1) / n)
-            y, solved = self._solve_images(operator, rhs, y, y_reg, self._signal(p), i)
+            y, solved = self._solve_images(operator, rhs, y, y_reg, self._signal(p), i, strength)
             linear.append(solved)
             if settings.parameter_network == "each":
                 p_reg = self.predict_parameters(y, (i + 1) / n + 1)
-            p, fitted = self._solve_parameters(y, p_reg, p, i)
+            p, fitted = self._solve_parameters(y, p_reg, p, i, strength)
             predictions.append(p)
             nonlinear += [fitted] if fitted is not None else []
         return PinqiOutput(p, y, tuple(predictions), tuple(linear), tuple(nonlinear))
 
-    def _decoupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor) -> PinqiOutput:
+    def _decoupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor, strength: float) -> PinqiOutput:
         n, settings = self.settings.n_iterations, self.settings
         linear = []
         y_reg = self.predict_images(y, 1 / n) if settings.image_network == "once" else None
         for i in range(n):
             if settings.image_network == "each":
                 y_reg = self.predict_images(y, (i + 1) / n)
-            y, solved = self._solve_images(operator, rhs, y, y_reg, None, i)
+            y, solved = self._solve_images(operator, rhs, y, y_reg, None, i, strength)
             linear.append(solved)
         p_reg = self.predict_parameters(y, 2.0) if self.parameter_net is not None else None
-        p, fitted = self._solve_parameters(y, p_reg, None, 0)
+        p, fitted = self._solve_parameters(y, p_reg, None, 0, strength)
         return PinqiOutput(p, y, (p,), tuple(linear), () if fitted is None else (fitted,))
 
     def _signal(self, parameters: Tensor) -> Tensor:
@@ -347,19 +346,26 @@ class Pinqi(nn.Module):
     # ------------------------------------------------------------------------------------------------ the subproblems
 
     def _solve_images(
-        self, operator: LinearOperator, rhs: Tensor, y: Tensor, y_reg: Tensor | None, signal: Tensor | None, i: int
+        self,
+        operator: LinearOperator,
+        rhs: Tensor,
+        y: Tensor,
+        y_reg: Tensor | None,
+        signal: Tensor | None,
+        i: int,
+        strength: float,
     ) -> tuple[Tensor, LinearReport]:
         """Eq. 12 from the previous images ``y``."""
         terms: list[tuple[Tensor | float, Tensor]] = []
         if signal is not None and self.lambda_q is not None:
-            terms.append((self._strength * self.lambda_q()[i], signal))
+            terms.append((strength * self.lambda_q()[i], signal))
         if y_reg is not None and self.lambda_y is not None:
-            terms.append((self._strength * self.lambda_y()[i], y_reg))
+            terms.append((strength * self.lambda_y()[i], y_reg))
         with record_function("pinqi::linear"):
             return solve_linear(operator, rhs, terms, initial=y.detach(), settings=self.linear)
 
     def _solve_parameters(
-        self, y: Tensor, p_reg: Tensor | None, previous: Tensor | None, i: int
+        self, y: Tensor, p_reg: Tensor | None, previous: Tensor | None, i: int, strength: float
     ) -> tuple[Tensor, NonlinearReport | None]:
         """Eq. 13 from the previous parameters, else from the prediction, else from the middle of the expected range."""
         if p_reg is not None and self.settings.parameter_solver == "network":
@@ -368,7 +374,7 @@ class Pinqi(nn.Module):
         if start is None:
             start = self.middle[:, None, None].expand(len(y), -1, *y.shape[2:]).contiguous()
         # without a prediction there is nothing to be near to
-        weight = self._strength * self.lambda_p()[i] if p_reg is not None and self.lambda_p is not None else 0.0
+        weight = strength * self.lambda_p()[i] if p_reg is not None and self.lambda_p is not None else 0.0
         prior = p_reg if p_reg is not None else torch.zeros_like(start)
         with record_function("pinqi::nonlinear"):
             if self.settings.parameter_solver == "gradient":
