@@ -120,6 +120,23 @@ def _largest(value: object) -> float:
     return abs(value) if isinstance(value, int | float) else 0
 
 
+def read_weights(
+    path: str | Path, device: torch.device | str, method: str, form: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`read_pair` of a method's weights.
+
+    Raises
+    ------
+    WeightError
+        As `read_pair`; weights of another method, or in another format than ``form``.
+    """
+    tensors, facts = read_pair(path, device)
+    if facts.get("method") != method or facts.get("format") != form:
+        got = f"{facts.get('method')} format {facts.get('format')}"
+        raise WeightError("weights of another kind", where=Path(path).name, got=got, expected=f"{method} format {form}")
+    return tensors, facts
+
+
 def sha256_of(path: str | Path) -> str:
     """Hexadecimal digest of a file."""
     with open(path, "rb") as file:

@@ -12,7 +12,7 @@ import torch
 
 from recon_core.installed_weights import find_installed
 from recon_core.methods.laro.model import STARTS, Laro, LaroSettings
-from recon_core.training.checkpoint import WeightError, load_into, read_pair, write_pair
+from recon_core.training.checkpoint import WeightError, load_into, read_weights, write_pair
 
 METHOD, FORMAT = "laro", 1
 MOST_LOADED = 4
@@ -61,11 +61,8 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu", precision
     WeightError
         Missing, damaged (sha256), of another method or another network.
     """
-    tensors, facts = read_pair(path, device)
+    tensors, facts = read_weights(path, device, METHOD, FORMAT)
     where = Path(path).name
-    if facts.get("method") != METHOD or facts.get("format") != FORMAT:
-        got = f"{facts.get('method')} format {facts.get('format')}"
-        raise WeightError("weights of another kind", where=where, got=got, expected=f"{METHOD} format {FORMAT}")
     try:
         given = dict(facts["network"])
         settings = LaroSettings(**{**given, "features": tuple(given["features"]), "precision": precision})

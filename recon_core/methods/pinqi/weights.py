@@ -11,8 +11,9 @@ import torch
 
 from recon_core.methods.pinqi.model import Pinqi, PinqiSettings
 from recon_core.signal_models import SaturationRecovery, SignalModel
-from recon_core.training.checkpoint import WeightError, load_into, read_pair, write_pair
+from recon_core.training.checkpoint import WeightError, load_into, read_weights, write_pair
 
+METHOD = "pinqi"
 FORMAT = 1
 MODELS = {"saturation_recovery": SaturationRecovery}
 TIME_TOLERANCE = 1e-3  # s: headers round
@@ -51,7 +52,7 @@ def save_weights(directory: str | Path, name: str, network: Pinqi, times: Sequen
     model = next(key for key, kind in MODELS.items() if isinstance(network.model, kind))
     settings = {k: v for k, v in asdict(network.settings).items() if k not in ("precision", "recompute")}
     stated = {
-        "method": "pinqi",
+        "method": METHOD,
         "format": FORMAT,
         "signal_model": model,
         "times": list(times),
@@ -70,11 +71,11 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu", precision
     WeightError
         Missing, damaged (sha256), of another method or another network.
     """
-    tensors, facts = read_pair(path, device)
+    tensors, facts = read_weights(path, device, METHOD, FORMAT)
     where = Path(path).name
-    if facts.get("method") != "pinqi" or facts.get("format") != FORMAT or facts.get("signal_model") not in MODELS:
-        got = f"{facts.get('method')} format {facts.get('format')}, {facts.get('signal_model')}"
-        raise WeightError("weights of another kind", where=where, got=got, expected=f"pinqi format {FORMAT}")
+    if facts.get("signal_model") not in MODELS:
+        got, known = str(facts.get("signal_model")), ", ".join(MODELS)
+        raise WeightError("weights of another kind", where=where, got=got, expected=known)
     try:
         times, amplitude = tuple(float(t) for t in facts["times"]), float(facts["amplitude"])
         settings = PinqiSettings(**{**facts["network"], "precision": precision})

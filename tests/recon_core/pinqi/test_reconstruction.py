@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -286,3 +287,12 @@ def test_a_smooth_phase_of_the_coil_maps_changes_only_the_phase(untrained: Train
     assert float((other.maps[0].data - t1).abs()[body].median()) < 0.01
     back = other.images[0].data * turn
     assert float(torch.linalg.vector_norm(back - images)) < 0.05 * float(torch.linalg.vector_norm(images))
+
+
+def test_two_scans_at_once_on_one_network_do_not_mix(untrained: TrainedPinqi) -> None:
+    quiet, loud = (saturation_scan((40, 36), noise=noise, keep=0.6) for noise in (1e-3, 0.05))
+    alone = [run(untrained, s).images[0].data for s in (quiet, loud)]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda s: run(untrained, s).images[0].data, [quiet, loud] * 4))
+    for i, images in enumerate(together):
+        assert float((images - alone[i % 2]).abs().max()) < 1e-4
