@@ -215,8 +215,13 @@ class DaskPool:
             self._events.failed(task, error, "")
             return
         seconds = None if task.budget is None else max(0.0, task.budget.left(time.monotonic()))
+        client = self._client
+        if client is None:  # the scheduler was lost in this moment; whoever noticed says so
+            if self._forget(key) is not None:
+                self._events.lost(task)
+            return
         try:
-            future = self._client.submit(
+            future = client.submit(
                 run_packed,
                 key,
                 task.function,
