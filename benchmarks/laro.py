@@ -21,7 +21,16 @@ import numpy as np
 import torch
 
 from benchmarks.common import print_table, write_result
-from benchmarks.laro_cases import WEIGHTS, Case, Images, acquire, available, held_out, pattern
+from benchmarks.laro_cases import (
+    WEIGHTS,
+    Case,
+    Images,
+    acquire,
+    available,
+    held_out,
+    pattern,
+    with_estimated_maps,
+)
 from benchmarks.laro_scores import Maps, maps_of, regional, regression, scores, true_regional
 from recon_core.simulation.multi_echo_brain import BrainScan, ScanRecipe
 from recon_core.training.png import write_png
@@ -49,13 +58,15 @@ def tables(
     kinds: Sequence[str],
     pictures: Path | None,
     tell: Callable[[list[Row]], object] = lambda rows: None,
+    *,
+    own_maps: bool = False,
 ) -> tuple[list[Row], dict[tuple[str, str], list[Maps]], list[Maps]]:
     """Mean figures of every method under every mask, and the maps behind them; ``tell`` hears every new row."""
     truths = [maps_of(scan.images, scan) for scan in scans]
     rows, kept = [], {}
     for kind in kinds:
         acceleration, spo = kind.split("/")
-        cases = [_case(scan, float(acceleration), int(spo), i) for i, scan in enumerate(scans)]
+        cases = [_case(scan, float(acceleration), int(spo), i, own_maps) for i, scan in enumerate(scans)]
         for name, method in methods.items():
             figures, seconds, maps = [], 0.0, []
             for case, truth in zip(cases, truths, strict=True):
@@ -141,16 +152,17 @@ def montage(truth: Maps, found: Mapping[str, Maps]) -> np.ndarray:
     return np.clip(np.concatenate(columns, axis=1), 0, 1).repeat(3, 0).repeat(3, 1)
 
 
-def _case(scan: BrainScan, acceleration: float, spo: int, seed: int) -> Case:
+def _case(scan: BrainScan, acceleration: float, spo: int, seed: int, own_maps: bool = False) -> Case:
     n_echoes, z, y, _ = scan.images.shape
-    return acquire(scan, pattern((z, y), n_echoes, acceleration, spo), acceleration, spo, seed)
+    case = acquire(scan, pattern((z, y), n_echoes, acceleration, spo), acceleration, spo, seed)
+    return with_estimated_maps(case) if own_maps else case
 
 
 def _keep(name: str, result: dict[str, Any], rows: list[Row]) -> None:
     write_result(name, {**result, "tables": rows})
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--scans", type=int, default=2, help="held-out heads")
@@ -158,10 +170,17 @@ def main() -> int:
     parser.add_argument("--weights", nargs="*", type=Path, default=[WEIGHTS], help="folders of networks")
     parser.add_argument("--methods", default="", help="names, comma separated; all if empty")
     parser.add_argument("--parts", default="tables,regions,general")
+    parser.add_argument(
+        "--coil-maps",
+        choices=("true", "espirit"),
+        default="true",
+        help="of the reconstruction: the simulated ones, or estimated",
+    )
     parser.add_argument("--pictures", type=Path, help="folder for PNGs")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--name", default="laro", help="of the JSON")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    own_maps = options.coil_maps == "espirit"
     torch.set_num_threads(options.threads)
     files = sorted(p for folder in options.weights for p in folder.glob("laro*.json"))
     methods: dict[str, Method] = available(files)
@@ -170,11 +189,16 @@ def main() -> int:
     if options.pictures is not None:
         options.pictures.mkdir(parents=True, exist_ok=True)
     parts = options.parts.split(",")
-    result: dict[str, Any] = {"test": str(TEST), "scans": options.scans, "threads": options.threads}
+    result: dict[str, Any] = {
+        "test": str(TEST),
+        "scans": options.scans,
+        "threads": options.threads,
+        "coil maps": options.coil_maps,
+    }
     if "tables" in parts:
         scans = held_out(TEST, options.scans)
         keep = partial(_keep, options.name, result)  # a long run that is stopped leaves what it has
-        rows, kept, truths = tables(scans, methods, options.kinds, options.pictures, keep)
+        rows, kept, truths = tables(scans, methods, options.kinds, options.pictures, keep, own_maps=own_maps)
         columns = list(rows[0])
         print_table("LARO, held-out simulated brains", columns, [[row[c] for c in columns] for row in rows])
         result["tables"] = rows

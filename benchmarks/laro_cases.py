@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 import recon_core
 from benchmarks import bart
+from recon_core.coils.estimate import CoilSettings, estimate_coil_maps
 from recon_core.fourier import fft_centred
 from recon_core.methods import cg_sense, laro, llr
 from recon_core.methods.laro.weights import TrainedLaro, load_weights
@@ -108,6 +109,12 @@ def acquire(scan: BrainScan, mask: NDArray[np.bool_], acceleration: float, spo: 
     return Case(scan, data, info, acceleration, spo)
 
 
+def with_estimated_maps(case: Case) -> Case:
+    """The case as a chain meets it: coil maps from its own calibration block (ESPIRiT with the chain's settings)."""
+    maps = estimate_coil_maps(replace(case.kspace, coil_maps=None), CoilSettings(), Report())
+    return replace(case, kspace=replace(case.kspace, coil_maps=maps))
+
+
 # --------------------------------------------------------------------------------------------------------------- methods
 
 
@@ -144,9 +151,15 @@ def _timed(method: Any, settings: Any, case: Case) -> Images:
     return images, time.process_time() - begun
 
 
+def _maps(case: Case) -> Tensor:
+    maps = case.kspace.coil_maps
+    assert maps is not None
+    return maps
+
+
 def _bart_llr(case: Case) -> Images:
     full = bart.to_bart(fft_centred(case.kspace.data, -1).numpy())
-    maps = bart.maps_to_bart(case.scan.coil_maps.numpy())
+    maps = bart.maps_to_bart(_maps(case).numpy())
     words = ["pics", "-S", "-R", f"L:7:7:{BART_WEIGHT}", "-b", "4", "-i", str(BART_ITERATIONS)]
     timed = bart.run(words, full, maps)
     return torch.from_numpy(np.array(bart.images_from_bart(timed.data))), timed.cpu_s

@@ -184,6 +184,9 @@ def laro(
     scans: Annotated[
         Path | None, typer.Option(help="Folder of scans to learn from (docs/laro.md); simulated heads otherwise.")
     ] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder with the masks of an earlier training to go on from.")] = None,
+    second_start: Annotated[str, typer.Option(help="First images of phase two: cg_sense or llr.")] = "cg_sense",
+    mask_draws: Annotated[int, typer.Option(help="Masks drawn of each pattern, from llr images.", min=1)] = 1,
     seed: Annotated[int, typer.Option(help="Of weights, masks and samples.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more time.")] = False,
@@ -222,6 +225,8 @@ def laro(
         network_rate=network_rate,
         mask_rate=mask_rate,
         mask_start=mask_start,
+        second_start=second_start,
+        mask_draws=mask_draws,
         seed=seed,
     )
     settings = RunSettings(
@@ -232,6 +237,7 @@ def laro(
         validate_every=validate_every,
         checkpoint_minutes=checkpoint_minutes,
         scans=None if scans is None else str(scans),
+        masks=None if masks is None else str(masks),
     )
     with progress_bars() as progress:
         result, weights = run(recipe, output, settings, PhaseBars(progress))

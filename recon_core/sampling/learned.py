@@ -176,8 +176,23 @@ class LearnedSampling(nn.Module):
         """Set the weights to those of the hand-made density, from which short trainings get further than from equal ones."""
         s = self.settings
         if s.spo != FIXED:
-            density = torch.from_numpy(multilevel_density(s.shape, s.n_samples, s.acs)).to(self.weights)
-            self.weights.copy_((torch.logit(density.clamp(1e-3, 1 - 1e-3)) / s.slope).expand_as(self.weights))
+            self.start_from(multilevel_density(s.shape, s.n_samples, s.acs)[None])
+
+    @torch.no_grad()
+    def start_from(self, probability: NDArray[np.floating]) -> None:
+        """Set the weights to those of probabilities ``(echo or 1, k2, k1)``; one pattern takes the first echo's.
+
+        Raises
+        ------
+        DataError
+            They are fixed (``spo`` 0), or for another matrix or number of echoes.
+        """
+        s = self.settings
+        if s.spo == FIXED or probability.shape[1:] != s.shape or len(probability) not in (1, s.n_echoes):
+            expected = "nothing: the pattern is fixed" if s.spo == FIXED else f"{(s.n_echoes, *s.shape)}"
+            raise DataError("probabilities do not fit", where="mask", got=probability.shape, expected=expected)
+        given = torch.from_numpy(np.asarray(probability)).to(self.weights)[: len(self.weights)]
+        self.weights.copy_((torch.logit(given.clamp(1e-3, 1 - 1e-3)) / s.slope).expand_as(self.weights))
 
     def probability(self) -> Tensor:
         """Probability of each position: ``(echo, k2, k1)``; the mean of every echo is ``n_samples`` over the grid (Eq. 4)."""

@@ -33,6 +33,9 @@ BoolArray = NDArray[np.bool_]
 AIR_CHI = 9.4
 """ppm against water; the sign of a cavity's field."""
 
+HEAD = (0.212, 0.176)
+"""Front to back and left to right in m, with a margin: the least field of view."""
+
 OUTSIDE = ("background", "scalp", "skull", "dura")
 DEEP = ("caudate", "putamen", "pallidum", "thalamus", "nigra", "ruber")
 
@@ -61,7 +64,8 @@ class ScanRecipe:
     matrix
         ``(z, y, x)``.
     voxel
-        Smallest and largest edge of a voxel in mm, drawn for each axis.
+        Smallest and largest edge of a voxel in mm, drawn for each axis; in y and x longer where the head would not fit the field of
+        view: an object cut off at its edge folds over in a real scan, and no coil maps describe what is left of it.
     n_echoes
         Echoes of a train.
     first_echo, echo_spacing
@@ -184,6 +188,7 @@ def simulate(recipe: ScanRecipe, seed: int, key: tuple[str, int] = ("", 0)) -> B
     voxel = rng.uniform(*recipe.voxel, 3) * 1e-3
     if swapped:  # the head is longer from front to back than from left to right
         voxel[1] *= 0.9
+    voxel[1:] = np.maximum(voxel[1:], np.array(HEAD[::-1] if swapped else HEAD) / recipe.matrix[1:])
     tissue, chi, labels = _anatomy(_grid(recipe.matrix, voxel, swapped, 2), int(rng.integers(2**31)), rng)
     if swapped:
         tissue, chi, labels = _transposed(tissue), chi.swapaxes(1, 2), labels.swapaxes(1, 2)

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from recon_core.methods.laro.weights import save_weights
 from recon_core.sampling.learned import FIXED
-from recon_core.sampling.mask_files import SamplingMask, write_mask
+from recon_core.sampling.mask_files import SamplingMask, read_mask, write_mask
 from recon_core.simulation.random_fields import sample_seed
 from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, scan_supply, typical_amplitude
 from recon_core.training.loop import Progress, TrainingResult, train
@@ -34,8 +35,8 @@ from recon_core.training.runs import (
 )
 
 NAME = "laro"
-START = "cg_sense"
 MASK_SEED = 0
+TAKEN_OVER = "masks"
 
 Tell = Callable[[str, Progress], None]
 
@@ -90,9 +91,13 @@ class RunSettings(CarryOut):
     ----------
     scans
         Folder of scans (`recon_core.simulation.scan_folder`); `None` simulates them on the way.
+    masks
+        Folder with the mask files of an earlier training, whose probabilities are taken over: phase one goes on from them, or is left
+        out (``first_steps = 0``).
     """
 
     scans: str | None = None
+    masks: str | None = None
 
 
 class _Training:
@@ -104,9 +109,25 @@ class _Training:
         self.supply = scan_supply(recipe, settings.scans)
         torch.manual_seed(sample_seed(recipe.seed, "weights"))
         self.module = LaroModule(recipe, recompute=settings.recompute).to(self.device)
+        self._take_over()
         self.deadline = time.monotonic() + 60 * settings.max_minutes
         self.reached = {"phase1": 0, "phase2": 0}
         self.minutes = {"phase1": 0.0, "phase2": 0.0}
+
+    def _take_over(self) -> None:
+        """Probabilities of an earlier training; a copy stays in the folder, for the calls that resume."""
+        copies = self.output / TAKEN_OVER
+        for pattern in dict.fromkeys(self.recipe.patterns):
+            learned, name = self.module.pattern(pattern), mask_name(pattern)
+            if learned.settings.spo == FIXED:
+                continue
+            if self.settings.masks and not (copies / name).is_file():
+                given = read_mask(Path(self.settings.masks) / name)
+                copies.mkdir(exist_ok=True)
+                write_mask(copies / name, given)
+            if (copies / name).is_file():
+                mask = read_mask(copies / name)
+                learned.start_from(mask.mask.astype(np.float32) if mask.probability is None else mask.probability)
 
     def first(self) -> TrainingResult | None:
         """Masks and network; ``None`` where the recipe has no steps for it."""
@@ -157,7 +178,7 @@ class _Training:
                 "acs_k1": self.recipe.acs[1],
             }
             probability = learned.probability().detach().cpu().float().numpy()
-            path = self.output / f"{NAME}_mask_r{acceleration}_spo{spo}.h5"
+            path = self.output / mask_name(pattern)
             write_mask(path, SamplingMask(learned.draw(MASK_SEED), probability, facts=facts))
             written.append(path)
         return written
@@ -179,7 +200,13 @@ class _Training:
             "skipped_steps": result.skipped,
             "validation": dict(result.figures),
         }
-        return save_weights(self.output, NAME, self.module.network, START, facts)
+        return save_weights(self.output, NAME, self.module.network, recipe.second_start, facts)
+
+
+def mask_name(pattern: str) -> str:
+    """File of the mask of ``"R/SPO"``."""
+    acceleration, spo = pattern.split("/")
+    return f"{NAME}_mask_r{acceleration}_spo{spo}.h5"
 
 
 # -------------------------------------------------------------------------------------------------------- command line

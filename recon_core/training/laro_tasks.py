@@ -20,6 +20,7 @@ from recon_core.sampling.learned import FIXED, LearnedSampling, SamplingSettings
 from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe
 from recon_core.simulation.random_fields import sample_seed
 from recon_core.simulation.scan_folder import ScanFolder, ScanSupply
+from recon_core.training.laro_starts import MeasuredScan, MeasuredScans
 from recon_core.training.loop import LoopSettings, ParameterGroup, Validation
 from recon_core.training.losses import channel_ssim
 from recon_core.training.runs import TrainingRecipe
@@ -52,6 +53,12 @@ class LaroRecipe(TrainingRecipe):
         Phase one: masks and network.
     second_steps, second_unrolls
         Phase two: masks drawn once and kept.
+    second_start
+        First images of phase two: ``"cg_sense"``, or ``"llr"`` (`recon_core.training.laro_starts`).
+    mask_draws
+        How many masks are drawn of each pattern for a phase two that starts from ``"llr"``; 1 in the paper.
+    measured_held
+        Scans sampled by one mask, with their LLR images, that are held in memory.
     batch
         Planes of one scan per step.
     scans_held, steps_per_scan
@@ -78,6 +85,9 @@ class LaroRecipe(TrainingRecipe):
     first_unrolls: int = 2
     second_steps: int = 160_000
     second_unrolls: int = 10
+    second_start: str = "cg_sense"
+    mask_draws: int = 1
+    measured_held: int = 64
     batch: int = 1
     scans_held: int = 6
     steps_per_scan: int = 80
@@ -90,8 +100,11 @@ class LaroRecipe(TrainingRecipe):
     n_validation: int = 1
 
     def __post_init__(self) -> None:
-        counts = (self.second_steps, self.batch, self.scans_held, self.steps_per_scan)
-        if self.first_steps < 0 or min(counts) < 1 or not self.patterns or self.mask_start not in ("density", "uniform"):
+        counts = (
+            self.second_steps, self.batch, self.scans_held, self.steps_per_scan, self.mask_draws, self.measured_held,
+        )  # fmt: skip
+        known = self.mask_start in ("density", "uniform") and self.second_start in ("cg_sense", "llr")
+        if self.first_steps < 0 or min(counts) < 1 or not self.patterns or not known:
             raise SettingError("impossible recipe", where="LARO training", got=self)
         for name in self.patterns:
             self.sampling(name)
@@ -111,6 +124,10 @@ class LaroRecipe(TrainingRecipe):
             return SamplingSettings(shape, self.n_echoes, n_samples, self.acs, int(spo), seed=self.seed)
         except ValueError:
             raise SettingError("not a pattern", where="LARO training", got=pattern, expected="R/SPO, such as 8/2") from None
+
+    def pattern_of(self, step: int) -> str:
+        """The pattern of a step: all in turn."""
+        return self.patterns[step % len(self.patterns)]
 
     @property
     def scans(self) -> ScanRecipe:
@@ -168,6 +185,10 @@ class PlaneSample:
     coil_maps: Tensor
     brain: Tensor
     kspace: Tensor
+    start: Tensor | None = None
+    """First images; ``None``: `least_squares_start`."""
+    mask: Tensor | None = None
+    """float ``(echo, k2, k1)`` where the scan has one of its own."""
 
 
 class PlaneSamples:
@@ -179,8 +200,11 @@ class PlaneSamples:
         The supply; it should keep as many scans as the window has.
     """
 
-    def __init__(self, brains: ScanSupply, recipe: LaroRecipe, device: torch.device, phase: int) -> None:
+    def __init__(
+        self, brains: ScanSupply, recipe: LaroRecipe, device: torch.device, phase: int, measured: MeasuredScans | None = None
+    ) -> None:
         self._brains, self._recipe, self._device, self._phase = brains, recipe, device, phase
+        self._measured = measured
 
     def batch(self, step: int) -> PlaneSample:
         """Of a step: a function of its number alone."""
@@ -188,11 +212,14 @@ class PlaneSamples:
         seed = sample_seed(r.seed, "step", self._phase, step)
         rng = np.random.default_rng(seed)
         first = step // r.steps_per_scan
-        scan = self._brains.scan("train", first + int(rng.integers(r.scans_held)) + 1_000_000 * (self._phase - 1))
+        index = first + int(rng.integers(r.scans_held)) + 1_000_000 * (self._phase - 1)
+        scan = self._brains.scan("train", index)
         columns = scan.brain.any(0).any(0).nonzero().flatten().numpy()
         chosen = torch.from_numpy(rng.choice(columns, r.batch, replace=len(columns) < r.batch))
         # an unknown receiver phase, and scales as far apart as the door's scaling leaves them
         factor = complex(np.exp(2j * np.pi * rng.random()) * rng.uniform(0.85, 1.15))
+        if self._measured is not None:
+            return measured_sample(self._measured.measured("train", index, r.pattern_of(step)), chosen, factor, self._device)
         return plane_sample(scan, chosen, factor, seed, self._device)
 
 
@@ -205,6 +232,22 @@ def plane_sample(scan: BrainScan, columns: Tensor, factor: complex, seed: int, d
     noise = torch.randn(full.shape, dtype=torch.complex64, generator=generator).to(device)
     brain = scan.brain[..., columns].movedim(-1, 0)[:, None].to(device)
     return PlaneSample(images, maps, brain, full + scan.noise_std * noise)
+
+
+def measured_sample(measured: MeasuredScan, columns: Tensor, factor: complex, device: torch.device) -> PlaneSample:
+    """Columns of a scan with the noise and the first images that it has."""
+
+    def planes(volume: Tensor) -> Tensor:
+        return volume[..., columns].movedim(-1, 0).contiguous().to(device)
+
+    return PlaneSample(
+        planes(measured.images) * factor,
+        planes(measured.maps),
+        planes(measured.scan.brain)[:, None],
+        measured.kspace(columns, device) * factor,
+        planes(measured.start) * factor,
+        measured.mask.to(device),
+    )
 
 
 class LaroTask:
@@ -229,10 +272,20 @@ class LaroTask:
     ) -> None:
         self.module = module
         self.recipe, self.phase, self._masks, self._device = recipe, phase, masks, device
-        self.samples = PlaneSamples(supply or scan_supply(recipe), recipe, device, phase)
+        brains = supply or scan_supply(recipe)
+        self._from_llr = phase == 2 and recipe.second_start == "llr"
+        self.samples = PlaneSamples(brains, recipe, device, phase, self._measured(brains) if self._from_llr else None)
         evaluation = MultiEchoBrains(recipe.scans, seed=EVALUATION_SEED, keep=max(1, recipe.n_validation))
         self._evaluation: ScanSupply = supply if isinstance(supply, ScanFolder) else evaluation
+        self._validation = self._measured(self._evaluation) if self._from_llr else None
         self.unrolls = recipe.first_unrolls if phase == 1 else recipe.second_unrolls
+
+    def _measured(self, supply: ScanSupply) -> MeasuredScans:
+        r = self.recipe
+        return MeasuredScans(
+            supply, lambda pattern, number: self.module.pattern(pattern).draw(number),
+            acs=r.acs, draws=r.mask_draws, seed=r.seed, keep=r.measured_held, device=self._device,
+        )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
         """JSON that a checkpoint must agree with."""
@@ -250,8 +303,8 @@ class LaroTask:
         """``1 - SSIM`` (Eq. 9) of real and imaginary parts inside the brain, mean over unrolls, plus ``pixel_weight`` times the mean
         absolute error."""
         sample = self.samples.batch(step)
-        name = self.recipe.patterns[step % len(self.recipe.patterns)]
-        found = self.reconstruct(sample, self._mask(name))
+        mask = self._mask(self.recipe.pattern_of(step)) if sample.mask is None else sample.mask
+        found = self.reconstruct(sample, mask)
         total = sample.images.real.new_zeros(())
         truth = sample.images * sample.brain
         for images in found:
@@ -267,7 +320,8 @@ class LaroTask:
         """Images after every unroll."""
         operator = Planes(sample.coil_maps, mask)
         rhs = operator.adjoint(sample.kspace)
-        return self.module.network(operator, rhs, least_squares_start(operator, rhs), self.unrolls)
+        start = least_squares_start(operator, rhs) if sample.start is None else sample.start
+        return self.module.network(operator, rhs, start, self.unrolls)
 
     def _mask(self, name: str) -> Tensor:
         if self._masks is not None:
@@ -283,13 +337,10 @@ class LaroTask:
             scan = self._evaluation.scan("validation", i)
             columns = scan.brain.any(0).any(0).nonzero().flatten()[4:-4:6]
             for name in dict.fromkeys(self.recipe.patterns):
-                sample = plane_sample(scan, columns, 1.0, sample_seed("validation", i), self._device)
-                mask = torch.from_numpy(self.module.pattern(name).draw(0)) if self._masks is None else self._masks[name]
-                found = self.reconstruct(sample, mask.to(self._device).float())[-1]
-                images, truth, start = (
-                    _combined(x).cpu().numpy()
-                    for x in (found, sample.images, least_squares_start_of(sample, mask.to(self._device).float()))
-                )
+                sample, mask = self._validation_sample(scan, i, name, columns)
+                found = self.reconstruct(sample, mask)[-1]
+                first = least_squares_start_of(sample, mask) if sample.start is None else sample.start
+                images, truth, start = (_combined(x).cpu().numpy() for x in (found, sample.images, first))
                 brain = sample.brain[:, 0].cpu().numpy()
                 for label, image in (("", images), ("_start", start)):
                     figures.setdefault(f"psnr{label}_{name}", []).append(psnr(image, truth, brain))
@@ -297,6 +348,15 @@ class LaroTask:
                 if name == self.recipe.patterns[0]:
                     pictures[f"magnitude_{i}"] = _picture(images, start, truth)
         return Validation({k: float(np.mean(v)) for k, v in figures.items()}, pictures)
+
+    def _validation_sample(self, scan: BrainScan, index: int, name: str, columns: Tensor) -> tuple[PlaneSample, Tensor]:
+        if self._validation is not None:
+            sample = measured_sample(self._validation.measured("validation", index, name), columns, 1.0, self._device)
+            assert sample.mask is not None
+            return sample, sample.mask
+        sample = plane_sample(scan, columns, 1.0, sample_seed("validation", index), self._device)
+        mask = torch.from_numpy(self.module.pattern(name).draw(0)) if self._masks is None else self._masks[name]
+        return sample, mask.to(self._device).float()
 
 
 def least_squares_start_of(sample: PlaneSample, mask: Tensor) -> Tensor:

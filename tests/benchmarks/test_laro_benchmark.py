@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.laro_cases import acquire, acs_block, available, held_out, pattern
+from benchmarks.laro_cases import acquire, acs_block, available, held_out, pattern, with_estimated_maps
+from benchmarks.laro_gpu import large_scan, speed
 from benchmarks.laro_scores import Maps, maps_of, regional, regression, scores, true_regional
+from recon_core.methods.laro.model import Laro, LaroSettings
+from recon_core.methods.laro.weights import TrainedLaro
 from recon_core.sampling.mask_files import MaskError
 from recon_core.simulation.multi_echo_brain import BrainScan, ScanRecipe
 
@@ -53,6 +56,34 @@ def test_a_case_holds_the_samples_of_its_mask_and_the_scan_s_noise() -> None:
     full = acquire(scan, np.ones_like(mask), 1.0, 0)
     again = full.kspace.data * case.kspace.counts[:, None, :, :, None]
     assert torch.equal(again, case.kspace.data)
+
+
+def test_maps_may_be_estimated_from_the_block_that_was_sampled() -> None:
+    scan = head()
+    case = acquire(scan, np.ones((4, 16, 40), bool), 1.0, 0)
+    own = with_estimated_maps(case).kspace.coil_maps
+    assert own is not None
+    agree = (own.conj() * scan.coil_maps).sum(0).abs()[scan.brain]
+    assert 0.97 < float(agree.mean()) < 0.9999  # the same but for a phase, and not the very same
+
+
+def test_speed_is_measured_part_by_part() -> None:
+    torch.manual_seed(0)
+    network = Laro(LaroSettings(channels=4, features=(4, 4), unrolls=1)).eval().requires_grad_(False)
+    trained = TrainedLaro(network, "cg_sense", 1.0, {"sha256": "initial values"})
+    case = acquire(head(), pattern((16, 40), 4, 4.0, 0), 4.0, 0)
+    rows = speed(case, {"float32": trained}, "cpu", 1, "weights", with_pdf=False)
+    seconds = {str(row[0]): float(str(row[2])) for row in rows}
+    parts = [v for k, v in seconds.items() if k not in ("images", "maps")]
+    assert len(parts) == 4 and seconds["maps"] == pytest.approx(sum(parts)) and min(seconds.values()) > 0
+
+
+def test_a_large_scan_has_unit_coil_maps_and_the_same_head() -> None:
+    scan = large_scan((16, 40, 36), 2, 4)
+    assert scan.images.shape == (2, 16, 40, 36) and scan.brain.shape == (16, 40, 36)
+    torch.testing.assert_close(torch.linalg.vector_norm(scan.coil_maps, dim=0), torch.ones(16, 40, 36))
+    assert 0.5 < float(scan.images[0][scan.brain].abs().mean()) < 1.1
+    assert 0.2 < scan.voxel[1] * 40 < 0.3  # m: a head with its margin
 
 
 def test_the_reference_is_perfect_and_noise_is_not() -> None:

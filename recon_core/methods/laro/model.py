@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from recon_core.errors import DataError, SettingError
-from recon_core.networks.unet import ResidualUNet
+from recon_core.networks.unet import ResidualBlock, ResidualUNet
 from recon_core.operators.planes import Planes
 from recon_core.solvers.linear_layer import LinearSettings, solve_linear
 
@@ -32,6 +32,7 @@ Tensor = torch.Tensor
 DIRECTIONS = ("both", "forward")
 KINDS = ("laro", "modl")
 FIRST_RHO = 0.1
+FIRST_BLOCK_WEIGHT = 0.3
 STARTS = ("llr", "cg_sense", "zero_filled")
 PRECISIONS = ("float32", "bfloat16")
 LEAST_SQUARES_WEIGHT, LEAST_SQUARES_STEPS, LEAST_SQUARES_TOLERANCE = 0.03, 24, 2e-2
@@ -137,6 +138,11 @@ class EchoDenoiser(nn.Module):
         self.fusion = TemporalFusion(settings.channels, recurrent=settings.fusion == 1, direction=settings.direction)
         # the echo itself goes in beside its features: normalised features have lost its scale
         self.unet = ResidualUNet(settings.channels + 2, 2, settings.features, n_groups=settings.features[0])
+        nn.init.normal_(self.unet.last.weight, std=5e-3)
+        for block in self.unet.modules():
+            if isinstance(block, ResidualBlock):
+                # PINQI's thousandth takes hundreds of steps to grow, and until then every block is blind to its neighbours
+                nn.init.constant_(block.residual_weight, FIRST_BLOCK_WEIGHT)
 
     def forward(self, images: Tensor) -> Tensor:
         """complex ``(plane, echo, z, y)`` to the same."""

@@ -12,11 +12,13 @@ import torch
 
 from recon_core.errors import DataError, SettingError
 from recon_core.methods.laro.weights import load_weights
-from recon_core.sampling.mask_files import read_mask
+from recon_core.operators.planes import Planes
+from recon_core.sampling.mask_files import SamplingMask, read_mask, write_mask
 from recon_core.simulation.multi_echo_brain import BrainScan, ScanRecipe, simulate
 from recon_core.simulation.scan_folder import ScanFolder, read_scan, write_scan
 from recon_core.training.checkpoint import WeightError, read_pair
-from recon_core.training.laro import RunSettings, learn_masks, main, run
+from recon_core.training.laro import RunSettings, learn_masks, main, mask_name, run
+from recon_core.training.laro_starts import MeasuredScans, measure
 from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, plane_sample
 from recon_core.training.losses import channel_ssim
 
@@ -121,6 +123,74 @@ def test_phase_one_changes_masks_and_phase_two_does_not(folder: str, tmp_path: P
     assert torch.equal(second["module/sampling.r3_2.weights"], learned)
 
 
+FROM_LLR = replace(TINY, first_steps=0, second_start="llr", mask_draws=2, n_validation=1)
+
+
+def test_a_training_from_llr_images_in_parts_equals_one_in_one(folder: str, tmp_path: Path) -> None:
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    given = {}
+    for pattern, patterns in (("3/2", 3), ("3/1", 1)):
+        probability = np.full((3, 12, 20), 1 / 3, np.float32)
+        probability[:, :, :10] += np.linspace(0.1, 0.3, patterns)[:, None, None].astype(np.float32)
+        given[pattern] = probability
+        write_mask(masks / mask_name(pattern), SamplingMask(probability > 0.3, probability))
+    whole, path = run(FROM_LLR, tmp_path / "whole", RunSettings(scans=folder, masks=str(masks), validate_every=3))
+    trained = load_weights(path)
+    assert whole.finished and trained.start == "llr" and trained.facts["steps_done"] == {"phase1": 0, "phase2": 3}
+
+    class Enough(Exception):
+        pass
+
+    def stop(phase: str, progress: object) -> None:
+        raise Enough
+
+    parts = RunSettings(scans=folder, masks=str(masks), validate_every=3, checkpoint_minutes=0)
+    with pytest.raises(Enough):
+        run(FROM_LLR, tmp_path / "parts", parts, stop)
+    # the masks that were taken over are in the folder: nobody has to name them again
+    run(FROM_LLR, tmp_path / "parts", replace(parts, masks=None, resume=True))
+    (one, _), (other, _) = (read_pair(tmp_path / way / "laro.json") for way in ("whole", "parts"))
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    for pattern in FROM_LLR.patterns:
+        found = read_mask(tmp_path / "parts" / mask_name(pattern)).probability
+        assert found is not None
+        # sides that were given more keep more, in each echo alike or more and more
+        sides = found[:, :, :8].mean((1, 2)) - found[:, :, 14:].mean((1, 2))
+        assert (sides > 0.05).all() and (np.diff(sides) > 0.02).all() == (pattern == "3/2")
+
+
+def test_a_scan_is_measured_once_and_starts_near_the_truth(folder: str) -> None:
+    module = LaroModule(FROM_LLR)
+    supply = MeasuredScans(
+        ScanFolder(folder), lambda pattern, number: module.pattern(pattern).draw(number),
+        acs=FROM_LLR.acs, draws=2, seed=0, keep=4, device=torch.device("cpu"),
+    )  # fmt: skip
+    measured = supply.measured("train", 0, "3/2")
+    assert supply.measured("train", 0, "3/2") is measured
+    columns = torch.tensor([3, 7])
+    both, one = measured.kspace(columns, torch.device("cpu")), measured.kspace(columns[1:], torch.device("cpu"))
+    assert torch.equal(both[1:], one)  # a plane's noise is its own
+    inside = measured.scan.brain
+
+    def error(images: torch.Tensor) -> float:
+        return float((inside * (images - measured.images)).norm() / (inside * measured.images).norm())
+
+    assert error(measured.start) < 0.35 < error(torch.zeros_like(measured.start))
+    # the start belongs to this noise and this mask: it explains the samples that were taken
+    operator = Planes(measured.maps.movedim(-1, 0), measured.mask)
+    everything = torch.arange(measured.start.shape[-1])
+    data = measured.kspace(everything, torch.device("cpu")) * measured.mask[:, None]
+    explained = operator.forward(measured.start.movedim(-1, 0)) * measured.mask[:, None]
+    assert float((data - explained).norm() / data.norm()) < 0.2
+    mask = torch.from_numpy(module.pattern("3/2").draw(0)).float()
+    own = measure(measured.scan, torch.ones_like(mask), (10, 10), 5, torch.device("cpu"), own_maps=True)
+    assert not torch.equal(own.maps, measured.scan.coil_maps)
+    # its truth is what its own maps combine
+    combined = (own.maps.conj() * measured.scan.coil_maps * measured.scan.images[:1]).sum(0)
+    torch.testing.assert_close(own.images[0], combined)
+
+
 def test_a_few_steps_on_one_plane_lower_the_loss() -> None:
     torch.manual_seed(0)
     module = LaroModule(TINY)
@@ -180,6 +250,8 @@ def test_recipes_that_cannot_be() -> None:
         {"patterns": ("400/2",)},
         {"second_steps": 0},
         {"mask_start": "random"},
+        {"second_start": "zero_filled"},
+        {"mask_draws": 0},
     ):
         with pytest.raises(SettingError):
             replace(TINY, **wrong)
