@@ -3,8 +3,14 @@
     python -m benchmarks.laro_gpu --output DIR --max-minutes 7
 
 Needs torch, NumPy, SciPy, h5py and safetensors alone. Run it again with the same ``--output`` to train further: it resumes by itself.
-Options that it does not know go to the training (``--second-steps 20000``, ``--precision bfloat16``; see
-``python -m recon_core.training.laro --help``). Weights, masks, logs and the figures' JSON lie in ``DIR``.
+Options that it does not know go to the training, whose defaults are the published ones; see ``python -m recon_core.training.laro
+--help``. The small matrix that ships, with a larger network:
+
+    python -m benchmarks.laro_gpu --output DIR --matrix 32 64 64 --n-echoes 6 --acs 8 8 --patterns 8/2 8/1 8/0 4/2 --second-unrolls 5 \
+        --first-steps 2000 --second-steps 20000 --second-start llr --mask-draws 8 --pixel-weight 1
+
+Before it trains, the heads of its scans are simulated by all processors (the same heads in every call). Weights, masks, logs and the
+figures' JSON lie in ``DIR``.
 
 Speed: the published size (256 x 206 x 80, 10 echoes, 8 coils, R = 8) by a network of the published architecture, with the weights of
 ``DIR`` where there are some and initial ones otherwise (the cost is the same); then R2*, field, background removal and susceptibility.
@@ -15,11 +21,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import multiprocessing
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -40,9 +49,11 @@ from recon_core.methods.laro import Settings
 from recon_core.methods.laro.model import Laro, LaroSettings
 from recon_core.methods.laro.reconstruction import reconstruct_with
 from recon_core.methods.laro.weights import TrainedLaro, load_weights
-from recon_core.simulation.multi_echo_brain import BrainScan, ScanRecipe, simulate
+from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe, simulate
+from recon_core.simulation.scan_folder import write_scan
 from recon_core.training import laro as training
-from recon_core.training.runs import RECIPE
+from recon_core.training.laro_tasks import LaroRecipe
+from recon_core.training.runs import RECIPE, option_parser, parsed_options
 from recon_core.types import Report
 
 Tensor = torch.Tensor
@@ -73,6 +84,32 @@ def large_scan(matrix: tuple[int, int, int], n_echoes: int, n_coils: int) -> Bra
         brain=brain,
         voxel=(voxel[0], voxel[1], voxel[2]),
     )
+
+
+def simulated_scans(recipe: ScanRecipe, seed: int, count: int, folder: Path) -> None:
+    """The heads that a training without ``--scans`` would simulate one after the other, in a folder."""
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in [pool.submit(_write_head, recipe, seed, index, folder) for index in range(count)]:
+            done.result()
+
+
+def _write_head(recipe: ScanRecipe, seed: int, index: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    write_scan(folder, f"scan_{index:04d}", MultiEchoBrains(recipe, seed=seed, keep=1).scan("train", index))
+
+
+def train(words: Sequence[str], heads: int) -> None:
+    """`recon_core.training.laro` on heads that are simulated first."""
+    kinds = (LaroRecipe, training.RunSettings)
+    _, (recipe, settings) = parsed_options(option_parser("training", None, *kinds), words, *kinds)
+    if settings.scans or not heads:
+        training.main(words)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
+        simulated_scans(recipe.scans, recipe.seed, heads, Path(folder))
+        print(f"{heads} heads simulated in {time.perf_counter() - begun:.0f} s", flush=True)
+        training.main([*words, "--scans", folder])
 
 
 def on_device(case: Case, device: str) -> Case:
@@ -153,12 +190,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--max-minutes", type=float, default=7.0, help="of training; 0 measures only")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--matrix", type=int, nargs=3, default=[80, 206, 256], metavar=("Z", "Y", "X"), help="of the speed part"
-    )
-    parser.add_argument("--echoes", type=int, default=10)
-    parser.add_argument("--coils", type=int, default=8)
-    parser.add_argument("--start", default="weights", help="first images of the speed part, as in the chain's settings")
+    parser.add_argument("--heads", type=int, default=48, help="simulated before training; 0: one after the other on the way")
+    parser.add_argument("--speed-matrix", type=int, nargs=3, default=[80, 206, 256], metavar=("Z", "Y", "X"))
+    parser.add_argument("--speed-echoes", type=int, default=10)
+    parser.add_argument("--speed-coils", type=int, default=8)
+    parser.add_argument("--speed-start", default="weights", help="first images, as in the chain's settings")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument("--quality-scans", type=int, default=1, help="held-out heads; 0: no quality")
     parser.add_argument("--name", default="laro_gpu", help="of the JSON")
@@ -167,20 +203,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.max_minutes > 0:
         resume = ["--resume"] if (options.output / RECIPE).is_file() else []
         limits = ["--output", str(options.output), "--max-minutes", str(options.max_minutes), "--device", options.device]
-        training.main([*limits, *resume, *of_training])
+        train([*limits, *resume, *of_training], options.heads)
     weights = options.output / f"{training.NAME}.json"
     precisions = ["float32", "bfloat16"] if options.device.startswith("cuda") else ["float32"]
     own = weights.is_file()
     networks = {
         p: load_weights(weights, options.device, p) if own else published_network(options.device, p) for p in precisions
     }
-    z, y, x = options.matrix
-    scan = large_scan((z, y, x), options.echoes, options.coils)
-    case = on_device(acquire(scan, pattern((z, y), options.echoes, 8.0, 2), 8.0, 2), options.device)
-    rows = speed(case, networks, options.device, options.repeats, options.start)
-    title = f"LARO, {x} x {y} x {z}, {options.echoes} echoes, {options.coils} coils, R = 8"
+    z, y, x = options.speed_matrix
+    scan = large_scan((z, y, x), options.speed_echoes, options.speed_coils)
+    case = on_device(acquire(scan, pattern((z, y), options.speed_echoes, 8.0, 2), 8.0, 2), options.device)
+    rows = speed(case, networks, options.device, options.repeats, options.speed_start)
+    title = f"LARO, {x} x {y} x {z}, {options.speed_echoes} echoes, {options.speed_coils} coils, R = 8"
     print_table(title, COLUMNS, rows)
-    facts = {"weights": "own" if own else "initial values", "matrix_zyx": options.matrix, "columns": COLUMNS, "rows": rows}
+    facts = {
+        "weights": "own" if own else "initial values",
+        "matrix_zyx": options.speed_matrix,
+        "columns": COLUMNS,
+        "rows": rows,
+    }
     write_result(options.name, facts)
     shutil.copy(RESULTS / f"{options.name}.json", options.output)
     if own and options.quality_scans:
