@@ -65,9 +65,12 @@ class Tally:
     no_answer: list[int] = field(default_factory=list)
 
 
-def send(port: int, bad: Hostile) -> tuple[float, bool]:
-    """Seconds from the last byte sent to the server's end of the connection, and whether a CLOSE came."""
-    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+def send(port: int, bad: Hostile, silence: float = 60.0) -> tuple[float, bool]:
+    """Seconds from the last byte sent to the server's end of the connection, and whether a CLOSE came.
+
+    After ``silence`` s without a byte it is given up: no answer.
+    """
+    with socket.create_connection(("127.0.0.1", port), timeout=silence) as connection:
         closed = False
         try:
             connection.sendall(bad.data)

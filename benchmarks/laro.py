@@ -46,6 +46,7 @@ GENERAL: dict[str, dict[str, Any]] = {
     "7 echoes": {"n_echoes": 7, "echo_spacing": (0.0038, 0.0038)},
     "4 echoes": {"n_echoes": 4, "echo_spacing": (0.0065, 0.0065)},
     "matrix 40 x 80": {"matrix": (40, 80, 64), "voxel": (2.1, 2.7)},
+    "matrix 80 x 206": {"matrix": (80, 206, 48), "voxel": (1.0, 1.1)},
     "12 coils": {"n_coils": 12},
     "flip angle 25": {"flip_angle": (25.0, 25.0)},
     "three times the noise": {"noise": (0.03, 0.03)},

@@ -129,11 +129,6 @@ def available(weights: Sequence[Path]) -> dict[str, Callable[[Case], Images]]:
     for path in weights:
         trained = load_weights(path)
         found[path.stem] = partial(network, trained=trained)
-        if trained.start == "llr":
-            # as it was trained, without the classical images
-            own = replace(trained, amplitude=float(trained.facts.get("trained_amplitude", trained.amplitude)))
-            unrolls = int(trained.facts["recipe"]["second_unrolls"])
-            found[f"{path.stem} from cg_sense"] = partial(network, trained=own, start="cg_sense", unrolls=unrolls)
     return found
 
 

@@ -18,6 +18,7 @@ from gadgets.journal import OPEN_STATES, Journal, JournalError
 from gadgets.scratch import SCRATCH_PREFIX
 
 STALL_SECONDS = 5.0
+SLOW_SECONDS = 60.0
 START_BYTES = 64 << 10  # of a capture, in which the header is
 
 
@@ -42,6 +43,7 @@ class Tally:
     def answered(self, what: str, seconds: float) -> None:
         with self._lock:
             self.counts[f"{what}_connections"] += 1
+            self.counts[f"{what}_answers_after_a_minute"] += seconds > SLOW_SECONDS
             self._seconds[what].append(seconds)
 
     def answers(self) -> dict[str, tuple[float, float, float]]:

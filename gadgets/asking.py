@@ -50,6 +50,10 @@ class Asked:
         self.pending: UnknownChain | None = None
         self.noise_id: str | None = None
 
+    def close(self) -> None:
+        """Nobody is told anything any more: the connection is over, and ``say`` would keep it."""
+        self._say = _unheard
+
     @property
     def label(self) -> str:
         """The chain, for logs; "" before it is known."""
@@ -126,3 +130,7 @@ class Asked:
             if node:
                 raise
             self.pending = error
+
+
+def _unheard(text: str) -> None:
+    """In place of a connection that is over."""

@@ -272,6 +272,8 @@ class DaskPool:
 
     def _report(self, task: Task, outcome: Any) -> None:
         _write_words(Path(task.args[0].report_folder), outcome.words)
+        tag = getattr(task.args[0], "tag", task.name)
+        log.info("event=done_by_cluster task=%s by=%s failed=%s", tag, outcome.by, outcome.error is not None)
         if outcome.error is None:
             self._events.succeeded(task, outcome.result)
         else:

@@ -22,6 +22,7 @@ from typing import Any, Literal, TextIO
 
 from gadgets.compute_pool import Events, Task
 from gadgets.errors import JobFailed
+from gadgets.worker_pipes import guard
 
 log = logging.getLogger(__name__)
 
@@ -162,11 +163,12 @@ class LocalPool:
 
         env = worker_environment(self.capacity, slot.number, self._devices, os.environ)
         try:
-            once = (self._threads, slot.rehearse)
+            once = (self._threads, slot.rehearse, os.getpid())
             executor = ProcessPoolExecutor(1, timeout=None, initializer=start_worker, initargs=once, env=env)
             with self._changed:
                 slot.executor = executor
             hello = executor.submit(os.getpid)
+            guard(executor)
         except Exception as error:  # no memory, no processes
             self._not_started(slot, error)
             return
@@ -295,10 +297,10 @@ def worker_environment(workers: int, number: int, devices: int, environment: Map
     return found
 
 
-def start_worker(threads: int, rehearse: bool) -> None:
-    """The first thing in a worker's process."""
+def start_worker(threads: int, rehearse: bool, server: int) -> None:
+    """The first thing in a worker's process. ``server`` is the process that started it, which may be gone by now."""
     log_python_warnings()
-    threading.Thread(target=_end_with, args=(os.getppid(),), name="parent", daemon=True).start()
+    threading.Thread(target=_end_with, args=(server,), name="parent", daemon=True).start()
     prepare_process(threads, rehearse=rehearse)
     with contextlib.suppress(OSError):  # only now: on a busy machine a fresh worker must not take a minute to be there
         os.nice(WORKER_NICENESS)

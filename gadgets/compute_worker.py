@@ -37,12 +37,13 @@ Words = Mapping[str, bytes]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a task ended: its result or its error (and where in the code it was), and its last words."""
+    """How a task ended: its result or its error (and where in the code it was), its last words, and who did it (``host:process``)."""
 
     result: Any
     error: BaseException | None
     places: str
     words: Words
+    by: str
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def run_packed(key: str, function: Callable[[Any], Any], job: Any, seconds: floa
             _running.pop(key, None)
         words = {} if not folder.is_dir() else _words(folder)
         shutil.rmtree(folder, ignore_errors=True)
-    return Outcome(result, error, where, words)
+    return Outcome(result, error, where, words, f"{platform.node()}:{os.getpid()}")
 
 
 @contextlib.contextmanager

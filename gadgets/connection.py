@@ -254,6 +254,8 @@ class Connection:
             case events.Text():
                 self.asked.parameters(event.text, open=self.scan is None and not self.is_node)
             case events.Query():
+                if event.text == queries.BEHIND and self._log is not None:
+                    self._log.behind = True
                 text = queries.answer(event.text, chains=self.handlers.chain_names)
                 self.peer.send(codec.response(event.correlation, text))
             case events.Close():
@@ -397,8 +399,7 @@ class Connection:
                 self._log.finish(status, reason_of(self._failure), chain=self.asked.label, readouts=self.n_readouts)
             else:
                 self._log.discard()
-        if self._failure is not None:
-            self._failure.__traceback__ = None  # it holds this connection's frames, and they hold it: a cycle
+        self._let_go()
         level = logging.INFO if self._bytes else logging.DEBUG
         logger.log(
             level,
@@ -411,6 +412,28 @@ class Connection:
             self._bytes,
             time.monotonic() - self._started,
         )
+
+    def _let_go(self) -> None:
+        """Break the circles that this connection is in, so that its scan's memory is free now.
+
+        Otherwise it waits for the collector of circles. That one looks at everything when a quarter of it is new, and torch brings so
+        many objects along that this takes hundreds of scans, each with the headers of all its readouts.
+        """
+        _without_frames(self._failure)
+        self.scan = None
+        self.asked.close()
+        self.parser.close()
+
+
+def _without_frames(error: BaseException | None) -> None:
+    """An error's frames hold what they worked on, and that holds the error; so do those of the errors behind it."""
+    left, seen = [error], set[int]()
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            left += [one.__cause__, one.__context__]
 
 
 def _where(error: BaseException) -> str:

@@ -45,6 +45,10 @@ class SortError(ReconError):
     """Readouts that do not fit into the k-space that the header describes."""
 
 
+class IncompleteScan(SortError):
+    """A scan that broke off, and of which too little is there."""
+
+
 class UnknownChain(ReconError):
     """The peer named a chain that is not installed."""
 

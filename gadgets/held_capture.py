@@ -10,6 +10,7 @@ from gadgets.capture import windows
 from gadgets.errors import Disconnected
 from gadgets.peer import Peer, Timing
 from gadgets.scan_log import ScanLog, Status
+from gadgets.wire import codec
 
 WINDOW_BYTES = 4 << 20
 
@@ -23,12 +24,14 @@ class HeldLog(ScanLog):
         The file.
     folder
         Where what comes of it is kept.
+    cut
+        How the scan broke off, where it did.
     """
 
     replayed = True
 
-    def __init__(self, capture: Path, folder: Path) -> None:
-        self._capture, self._folder = capture, folder
+    def __init__(self, capture: Path, folder: Path, cut: str = "") -> None:
+        self._capture, self._folder, self.cut = capture, folder, cut
         self._name = capture.name
         self.size = 0
 
@@ -84,12 +87,16 @@ class CapturePeer(Peer):
     ----------
     capture
         The file.
+    end
+        Where its last whole message ends: a CLOSE follows there instead of what the file has. By default the file is sent as it is.
     """
 
-    def __init__(self, capture: Path) -> None:
+    def __init__(self, capture: Path, end: int | None = None) -> None:
         self.timing = Timing()
         self.gone = False
         self._windows: Iterator[memoryview] = windows(capture, WINDOW_BYTES) if capture.stat().st_size else iter(())
+        if end is not None:
+            self._windows = _closed(self._windows, end)
         self._window = memoryview(b"")
         self._halted = threading.Event()
 
@@ -126,3 +133,13 @@ class CapturePeer(Peer):
     def stop(self) -> None:
         """From another thread: no more bytes, no more messages."""
         self._halted.set()
+
+
+def _closed(pieces: Iterator[memoryview], end: int) -> Iterator[memoryview]:
+    """The first ``end`` bytes, and a CLOSE."""
+    for piece in pieces:
+        if end <= 0:
+            break
+        yield piece[:end]
+        end -= len(piece)
+    yield memoryview(codec.close())

@@ -37,6 +37,9 @@ class ImageFile:
         Created if it does not exist; images of earlier runs in the same group are kept and appended to.
     group
         The client calls it after its ``-G`` option or the date.
+    at_once
+        A new file, in memory until ``close`` writes all of it. HDF5 never lets go of a file whose disk is full: the file stays open,
+        with its memory, and every later attempt in this process finds it so. ``close`` may raise an ``OSError`` then.
 
     Raises
     ------
@@ -44,11 +47,13 @@ class ImageFile:
         The file exists and is no HDF5 file, or cannot be written.
     """
 
-    def __init__(self, path: Path | str, group: str = "images") -> None:
+    def __init__(self, path: Path | str, group: str = "images", *, at_once: bool = False) -> None:
         self.path, self.group = Path(path), group
         self.n_images = 0
+        self._at_once = at_once
         try:
-            self._file = h5py.File(self.path, "a")
+            kept = {"driver": "core", "backing_store": False} if at_once else {}
+            self._file = h5py.File(self.path, "w" if at_once else "a", **kept)
         except OSError as problem:
             raise ImageFileError("cannot be written", where=self.path.name, got=type(problem).__name__) from None
         self._root = self._file.require_group(group)
@@ -92,7 +97,13 @@ class ImageFile:
 
     def close(self) -> None:
         """Finish the file; may be called twice."""
+        content = None
+        if self._at_once and self._file:  # a closed one is false
+            self._file.flush()
+            content = self._file.id.get_file_image()
         self._file.close()
+        if content is not None:
+            self.path.write_bytes(content)
 
     def __enter__(self) -> ImageFile:
         return self

@@ -104,6 +104,8 @@ class ImageWriter:
         The chain whose final images follow; said in every image.
     changed
         Settings that the operator chose differently from the chain's own; said in every image.
+    cut
+        How the scan broke off, if it did; said in every image.
 
     Raises
     ------
@@ -121,9 +123,10 @@ class ImageWriter:
         fallback_of: str | None = None,
         preview_of: str | None = None,
         changed: Mapping[str, str] | None = None,
+        cut: str = "",
     ) -> None:
         self.header, self.chain, self.settings = header, chain, settings or OutputSettings()
-        self.changed = dict(changed or {})
+        self.changed, self.cut = dict(changed or {}), cut
         self.fallback_of, self.preview_of = fallback_of, preview_of
         self._first_series = first_series
         self._numbers = _Numbers(first_series)
@@ -144,7 +147,7 @@ class ImageWriter:
 
     def for_fallback(self, chain: str) -> ImageWriter:
         """A writer for another chain's images of the same scan. The two share one count of series, so they never collide."""
-        other = ImageWriter(self.header, chain, self.settings, fallback_of=self.chain, changed=self.changed)
+        other = ImageWriter(self.header, chain, self.settings, fallback_of=self.chain, changed=self.changed, cut=self.cut)
         other._numbers = self._numbers
         return other
 
@@ -156,7 +159,7 @@ class ImageWriter:
         """
         first = PREVIEW_SERIES + self._first_series
         other = ImageWriter(
-            self.header, chain, self.settings, first_series=first, preview_of=self.chain, changed=self.changed
+            self.header, chain, self.settings, first_series=first, preview_of=self.chain, changed=self.changed, cut=self.cut
         )
         if beside is not None:
             other._numbers = beside._numbers
@@ -369,7 +372,8 @@ class ImageWriter:
         if self.fallback_of is not None:
             chain += f"_instead_of_{self.fallback_of}"
         unnamed = (self.chain, "image", "images", "magnitude", "preview")
-        parts = [chain, "" if name.lower() in unnamed else name, suffix, "PREVIEW" if self.preview_of is not None else ""]
+        parts = [chain, "" if name.lower() in unnamed else name, suffix, "INCOMPLETE" if self.cut else ""]
+        parts.append("PREVIEW" if self.preview_of is not None else "")
         return "_".join(part for part in parts if part)
 
     def _chosen(self) -> tuple[str, ...]:
@@ -378,9 +382,10 @@ class ImageWriter:
 
     def _standing(self) -> tuple[str, ...]:
         """What these images are when they are not the ones that were asked for."""
+        said = (f"incomplete: {self.cut}",) if self.cut else ()
         if self.preview_of is not None:
-            return (f"preview by {self.chain}: the final images of {self.preview_of} follow",)
-        return () if self.fallback_of is None else (f"{self.fallback_of} failed: image from {self.chain} instead",)
+            return (*said, f"preview by {self.chain}: the final images of {self.preview_of} follow")
+        return said if self.fallback_of is None else (*said, f"{self.fallback_of} failed: image from {self.chain} instead")
 
 
 def encode_results(

@@ -2,7 +2,8 @@
 
 1. The setting ``inversion_times``: one per image in the order of the series, ms, separated by commas.
 2. The header: user parameters ``InversionTime_ms_0``, ``_1``, ... up to the first gap, or else the TI list. It must have one
-   value for every value of one counter (contrast, set, repetition or phase), or one for every image.
+   value for every value of one counter (contrast, set, repetition or phase), or one for every image. Of a scan with missing images: one
+   for every value that the encoding limits announce.
 3. The readouts, where an inversion recovery's heartbeats decide (MOLLI): ``user_int[5]`` numbers the inversions, ``user_int[4]``
    is the first image's time after its inversion in ms, and the acquisition time stamps tell how much later the others came. It is what
    Gadgetron's MOLLI chain expects of a scanner. Used when asked for, or when the header has TIs that do not fit the images and the
@@ -21,7 +22,7 @@ import numpy as np
 from gadgets.buffer_settings import AcquisitionSettings
 from gadgets.readouts import Headers
 from gadgets.sorted_scan import is_saturation_prepared, numbered_times, times_by_counter
-from gadgets.wire.header import MrdHeader
+from gadgets.wire.header import Limit, MrdHeader
 from recon_core.errors import SettingError
 
 States = tuple[Mapping[str, int], ...]
@@ -33,7 +34,11 @@ FIRST_TIME, INVERSION = 4, 5  # in ``user_int``
 
 
 def inversion_times(
-    header: MrdHeader, states: States, source: Headers, settings: AcquisitionSettings
+    header: MrdHeader,
+    states: States,
+    source: Headers,
+    settings: AcquisitionSettings,
+    limits: Mapping[str, Limit] | None = None,
 ) -> tuple[Times, tuple[str, ...]]:
     """The inversion time of each image in s, ``(slice, state)``, and notes; an empty tuple for each slice where there are none.
 
@@ -47,6 +52,8 @@ def inversion_times(
         ``(slice, state)``: acquisition headers of the readouts nearest to the k-space centre.
     settings
         ``inversion_times`` and ``inversion_time_source``.
+    limits
+        Of the encoding; they tell which times images have when others are missing.
 
     Raises
     ------
@@ -57,7 +64,7 @@ def inversion_times(
     if settings.inversion_times:
         return (_stated(settings.inversion_times, len(states)),) * n_slices, ()
     listed = () if is_saturation_prepared(header) else numbered_times(header, PREFIX) or header.inversion_times
-    of_header = times_by_counter(listed, states)
+    of_header = times_by_counter(listed, states, limits)
     asked = settings.inversion_time_source == "readouts"
     if settings.inversion_time_source == "header" or (
         not asked and (not listed or len(set(of_header)) > 1 or len(states) < 3)

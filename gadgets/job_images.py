@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 IMAGES = "images.h5"
 MESSAGES = "images.messages"
 GROUP = "images"
+AT_ONCE_BYTES = 512 << 20  # of messages whose image file is made in memory; it takes a worker twice as much
 
 
 class ImageLog:
@@ -86,7 +87,7 @@ def write_image_file(folder: Path) -> int:
     part.unlink(missing_ok=True)
     parser, n_images = FrameParser(role="client"), 0
     try:
-        with ImageFile(part, GROUP) as file:
+        with ImageFile(part, GROUP, at_once=source.stat().st_size <= AT_ONCE_BYTES) as file:
             for window in windows(source) if source.stat().st_size else ():
                 for event in parser.feed(window):
                     if isinstance(event, events.Image):

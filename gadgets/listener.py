@@ -5,6 +5,7 @@ leaves undone keeps the next one from being taken.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import select
 import socket
@@ -23,6 +24,9 @@ logger = logging.getLogger(__name__)
 BACKLOG = 128
 REPEAT_SECONDS = 60.0
 """A peer that is turned away again and again is one line of the log in this time."""
+
+BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)
+"""What accepting says when the listening socket itself is no more; all else passes."""
 
 Serve = Callable[[socket.socket, Place], None]
 
@@ -92,7 +96,8 @@ class Listener:
 
     @property
     def running(self) -> bool:
-        return self._thread is not None and self._thread.is_alive()
+        """Whether connections are accepted: false before `start`, after `stop`, and when the accepting thread has died."""
+        return self._thread is not None and self._thread.is_alive() and not self._closing
 
     def start(self) -> None:
         """Listen; a thread accepts from now on.
@@ -154,6 +159,12 @@ class Listener:
     # -- accepting -------------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
+        try:
+            self._accept_all()
+        except Exception as error:  # the socket itself is broken; `running` and the monitor tell
+            logger.critical("event=listening_ended error=%s text=%r", type(error).__name__, str(error))
+
+    def _accept_all(self) -> None:
         assert self._socket is not None and self._wake is not None
         with self._socket as listening:
             while not self._closing:
@@ -165,6 +176,8 @@ class Listener:
                 except BlockingIOError:
                     continue  # the peer was gone before it was accepted
                 except OSError as error:
+                    if error.errno in BROKEN:
+                        raise
                     logger.error("event=accept_failed error=%s", error.strerror)
                     time.sleep(0.1)  # out of file descriptors: the connections at work have to end first
                     continue
@@ -185,7 +198,7 @@ class Listener:
                 self._serve(accepted, place)
             else:
                 self._secure(accepted, place, self._tls)
-        except (OSError, RuntimeError) as error:  # no file descriptors, no threads
+        except Exception as error:  # no file descriptors, no threads; whatever it is, it ends this connection only
             logger.error("event=dropped error=%s", type(error).__name__)
             accepted.close()
             place.leave()

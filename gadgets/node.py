@@ -141,6 +141,7 @@ class NodeScan:
         self._expect("composite")
         if self._written is None:
             self._written = Spool(None).open()
+            self._written.replayed, self._written.cut = self._log.replayed, self._log.cut
         n_readouts = 0
         for headers, samples in unpack(event.content):
             n_readouts += len(headers)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from gadgets.errors import SpoolError
 from gadgets.private_folder import make_private
+from gadgets.state_folder import state_folder
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,7 @@ MAX_CHANNELS = 1024
 
 def default_noise_root() -> Path:
     """``$XDG_STATE_HOME/recon-gadgets/noise``, by default below ``~/.local/state``."""
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "recon-gadgets" / "noise"
+    return state_folder() / "noise"
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ CLOSE_BYTES = b"\x04\x00"
 PIECE_BYTES = 1 << 20  # one read: still in the processor's cache when it is written to the log
 BUFFER_BYTES = 4 * PIECE_BYTES  # what is framed at once when data wait: framing costs by the call, not by the byte
 
-_free_buffers: collections.deque[bytearray] = collections.deque(maxlen=8)
+_free_buffers: collections.deque[bytearray] = collections.deque(maxlen=4)
 """Buffers of connections that have ended, for the next ones: fresh memory for each would cost page faults, and a connection that
 is still referenced by a traceback would hold 4 MiB until the garbage collector comes by."""
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gadgets.buffer import SortedScan, sort_readouts
 from gadgets.chain import Chain, load_chain
+from gadgets.cut_scan import sort_cut_scan
 from gadgets.errors import SortError
 from gadgets.fair_queue import REPLAY, SCAN
 from gadgets.images import ImageWriter, sending_order
@@ -92,7 +93,7 @@ class Scan:
         self.n_waveforms = 0
         self.facts = facts_of(chain)
         self.scratch = Scratch()
-        self.tasks = services.jobs.scope(REPLAY if raw.replayed else SCAN)
+        self.tasks = services.jobs.scope(REPLAY if raw.replayed or raw.behind else SCAN)
         self._said: set[str] = set()
         self.preparation = Preparation(
             self.index,
@@ -154,10 +155,11 @@ class Scan:
             if len(self.index) == 0:
                 raise SortError("no readouts", where="scan", got=f"{self.n_waveforms} waveforms", expected="readouts")
             kind = classify(self.index.headers, self.header, self.chain.acquisition)
-            if (kind == Kind.NOISE).any() and not (kind <= Kind.CALIBRATION_AND_IMAGING).any():
+            # a scan that broke off while it measured noise is none of noise
+            if (kind == Kind.NOISE).any() and not (kind <= Kind.CALIBRATION_AND_IMAGING).any() and not self.raw.cut:
                 yield from self._noise_only(np.flatnonzero(kind == Kind.NOISE))
                 return
-            sorted_scan = sort_readouts(self.index.headers, self.header, self.chain.acquisition)
+            sorted_scan = self._sort()
             sampled = check_samples(sorted_scan, self.services.masks)
             for note in (*sorted_scan.notes, *sampled.notes):
                 self._warn(note)
@@ -168,10 +170,18 @@ class Scan:
         finally:
             self.abandon()
 
+    def _sort(self) -> SortedScan:
+        if not self.raw.cut:
+            return sort_readouts(self.index.headers, self.header, self.chain.acquisition)
+        self._warn(f"incomplete: {self.raw.cut}")
+        unfolds = self.chain.method != "fourier"
+        return sort_cut_scan(self.index.headers, self.header, self.chain.acquisition, unfolds=unfolds)
+
     def abandon(self) -> None:
         """Drop the scan's tasks and intermediate files; the raw log is the connection's."""
         self.tasks.abandon()
         self.scratch.close()
+        self.preparation.close()
 
     def _noise_only(self, rows: NDArray[np.intp]) -> Iterator[bytes]:
         """A separate noise scan: keep its covariance for the scans that depend on it."""
@@ -192,7 +202,8 @@ class Scan:
         """With a ``refusal`` the chain is not tried: what its fallback makes is what there is."""
         white = self.preparation.whitened
         work = SliceWork(self.tasks, self.services, self.chain, self.scratch.path, sorted_scan, rows, whitened=white)
-        writer = ImageWriter(self.header, self.chain.name, self.chain.output, changed=self.chain.changed)
+        chain = self.chain
+        writer = ImageWriter(self.header, chain.name, chain.output, changed=chain.changed, cut=self.raw.cut)
         spare: ImageWriter | None = None
         n_images = 0
         order = sending_order(sorted_scan.n_slices, scaled=writer.pixel_type.kind == "u")

@@ -124,6 +124,10 @@ class Preparation:
         """Whether rows are (or will be) white; known after ``rows``."""
         return self._whitening is not None
 
+    def close(self) -> None:
+        """The scan is over: what it is told by is let go, which would keep the scan and its readouts for as long as this."""
+        self._warn = _unheard
+
     # ---- while reading -------------------------------------------------------------------------------------------------
 
     def advance(self) -> None:
@@ -351,3 +355,7 @@ class Preparation:
 
 def _carries(headers: NDArray[np.void], header: MrdHeader, acquisition: AcquisitionSettings) -> NDArray[np.bool_]:
     return classify(headers, header, acquisition) <= Kind.CALIBRATION_AND_IMAGING
+
+
+def _unheard(message: str) -> None:
+    """In place of a scan that is over."""

@@ -1,4 +1,4 @@
-"""Answers to QUERY (id 6): the keys of the real Gadgetron server, and two of our own."""
+"""Answers to QUERY (id 6): the keys of the real Gadgetron server, and three of our own."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from gadgets import __version__
 
 UNKNOWN = "Unknown query"
 PRODUCT = "recon-gadgets"
+BEHIND = "recon::behind"
+"""Whoever asks this before its data lets scans of scanners go first."""
 
 
 def version_of(distribution: str) -> str:
@@ -56,6 +58,7 @@ def answer(query: str, *, chains: Callable[[], Iterable[str]] = tuple) -> str:
         "gadgetron::cuda::capabilities": lambda: ", ".join(gpu["capability"] for gpu in gpus()) or "N/A",
         "recon::info": info,
         "recon::chains": lambda: "\n".join(chains()),
+        BEHIND: lambda: "scanners go first",
     }
     return table.get(query, lambda: UNKNOWN)()
 

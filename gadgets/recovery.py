@@ -43,17 +43,19 @@ ROW_SECONDS = 3 * 365 * 86400.0  # rows are kept for so long
 
 @dataclass(frozen=True)
 class Examined:
-    """What is in a capture that nobody has written a row for."""
+    """What is in a capture. ``end`` is where its last whole message ends; ``lost``: what follows it cannot be read."""
 
     n_readouts: int
     closed: bool
     chain: str
     is_node: bool
+    end: int = 0
+    lost: bool = False
 
 
-def examine(path: Path) -> Examined:
+def examine(path: Path, limits: Limits | None = None) -> Examined:
     """Look through a capture: headers only, no samples."""
-    parser, n_readouts, chain = FrameParser(), 0, ""
+    parser, n_readouts, chain = FrameParser(limits), 0, ""
     for window in windows(path) if path.stat().st_size else ():
         for event in parser.feed(window):
             if isinstance(event, events.Readouts):
@@ -64,7 +66,7 @@ def examine(path: Path) -> Examined:
                 chain = ChainRequest(name=event.name).label
             elif isinstance(event, events.ConfigScript):
                 chain = ChainRequest(script=event.text).label
-    return Examined(n_readouts, parser.closed, chain, parser.role == "node")
+    return Examined(n_readouts, parser.closed, chain, parser.role == "node", parser.boundary, parser.lost)
 
 
 class Recovery:
@@ -150,6 +152,7 @@ class Recovery:
         if time.monotonic() - self._tidied > HOUSEKEEPING_SECONDS:
             self._tidied = time.monotonic()
             self._spool.make_room()
+            self._results.catch_up(journal)
             journal.prune(time.time() - ROW_SECONDS)
             self.housekeeping()
 
@@ -221,12 +224,13 @@ class Recovery:
 
     def _replay(self, row: JobRow, capture: Path) -> JobRow:
         entry = Entry(self._books, base=row)
-        peer = CapturePeer(capture)
+        end, cut = self._cut(row, capture)
+        peer = CapturePeer(capture, end)
         with self._lock:
             self._peer = peer
             if self._stopping:
                 return replace(row, state="received")
-        logs = HeldLogs(HeldLog(capture, self._root / row.folder))
+        logs = HeldLogs(HeldLog(capture, self._root / row.folder, cut))
         connection = Connection(row.id, peer, row.peer, self._asked(row, entry), self._limits, logs)
         connection.stopping = self._stopping
         try:
@@ -242,6 +246,15 @@ class Recovery:
         if row.state == "sent" and row.n_images:
             row = self._results.note(row, self._results.make(row).result())
         return row
+
+    def _cut(self, row: JobRow, capture: Path) -> tuple[int | None, str]:
+        """Where a scan that is tried again broke off, and words about it. By itself no such scan is reconstructed: somebody asked."""
+        if not row.origin.startswith("retry"):
+            return None, ""
+        found = examine(capture, self._limits)
+        if found.closed or found.lost or not found.n_readouts:
+            return None, ""
+        return found.end, f"the scan broke off after {found.n_readouts} readouts"
 
     def _asked(self, row: JobRow, entry: Entry) -> Handlers:
         """The server's handlers, with a retry's own chain and settings in place of those in the capture."""

@@ -23,6 +23,7 @@ import h5py
 from gadgets.errors import Disconnected, ImageFileError, ReplayFailed
 from gadgets.image_attributes import is_preview
 from gadgets.image_file import ImageFile
+from gadgets.queries import BEHIND
 from gadgets.raw_source import Source, open_source
 from gadgets.tls import ClientTls, connect_tls
 from gadgets.wire import codec, events
@@ -30,6 +31,7 @@ from gadgets.wire.framing import FrameParser
 from recon_core.errors import ReconError
 
 RETRY_SECONDS = 0.2
+BEHIND_ID = 7  # of the query, by which its answer is known
 PACE_SECONDS = 0.01  # readouts of one such interval are sent together
 SILENCE_SECONDS = 600.0
 RECEIVE_BYTES = 1 << 20
@@ -101,6 +103,7 @@ def replay(
     connect_seconds: float = 10.0,
     silence_seconds: float = SILENCE_SECONDS,
     tls: ClientTls | None = None,
+    behind: bool = False,
 ) -> ReplayResult:
     """Play one scan and wait for its images.
 
@@ -129,6 +132,8 @@ def replay(
         Without a byte from the server for so long after everything was sent, the replay fails.
     tls
         Speak TLS, and verify the server by these.
+    behind
+        Let scans of scanners go first. Servers of others may not know how to answer that.
 
     Raises
     ------
@@ -153,6 +158,8 @@ def replay(
             result.noise = _ask_noise(connection, wanted, silence_seconds)
     with _connect(host, port, connect_seconds, tls) as connection, contextlib.ExitStack() as stack:
         images = _Images(result, group, stack, on_image)
+        if behind:
+            connection.sendall(codec.query(BEHIND, BEHIND_ID))
         sender = _Sender(connection, played, rate, progress)
         sender.start()
         try:
@@ -313,6 +320,8 @@ def _receive(
             match event:
                 case events.Image():
                     images.take(event)
+                case events.Response(correlation=correlation) if correlation == BEHIND_ID:
+                    pass
                 case events.Text() | events.Response():
                     result.texts.append(event.text)
                     if on_text is not None:

@@ -9,7 +9,8 @@ import contextlib
 import logging
 import shutil
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gadgets.bookkeeping import Books, reason_of
+from gadgets.capture import JOB_SUFFIX
+from gadgets.errors import ImageFileError, JobFailed
 from gadgets.fair_queue import HOUSEKEEPING
 from gadgets.job_images import IMAGES, MESSAGES, write_image_file
 from gadgets.jobs import Jobs
-from gadgets.journal import JobRow
+from gadgets.journal import JobRow, Journal, UnknownJob
 
 if TYPE_CHECKING:  # pynetdicom is an extra
     from gadgets.pacs import Destination
@@ -29,6 +32,8 @@ if TYPE_CHECKING:  # pynetdicom is an extra
 log = logging.getLogger(__name__)
 
 CLOSE_SECONDS = 60.0
+FIRST_PAUSE = 60.0  # s until images whose file could not be made are taken up again; twice as long each time
+MOST_TRIES = 8
 
 
 @dataclass(frozen=True)
@@ -58,17 +63,50 @@ class Results:
         self._root, self._books, self._jobs = root, books, jobs
         self._archives, self._sender = archives, sender
         self._lock = threading.Lock()
-        self._working: set[Future[str]] = set()
+        self._working: dict[str, Future[str] | None] = {}
+        self._tried: dict[str, tuple[int, float]] = {}  # how often in vain, and when again (monotonic)
 
     def over(self, row: JobRow) -> None:
         """A job has ended: begin what there is to do. Returns at once."""
         due = row.archive == "due"
         if not due and not (self._root / row.folder / MESSAGES).exists():
             return
+        with self._lock:
+            if row.id in self._working:
+                return
+            self._working[row.id] = None
         future = self.make(row)
         with self._lock:
-            self._working.add(future)
+            self._working[row.id] = future
         future.add_done_callback(partial(self._done, row))
+
+    def catch_up(self, journal: Journal) -> None:
+        """Take up images that no file was made of: a worker died, the disk was full, or the server ended.
+
+        Raises
+        ------
+        JournalError
+            The journal cannot be read.
+        """
+        with self._lock:
+            names = dict.fromkeys(self._tried)
+        for name in names | dict.fromkeys(self._left()):
+            with self._lock:
+                tries, when = self._tried.get(name, (0, 0.0))
+                waits = name in self._working or tries >= MOST_TRIES or time.monotonic() < when
+            if waits:
+                continue
+            with contextlib.suppress(UnknownJob):
+                row = journal.row(name)
+                if row.is_over and (row.owner == self._books.token or not journal.is_alive(row.owner)):
+                    self.over(row)
+
+    def _left(self) -> Iterator[str]:
+        """Jobs whose images are still as they were sent."""
+        for path in sorted(self._root.glob(f"*{JOB_SUFFIX}/{MESSAGES}")):
+            yield path.parent.stem
+        for path in sorted(self._root.glob(f"*{JOB_SUFFIX}/r*/{MESSAGES}")):
+            yield f"{path.parent.parent.stem}.{path.parent.name}"
 
     def make(self, row: JobRow) -> Future[str]:
         """The task itself; its result says what went wrong on the way to the archive, "" for nothing."""
@@ -87,17 +125,28 @@ class Results:
             self._sender.poke()
         return replace(row, archive="queued")
 
+    def _passes(self, row: JobRow, error: BaseException) -> bool:
+        """No worker, no room on the disk: that passes, and what the images are made of is kept meanwhile."""
+        kept = (self._root / row.folder / MESSAGES).exists()
+        return isinstance(error, JobFailed) or (isinstance(error, ImageFileError) and kept)
+
     def close(self) -> None:
         """Wait for what is being done, within reason; the next server goes on with the rest."""
         with self._lock:
-            left = set(self._working)
+            left = {future for future in self._working.values() if future is not None}
         if wait(left, timeout=CLOSE_SECONDS).not_done:
             log.warning("event=results_incomplete jobs=%d", len(left))
 
     def _done(self, row: JobRow, future: Future[str]) -> None:
-        with self._lock:
-            self._working.discard(future)
         error = future.exception()
+        with self._lock:
+            tries = self._tried.pop(row.id, (0, 0.0))[0] + 1
+            if error is not None:
+                self._tried[row.id] = (tries, time.monotonic() + FIRST_PAUSE * 2 ** (tries - 1))
+            self._working.pop(row.id, None)
+        if error is not None and self._passes(row, error) and tries < MOST_TRIES:
+            log.warning("event=images_later job=%s try=%d error=%r", row.id, tries, reason_of(_plain(error)))
+            return
         if error is not None:
             log.error("event=images_not_kept job=%s error=%r", row.id, reason_of(_plain(error)))
         if row.archive == "due":

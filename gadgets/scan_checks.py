@@ -75,6 +75,9 @@ def complete(
         )
     keep_slice = ~few.all(axis=1)
     keep_state = ~few[keep_slice].any(axis=0)
+    whole = ~few.any(axis=1)  # slices with all their states: a scan that broke off in the last slice has many
+    if int(whole.sum()) * len(states) > int(keep_slice.sum()) * int(keep_state.sum()):
+        keep_slice, keep_state = whole, np.ones(len(states), bool)
     if not keep_state.any():
         raise SortError("no state is complete in all slices", where="states", got=f"{int(few.sum())} incomplete images")
     keep = keep_slice[imaging.slice] & keep_state[imaging.state]

@@ -19,18 +19,20 @@ def facts_of(chain: Chain) -> ScanFacts:
     groups = {name: getattr(chain, name) for name in GROUPS} | {"method": chain.settings}
     settings = {name: asdict(group) for name, group in groups.items() if is_dataclass(group) and not isinstance(group, type)}
     plain = json.loads(json.dumps(settings, default=str))
-    return ScanFacts(chain=chain.name, settings={"name": chain.method, **plain}, weights=_weights(chain.settings))
+    return ScanFacts(
+        chain=chain.name, settings={"name": chain.method, **plain}, weights=_weights(chain.method, chain.settings)
+    )
 
 
-def _weights(settings: Any) -> str:
+def _weights(method: str, settings: Any) -> str:
     """As the JSON beside the weights states it (whoever loads them checks that it is true)."""
     name = getattr(settings, "weights", None)
     if not isinstance(name, str) or not name:
         return ""
-    from recon_core.methods.pinqi.installed import find_weights
+    from recon_core.installed_weights import find_installed
 
     try:
-        stated = json.loads(find_weights(name).read_text(encoding="utf-8"))
+        stated = json.loads(find_installed(name, method).read_text(encoding="utf-8"))
     except (ReconError, OSError, ValueError):
         return ""  # the method says what is wrong with them
     return str(stated.get("sha256", "")) if isinstance(stated, Mapping) else ""

@@ -48,6 +48,8 @@ class ScanLog:
     """
 
     replayed = False  # whether somebody waits at a console for what comes of it
+    behind = False  # whether scans of scanners go first although somebody waits
+    cut = ""  # how the scan broke off, where its end never came and it is reconstructed all the same
 
     def __init__(self, spool: Spool, peer: str) -> None:
         self._spool = spool

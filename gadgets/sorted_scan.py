@@ -12,7 +12,7 @@ from gadgets.buffer_settings import AcquisitionSettings
 from gadgets.geometry import Geometry
 from gadgets.readouts import Headers, ReadoutGeometry, flag_mask
 from gadgets.wire.dtypes import Flag
-from gadgets.wire.header import Encoding, MrdHeader
+from gadgets.wire.header import Encoding, Limit, MrdHeader
 from recon_core.types import ScanInfo
 
 STATE_COUNTERS = ("repetition", "set", "contrast", "phase")
@@ -173,11 +173,14 @@ def echo_times(header: MrdHeader, states: tuple[Mapping[str, int], ...]) -> tupl
     return ()
 
 
-def times_by_counter(times: tuple[float, ...], states: tuple[Mapping[str, int], ...]) -> tuple[float, ...]:
+def times_by_counter(
+    times: tuple[float, ...], states: tuple[Mapping[str, int], ...], limits: Mapping[str, Limit] | None = None
+) -> tuple[float, ...]:
     """One of ``times`` per state: by the counter that has as many different values as there are times.
 
-    When several counters have, the first of contrast, set, repetition, phase counts. One time holds for all states. Empty
-    when nothing fits.
+    When several counters have, the first of contrast, set, repetition, phase counts. One time holds for all states. Where images are
+    missing, the header's ``limits`` tell which counter was to have as many values, and its value which time an image has. Empty when
+    nothing fits.
     """
     if len(times) == 1:
         return times * len(states)
@@ -186,7 +189,15 @@ def times_by_counter(times: tuple[float, ...], states: tuple[Mapping[str, int], 
         if times and len(values) == len(times) and all(name in s for s in states):
             return tuple(times[values.index(s[name])] for s in states)
     # all times, one for each state: a state axis made of several counters
-    return times if len(times) == len(states) else ()
+    if len(times) == len(states):
+        return times
+    for name in ("contrast", "set", "repetition", "phase"):
+        limit = (limits or {}).get(name)
+        if times and limit is not None and limit.maximum - limit.minimum + 1 == len(times):
+            places = [s.get(name, -1) - limit.minimum for s in states]
+            if all(0 <= place < len(times) for place in places):
+                return tuple(times[place] for place in places)
+    return ()
 
 
 def saturation_list(header: MrdHeader) -> tuple[float, ...]:

@@ -127,7 +127,7 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
     log.notes.extend(dict.fromkeys(note for g in geometry for note in g.notes))
     moving_note(headers, imaging, slices, log)
     log.notes.extend(calibration_notes(imaging, calibration, slices, encoding.encoded_matrix[:2], settings))
-    inversions, told = inversion_times(header, states, source, settings)
+    inversions, told = inversion_times(header, states, source, settings, encoding.limits)
     log.notes.extend(told)
     return SortedScan(
         header=header,
@@ -148,7 +148,7 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
         source_headers=source,
         echo_times=echo_times(header, states),
         inversion_times=inversions,
-        saturation_times=times_by_counter(saturation_list(header), states),
+        saturation_times=times_by_counter(saturation_list(header), states, encoding.limits),
     )
 
 

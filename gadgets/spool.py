@@ -34,6 +34,7 @@ from gadgets.queries import versions as installed_versions
 from gadgets.scan_log import TEMPORARY_PREFIX
 from gadgets.scan_log import ScanLog as ScanLog
 from gadgets.scan_log import Status as Status
+from gadgets.state_folder import state_folder
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +47,7 @@ RECOUNT_SECONDS = 60.0
 
 def default_spool_root() -> Path:
     """``$XDG_STATE_HOME/recon-gadgets/spool``, by default below ``~/.local/state``."""
-    state = os.environ.get("XDG_STATE_HOME")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "recon-gadgets" / "spool"
+    return state_folder() / "spool"
 
 
 class Spool:

@@ -242,3 +242,20 @@ def laro(
     with progress_bars() as progress:
         result, weights = run(recipe, output, settings, PhaseBars(progress))
     _say_ended(result.finished, result.minutes, weights)
+
+
+@app.command()
+def laro_scan(
+    source: Annotated[list[Path], typer.Argument(help="Fully sampled 3D multi-echo raw data: MRD files or captures.")],
+    output: Annotated[Path, typer.Option(help="Folder of scans; what it holds stays.")],
+    coils: Annotated[int, typer.Option(help="Virtual coils that are kept.", min=2)] = 8,
+    group: Annotated[str, typer.Option(help="Group of the raw data in an MRD file.")] = "dataset",
+) -> None:
+    """Make training scans of measured data: recon train laro --scans FOLDER learns from three or more of them."""
+    from gadgets.training_scans import convert
+
+    def tell(words: str) -> None:
+        out.print(words, markup=False, highlight=False, soft_wrap=True)
+
+    for path in convert(source, output, coils=coils, group=group, tell=tell):
+        tell(str(path))

@@ -128,15 +128,18 @@ class Observer:
     def _run(self) -> None:
         while True:
             last = self._stop.wait(SECONDS)
-            for recorder in self._watched():
-                self._write(recorder)
-                try:
-                    self._settle(recorder, anyhow=last)
-                except Exception as error:
-                    self._trouble(error)
+            self._look(last)
             self._write_status()
             if last:
                 return
+
+    def _look(self, last: bool) -> None:
+        for recorder in self._watched():
+            self._write(recorder)
+            try:
+                self._settle(recorder, anyhow=last)
+            except Exception as error:
+                self._trouble(error)
 
     def _write(self, recorder: JobRecorder) -> None:
         try:

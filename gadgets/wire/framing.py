@@ -131,6 +131,11 @@ class FrameParser:
         return found
 
     @property
+    def boundary(self) -> int:
+        """Stream position behind the last whole message (of a stream that is not ``lost``)."""
+        return self._start if self.in_message else self.offset
+
+    @property
     def in_message(self) -> bool:
         """Whether part of a message has come and the rest of it has not."""
         return self.offset > self._start and not (self.lost or self.closed)
@@ -155,6 +160,12 @@ class FrameParser:
         """
         if self.in_message:
             raise self.incomplete(Disconnected, "the peer closed the connection")
+
+    def close(self) -> None:
+        """Frame nothing more, and let go of what refers back to this parser, so that its memory is free with its last reference."""
+        self.closed = True
+        self._machine.close()
+        self._readers = {}
 
     # -- taking bytes ---------------------------------------------------------------------------------------------------
 

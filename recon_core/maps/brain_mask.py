@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 class BrainMaskSettings:
     """How a brain is told from scalp, skull and air."""
 
-    opening: float = setting(0.004, "What is thinner than twice this is not brain", unit="m", low=0.0, high=0.02)
+    opening: float = setting(0.006, "What is thinner than twice this is not brain", unit="m", low=0.0, high=0.02)
     closing: float = setting(0.004, "Clefts narrower than twice this belong to the brain", unit="m", low=0.0, high=0.02)
     threshold: float = setting(
         0.0, "Least magnitude, as a part of the 99.9th percentile; 0 chooses (Otsu)", low=0.0, high=1.0

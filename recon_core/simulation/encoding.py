@@ -90,5 +90,27 @@ def smooth_field(grid: Grid, rng: np.random.Generator, strength: float, order: i
     return np.asarray(strength * total / max(float(np.abs(total).max()), 1e-9), dtype=np.float32)
 
 
+def harmonic_field(grid: Grid, rng: np.random.Generator, strength: float) -> FloatArray:
+    """Random solid harmonics of the first three orders with zero mean and peak ``strength``: what magnet and shim leave.
+
+    Sources outside an object make nothing else inside it. (`smooth_field` is no such field: to a susceptibility map it would be sources
+    everywhere.)
+    """
+    size = max(float(np.abs(a).max()) for a in (grid.z, grid.y, grid.x))
+    z, y, x = np.meshgrid(*(a / max(size, 1e-9) for a in (grid.z, grid.y, grid.x)), indexing="ij", sparse=True)
+    squares = x**2 + y**2
+    terms = (
+        x, y, z,
+        x * y, y * z, x * z, x**2 - y**2, 2 * z**2 - squares,
+        x**3 - 3 * x * y**2, 3 * x**2 * y - y**3, z * (x**2 - y**2), x * y * z,
+        x * (4 * z**2 - squares), y * (4 * z**2 - squares), z * (2 * z**2 - 3 * squares),
+    )  # fmt: skip
+    total = np.zeros(grid.shape)
+    for term in terms:
+        total = total + rng.normal() * term
+    total -= total.mean()
+    return np.asarray(strength * total / max(float(np.abs(total).max()), 1e-9), dtype=np.float32)
+
+
 def _unit(axis: NDArray[np.float64]) -> NDArray[np.float64]:
     return axis / max(float(np.abs(axis).max()), 1e-9)

@@ -6,6 +6,7 @@ Slurm itself is missing: ``srun`` is a script that starts one task.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -54,6 +55,16 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
+def descendants_of(family: list[psutil.Process], command: str) -> list[psutil.Process]:
+    """The processes of a family below the one that was started with these words."""
+    found: dict[int, psutil.Process] = {}
+    for process in family:
+        program, *words = process.cmdline()[1:]  # behind the interpreter
+        if f"{Path(program).name} {' '.join(words)}".startswith(command):
+            found |= {child.pid: child for child in process.children(recursive=True)}
+    return list(found.values())
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_job_reconstructs_and_ends(tmp_path: Path, environment: dict[str, str]) -> None:
@@ -69,6 +80,7 @@ def test_the_job_reconstructs_and_ends(tmp_path: Path, environment: dict[str, st
             client = StrictClient("127.0.0.1", int(environment["RECON_PORT"]), timeout=120.0)
             answer = client.scan("fourier", header=scan.header, messages=scan.messages)
             family = psutil.Process(job.pid).children(recursive=True)
+            workers = {process.pid for process in descendants_of(family, "dask worker")}
         finally:
             job.send_signal(signal.SIGTERM)
         assert job.wait(120.0) == 0, log.read_text()[-3000:]
@@ -76,6 +88,9 @@ def test_the_job_reconstructs_and_ends(tmp_path: Path, environment: dict[str, st
     assert np.isfinite(stack(answer.images, 1)).all()
     said = log.read_text()
     assert "event=cluster_size tasks=1" in said  # the server and the worker have found each other
+    done = re.findall(r"event=done_by_cluster task=slice-(\d+) by=\S+:(\d+) failed=False", said)
+    assert sorted(number for number, _ in done) == ["0000", "0001"], "each slice once, on the cluster and not in the server"
+    assert {int(process) for _, process in done} <= workers
     assert len(family) >= 3
     _, alive = psutil.wait_procs(family, timeout=30.0)
     assert not alive

@@ -24,7 +24,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from gadgets import cli
+from gadgets import replay_cli
 from gadgets.capture import sidecar
 from gadgets.chain import chain_names, load_chain
 from gadgets.wire import codec
@@ -211,8 +211,10 @@ def test_run_keeps_what_the_method_tells_and_counts_previews_apart(scan: Simulat
 def test_the_bar_follows_the_servers_words() -> None:
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=120, color_system=None)
-    with Progress(TextColumn("{task.description}"), cli._Count(), cli._Left(), console=console, auto_refresh=False) as bar:
-        sent, tell = cli._readouts_bar(bar), cli._reconstruction_bar(bar)
+    with Progress(
+        TextColumn("{task.description}"), replay_cli.Count(), replay_cli.Left(), console=console, auto_refresh=False
+    ) as bar:
+        sent, tell = replay_cli.readouts_bar(bar), replay_cli.reconstruction_bar(bar)
         sent(5, 10)
         tell("WRN something else\n")
         assert len(bar.tasks) == 1

@@ -5,18 +5,20 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from gadgets.capture import read_capture, sidecar
 from gadgets.relay import SERVER
 from gadgets.service import Service
 from gadgets.wire import codec
 from gadgets.wire.dtypes import Flag
 from gadgets.wire.events import Image
 from tests.e2e.scans import SimulatedScan, ask, encoded, imaging_part, in_memory
-from tests.gadgetron_stand_in import Received, connected, executed, message, session
+from tests.gadgetron_stand_in import GadgetronCrashed, Received, connected, executed, message, session
 from tests.gadgets.test_node import recorded
 from tests.strict_client import StrictClient
 from tests.wire.conftest import CAPTURES
@@ -136,6 +138,35 @@ def test_executed_with_an_unknown_chain(service: Service) -> None:
     with executed("t1_map", environment={SERVER: f"127.0.0.1:{service.port}"}) as (node, _):
         (error,) = session(node, recorded("acquisitions", configuration())).errors
     assert error.startswith("UnknownChain") and "cg_sense" in error
+
+
+def test_executed_and_killed(service: Service) -> None:
+    """Gadgetron itself does not survive that; the server does, and has what came."""
+    known = set(service.spool.captures())
+    stream = recorded("acquisitions", configuration(prewhiten=False))
+    with executed("llr", environment={SERVER: f"127.0.0.1:{service.port}"}) as (node, process):
+        node.sendall(stream[: len(stream) // 2])
+        deadline = time.monotonic() + 120.0
+        while not (service.server.n_connections and unfinished(service)):
+            assert time.monotonic() < deadline, "nothing reached the server"
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        with pytest.raises(GadgetronCrashed):
+            session(node, stream[len(stream) // 2 :])
+    while not (left := set(service.spool.captures()) - known):
+        assert time.monotonic() < deadline, "the capture is not ended"
+        time.sleep(0.01)
+    assert {read_capture(path).status for path in left} == {"truncated"}
+    received = session(connected(service.port), recorded("acquisitions", configuration(chain="llr", prewhiten=False)))
+    assert_same(received.images, by_client(service, "llr", prewhiten=False))
+
+
+def unfinished(service: Service) -> list[Path]:
+    """Captures that grow, with a header at least."""
+    root = service.spool.root
+    assert root is not None
+    return [path for path in root.glob("*.mrd") if not sidecar(path).exists() and path.stat().st_size > 5000]
 
 
 def test_executed_and_the_server_dies_in_the_middle_of_an_image() -> None:

@@ -21,12 +21,14 @@ from typer.testing import CliRunner
 
 from gadgets.cli import app
 from gadgets.errors import CaptureGone, ImageFileError, RetryFailed
+from gadgets.fair_queue import REPLAY, SCAN
 from gadgets.image_file import read_images
 from gadgets.jobs_cli import archives
 from gadgets.journal import JobRow, Journal, UnknownJob
 from gadgets.pacs import Destination, PacsError
 from gadgets.pacs_queue import Queue
 from gadgets.pacs_sender import Sender
+from gadgets.replay import replay
 from gadgets.results import Archives
 from gadgets.retry import retry
 from gadgets.service import Service, ServiceOptions, reconstruct_row
@@ -181,6 +183,17 @@ def test_without_a_server_a_retry_runs_here(site: Service, scan: SimulatedScan, 
     assert again.state == "sent" and again.attempts == 1
     np.testing.assert_array_equal(file_stack(images), stack(answer.images, 2))
     assert not list(root.glob(".owner*"))
+
+
+@pytest.mark.parametrize(("behind", "priority"), [(True, REPLAY), (False, SCAN)])
+def test_a_replay_is_computed_behind_scanners_where_it_says_so(
+    site: Service, scan: SimulatedScan, behind: bool, priority: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, row = asked(site, scan, "fourier")
+    scope, seen = site.jobs.scope, list[int]()
+    monkeypatch.setattr(site.jobs, "scope", lambda chosen=SCAN: seen.append(chosen) or scope(chosen))
+    done = replay(spool_of(site) / row.capture, port=site.port, behind=behind)
+    assert done.n_images == 4 and seen[0] == priority
 
 
 def test_commands(site: Service, scan: SimulatedScan, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from gadgets.buffer import AcquisitionSettings, sort_readouts
 from gadgets.inversion_times import inversion_times
 from gadgets.sorted_scan import SortedScan
-from gadgets.wire.header import MrdHeader
+from gadgets.wire.header import Limit, MrdHeader
 from recon_core.errors import SettingError
 from tests.gadgets.scan_factory import mrd_header, readout_headers
 
@@ -52,6 +52,20 @@ def test_the_headers_list_counts_when_it_fits_the_images() -> None:
     listed = tuple(0.1 * (i + 1) for i in range(8))
     scan = sort(header(inversion_times=listed), molli_readouts())
     assert times(scan) == pytest.approx(listed) and not any("inversion times" in note for note in scan.notes)
+
+
+@pytest.mark.parametrize("present", [(0, 1, 2, 3, 4), (1, 2, 6), (7,)])
+def test_where_images_are_missing_the_limits_tell_whose_times_those_are(present: tuple[int, ...]) -> None:
+    listed = tuple(0.1 * (i + 1) for i in range(8))
+    headers = molli_readouts()
+    headers = headers[np.isin(headers["idx"]["set"], present)]
+    announced = header(inversion_times=listed, limits={"set": Limit(0, 7, 0)})
+    scan = sort(announced, headers, incomplete="drop", inversion_time_source="header")
+    assert times(scan) == pytest.approx([listed[number] for number in present])
+    # without a word of the header about it nobody guesses
+    for other in ({}, {"set": Limit(0, 6, 0)}, {"set": Limit(1, 8, 1)} if 0 in present else {}):
+        scan = sort(header(inversion_times=listed, limits=other), headers, incomplete="drop", inversion_time_source="header")
+        assert times(scan) == ()
 
 
 def test_numbered_user_parameters_come_before_the_list() -> None:

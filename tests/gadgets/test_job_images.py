@@ -6,6 +6,8 @@ import errno
 import logging
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -90,3 +92,34 @@ def test_a_place_where_nothing_can_be_made(tmp_path: Path) -> None:
     log.append(count_image(1))
     log.close()
     assert log.failed
+
+
+NO_ROOM = """
+import os, resource, signal, sys
+from pathlib import Path
+from gadgets.errors import ImageFileError
+from gadgets.job_images import write_image_file
+
+folder, before = Path(sys.argv[1]), len(os.listdir("/proc/self/fd"))
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
+try:
+    write_image_file(folder)
+except ImageFileError as error:
+    print(type(error).__name__)
+assert [path.name for path in folder.iterdir()] == ["images.messages"], "to be tried again"
+assert len(os.listdir("/proc/self/fd")) == before
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+print(write_image_file(folder))
+"""
+
+
+def test_a_disk_that_fills_up_while_the_image_file_is_written(tmp_path: Path) -> None:
+    """HDF5 would keep the file open, say so again and again, and refuse to make it when there is room."""
+    folder = kept(tmp_path / "a.job", *(count_image(n) for n in range(1, 21)))
+    command = [sys.executable, "-c", NO_ROOM, str(folder)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stdout.split() == ["ImageFileError", "20"], ended.stderr
+    assert ended.stderr == ""
+    assert len(list(read_images(folder / "images.h5"))) == 20

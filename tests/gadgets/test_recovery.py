@@ -384,10 +384,29 @@ def test_a_retry_with_an_unknown_chain_fails_with_its_reason(site: Site) -> None
     assert row.state == "failed" and "no such chain" in row.why and scan is None
 
 
-def test_a_retry_of_a_cut_scan_fails_with_its_reason(site: Site) -> None:
-    row, _ = retried(site, SESSION[:-2], {}, "failed")
-    assert row.state == "failed" and "before its CLOSE" in row.why
-    assert row.images(site.root) is None
+@pytest.mark.parametrize(("missing", "n_readouts"), [(2, 5), (3, 4), (2 + len(data(2)), 3), (2 + len(data(2)) + 1, 2)])
+def test_a_retry_of_a_cut_scan_takes_what_is_whole(site: Site, missing: int, n_readouts: int) -> None:
+    row, scan = retried(site, SESSION[:-missing], {}, "failed")
+    assert (row.state, row.n_readouts, row.n_images) == ("sent", n_readouts, 1)
+    assert pixel(site.root, row) == n_readouts
+    assert scan.raw.cut == f"the scan broke off after {n_readouts} readouts"
+
+
+def test_a_retry_of_a_whole_scan_is_not_of_a_cut_one(site: Site) -> None:
+    _, scan = retried(site, SESSION, {})
+    assert scan.raw.cut == ""
+
+
+UNREADABLE = {
+    "half a header": codec.config_file("fourier") + codec.header(HEADER)[:-5],
+    "no message": SESSION[: -2 - len(data(2))] + b"\xff\xff" + data(2),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_to_its_end_is_no_cut_scan(site: Site, name: str) -> None:
+    row, _ = retried(site, UNREADABLE[name], {}, "failed")
+    assert row.state == "failed" and row.why and row.images(site.root) is None
 
 
 def test_an_older_result_is_replaced_whole(site: Site) -> None:

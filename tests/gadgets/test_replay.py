@@ -163,6 +163,15 @@ def test_rate_plays_at_scanner_speed(served: Served) -> None:
     assert result.send_seconds >= 0.199 and result.readouts_per_second <= 81 / 0.199
 
 
+def test_a_replay_may_stand_behind_scanners(served: Served) -> None:
+    raw = CAPTURES / "replayed.h5"
+    plain, behind = (replay(raw, port=served.server.port, config="fourier", behind=chosen) for chosen in (False, True))
+    assert [scan.raw.behind for scan in served.scans] == [False, True]
+    assert plain.texts == behind.texts == [] and plain.n_images == behind.n_images == 1
+    first, second = (stored for stored, _ in served.captures())
+    assert second == codec.query("recon::behind", 7) + first
+
+
 def test_the_noise_measurement_is_asked_for_first(served: Served) -> None:
     source = CAPTURES / "replayed_with_noise_dependency.h5"
     assert replay(source, port=served.server.port, config="fourier").noise is None

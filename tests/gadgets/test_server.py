@@ -143,6 +143,7 @@ def test_query_first_and_alone(served: Served) -> None:
         ("gadgetron::cuda::memory", "."),
         ("gadgetron::cuda::capabilities", "."),
         ("recon::info", "torch"),
+        ("recon::behind", "scanners go first"),
         ("recon::chains", "^" + "\n".join(CHAINS) + "$"),
         ("gadgetron::__class__", "^Unknown query$"),
         ("", "^Unknown query$"),

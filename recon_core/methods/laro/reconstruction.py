@@ -24,6 +24,9 @@ ROUNDING = 2e-3
 """Normalisation inside the network and solvers that stop at a tolerance amplify float32's last bit where there is no signal."""
 FIDELITY = 0.2
 """What it has learned stays in images of complete data as well."""
+LEAST_OBJECT = 0.05
+"""RMS of a plane against the brightest tissue: one in a hundred of its pixels at half brightness."""
+
 REHEARSAL = {"unrolls": "1", "start": "cg_sense"}
 
 BYTES_PER_FEATURE = 4 * 6
@@ -91,25 +94,44 @@ def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, setti
     first = _first_images(start, problem, planes, trained.amplitude, report)
     images = torch.empty_like(planes.rhs)
     change = torch.zeros((), dtype=torch.float64, device=images.device)
+    air = planes_of_air(first / trained.amplitude, problem.noise) & planes.is_3d
     for chosen in planes.groups(trained, settings.memory_mb):
         operator = Planes(planes.maps[chosen], planes.sampling, planes.axes)
         with torch.no_grad():
-            images[chosen] = trained.network(operator, planes.rhs[chosen], first[chosen], settings.unrolls)[-1]
+            found = trained.network(operator, planes.rhs[chosen], first[chosen], settings.unrolls)[-1]
+            images[chosen] = torch.where(air[chosen, None, None, None], first[chosen], found)
             change += (planes.rhs[chosen] - operator.normal(images[chosen])).abs().double().square().sum()
         report.progress(0.5 + 0.5 * chosen.stop / len(images), NAME)
     if not bool(torch.isfinite(torch.view_as_real(images)).all()):
         raise NumericalError("the network's result is not finite", where=where, remedy="The chain's fallback can answer")
     size = planes.rhs.abs().double().square().sum()
-    found = planes.leave(images)[torch.argsort(order)] * (problem.scale / trained.amplitude)
+    series = planes.leave(images)[torch.argsort(order)] * (problem.scale / trained.amplitude)
     report.progress(1.0)
     return Result(
-        images=(ImageSeries("image", found.to(torch.complex64), _origin(trained)),),
+        images=(ImageSeries("image", series.to(torch.complex64), _origin(trained)),),
         quality={
             "iterations": float(settings.unrolls or trained.network.settings.unrolls),
             "residual": float((change / size).sqrt()) if float(size) > 0 else 0.0,
             "noise": problem.noise,
         },
     )
+
+
+def planes_of_air(images: Tensor, noise: float) -> Tensor:
+    """Which planes ``(plane, echo, z, y)`` hold no object: bool ``(plane,)``.
+
+    The network's normalisation lifts whatever is in a plane to full size, and it has learned on planes with an object: of noise alone it
+    makes stripes. Such planes keep their first images.
+
+    Parameters
+    ----------
+    images
+        First images; the brightest tissue of the scan is near 1.
+    noise
+        Standard deviation of a complex sample, in these units.
+    """
+    rms = images.abs().square().mean((1, 2, 3)).sqrt()
+    return rms < max(LEAST_OBJECT, 2 * noise)
 
 
 def echo_order(kspace: KSpace, scan: ScanInfo, where: str) -> Tensor:

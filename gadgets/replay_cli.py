@@ -1,0 +1,170 @@
+"""``recon replay`` and ``recon run``: a file through a server, or through none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+from gadgets.jobs_cli import name_value_pairs
+from gadgets.state_folder import state_folder, torch_cache
+from gadgets.terminal import err, log_from, out
+
+
+def replay(
+    source: Annotated[Path, typer.Argument(help="MRD raw file (.h5) or a raw capture of the spool (.mrd).")],
+    config: Annotated[str | None, typer.Option("--config", "-c", help="Chain to ask for; a capture brings its own.")] = None,
+    host: Annotated[str, typer.Option("--host", "-a")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", "-p", min=1, max=65535)] = 9002,
+    output: Annotated[Path, typer.Option("--out", "-o", help="MRD image file to write.")] = Path("out.h5"),
+    rate: Annotated[float | None, typer.Option(help="Readouts per second, to play at scanner speed.", min=0.1)] = None,
+    montage: Annotated[Path | None, typer.Option(help="Folder for a PNG of each series.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; repeat for several.")] = None,
+    tls: Annotated[bool, typer.Option("--tls", help="Speak TLS; the server's certificate is verified.")] = False,
+    tls_ca: Annotated[Path | None, typer.Option(help="Authority (PEM) of the server's certificate; implies --tls.")] = None,
+    tls_cert: Annotated[Path | None, typer.Option(help="Our own certificate (PEM), where the server wants one.")] = None,
+    tls_key: Annotated[Path | None, typer.Option(help="Its key, where that is another file.")] = None,
+    tls_name: Annotated[str | None, typer.Option(help="Name in the server's certificate, where not the host's.")] = None,
+    behind: Annotated[bool, typer.Option("--behind", help="Let scans of scanners go first.")] = False,
+) -> None:
+    """Send raw data to a running server and keep the images that come back."""
+    from gadgets.replay import replay as run_replay
+    from gadgets.tls import client_tls
+
+    log_from("warning")
+    with _progress() as bar:
+        result = run_replay(
+            source, host=host, port=port, config=config, out=output, rate=rate, parameters=name_value_pairs(settings or []),
+            tls=client_tls(tls, tls_ca, tls_cert, tls_key, tls_name), behind=behind,
+            progress=readouts_bar(bar), on_text=reconstruction_bar(bar),
+        )  # fmt: skip
+    _show(result, output, montage)
+
+
+def run(
+    source: Annotated[
+        Path, typer.Argument(help="MRD raw file (.h5), a raw capture of the spool (.mrd), or -: an MRD stream on stdin.")
+    ],
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="Chain to reconstruct with; a capture brings its own.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--out", "-o", help="MRD image file to write.")] = Path("out.h5"),
+    montage: Annotated[Path | None, typer.Option(help="Folder for a PNG of each series.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; repeat for several.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
+    configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of sampling masks. [in the state folder]")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Compute processes; 0 computes in this one. Default: as many as the server has.", min=0),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Compute threads of each worker. As many as the server's give the same bits.", min=1)
+    ] = None,
+    job_folder: Annotated[
+        Path | None, typer.Option(help="Folder for loss curves, weights and figures of merit of the method.")
+    ] = None,
+    previews: Annotated[
+        bool, typer.Option("--previews/--no-previews", help="Put the chain's previews into the image file as well.")
+    ] = False,
+) -> None:
+    """Reconstruct a file here and now, through the same pipeline as the server, without one."""
+    from gadgets.replay import replay as run_replay
+    from gadgets.service import Service, ServiceOptions
+
+    torch_cache()
+    log_from("error")  # warnings come as the server's words as well
+    # the server's own defaults: sums depend on the number of threads in their last bits
+    options = ServiceOptions(
+        port=0, workers=workers, threads=threads, spool=None, configs=configs, device=device, previews=previews,
+        job_folder=job_folder, masks=masks or state_folder() / "masks",
+    )  # fmt: skip
+    if str(source) == "-":
+        from gadgets.stream import run_files
+
+        # a stream in, a stream out, unless a file was named
+        target = Path("-") if output == Path("out.h5") else output
+        run_files(source, target, config=config, settings=name_value_pairs(settings or []), options=options)
+        return
+    with Service(options) as service, _progress() as bar:
+        result = run_replay(
+            source, host=service.host, port=service.port, config=config, out=output,
+            parameters=name_value_pairs(settings or []), progress=readouts_bar(bar), on_text=reconstruction_bar(bar),
+        )  # fmt: skip
+    _show(result, output, montage)
+    if job_folder is not None and job_folder.is_dir():
+        out.print(f"what the method tells besides: {job_folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+class Count(MofNCompleteColumn):
+    """Pieces, or per cent where the total is no number of pieces."""
+
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.percentage:.0f} %") if "left" in task.fields else super().render(task)
+
+
+class Left(TimeRemainingColumn):
+    """The server's own estimate where it has one: it knows how many slices wait."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["left"]) if "left" in task.fields else super().render(task)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), Count(), TimeElapsedColumn(), Left(),
+        console=err, disable=not err.is_terminal,
+    )  # fmt: skip
+
+
+def readouts_bar(bar: Progress) -> Any:
+    """Follows the readouts that have been sent."""
+    task = bar.add_task("readouts", total=None)
+
+    def advance(done: int, total: int | None) -> None:
+        bar.update(task, completed=done, total=total)
+
+    return advance
+
+
+def reconstruction_bar(bar: Progress) -> Any:
+    """Follows the server's words about its progress; appears with the first of them."""
+    from gadgets.progress import read_progress_line
+
+    tasks: list[Any] = []
+
+    def tell(text: str) -> None:
+        said = read_progress_line(text)
+        if said is not None:
+            fraction, left = said
+            if not tasks:
+                tasks.append(bar.add_task("reconstruction", total=1.0, left=""))
+            bar.update(tasks[0], completed=fraction, left=f"about {left} left" if left else "")
+        elif tasks and text.startswith("INF "):
+            bar.update(tasks[0], completed=1.0, left="")
+
+    return tell
+
+
+def _show(result: Any, output: Path, montage: Path | None) -> None:
+    from gadgets.progress import read_progress_line
+
+    for line in result.texts:
+        if read_progress_line(line) is None:  # how far it was is no news now
+            err.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+    quick = f"; {result.n_previews} previews, first {result.seconds_to_first_preview:.3f} s" if result.n_previews else ""
+    out.print(
+        f"{result.n_images} images in {output} (group {result.group}); {result.readouts_per_second:.0f} readouts/s, "
+        f"first image {result.seconds_to_first_image:.3f} s and last {result.seconds_to_last_image:.3f} s after the last readout{quick}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if montage is not None:
+        from gadgets.montage import write_montages
+
+        for path in write_montages(output, montage, group=result.group):
+            out.print(str(path), markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,94 @@
+"""The accepting thread: nothing that one connection does ends it, and when it ends all the same, that is known."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gadgets.admission import Place
+from gadgets.listener import Listener
+from gadgets.service import Service, ServiceOptions
+from tests.gadgets.serving import serving
+from tests.gadgets.test_server import still_works
+from tests.monitor.site import monitoring
+
+
+def until(look: Callable[[], object], seconds: float = 120.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not look():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def break_socket(listener: Listener) -> None:
+    """As if the kernel had taken it away: every accept fails from now on."""
+    assert listener._socket is not None
+    listener._socket.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_listener_runs_from_start_to_stop() -> None:
+    listener = Listener("127.0.0.1", 0, lambda accepted, place: None)
+    assert not listener.running
+    listener.start()
+    assert listener.running
+    listener.stop()
+    assert not listener.running
+
+
+def test_a_listener_whose_socket_is_gone_does_not_run(caplog: pytest.LogCaptureFixture) -> None:
+    listener = Listener("127.0.0.1", 0, lambda accepted, place: None)
+    listener.start()
+    with caplog.at_level(logging.CRITICAL):
+        break_socket(listener)
+        until(lambda: not listener.running)
+    assert "event=listening_ended error=OSError" in caplog.text
+    listener.stop()
+
+
+def test_a_connection_that_fails_in_an_odd_way_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
+    places: list[Place] = []
+
+    def serve(accepted: socket.socket, place: Place) -> None:
+        places.append(place)
+        if len(places) == 1:
+            raise ValueError("odd")
+        accepted.sendall(b"served")
+        accepted.close()
+        place.leave()
+
+    listener = Listener("127.0.0.1", 0, serve)
+    listener.start()
+    try:
+        with socket.create_connection(("127.0.0.1", listener.port), timeout=20) as first:
+            assert first.recv(10) == b""
+        with socket.create_connection(("127.0.0.1", listener.port), timeout=20) as second:
+            assert second.recv(10) == b"served"
+        until(lambda: len(listener.places) == 0)  # both have given theirs back
+        assert listener.running
+    finally:
+        listener.stop()
+    assert "event=dropped error=ValueError" in caplog.text
+
+
+def test_a_server_without_its_thread_says_so_and_ends(tmp_path: Path) -> None:
+    with serving(tmp_path) as served:
+        still_works(served)
+        assert served.server.is_listening
+        break_socket(served.server._listener)
+        until(lambda: not served.server.is_listening)
+
+
+def test_healthz_says_that_nobody_is_let_in(tmp_path: Path) -> None:
+    options = ServiceOptions(
+        port=0, workers=0, threads=1, spool=tmp_path / "spool", observe=True, min_free_bytes=0, rehearse=False
+    )
+    with Service(options) as service, monitoring(tmp_path, tmp_path / "spool") as site:
+        until(lambda: site.get("/healthz?check=server").code == 200)
+        break_socket(service.server._listener)
+        until(lambda: site.get("/healthz?check=server").code == 503)
+        assert site.get("/healthz").json["reasons"] == ["server: the server does not accept connections"]

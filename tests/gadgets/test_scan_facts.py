@@ -1,0 +1,44 @@
+"""What the journal learns of a chain: every setting, and which weights exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+
+from gadgets.chain import chain_names, load_chain
+from gadgets.scan_facts import facts_of
+from recon_core.installed_weights import find_installed
+
+TRAINED = [name for name in chain_names() if getattr(load_chain(name).settings, "weights", "")]
+
+
+def test_there_are_trained_methods() -> None:
+    assert {load_chain(name).method for name in TRAINED} >= {"pinqi", "laro"}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_hash_is_that_of_the_file_of_weights(name: str) -> None:
+    chain = load_chain(name)
+    file = find_installed(chain.settings.weights, chain.method).with_suffix(".safetensors")
+    assert facts_of(chain).weights == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_weights_that_are_not_there_are_the_methods_to_complain_about() -> None:
+    chain = load_chain(TRAINED[0])
+    for named in ("no_such_weights", "../../etc/passwd"):
+        settings = replace(chain.settings, weights=named)
+        assert facts_of(replace(chain, settings=settings)).weights == ""
+
+
+@pytest.mark.parametrize("name", chain_names())
+def test_every_setting_is_there_and_plain(name: str) -> None:
+    facts = facts_of(load_chain(name, {"virtual_coils": "5"}))
+    preprocess = facts.settings["preprocess"]
+    assert facts.chain == name and isinstance(preprocess, dict) and preprocess["virtual_coils"] == 5
+    assert json.loads(json.dumps(facts.settings)) == facts.settings
+    assert set(facts.settings) == {"name", "acquisition", "preprocess", "coils", "maps", "output", "method"}
+    if name not in TRAINED:
+        assert facts.weights == ""
