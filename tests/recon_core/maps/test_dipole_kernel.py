@@ -63,9 +63,7 @@ def test_the_field_of_a_point_is_harmonic_where_its_nearest_image_changes_too() 
     """Half a box away from the point, a sum of the 27 nearest images has a jump there that many steps of PDF would blow up."""
     shape, voxel = (40, 36, 44), (2e-3, 3e-3, 2.5e-3)
     kernel = torch.fft.irfftn(point_dipole_spectrum(shape, voxel, OBLIQUE, DOUBLE), s=shape)
-    curvature = [
-        (kernel.roll(1, axis) + kernel.roll(-1, axis) - 2 * kernel) / side**2 for axis, side in enumerate(voxel)
-    ]
+    curvature = [(kernel.roll(1, axis) + kernel.roll(-1, axis) - 2 * kernel) / side**2 for axis, side in enumerate(voxel)]
     middle = tuple(slice(n // 2 - 3, n // 2 + 3) for n in shape)
     for axis in range(3):
         plane = tuple(middle[a] if a == axis else slice(None) for a in range(3))  # far from the point, around the change
