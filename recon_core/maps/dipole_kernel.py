@@ -126,7 +126,7 @@ def point_dipole_spectrum(shape: Sequence[int], voxel: Sequence[float], b0: Sequ
 
 
 EWALD = 0.42
-"""Longest voxel side over the width of the blurred point: its spectrum is 1e-6 at the highest frequency, and its field ends after ten voxels."""
+"""Longest voxel side over the width of the blurred point: its spectrum ends below the highest frequency, its field after ten voxels."""
 
 
 def _sharp_less_blurred(z: Tensor, y: Tensor, x: Tensor, b: Sequence[float], width: float) -> Tensor:
