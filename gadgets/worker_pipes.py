@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from concurrent.futures import Executor
@@ -51,8 +52,12 @@ class _Inside:
 
     def close(self) -> None:
         for end in self._ends:
-            with contextlib.suppress(OSError):
-                end.close()
+            # not by its own ``close``: that one forgets the number after closing it, and the manager, which wakes up by this, may close
+            # the same number again, when it is another file's
+            number, end._handle = end._handle, None
+            if number is not None:
+                with contextlib.suppress(OSError):
+                    os.close(number)
 
 
 def _watch(inside: _Inside) -> None:

@@ -37,7 +37,7 @@ class TVSettings:
     weight: float = setting(5e-5, "Weight of the total variation", unit="ppm", low=1e-8, high=1.0)
     penalty: float = setting(2e-2, "ADMM penalty of the gradient's copy: speed only", low=1e-6, high=100.0)
     data_penalty: float = setting(0.1, "ADMM penalty of the field's copy: speed only", low=1e-6, high=100.0)
-    max_iterations: int = setting(250, "Most steps", low=1, high=10000)
+    max_iterations: int = setting(400, "Most steps", low=1, high=10000)
     tolerance: float = setting(1e-3, "Relative change of the map to stop at", low=0.0, high=1.0)
 
 

@@ -20,7 +20,7 @@ from recon_core.methods.laro.weights import save_weights
 from recon_core.sampling.learned import FIXED
 from recon_core.sampling.mask_files import SamplingMask, read_mask, write_mask
 from recon_core.simulation.random_fields import sample_seed
-from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, scan_supply, typical_amplitude
+from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, scan_supply, typical_amplitude, typical_noise
 from recon_core.training.loop import Progress, TrainingResult, train
 from recon_core.training.png import write_png
 from recon_core.training.runs import (
@@ -189,6 +189,7 @@ class _Training:
         recipe = self.recipe
         facts: dict[str, Any] = {
             "amplitude": typical_amplitude(recipe, self.supply),
+            "noise": typical_noise(recipe, self.supply),
             "recipe": recipe.facts(),
             "seed": recipe.seed,
             "scans": "a folder" if self.settings.scans else "simulated heads (recon_core.simulation.multi_echo_brain)",

@@ -29,7 +29,7 @@ from recon_core.types import KSpace
 Tensor = torch.Tensor
 
 EVALUATION_SEED = 20230306  # of validation and test scans, whatever the training's seed is
-TYPICAL_SCANS = 3
+TYPICAL_SCANS, NOISE_SCANS = 3, 12
 SHOWN_ERROR = 10.0
 
 
@@ -383,6 +383,14 @@ def typical_amplitude(recipe: LaroRecipe, supply: ScanSupply) -> float:
         full = Planes(scan.coil_maps.movedim(-1, 0), every).forward(scan.images.movedim(-1, 0)).permute(1, 2, 3, 4, 0)
         scales.append(signal_scale(KSpace(full * every[:, None, :, :, None], every, coil_maps=scan.coil_maps)))
     return float(np.median(scales))
+
+
+def typical_noise(recipe: LaroRecipe, supply: ScanSupply) -> float:
+    """Geometric mean of the noise of simulated scans; of a folder's, of the first dozen."""
+    if isinstance(supply, ScanFolder):
+        return float(np.exp(np.mean([np.log(max(supply.scan("train", i).noise_std, 1e-9)) for i in range(NOISE_SCANS)])))
+    low, high = recipe.scans.noise
+    return float(np.sqrt(low * high))
 
 
 def _combined(images: Tensor) -> Tensor:

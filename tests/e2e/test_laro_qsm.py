@@ -1,7 +1,7 @@
 """``laro_qsm`` with the learned masks that ship: readouts at their positions to R2* and susceptibility, through the running server.
 
 The truth is that of the simulated head. How well a method may do is measured, not guessed: by the same maps of the noise-free, fully
-sampled images, and by ``llr_qsm`` on the same readouts.
+sampled images.
 """
 
 from __future__ import annotations
@@ -51,10 +51,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def answers(server: Service) -> dict[tuple[str, str], Answer]:
-    """The same readouts to both chains, at R = 8 and R = 4."""
-    asked = (("laro_qsm", EIGHT), ("llr_qsm", EIGHT), ("laro_qsm", FOUR))
-    return {(chain, mask): ask(server, chain, learned_mask_scan(mask, seed=SEED)) for chain, mask in asked}
+def answers(server: Service) -> dict[str, Answer]:
+    """At R = 8 and R = 4, by the mask's name."""
+    return {mask: ask(server, "laro_qsm", learned_mask_scan(mask, seed=SEED)) for mask in (EIGHT, FOUR)}
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +88,8 @@ def nuclei(chi: NDArray[np.float64]) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("mask", [EIGHT, FOUR])
-def test_images_and_maps_arrive_with_units_windows_and_geometry(answers: dict[tuple[str, str], Answer], mask: str) -> None:
-    answer, scan, brain = answers["laro_qsm", mask], learned_mask_scan(mask, seed=SEED), head(SEED)
+def test_images_and_maps_arrive_with_units_windows_and_geometry(answers: dict[str, Answer], mask: str) -> None:
+    answer, scan, brain = answers[mask], learned_mask_scan(mask, seed=SEED), head(SEED)
     assert not complaints(answer)
     n_samples = int(read_mask(WEIGHTS / f"{mask}.h5").mask.sum())
     assert any(f"all {n_samples} samples are those of mask '{mask}'" in text for text in answer.texts)
@@ -106,37 +105,36 @@ def test_images_and_maps_arrive_with_units_windows_and_geometry(answers: dict[tu
             np.testing.assert_array_equal(found[role].header[name], combined.header[name], err_msg=f"{role} {name}")
     chi = meta(found["QSM"])
     assert (int(chi["WindowCenter"][0]), int(chi["WindowWidth"][0])) == (0, 300)
-    assert (float(chi["RescaleSlope"][0]), float(chi["RescaleIntercept"][0])) == (0.5, -1024.0)
+    slope = float(chi["RescaleSlope"][0])  # coarser where single voxels exceed 1023 ppb
+    assert slope in (0.5, 1.0, 2.0) and float(chi["RescaleIntercept"][0]) == -2048 * slope
     extent = [n * 1e3 * v for n, v in zip(brain.brain.shape, brain.voxel, strict=True)]
     assert list(combined.header["field_of_view"]) == pytest.approx(extent[::-1], rel=1e-4)
     assert scan.stream.truth.mask.shape[1:] == brain.brain.shape[:2]
 
 
-def test_the_maps_are_those_of_the_head(answers: dict[tuple[str, str], Answer], best: NDArray[np.float64]) -> None:
-    """Bounds: the noise-free, fully sampled map has 0.81, llr at R = 8 has 0.41 (noise, and a mask from its own images), and laro
-    may have no less."""
+def test_the_maps_are_those_of_the_head(answers: dict[str, Answer], best: NDArray[np.float64]) -> None:
+    """The noise-free, fully sampled map has correlation 0.85 and slope 0.92; found: 0.55, 0.89 (R = 8) and 0.80, 0.89 (R = 4)."""
     brain = head(SEED)
     full = correlation(best)
     slope, r2 = nuclei(best)
     assert full > 0.75 and 0.85 < slope < 1.1 and r2 > 0.98
-    found = {key: values(maps_of(answer)["QSM"]) / 1e3 for key, answer in answers.items()}
-    laro8, llr8, laro4 = (found[key] for key in (("laro_qsm", EIGHT), ("llr_qsm", EIGHT), ("laro_qsm", FOUR)))
-    assert correlation(laro8) > max(0.45 * full, 0.95 * correlation(llr8))
-    assert correlation(laro4) > max(0.65 * full, correlation(laro8))
-    for chi, least in ((laro8, 0.6), (laro4, 0.75)):
+    found = {mask: values(maps_of(answer)["QSM"]) / 1e3 for mask, answer in answers.items()}
+    eight, four = found[EIGHT], found[FOUR]
+    assert correlation(eight) > 0.5 * full and correlation(four) > max(0.75 * full, correlation(eight))
+    for chi, least in ((eight, 0.7), (four, 0.75)):
         slope, r2 = nuclei(chi)
         assert least < slope < 1.1 and r2 > 0.93
     white = (brain.labels.numpy() == LABELS["white"]) & brain.brain.numpy()
-    for key, answer in answers.items():
+    for mask, answer in answers.items():
         found_maps = maps_of(answer)
         inside = np.isfinite(values(found_maps["BRAINMASK"]))
         both = 2 * (inside & brain.brain.numpy()).sum() / (inside.sum() + brain.brain.sum())
-        assert both > 0.92, key  # the sulci's fluid at the surface is not in the true mask's opening
+        assert both > 0.88, mask  # voxels of 5.5 mm, and the sulci's fluid at the surface is not in the true mask's opening
         rate = values(found_maps["R2STAR"])[white]
-        assert np.nanmedian(rate) == pytest.approx(np.median(brain.r2star.numpy()[white]), rel=0.04), key
+        assert np.nanmedian(rate) == pytest.approx(np.median(brain.r2star.numpy()[white]), rel=0.04), mask
         local = values(found_maps["LOCALFIELD"])
         where = np.isfinite(local) & brain.brain.numpy()
-        assert np.corrcoef(local[where], brain.local_field.numpy()[where])[0, 1] > (0.45 if EIGHT in key else 0.6), key
+        assert np.corrcoef(local[where], brain.local_field.numpy()[where])[0, 1] > (0.45 if mask == EIGHT else 0.6), mask
 
 
 def test_what_was_sampled_besides_the_mask_is_named(server: Service) -> None:

@@ -6,7 +6,7 @@ from scipy.optimize import curve_fit
 
 from recon_core.errors import DataError, SettingError
 from recon_core.simulation import coils, schedule, signal
-from recon_core.simulation.encoding import correlated_noise, encode, pixel_mean, to_image
+from recon_core.simulation.encoding import correlated_noise, encode, harmonic_field, pixel_mean, to_image
 from recon_core.simulation.options import settings_for
 from recon_core.simulation.phantoms import Grid, centred_axis
 from recon_core.simulation.scan import simulate_scan
@@ -195,6 +195,18 @@ def test_multi_echo_gives_decay_and_field_back() -> None:
         assert np.median(r2star) == pytest.approx(np.median(truth.maps["r2star"][0][inside]), rel=0.03)
         field = np.angle(second * first.conj()) / (2 * np.pi * echo)
         assert np.median(np.abs(field - truth.maps["field"][0][inside])) < 1.0 < np.ptp(truth.maps["field"][0][inside])
+
+
+def test_what_the_magnet_leaves_is_harmonic() -> None:
+    """Sources outside the object make it: nothing of it may look like susceptibility inside. Cubic: second differences are exact."""
+    axes = [centred_axis(n, n * side) for n, side in ((20, 0.004), (32, 0.003), (24, 0.0025))]
+    field = harmonic_field(Grid(*axes), np.random.default_rng(3), 40.0).astype(np.float64)
+    assert np.abs(field).max() == pytest.approx(40.0, rel=1e-5) and abs(field.mean()) < 1e-4
+    inner = (slice(1, -1),) * 3
+    curvature = [
+        ((np.roll(field, 1, i) + np.roll(field, -1, i) - 2 * field) / (a[1] - a[0]) ** 2)[inner] for i, a in enumerate(axes)
+    ]
+    assert np.linalg.norm(sum(curvature)) < 0.01 * np.linalg.norm(curvature[0])
 
 
 def test_dipole_field_of_a_sphere() -> None:

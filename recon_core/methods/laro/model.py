@@ -198,7 +198,9 @@ class Laro(nn.Module):
         """Penalty of the data consistency, against ``A^H A`` of norm 1."""
         return self.log_rho.exp()
 
-    def forward(self, operator: Planes, rhs: Tensor, start: Tensor, unrolls: int = 0) -> list[Tensor]:
+    def forward(
+        self, operator: Planes, rhs: Tensor, start: Tensor, unrolls: int = 0, rho_factor: float = 1.0
+    ) -> list[Tensor]:
         """Images after every iteration.
 
         Parameters
@@ -209,8 +211,10 @@ class Laro(nn.Module):
             First images, the same shape.
         unrolls
             Iterations; 0: the settings' number.
+        rho_factor
+            On the learned penalty, for data of another noise than the training's.
         """
-        s, rho = self.settings, self.rho
+        s, rho = self.settings, self.rho * rho_factor
         linear = LinearSettings(s.cg_tolerance, s.cg_iterations, 5 * s.cg_tolerance, 2 * s.cg_iterations, n_batch_axes=2)
         x, dual, found = start, torch.zeros_like(start), []
         for _ in range(unrolls or s.unrolls):

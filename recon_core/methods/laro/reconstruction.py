@@ -27,6 +27,9 @@ FIDELITY = 0.2
 LEAST_OBJECT = 0.05
 """RMS of a plane against the brightest tissue: one in a hundred of its pixels at half brightness."""
 
+LEAST_FACTOR = 0.01
+"""Below it nothing changes any more, and conjugate gradients take longer."""
+
 REHEARSAL = {"unrolls": "1", "start": "cg_sense"}
 
 BYTES_PER_FEATURE = 4 * 6
@@ -94,11 +97,12 @@ def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, setti
     first = _first_images(start, problem, planes, trained.amplitude, report)
     images = torch.empty_like(planes.rhs)
     change = torch.zeros((), dtype=torch.float64, device=images.device)
+    factor = rho_factor(problem.noise * trained.amplitude, trained.noise)
     air = planes_of_air(first / trained.amplitude, problem.noise) & planes.is_3d
     for chosen in planes.groups(trained, settings.memory_mb):
         operator = Planes(planes.maps[chosen], planes.sampling, planes.axes)
         with torch.no_grad():
-            found = trained.network(operator, planes.rhs[chosen], first[chosen], settings.unrolls)[-1]
+            found = trained.network(operator, planes.rhs[chosen], first[chosen], settings.unrolls, factor)[-1]
             images[chosen] = torch.where(air[chosen, None, None, None], first[chosen], found)
             change += (planes.rhs[chosen] - operator.normal(images[chosen])).abs().double().square().sum()
         report.progress(0.5 + 0.5 * chosen.stop / len(images), NAME)
@@ -115,6 +119,15 @@ def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, setti
             "noise": problem.noise,
         },
     )
+
+
+def rho_factor(noise: float, trained: float) -> float:
+    """On the penalty of the data consistency: the square of the noise's ratio, as the data's weight in a least-squares problem is.
+
+    What was learned for noisy data pulls clean data away from what was measured: without this, complete data of a phantom come back
+    with 7 % less R2*. Noise above the training's changes nothing: its range was learned.
+    """
+    return min(1.0, max(LEAST_FACTOR, (noise / trained) ** 2)) if trained > 0 else 1.0
 
 
 def planes_of_air(images: Tensor, noise: float) -> Tensor:

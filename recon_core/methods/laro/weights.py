@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -32,12 +33,15 @@ class TrainedLaro:
         What `recon_core.problem.signal_scale` gives for a typical training scan: a scan must be brought to it.
     facts
         Everything else that the JSON says: recipe, seed, commit, metrics, sha256.
+    noise
+        Typical standard deviation of a complex sample in training, at that amplitude; 0: not stated.
     """
 
     network: Laro
     start: str
     amplitude: float
     facts: Mapping[str, Any]
+    noise: float = 0.0
 
 
 def save_weights(directory: str | Path, name: str, network: Laro, start: str, facts: Mapping[str, Any]) -> Path:
@@ -46,7 +50,7 @@ def save_weights(directory: str | Path, name: str, network: Laro, start: str, fa
     Parameters
     ----------
     facts
-        Recipe, seed, commit, metrics, ``amplitude``.
+        Recipe, seed, commit, metrics, ``amplitude``, ``noise``.
     """
     settings = {k: v for k, v in asdict(network.settings).items() if k not in ("recompute", "precision")}
     stated = {"method": METHOD, "format": FORMAT, "start": start, "network": settings, **facts}
@@ -66,14 +70,14 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu", precision
     try:
         given = dict(facts["network"])
         settings = LaroSettings(**{**given, "features": tuple(given["features"]), "precision": precision})
-        start, amplitude = str(facts["start"]), float(facts["amplitude"])
-        if start not in STARTS or not amplitude > 0:
-            raise ValueError(f"start {start}, amplitude {amplitude}")
+        start, amplitude, noise = str(facts["start"]), float(facts["amplitude"]), float(facts.get("noise", 0.0))
+        if start not in STARTS or not (0 < amplitude < math.inf and 0 <= noise < math.inf):
+            raise ValueError(f"start {start}, amplitude {amplitude}, noise {noise}")
     except (KeyError, TypeError, ValueError) as error:
         raise WeightError("incomplete description of weights", where=where, got=str(error)) from None
     network = Laro(settings).to(device).eval()
     load_into(network, tensors, where)
-    return TrainedLaro(network.requires_grad_(False), start, amplitude, facts)
+    return TrainedLaro(network.requires_grad_(False), start, amplitude, facts, noise)
 
 
 def installed_weights(name: str, device: torch.device, precision: str) -> TrainedLaro:
