@@ -129,6 +129,9 @@ def available(weights: Sequence[Path]) -> dict[str, Callable[[Case], Images]]:
     for path in weights:
         trained = load_weights(path)
         found[path.stem] = partial(network, trained=trained)
+        trained_with = int(trained.facts.get("recipe", {}).get("second_unrolls", 0))
+        if trained_with > trained.network.settings.unrolls:
+            found[f"{path.stem} {trained_with} iterations"] = partial(network, trained=trained, unrolls=trained_with)
     return found
 
 

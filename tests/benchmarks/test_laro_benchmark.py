@@ -111,4 +111,4 @@ def test_the_networks_that_are_installed_are_methods() -> None:
     from benchmarks.laro_cases import WEIGHTS
 
     names = set(available(sorted(WEIGHTS.glob("laro*.json"))))
-    assert {"cg_sense", "llr", "laro"} <= names
+    assert {"cg_sense", "llr", "laro", "laro 3 iterations"} <= names
