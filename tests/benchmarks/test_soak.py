@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 
-from benchmarks.soak import soak, table
+from benchmarks.soak import Soak, soak, table
+from benchmarks.soak_disk import Disk
 from benchmarks.soak_memory import Memory
 
 
@@ -34,3 +38,18 @@ def test_a_leak_is_seen_and_warming_up_is_none() -> None:
     assert memory.verdict()["growth"]["server"] == 0
     memory.samples = [{"at": i, "server": 100e6 + 1e5 * i} for i in range(100)]
     assert 0.05 < memory.verdict()["growth"]["server"] < 0.08
+
+
+def test_a_connection_that_never_ends_is_seen_although_it_talks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one did whose worker was killed in the middle of its result: progress for ever, and no images."""
+    monkeypatch.setattr("benchmarks.soak.make_kinds", list)
+    limits = {"sample": 0.01, "stuck": 0.2}
+    given: Any = {"seed": 0, "limits": limits, "scanners": 1}
+    run = Soak(0, psutil.Process(), Disk(Path("unused"), mounted=False), **given)
+    done = threading.Event()
+    monkeypatch.setattr(run, "_scanner", lambda rng: done.wait(60.0))
+    for name in ("_leaver", "_attacker", "_killer", "_filler"):
+        monkeypatch.setattr(run, name, lambda rng: run.stop.wait(0.01))
+    run.run(3600.0)
+    assert [words.split(";")[0][-1] for words in run.tally.problems["never_answered"]] == ["0"], "the scanner is the first"
+    done.set()

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from gadgets.cli import app
 from gadgets.errors import CaptureGone, ImageFileError, RetryFailed
-from gadgets.fair_queue import REPLAY, SCAN
+from gadgets.fair_queue import HOUSEKEEPING, REPLAY, SCAN
 from gadgets.image_file import read_images
 from gadgets.jobs_cli import archives
 from gadgets.journal import JobRow, Journal, UnknownJob
@@ -193,7 +193,9 @@ def test_a_replay_is_computed_behind_scanners_where_it_says_so(
     scope, seen = site.jobs.scope, list[int]()
     monkeypatch.setattr(site.jobs, "scope", lambda chosen=SCAN: seen.append(chosen) or scope(chosen))
     done = replay(spool_of(site) / row.capture, port=site.port, behind=behind)
-    assert done.n_images == 4 and seen[0] == priority
+    assert done.n_images == 4
+    # the job before may still have its images to put away
+    assert [chosen for chosen in seen if chosen != HOUSEKEEPING][0] == priority
 
 
 def test_commands(site: Service, scan: SimulatedScan, tmp_path: Path) -> None:
