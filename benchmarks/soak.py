@@ -238,7 +238,9 @@ def soak(
     failures += [f"left behind: {left}"] if left else []
     failures += [f"{len(unfinished)} jobs not over: {unfinished[:5]}"] if unfinished else []
     if minutes >= LEAK_MINUTES:
-        failures += [f"memory of the {who} grew by {growth:.1%}" for who, growth in memory["growth"].items() if growth > LEAK]
+        failures += [
+            f"memory of the {who} grew by {growth:.1%}" for who, growth in memory["growth"].items() if growth > LEAK
+        ]
     return {
         "minutes": minutes, "seed": seed, "scanners": scanners, "workers": workers, "limits": limits, "disk": disk.kind,
         "counts": dict(sorted(tally.counts.items())), "answers": tally.answers(), "memory": memory, "failures": failures,

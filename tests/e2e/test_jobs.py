@@ -195,7 +195,7 @@ def test_a_replay_is_computed_behind_scanners_where_it_says_so(
     done = replay(spool_of(site) / row.capture, port=site.port, behind=behind)
     assert done.n_images == 4
     # the job before may still have its images to put away
-    assert [chosen for chosen in seen if chosen != HOUSEKEEPING][0] == priority
+    assert next(chosen for chosen in seen if chosen != HOUSEKEEPING) == priority
 
 
 def test_commands(site: Service, scan: SimulatedScan, tmp_path: Path) -> None:
