@@ -5,8 +5,8 @@ seed: scanners send scans of several kinds and compare every image with the firs
 images; hostile streams (``tests/wire/hostile.py``) come in; workers are killed with SIGKILL; the disk runs full and is freed again.
 
 Targets: no scan lost (every scan that is sent whole is answered with its images, every one that breaks off has its capture), every
-connection answered, and at the end no more than 5 % more memory (PSS) than after warming up. A connection is hung when nothing came for
-ten minutes: no machine is as slow as that. What took longer than a minute is counted, because it says how busy the machine was.
+connection answered, and at the end no more than 5 % more memory of its own than after warming up. A connection is hung when nothing came
+for ten minutes: no machine is as slow as that. What took longer than a minute is counted, because it says how busy the machine was.
 
     python -m benchmarks.soak --minutes 120
 """

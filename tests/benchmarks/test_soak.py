@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.soak import Soak, soak, table
 from benchmarks.soak_disk import Disk
-from benchmarks.soak_memory import Memory
+from benchmarks.soak_memory import Memory, own_bytes
 
 
 @pytest.mark.slow
@@ -53,3 +53,12 @@ def test_a_connection_that_never_ends_is_seen_although_it_talks(monkeypatch: pyt
     run.run(3600.0)
     assert [words.split(";")[0][-1] for words in run.tally.problems["never_answered"]] == ["0"], "the scanner is the first"
     done.set()
+
+
+def test_memory_that_a_process_fills_counts_and_libraries_do_not() -> None:
+    me = psutil.Process()
+    before = own_bytes(me.pid)
+    held = bytearray(b"x") * (64 << 20)
+    assert 60e6 < own_bytes(me.pid) - before < 80e6
+    assert own_bytes(me.pid) < me.memory_info().rss
+    del held
