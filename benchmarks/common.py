@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -37,6 +38,19 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     document = {"benchmark": name, "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), **result}
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return path
+
+
+def training_options(parser: argparse.ArgumentParser, max_minutes: float, device: str) -> None:
+    """Options of a command that trains, as far as its time goes, and then measures."""
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--max-minutes", type=float, default=max_minutes, help="of training; 0 measures only")
+    parser.add_argument("--device", default=device)
+
+
+def training_words(options: argparse.Namespace, recipe: str) -> list[str]:
+    """Words for the training's own command; it goes on when the folder holds one (its file ``recipe``)."""
+    resume = ["--resume"] if (options.output / recipe).is_file() else []
+    return ["--output", str(options.output), "--max-minutes", str(options.max_minutes), "--device", options.device, *resume]
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -22,8 +22,7 @@ from recon_core.methods.laro.weights import TrainedLaro, load_weights
 from recon_core.operators.planes import Planes
 from recon_core.sampling.learned import draw_mask, interpolate_probability, multilevel_density, samples_for
 from recon_core.sampling.mask_files import read_mask
-from recon_core.sampling.masks import centre_block
-from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe
+from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe, sampled_kspace
 from recon_core.training.laro_tasks import EVALUATION_SEED
 from recon_core.types import KSpace, Report, ScanInfo
 
@@ -92,17 +91,8 @@ def acquire(scan: BrainScan, mask: NDArray[np.bool_], acceleration: float, spo: 
     kspace = Planes(scan.coil_maps.movedim(-1, 0), sampled).forward(images).permute(1, 2, 3, 4, 0)
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(kspace.shape, dtype=torch.complex64, generator=generator)
-    kspace = (kspace + scan.noise_std * noise) * sampled[:, None, :, :, None]
     shape = (mask.shape[1], mask.shape[2])
-    block = torch.from_numpy(centre_block(shape, acs_block(shape, int(mask[0].sum()))) & mask.all(0))
-    data = KSpace(
-        kspace,
-        sampled,
-        acs=kspace.mean(0) * block[None, :, :, None],
-        acs_mask=block,
-        coil_maps=scan.coil_maps,
-        noise_std=scan.noise_std,
-    )
+    data = sampled_kspace(kspace + scan.noise_std * noise, sampled, acs_block(shape, int(mask[0].sum())), scan)
     matrix = (int(images.shape[2]), int(images.shape[3]), int(images.shape[0]))
     fov = (matrix[0] * scan.voxel[0], matrix[1] * scan.voxel[1], matrix[2] * scan.voxel[2])
     info = ScanInfo(matrix, fov, matrix, fov, echo_times=scan.echo_times, field_strength=3.0)

@@ -38,8 +38,9 @@ import torch
 from torch.nn import functional
 
 from benchmarks import laro as quality
-from benchmarks.common import RESULTS, print_table, write_result
+from benchmarks.common import RESULTS, print_table, training_options, training_words, write_result
 from benchmarks.laro_cases import Case, acquire, pattern
+from benchmarks.pinqi_speed import synchronised
 from recon_core.maps.background import pdf, v_sharp
 from recon_core.maps.dipole import tv_admm
 from recon_core.maps.dipole_kernel import ppm_per_hz
@@ -130,13 +131,12 @@ def timed(work: Callable[[], Any], device: str, repeats: int) -> tuple[Any, floa
     cuda = device.startswith("cuda")
     seconds, found = [], None
     for turn in range(repeats + cuda):  # the first turn on a GPU chooses its kernels
+        synchronised(device)
         if cuda:
-            torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
         begun = time.perf_counter()
         found = work()
-        if cuda:
-            torch.cuda.synchronize()
+        synchronised(device)
         if turn or not cuda:
             seconds.append(time.perf_counter() - begun)
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else math.nan
@@ -187,9 +187,7 @@ def speed(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--max-minutes", type=float, default=7.0, help="of training; 0 measures only")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    training_options(parser, 7.0, "cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--heads", type=int, default=48, help="simulated before training; 0: one after the other on the way")
     parser.add_argument("--speed-matrix", type=int, nargs=3, default=[80, 206, 256], metavar=("Z", "Y", "X"))
     parser.add_argument("--speed-echoes", type=int, default=10)
@@ -201,9 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, of_training = parser.parse_known_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     if options.max_minutes > 0:
-        resume = ["--resume"] if (options.output / RECIPE).is_file() else []
-        limits = ["--output", str(options.output), "--max-minutes", str(options.max_minutes), "--device", options.device]
-        train([*limits, *resume, *of_training], options.heads)
+        train([*training_words(options, RECIPE), *of_training], options.heads)
     weights = options.output / f"{training.NAME}.json"
     precisions = ["float32", "bfloat16"] if options.device.startswith("cuda") else ["float32"]
     own = weights.is_file()

@@ -13,20 +13,17 @@ import argparse
 import shutil
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from benchmarks import pinqi, pinqi_speed
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, training_options, training_words
 from recon_core.training import pinqi as training
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--max-minutes", type=float, default=8.0, help="of training; 0 measures only")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    training_options(parser, 8.0, "cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--samples", type=int, default=8, help="held-out slices at each acceleration; 0: no quality")
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--slices", type=int, default=8, help="of the speed measurement; 0: none")
@@ -34,9 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, of_training = parser.parse_known_args(arguments)
     where = ["--device", options.device, "--size", str(options.size)]
     if options.max_minutes > 0:
-        resume = ["--resume"] if (options.output / training.RECIPE).is_file() else []
-        limits = ["--output", str(options.output), "--max-minutes", str(options.max_minutes), *resume]
-        training.main([*limits, *where, *of_training])
+        training.main([*training_words(options, training.RECIPE), "--size", str(options.size), *of_training])
     weights = options.output / f"{training.NAME}.json"
     if options.slices:
         precisions = ["float32", "bfloat16"] if options.device.startswith("cuda") else ["float32"]

@@ -8,6 +8,7 @@ text is written.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -48,7 +49,7 @@ LEAST = 8
 def convert(
     sources: Iterable[Path], folder: Path, *, coils: int = 8, group: str = "dataset", tell: Tell | None = None
 ) -> Iterator[Path]:
-    """Convert raw files into ``folder``, numbered after the scans that it holds; the JSON of each.
+    """Convert raw files into ``folder`` under the first numbers that are free; the JSON of each.
 
     Numbers, not the files' names: those may say who was scanned.
 
@@ -59,7 +60,7 @@ def convert(
     """
     for source in sources:
         scan = training_scan(source, coils=coils, group=group, tell=tell)
-        number = len(list(folder.glob("measured_*.json"))) if folder.is_dir() else 0
+        number = next(n for n in itertools.count() if not (folder / f"measured_{n:04d}.json").exists())
         yield write_scan(folder, f"measured_{number:04d}", scan)
 
 

@@ -19,12 +19,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from recon_core.errors import SettingError
+from recon_core.sampling.masks import centre_block
 from recon_core.simulation.anatomy import check_split
 from recon_core.simulation.brain import LABELS, BrainPhantom
 from recon_core.simulation.coils import biot_savart_maps
 from recon_core.simulation.phantoms import Grid, Texture, Tissue, TissueMaps, centred_axis
 from recon_core.simulation.random_fields import sample_seed
 from recon_core.simulation.signal import dipole_field, spoiled_gradient_echo
+from recon_core.types import KSpace
 
 Tensor = torch.Tensor
 FloatArray = NDArray[np.float32]
@@ -234,6 +236,25 @@ def simulate(recipe: ScanRecipe, seed: int, key: tuple[str, int] = ("", 0)) -> B
         float(np.exp(rng.uniform(*np.log(recipe.noise)))),
         key,
     )
+
+
+def sampled_kspace(full: Tensor, mask: Tensor, acs: tuple[int, int], scan: BrainScan) -> KSpace:
+    """What a mask leaves of a full noisy acquisition of a scan, with its calibration block and the scan's coil maps.
+
+    Parameters
+    ----------
+    full
+        complex ``(echo, coil, k2, k1, x)``.
+    mask
+        float ``(echo, k2, k1)``.
+    acs
+        Central block ``(k2, k1)``; of it counts what every echo has.
+    """
+    kept = full * mask[:, None, :, :, None]
+    block = torch.from_numpy(centre_block((mask.shape[1], mask.shape[2]), acs)).to(mask.device) & mask.bool().all(0)
+    maps = scan.coil_maps.to(full.device)
+    acs_data = kept.mean(0) * block[None, :, :, None]
+    return KSpace(kept, mask, acs=acs_data, acs_mask=block, coil_maps=maps, noise_std=scan.noise_std)
 
 
 def block_mean(fine: NDArray[np.generic]) -> NDArray[np.floating]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -92,12 +93,13 @@ class ScanFolder:
         if len(paths) < len(SPLITS):
             raise DataError("too few scans", where=Path(folder).name, got=len(paths), expected="three or more")
         n = max(1, len(paths) // 10)
+        self._places = {path: place for place, path in enumerate(paths)}
         self._paths = {"train": paths[: -2 * n], "test": paths[-2 * n : -n], "validation": paths[-n:]}
         self._keep = keep
         self._held: OrderedDict[Path, BrainScan] = OrderedDict()
 
     def scan(self, split: str, index: int) -> BrainScan:
-        """Scan number ``index`` of a split.
+        """Scan number ``index`` of a split; its key is the split and its place in the folder, whatever the file says.
 
         Raises
         ------
@@ -107,7 +109,7 @@ class ScanFolder:
         check_split(split)
         path = self._paths[split][index % len(self._paths[split])]
         if path not in self._held:
-            self._held[path] = read_scan(path)
+            self._held[path] = replace(read_scan(path), key=(split, self._places[path]))
             while len(self._held) > self._keep:
                 self._held.popitem(last=False)
         self._held.move_to_end(path)

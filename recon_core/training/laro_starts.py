@@ -20,11 +20,10 @@ from recon_core.errors import CalibrationError
 from recon_core.methods import llr
 from recon_core.operators.planes import Planes
 from recon_core.problem import pose
-from recon_core.sampling.masks import centre_block
-from recon_core.simulation.multi_echo_brain import BrainScan
+from recon_core.simulation.multi_echo_brain import BrainScan, sampled_kspace
 from recon_core.simulation.random_fields import sample_seed
 from recon_core.simulation.scan_folder import ScanSupply
-from recon_core.types import KSpace, Report
+from recon_core.types import Report
 
 Tensor = torch.Tensor
 BoolArray = NDArray[np.bool_]
@@ -131,15 +130,12 @@ def measure(
     """
     bare = MeasuredScan(scan, scan.images, scan.coil_maps, mask, scan.images, seed)
     columns = torch.arange(scan.images.shape[-1])
-    data = bare.kspace(columns, device).permute(1, 2, 3, 4, 0) * mask.to(device)[:, None, :, :, None]
-    block = torch.from_numpy(centre_block((mask.shape[1], mask.shape[2]), acs)).to(device) & mask.bool().all(0).to(device)
-    kspace = KSpace(
-        data, mask.to(device), acs=data.mean(0) * block[None, :, :, None], acs_mask=block, noise_std=scan.noise_std
-    )
+    full = bare.kspace(columns, device).permute(1, 2, 3, 4, 0)
+    kspace = sampled_kspace(full, mask.to(device), acs, scan)
     maps, images = scan.coil_maps.to(device), scan.images.to(device)
     if own_maps:
         try:
-            found = estimate_coil_maps(kspace, CoilSettings(), Report())
+            found = estimate_coil_maps(replace(kspace, coil_maps=None), CoilSettings(), Report())
         except CalibrationError:
             found = maps
         inside = torch.linalg.vector_norm(found, dim=0) > 0

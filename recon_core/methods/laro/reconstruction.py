@@ -99,6 +99,10 @@ def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, setti
     change = torch.zeros((), dtype=torch.float64, device=images.device)
     factor = rho_factor(problem.noise * trained.amplitude, trained.noise)
     air = planes_of_air(first / trained.amplitude, problem.noise) & planes.is_3d
+    notes: tuple[str, ...] = ()
+    if bool(air.all()):
+        notes = (f"{NAME}: no plane stands out from the noise: the first images ({start}) are sent",)
+        report.warn(notes[0])
     for chosen in planes.groups(trained, settings.memory_mb):
         operator = Planes(planes.maps[chosen], planes.sampling, planes.axes)
         with torch.no_grad():
@@ -118,6 +122,7 @@ def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, setti
             "residual": float((change / size).sqrt()) if float(size) > 0 else 0.0,
             "noise": problem.noise,
         },
+        notes=notes,
     )
 
 

@@ -81,6 +81,14 @@ def test_a_plane_of_air_keeps_its_first_images() -> None:
     assert float((changed - first)[..., 3:].norm() / first[..., 3:].norm()) > 0.02
 
 
+def test_where_nothing_stands_out_from_the_noise_somebody_is_told() -> None:
+    kspace, info = sampled(tiny_scan())
+    loud = replace(kspace, noise_std=0.5)
+    result = reconstruct_with(busy(), loud, info, Settings(), Report())
+    assert result.notes == ("laro: no plane stands out from the noise: the first images (cg_sense) are sent",)
+    assert not reconstruct_with(busy(), kspace, info, Settings(), Report()).notes
+
+
 @pytest.mark.parametrize(("noise", "kept"), [(0.0, [True, False, False]), (0.2, [True, True, False])])
 def test_what_counts_as_air(noise: float, kept: list[bool]) -> None:
     planes = torch.zeros(3, 2, 10, 10, dtype=torch.complex64)

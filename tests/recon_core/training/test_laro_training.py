@@ -273,6 +273,20 @@ def test_scans_on_disk(folder: str, tmp_path: Path) -> None:
         read_scan(Path(folder) / "s0.json")
 
 
+def test_measured_scans_of_a_folder_are_told_apart(folder: str) -> None:
+    for path in sorted(Path(folder).glob("*.json")):  # as a converter writes them: every file says the same of itself
+        write_scan(folder, path.stem, replace(read_scan(path), key=("measured", 0)))
+    write_scan(folder, "s3", replace(scans()[0], key=("measured", 0)))
+    module = LaroModule(FROM_LLR)
+    supply = MeasuredScans(
+        ScanFolder(folder), lambda pattern, number: module.pattern(pattern).draw(number),
+        acs=FROM_LLR.acs, draws=2, seed=0, keep=4, device=torch.device("cpu"),
+    )  # fmt: skip
+    one, other, again = (supply.measured("train", index, "3/2") for index in (0, 1, 2))
+    assert again is one and not torch.equal(one.scan.images, other.scan.images)
+    assert not torch.equal(one.mask, other.mask)  # each its own draw
+
+
 def test_the_plain_command(folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--channels 4 --features 4 4 --patterns 3/2 --matrix 12 20 14 --n-echoes 3 --n-coils 4 --acs 4 4 --first-steps 1"
     more = f"--second-steps 1 --second-unrolls 1 --n-validation 0 --device cpu --scans {folder} --output {tmp_path / 'out'}"
