@@ -121,11 +121,11 @@ def read_header_text(path: Path | str, group: str = "dataset") -> str:
             got = f"{path.stat().st_size} bytes"
             raise RawFileError("too long for a header", where=path.name, got=got, expected=f"at most {MAX_HEADER_BYTES}")
         return path.read_bytes().decode("utf-8", "replace")
-    parser = FrameParser()
-    for block in _blocks(read_capture(path).path):
-        for event in parser.feed(block):
-            if isinstance(event, HeaderText):
-                return event.text
+    with FrameParser() as parser:
+        for block in _blocks(read_capture(path).path):
+            for event in parser.feed(block):
+                if isinstance(event, HeaderText):
+                    return event.text
     raise RawFileError("no MRD header in this file", where=path.name)
 
 

@@ -85,9 +85,10 @@ def write_image_file(folder: Path) -> int:
         raise ImageFileError("no images of this job are kept", where=folder.name)
     part = folder / f".{IMAGES}.part"
     part.unlink(missing_ok=True)
-    parser, n_images = FrameParser(role="client"), 0
+    n_images = 0
     try:
-        with ImageFile(part, GROUP, at_once=source.stat().st_size <= AT_ONCE_BYTES) as file:
+        at_once = source.stat().st_size <= AT_ONCE_BYTES
+        with ImageFile(part, GROUP, at_once=at_once) as file, FrameParser(role="client") as parser:
             for window in windows(source) if source.stat().st_size else ():
                 for event in parser.feed(window):
                     if isinstance(event, events.Image):

@@ -241,16 +241,16 @@ class CapturedSession:
         self.n_readouts = 0
         self.header: MrdHeader | None = None
         header_at, data_at = 0, 0
-        parser = FrameParser()
-        for window in windows(self.path):
-            for event in parser.feed(window):
-                if isinstance(event, events.Readouts):
-                    self.n_readouts += len(event)
-                if isinstance(event, events.HeaderText):
-                    header_at = header_at or event.offset
-                elif header_at and not data_at and not isinstance(event, events.Text):
-                    data_at = event.offset
-        self.ends_with_close = parser.closed
+        with FrameParser() as parser:
+            for window in windows(self.path):
+                for event in parser.feed(window):
+                    if isinstance(event, events.Readouts):
+                        self.n_readouts += len(event)
+                    if isinstance(event, events.HeaderText):
+                        header_at = header_at or event.offset
+                    elif header_at and not data_at and not isinstance(event, events.Text):
+                        data_at = event.offset
+            self.ends_with_close = parser.closed
         if (config and not header_at) or (fire and not data_at):
             raise RawFileError("no header and data in this capture", where=self.path.name, remedy="Replay it as it is")
         # what stands in place of which bytes
@@ -258,21 +258,21 @@ class CapturedSession:
         self._edits += [(data_at, data_at, fire)] if fire else []
 
     def pieces(self) -> Iterator[Piece]:
-        parser, base = FrameParser(), 0
         edits = list(self._edits)
-        resume = 0  # stream offset of the next byte to send
-        for window in windows(self.path):
-            found = [e.offsets + 342 + e.payload_bytes for e in parser.feed(window) if isinstance(e, events.Readouts)]
-            ends = np.concatenate(found) if found else NO_ENDS
-            stop = base + len(window)
-            while edits and edits[0][0] < stop:
-                first, last, new = edits.pop(0)
-                if first > resume:
-                    yield Piece(window[max(resume - base, 0) : first - base], NO_ENDS)
-                yield Piece(new, NO_ENDS)
-                resume = max(resume, last)
-            start = max(resume, base)
-            if start < stop:
-                yield Piece(window[start - base :], ends - start)
-                resume = stop
-            base = stop
+        base = resume = 0  # stream offsets: of the window, and of the next byte to send
+        with FrameParser() as parser:
+            for window in windows(self.path):
+                found = [e.offsets + 342 + e.payload_bytes for e in parser.feed(window) if isinstance(e, events.Readouts)]
+                ends = np.concatenate(found) if found else NO_ENDS
+                stop = base + len(window)
+                while edits and edits[0][0] < stop:
+                    first, last, new = edits.pop(0)
+                    if first > resume:
+                        yield Piece(window[max(resume - base, 0) : first - base], NO_ENDS)
+                    yield Piece(new, NO_ENDS)
+                    resume = max(resume, last)
+                start = max(resume, base)
+                if start < stop:
+                    yield Piece(window[start - base :], ends - start)
+                    resume = stop
+                base = stop

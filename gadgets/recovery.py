@@ -55,18 +55,19 @@ class Examined:
 
 def examine(path: Path, limits: Limits | None = None) -> Examined:
     """Look through a capture: headers only, no samples."""
-    parser, n_readouts, chain = FrameParser(limits), 0, ""
-    for window in windows(path) if path.stat().st_size else ():
-        for event in parser.feed(window):
-            if isinstance(event, events.Readouts):
-                n_readouts += len(event)
-            elif isinstance(event, events.Composite):
-                n_readouts += 1
-            elif isinstance(event, events.ConfigFile):
-                chain = ChainRequest(name=event.name).label
-            elif isinstance(event, events.ConfigScript):
-                chain = ChainRequest(script=event.text).label
-    return Examined(n_readouts, parser.closed, chain, parser.role == "node", parser.boundary, parser.lost)
+    n_readouts, chain = 0, ""
+    with FrameParser(limits) as parser:
+        for window in windows(path) if path.stat().st_size else ():
+            for event in parser.feed(window):
+                if isinstance(event, events.Readouts):
+                    n_readouts += len(event)
+                elif isinstance(event, events.Composite):
+                    n_readouts += 1
+                elif isinstance(event, events.ConfigFile):
+                    chain = ChainRequest(name=event.name).label
+                elif isinstance(event, events.ConfigScript):
+                    chain = ChainRequest(script=event.text).label
+        return Examined(n_readouts, parser.closed, chain, parser.role == "node", parser.boundary, parser.lost)
 
 
 class Recovery:

@@ -300,38 +300,38 @@ def _receive(
     where: str,
 ) -> ReplayFailed | None:
     """Until the server's CLOSE; the way in which that did not come, if so."""
-    parser = FrameParser(role="client")
-    while not parser.closed:
-        try:
-            chunk = _wait(connection, sender, silence)
-        except OSError as error:
-            return ReplayFailed(
-                "the connection broke before the server's CLOSE", where=where, got=error.strerror or "silence"
-            )
-        if chunk is None:
-            return ReplayFailed("the server is silent", where=where, got=f"nothing for {silence:g} s", expected="CLOSE")
-        if not chunk:
+    with FrameParser(role="client") as parser:
+        while not parser.closed:
             try:
-                parser.finish()
-            except Disconnected as error:
-                return ReplayFailed(f"the server closed in the middle: {error}", where=where)
-            return ReplayFailed("the server closed without CLOSE", where=where)
-        for event in parser.feed(chunk):
-            match event:
-                case events.Image():
-                    images.take(event)
-                case events.Response(correlation=correlation) if correlation == BEHIND_ID:
-                    pass
-                case events.Text() | events.Response():
-                    result.texts.append(event.text)
-                    if on_text is not None:
-                        on_text(event.text)
-                case events.Dependency():
-                    result.noise = event.text
-                case events.ErrorText():
-                    result.texts.append(f"ERROR {event.text}")
-                case events.Problem():
-                    return ReplayFailed(f"the server's answer cannot be understood: {event.error}", where=where)
+                chunk = _wait(connection, sender, silence)
+            except OSError as error:
+                return ReplayFailed(
+                    "the connection broke before the server's CLOSE", where=where, got=error.strerror or "silence"
+                )
+            if chunk is None:
+                return ReplayFailed("the server is silent", where=where, got=f"nothing for {silence:g} s", expected="CLOSE")
+            if not chunk:
+                try:
+                    parser.finish()
+                except Disconnected as error:
+                    return ReplayFailed(f"the server closed in the middle: {error}", where=where)
+                return ReplayFailed("the server closed without CLOSE", where=where)
+            for event in parser.feed(chunk):
+                match event:
+                    case events.Image():
+                        images.take(event)
+                    case events.Response(correlation=correlation) if correlation == BEHIND_ID:
+                        pass
+                    case events.Text() | events.Response():
+                        result.texts.append(event.text)
+                        if on_text is not None:
+                            on_text(event.text)
+                    case events.Dependency():
+                        result.noise = event.text
+                    case events.ErrorText():
+                        result.texts.append(f"ERROR {event.text}")
+                    case events.Problem():
+                        return ReplayFailed(f"the server's answer cannot be understood: {event.error}", where=where)
     return None
 
 
@@ -355,16 +355,17 @@ def _readable(connection: socket.socket, seconds: float) -> bool:
 
 def _ask_noise(connection: socket.socket, measurement_id: str, silence: float) -> str | None:
     """The server's answer about a noise measurement; ``None`` when it has none (or does not know how to answer)."""
-    parser, answer = FrameParser(role="client"), None
+    answer = None
     try:
-        connection.sendall(codec.config_script(NOISE_SCRIPT.format(escape(measurement_id))) + codec.close())
-        while not parser.closed:
-            chunk = _wait(connection, None, silence)
-            if not chunk:
-                return answer
-            for event in parser.feed(chunk):
-                if isinstance(event, events.Dependency):
-                    answer = event.text
+        with FrameParser(role="client") as parser:
+            connection.sendall(codec.config_script(NOISE_SCRIPT.format(escape(measurement_id))) + codec.close())
+            while not parser.closed:
+                chunk = _wait(connection, None, silence)
+                if not chunk:
+                    return answer
+                for event in parser.feed(chunk):
+                    if isinstance(event, events.Dependency):
+                        answer = event.text
     except OSError:
         return answer
     return answer

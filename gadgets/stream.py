@@ -171,23 +171,23 @@ def _send(source: BinaryIO, connection: socket.socket, head: bytes) -> None:
 
 def _receive(connection: socket.socket, sink: BinaryIO, result: StreamResult, on_text: Callable[[str], None] | None) -> None:
     """Images to the sink until the server's CLOSE."""
-    parser = FrameParser(role="client")
-    while not parser.closed:
-        chunk = connection.recv(PIECE_BYTES)
-        if not chunk:
-            raise StreamFailed("the reconstruction broke off", where="stream")
-        for event in parser.feed(chunk):
-            match event:
-                case events.Image():
-                    sink.write(codec.image(event.header, event.attributes, event.data))
-                    sink.flush()
-                    result.n_images += 1
-                case events.Text():
-                    result.texts.append(event.text)
-                    if on_text is not None:
-                        on_text(event.text)
-                case events.Problem():
-                    raise StreamFailed(f"the answer cannot be understood: {event.error}", where="stream")
+    with FrameParser(role="client") as parser:
+        while not parser.closed:
+            chunk = connection.recv(PIECE_BYTES)
+            if not chunk:
+                raise StreamFailed("the reconstruction broke off", where="stream")
+            for event in parser.feed(chunk):
+                match event:
+                    case events.Image():
+                        sink.write(codec.image(event.header, event.attributes, event.data))
+                        sink.flush()
+                        result.n_images += 1
+                    case events.Text():
+                        result.texts.append(event.text)
+                        if on_text is not None:
+                            on_text(event.text)
+                    case events.Problem():
+                        raise StreamFailed(f"the answer cannot be understood: {event.error}", where="stream")
 
 
 def run_files(

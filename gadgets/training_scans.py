@@ -157,8 +157,8 @@ def read_kspace(source: Path, *, group: str = "dataset", tell: Tell | None = Non
 
 def _session(source: Path, group: str, log: Path) -> tuple[MrdHeader, ReadoutIndex]:
     """The file as the wire has it, written to ``log``, with where its readouts lie."""
-    parser, index, header = FrameParser(), ReadoutIndex(), None
-    with log.open("wb") as file:
+    index, header = ReadoutIndex(), None
+    with log.open("wb") as file, FrameParser() as parser:
         for piece in open_source(source, config=ANY_CHAIN, dataset=group).pieces():
             file.write(piece.data)
             for event in parser.feed(bytes(piece.data)):

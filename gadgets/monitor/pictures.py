@@ -171,7 +171,8 @@ def _read(path: Path) -> Image | None:
     try:
         if path.stat().st_size > MAX_MESSAGE:
             return None
-        events = FrameParser(role="client").feed(path.read_bytes())
+        with FrameParser(role="client") as parser:
+            events = parser.feed(path.read_bytes())
     except OSError:
         return None
     return next((event for event in events if isinstance(event, Image)), None)

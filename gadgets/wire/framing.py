@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Generator
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -73,6 +73,8 @@ class FrameParser:
 
     A ``Readouts`` event holds successive readouts, *not necessarily of one shape* (see ``gadgets.wire.readouts.groups``);
     all their bytes have been fed when it is returned.
+
+    A parser refers to itself; a context manager (or ``close``) ends that, so that it goes with its last reference.
     """
 
     def __init__(self, limits: Limits | None = None, role: Role = "server") -> None:
@@ -160,6 +162,12 @@ class FrameParser:
         """
         if self.in_message:
             raise self.incomplete(Disconnected, "the peer closed the connection")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """Frame nothing more, and let go of what refers back to this parser, so that its memory is free with its last reference."""

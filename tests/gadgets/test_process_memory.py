@@ -18,10 +18,13 @@ import pytest
 
 from gadgets import process_memory
 from gadgets.connection import Connection
+from gadgets.dicom_identity import read_header_text
 from gadgets.peer import Peer
 from gadgets.pipeline import Scan
 from gadgets.preparation import Preparation
+from gadgets.raw_source import CapturedSession
 from gadgets.readouts import ReadoutIndex
+from gadgets.recovery import examine
 from gadgets.scan_log import ScanLog
 from gadgets.service import Service, ServiceOptions
 from gadgets.wire import codec
@@ -138,6 +141,24 @@ def test_a_connection_that_is_over_is_gone_without_the_garbage_collector(
     while (left := _left_behind()) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
+
+
+def _pieces(path: Path) -> int:
+    return sum(len(piece.data) for piece in CapturedSession(path).pieces())
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("look", [examine, _pieces, read_header_text], ids=["examine", "replay", "header"])
+@pytest.mark.parametrize("end", [None, -100], ids=["whole", "cut"])
+def test_looking_through_a_capture_leaves_no_parser_behind(
+    scan: SimulatedScan, tmp_path: Path, look: Callable[[Path], object], end: int | None
+) -> None:
+    stream = codec.config_file("fourier") + codec.header(scan.header) + b"".join(scan.messages) + codec.close()
+    capture = tmp_path / "raw.mrd"
+    capture.write_bytes(stream[:end])
+    before = _left_behind()
+    look(capture)
+    assert _left_behind() == before
 
 
 def _left_behind() -> list[str]:
