@@ -28,6 +28,9 @@ REPEAT_SECONDS = 60.0
 BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)
 """What accepting says when the listening socket itself is no more; all else passes."""
 
+AGAIN_SECONDS, AGAIN_SECONDS_AT_MOST = 1.0, 60.0
+"""Pause before a socket that broke is opened again; twice as long after each try in vain."""
+
 Serve = Callable[[socket.socket, Place], None]
 
 
@@ -90,14 +93,15 @@ class Listener:
         self._wake: tuple[socket.socket, socket.socket] | None = None
         self._thread: threading.Thread | None = None
         self._closing = False
+        self._broken = False
         self._lock = threading.Lock()
         self._bridges: dict[threading.Thread, TlsBridge] = {}
         self._told: dict[tuple[str, str], float] = {}
 
     @property
     def running(self) -> bool:
-        """Whether connections are accepted: false before `start`, after `stop`, and when the accepting thread has died."""
-        return self._thread is not None and self._thread.is_alive() and not self._closing
+        """Whether connections are accepted: false before `start`, after `stop`, and while there is no socket to accept on."""
+        return self._thread is not None and self._thread.is_alive() and not (self._closing or self._broken)
 
     def start(self) -> None:
         """Listen; a thread accepts from now on.
@@ -107,15 +111,7 @@ class Listener:
         WireError
             The address is taken or not this machine's.
         """
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        place = f"{self.host}:{self.port}"
-        try:
-            self._socket = socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
-        except (OSError, OverflowError, UnicodeError) as error:
-            got = getattr(error, "strerror", None) or type(error).__name__
-            raise WireError("cannot listen", where=place, got=got, remedy="Is another server running?") from error
-        self.port = int(self._socket.getsockname()[1])
-        self._socket.setblocking(False)
+        self._open()
         self._wake = socket.socketpair()
         self._thread = threading.Thread(target=self._accept, name="accept", daemon=True)
         self._thread.start()
@@ -128,6 +124,17 @@ class Listener:
         )
         if not is_loopback(self.host) and self._tls is None:
             logger.warning("event=not_encrypted host=%s note='what is sent can be read on the way'", self.host)
+
+    def _open(self) -> None:
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        place = f"{self.host}:{self.port}"
+        try:
+            self._socket = socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
+        except (OSError, OverflowError, UnicodeError) as error:
+            got = getattr(error, "strerror", None) or type(error).__name__
+            raise WireError("cannot listen", where=place, got=got, remedy="Is another server running?") from error
+        self.port = int(self._socket.getsockname()[1])
+        self._socket.setblocking(False)
 
     def wait(self) -> None:
         """Until `stop` is called from elsewhere."""
@@ -159,10 +166,30 @@ class Listener:
     # -- accepting -------------------------------------------------------------------------------------------------------
 
     def _accept(self) -> None:
-        try:
-            self._accept_all()
-        except Exception as error:  # the socket itself is broken; `running` and the monitor tell
-            logger.critical("event=listening_ended error=%s text=%r", type(error).__name__, str(error))
+        while not self._closing:
+            try:
+                self._accept_all()
+            except Exception as error:  # the socket itself is broken; `running` and the monitor tell
+                self._broken = True
+                logger.critical("event=listening_ended error=%s text=%r", type(error).__name__, str(error))
+                self._listen_again()
+
+    def _listen_again(self) -> None:
+        """On the same port, as soon as that can be had."""
+        assert self._wake is not None
+        pause = AGAIN_SECONDS
+        while self._broken and not self._closing:
+            select.select([self._wake[0]], [], [], pause)
+            if self._closing:
+                return
+            try:
+                self._open()
+            except WireError as error:
+                logger.error("event=not_listening text=%r", str(error))
+                pause = min(2 * pause, AGAIN_SECONDS_AT_MOST)
+            else:
+                self._broken = False
+                logger.warning("event=listening_again host=%s port=%d", self.host, self.port)
 
     def _accept_all(self) -> None:
         assert self._socket is not None and self._wake is not None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from gadgets import listener as listening
 from gadgets.admission import Place
 from gadgets.listener import Listener
 from gadgets.service import Service, ServiceOptions
@@ -40,6 +42,13 @@ def test_a_listener_runs_from_start_to_stop() -> None:
     assert not listener.running
 
 
+@pytest.fixture
+def for_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A socket that broke is not opened again within this test."""
+    monkeypatch.setattr(listening, "AGAIN_SECONDS", 3600.0)
+
+
+@pytest.mark.usefixtures("for_good")
 def test_a_listener_whose_socket_is_gone_does_not_run(caplog: pytest.LogCaptureFixture) -> None:
     listener = Listener("127.0.0.1", 0, lambda accepted, place: None)
     listener.start()
@@ -47,7 +56,32 @@ def test_a_listener_whose_socket_is_gone_does_not_run(caplog: pytest.LogCaptureF
         break_socket(listener)
         until(lambda: not listener.running)
     assert "event=listening_ended error=OSError" in caplog.text
-    listener.stop()
+    listener.stop()  # at once, although it waits
+
+
+def test_a_socket_that_broke_is_opened_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same port; while another program has it, again and again."""
+    monkeypatch.setattr(listening, "AGAIN_SECONDS", 0.05)
+    monkeypatch.setattr(listening, "AGAIN_SECONDS_AT_MOST", 0.05)
+    with serving(tmp_path) as served:
+        port, own = served.server.port, served.server._listener
+        for _ in range(2):
+            with other_socket() as taken:
+                own.port = taken  # what it finds when it tries
+                break_socket(own)
+                until(lambda: not served.server.is_listening)
+                time.sleep(0.2)
+                assert not served.server.is_listening
+                own.port = port
+            until(lambda: served.server.is_listening)
+            assert served.server.port == port
+            still_works(served)
+
+
+@contextlib.contextmanager
+def other_socket() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        yield int(other.getsockname()[1])
 
 
 def test_a_connection_that_fails_in_an_odd_way_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -75,6 +109,7 @@ def test_a_connection_that_fails_in_an_odd_way_ends_alone(caplog: pytest.LogCapt
     assert "event=dropped error=ValueError" in caplog.text
 
 
+@pytest.mark.usefixtures("for_good")
 def test_a_server_without_its_thread_says_so_and_ends(tmp_path: Path) -> None:
     with serving(tmp_path) as served:
         still_works(served)
@@ -83,6 +118,7 @@ def test_a_server_without_its_thread_says_so_and_ends(tmp_path: Path) -> None:
         until(lambda: not served.server.is_listening)
 
 
+@pytest.mark.usefixtures("for_good")
 def test_healthz_says_that_nobody_is_let_in(tmp_path: Path) -> None:
     options = ServiceOptions(
         port=0, workers=0, threads=1, spool=tmp_path / "spool", observe=True, min_free_bytes=0, rehearse=False
