@@ -103,11 +103,15 @@ def read_address(text: str) -> tuple[str, str, int]:
 
 @dataclass
 class Attempt:
-    """What became of the files of one attempt. ``problem`` says in words why some are left, "" when none is."""
+    """What became of the files of one attempt. ``problem`` says in words why some are left, "" when none is.
+
+    ``silent``: there was no association, or it broke. Another one now would most likely cost as long a wait for as little.
+    """
 
     stored: list[Path] = field(default_factory=list)
     left: list[Path] = field(default_factory=list)
     problem: str = ""
+    silent: bool = False
 
 
 def echo(destination: Destination) -> None:
@@ -157,7 +161,7 @@ def store(files: Sequence[Path], destination: Destination, stored: Callable[[Pat
             entity.requested_contexts = [*entity.requested_contexts, *(build_context(UID(sop_class), s) for s in syntaxes)]
         association = _associate(entity, destination)
     except PacsError as error:
-        attempt.left, attempt.problem = list(files), str(error)
+        attempt.left, attempt.problem, attempt.silent = list(files), str(error), True
         return attempt
     try:
         _store_all(list(kinds), kinds, association, attempt, stored)
@@ -185,7 +189,7 @@ def _store_all(
             continue
         if not association.is_established:
             attempt.left.extend(files[position:])
-            attempt.problem = "connection lost"
+            attempt.problem, attempt.silent = "connection lost", True
             return
         try:
             code = _send(association, path)
@@ -198,9 +202,12 @@ def _store_all(
             if stored is not None:
                 stored(path)
             continue
-        refused += 1
         attempt.left.append(path)
-        attempt.problem = f"{refused} refused: {_status(code)}" if code is not None else "no answer"
+        if code is None:  # pynetdicom has given the association up
+            attempt.problem, attempt.silent = "no answer", True
+            continue
+        refused += 1
+        attempt.problem = f"{refused} refused: {_status(code)}"
 
 
 def _send(association: Any, path: Path) -> int | None:

@@ -82,6 +82,7 @@ class Queue:
     def __init__(self, root: Path | str, pauses: Pauses | None = None, now: Callable[[], float] = time.time) -> None:
         self.root, self.pauses, self._now = Path(root), pauses or Pauses(), now
         self._unwritten: dict[str, Job] = {}  # as they are, where the disk took no new record
+        self._silent: set[Destination] = set()  # did not answer the last time
         try:
             for folder in (self.root, self.root / "waiting", self.root / "failed"):
                 make_private(folder)
@@ -150,28 +151,49 @@ class Queue:
     def send_due(self, send: Send = store, only: str | None = None) -> list[Job]:
         """One attempt for each waiting job that is due (or for ``only``, if it waits); the jobs as they are afterwards.
 
-        A job with nothing ``left`` is done, and gone from the disk.
+        A job with nothing ``left`` is done, and gone from the disk. When an archive does not answer, its other jobs are left for the
+        next call: each would wait as long in vain, and jobs for other archives behind them all.
 
         Raises
         ------
         QueueBusy
             Another process is at it.
         """
-        done = []
+        done: list[Job] = []
+        silent: set[Destination] = set()
+        postponed = 0
         with self._sending():
             self._tidy()
-            for folder in sorted((self.root / "waiting").iterdir()):
-                if only is not None and folder.name != only:
+            due = self._due(only)
+            # last those that did not answer the last time: whoever comes in meanwhile waits for one of their attempts, not for all
+            for folder, job in sorted(due, key=lambda pair: pair[1].destination in self._silent):
+                if job.destination in silent:
+                    postponed += 1  # as it is: no attempt was made
                     continue
-                try:
-                    job = self._unwritten.get(folder.name) or _read(folder, "waiting")
-                except PacsError:
-                    log.error("event=pacs_record_unreadable job=%s", folder.name)
-                    os.rename(folder, self.root / "failed" / folder.name)
-                    continue
-                if only is not None or job.next_try <= self._now():
-                    done.append(self._attempt(folder, job, send))
+                job, answered = self._attempt(folder, job, send)
+                if not answered:
+                    silent.add(job.destination)
+                done.append(job)
+        if postponed:
+            log.info("event=pacs_postponed jobs=%d silent=%d", postponed, len(silent))
+        tried = {job.destination for job in done}
+        self._silent = (self._silent - tried) | silent
         return done
+
+    def _due(self, only: str | None) -> list[tuple[Path, Job]]:
+        due = []
+        for folder in sorted((self.root / "waiting").iterdir()):
+            if only is not None and folder.name != only:
+                continue
+            try:
+                job = self._unwritten.get(folder.name) or _read(folder, "waiting")
+            except PacsError:
+                log.error("event=pacs_record_unreadable job=%s", folder.name)
+                os.rename(folder, self.root / "failed" / folder.name)
+                continue
+            if only is not None or job.next_try <= self._now():
+                due.append((folder, job))
+        return due
 
     def work(self, stop: threading.Event, send: Send = store) -> None:
         """Send what is due, again and again, until ``stop`` is set; while another process sends, wait."""
@@ -180,7 +202,8 @@ class Queue:
                 self.send_due(send)
             stop.wait(LOOK_SECONDS)
 
-    def _attempt(self, folder: Path, job: Job, send: Send) -> Job:
+    def _attempt(self, folder: Path, job: Job, send: Send) -> tuple[Job, bool]:
+        """The job afterwards, and whether its archive answered."""
         # a link leads out of the queue: what it points to was not put in
         files = sorted(path for path in folder.glob("*.dcm") if not path.is_symlink())
         try:
@@ -193,7 +216,7 @@ class Queue:
             self._unwritten.pop(job.id, None)
             shutil.rmtree(folder)
             log.info("event=pacs_sent job=%s objects=%d attempts=%d", job.id, job.n_files, job.attempts + 1)
-            return replace(job, attempts=job.attempts + 1, left=0, problem="")
+            return replace(job, attempts=job.attempts + 1, left=0, problem=""), True
         attempts = job.attempts + 1
         failed = attempts >= self.pauses.attempts
         next_try = self._now() + self.pauses.after(attempts)
@@ -207,8 +230,11 @@ class Queue:
         except OSError as error:  # a full disk: the pauses hold all the same, and the other jobs go on
             self._unwritten[job.id] = replace(job, state="waiting")
             log.error("event=pacs_record_not_written job=%s error=%s", job.id, error.strerror)
-        log.warning("event=pacs_%s job=%s left=%d attempts=%d", "failed" if failed else "retry", job.id, left, attempts)
-        return job
+        if failed:  # nobody tries it any more, so somebody has to look
+            log.error("event=pacs_failed job=%s left=%d attempts=%d", job.id, left, attempts)
+        else:
+            log.warning("event=pacs_retry job=%s left=%d attempts=%d", job.id, left, attempts)
+        return job, not outcome.silent
 
     def _tidy(self) -> None:
         for folder in self.root.glob(".incoming-*"):

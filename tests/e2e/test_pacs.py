@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -207,6 +209,28 @@ def test_a_sender_that_is_killed_loses_nothing(archive: Orthanc, tmp_path: Path)
     (job,) = queue.send_due()
     assert job.left == 0
     assert archive.uids() == {**before, **sent_uids(list(files))}
+
+
+def test_a_dead_archive_does_not_slow_a_living_one(
+    archive: Orthanc, made: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One archive takes the connection and then says nothing, as behind a firewall that drops packets."""
+    monkeypatch.setattr("gadgets.pacs.CONNECT_SECONDS", 5.0)
+    queue = Queue(tmp_path / "queue")
+    with socket.create_server(("127.0.0.1", 0), backlog=16) as listener:
+        for _ in range(3):
+            queue.put(made.files[:1], Destination("127.0.0.1", listener.getsockname()[1], AET))
+        for file in made.files[:2]:
+            queue.put([file], at(archive))
+        done = queue.send_due()
+        listener.setblocking(False)
+        connections = 0
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                listener.accept()[0].close()
+                connections += 1
+    assert connections == 1 and sorted(job.left for job in done) == [0, 0, 1]
+    assert sorted(job.attempts for job in queue.jobs()) == [0, 0, 1]
 
 
 def test_tls(made: Conversion, tmp_path: Path) -> None:
