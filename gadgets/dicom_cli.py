@@ -128,6 +128,9 @@ def queue(
     folder: QueueOption = None,
     try_now: Annotated[bool, typer.Option("--send", help="One attempt for every job that is due.")] = False,
     retry: Annotated[str | None, typer.Option(help="Id of a job that is to be tried again, failed ones as well.")] = None,
+    remove: Annotated[
+        str | None, typer.Option(help="Id of a failed job that is to be thrown away, files and record.")
+    ] = None,
 ) -> None:
     """List what waits for an archive, and why."""
     _quiet()
@@ -135,6 +138,8 @@ def queue(
         from gadgets.pacs_queue import Queue
 
         waiting = Queue(folder or default_queue())
+        if remove is not None:
+            waiting.remove(remove)
         if retry is not None:
             waiting.retry(retry)
         if try_now or retry is not None:
@@ -152,7 +157,10 @@ def queue(
 
 
 @pacs_app.command()
-def work(folder: QueueOption = None) -> None:
+def work(
+    folder: QueueOption = None,
+    keep_days: Annotated[float, typer.Option(help="Files of failed jobs are kept for so many days.", min=0.001)] = 30.0,
+) -> None:
     """Send what is queued, with growing pauses between attempts, until interrupted."""
     log_to_stderr("INFO")
     with dicom_packages():
@@ -161,7 +169,7 @@ def work(folder: QueueOption = None) -> None:
         stop = threading.Event()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: stop.set())
-        Queue(folder or default_queue()).work(stop)
+        Queue(folder or default_queue()).work(stop, keep_failed=keep_days * 86400)
 
 
 @pacs_app.command()

@@ -2,7 +2,8 @@
 
 ``<root>/waiting/<id>/`` has ``job.json`` and the DICOM files that are left; a file is deleted when the archive has confirmed
 it, so after a crash, at whatever moment, at most one object is sent twice (with the same UID, which an archive takes as
-the same object). A job that failed too often lies in ``<root>/failed/`` until someone looks at it; nothing is thrown away.
+the same object). A job that failed too often lies in ``<root>/failed/``. What waits is never thrown away. Of what failed the files
+go when they are old enough, because they are patient data, and the record stays until someone has seen it and says `Queue.remove`.
 
 The folders are readable by their owner only: the files hold patient data. Ids and ``job.json`` do not.
 """
@@ -33,6 +34,9 @@ LEFTOVER_SECONDS = 86400.0
 """Age at which a copy that was never finished (its process died) is removed."""
 LOOK_SECONDS = 2.0
 """How often `Queue.work` looks for jobs that others have put in."""
+FAILED_SECONDS = 30 * 86400.0
+"""How long `Queue.work` keeps the files of failed jobs."""
+PRUNE_SECONDS = 60.0
 
 Send = Callable[[list[Path], Destination, Callable[[Path], None]], Attempt]
 
@@ -135,10 +139,13 @@ class Queue:
         Raises
         ------
         PacsError
-            No such job.
+            No such job, or one whose files have been removed.
         """
         for job in self.jobs():
             if job.id == name:
+                if not job.left:
+                    remedy = "recon dicom and recon pacs send make and send them again"
+                    raise PacsError("its files have been removed", where=f"job {name}", got=job.problem, remedy=remedy)
                 with self._sending():
                     again = replace(job, attempts=0, next_try=self._now(), state="waiting")
                     folder = self.root / job.state / name
@@ -147,6 +154,53 @@ class Queue:
                 return again
         known = ", ".join(job.id for job in self.jobs()) or "no job"
         raise PacsError("no such job", where=f"queue {self.root}", got=repr(name), expected=known)
+
+    def remove(self, name: str) -> None:
+        """Throw a failed job away, with its files and its record; also one whose record cannot be read.
+
+        Raises
+        ------
+        PacsError
+            No such failed job.
+        """
+        failed = {folder.name: folder for folder in sorted((self.root / "failed").iterdir())}
+        if name not in failed:
+            known = ", ".join(failed) or "none"
+            raise PacsError("no such failed job", where=f"queue {self.root}", got=repr(name), expected=known)
+        with self._sending():
+            folder = failed[name]
+            left = len(_images(folder))
+            folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+        log.warning("event=pacs_removed job=%s left=%d reason=asked", name, left)
+
+    def prune(self, seconds: float) -> None:
+        """Remove the files of jobs that failed longer ago than this; their records stay, and say so.
+
+        Raises
+        ------
+        QueueBusy
+            Another process is sending.
+        """
+        with self._sending():
+            for folder in sorted((self.root / "failed").iterdir()):
+                with contextlib.suppress(FileNotFoundError):  # somebody has removed it by hand just now
+                    files = _images(folder)
+                    if files and self._now() - _changed(folder) > seconds:
+                        self._drop(folder, files, seconds)
+
+    def _drop(self, folder: Path, files: list[Path], seconds: float) -> None:
+        # said before it is done: whatever comes in between, no object goes without a word
+        log.error("event=pacs_removed job=%s left=%d reason=age days=%.3g", folder.name, len(files), seconds / 86400)
+        try:
+            for path in files:
+                path.unlink()
+            job = _read(folder, "failed")
+            words = f"{len(files)} objects removed unsent after {seconds / 86400:.3g} days; {job.problem}"
+            _write(folder / "job.json", replace(job, problem=words))
+        except OSError as error:
+            log.error("event=pacs_not_removed job=%s error=%s", folder.name, error.strerror)
+        except PacsError:
+            pass  # a record that could not be read before either: its folder is what stays
 
     def send_due(self, send: Send = store, only: str | None = None) -> list[Job]:
         """One attempt for each waiting job that is due (or for ``only``, if it waits); the jobs as they are afterwards.
@@ -195,11 +249,18 @@ class Queue:
                 due.append((folder, job))
         return due
 
-    def work(self, stop: threading.Event, send: Send = store) -> None:
-        """Send what is due, again and again, until ``stop`` is set; while another process sends, wait."""
+    def work(self, stop: threading.Event, send: Send = store, keep_failed: float = FAILED_SECONDS) -> None:
+        """Send what is due, again and again, until ``stop`` is set; while another process sends, wait.
+
+        ``keep_failed`` is how long the files of failed jobs are kept, in s.
+        """
+        pruned = float("-inf")
         while not stop.is_set():
             with contextlib.suppress(QueueBusy):
                 self.send_due(send)
+                if time.monotonic() - pruned > PRUNE_SECONDS:
+                    self.prune(keep_failed)
+                    pruned = time.monotonic()
             stop.wait(LOOK_SECONDS)
 
     def _attempt(self, folder: Path, job: Job, send: Send) -> tuple[Job, bool]:
@@ -250,6 +311,17 @@ class Queue:
             except OSError:
                 raise QueueBusy("another process is sending", where=f"queue {self.root}") from None
             yield  # closing the file releases the lock
+
+
+def _images(folder: Path) -> list[Path]:
+    """What a job has still to send; nothing behind a link, which leads out of the queue."""
+    return [] if folder.is_symlink() else sorted(folder.glob("*.dcm"))
+
+
+def _changed(folder: Path) -> float:
+    """When a job's last attempt was noted."""
+    record = folder / "job.json"
+    return (record if record.exists() else folder).stat().st_mtime
 
 
 def _write(path: Path, job: Job) -> None:

@@ -1,6 +1,6 @@
 """A server's own process for sending what is queued for an archive: DICOM's libraries and pauses stay out of the server.
 
-``python -m gadgets.pacs_sender QUEUE PARENT`` sends until the process PARENT is no more.
+``python -m gadgets.pacs_sender QUEUE PARENT [SECONDS]`` sends until the process PARENT is no more, and keeps what failed for SECONDS.
 """
 
 from __future__ import annotations
@@ -28,10 +28,13 @@ class Sender:
     ----------
     queue
         Folder of the queue.
+    keep_failed
+        How long the files of failed jobs are kept, in s; ``None`` for the queue's own limit.
     """
 
-    def __init__(self, queue: Path) -> None:
+    def __init__(self, queue: Path, keep_failed: float | None = None) -> None:
         self._queue = queue
+        self._options = [] if keep_failed is None else [str(keep_failed)]
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._started = float("-inf")
@@ -47,7 +50,7 @@ class Sender:
             if time.monotonic() - self._started < RESTART_SECONDS:
                 return
             self._started = time.monotonic()
-            command = [sys.executable, "-m", "gadgets.pacs_sender", str(self._queue), str(os.getpid())]
+            command = [sys.executable, "-m", "gadgets.pacs_sender", str(self._queue), str(os.getpid()), *self._options]
             try:
                 self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
             except OSError as error:
@@ -67,13 +70,14 @@ class Sender:
                 process.wait()
 
 
-def main(queue: str, parent: str) -> None:
+def main(queue: str, parent: str, keep_failed: str = "") -> None:
     """Send until the parent is gone."""
     log_to_stderr("INFO")
-    from gadgets.pacs_queue import Queue
+    from gadgets.pacs_queue import FAILED_SECONDS, Queue
 
     stop = threading.Event()
-    worker = threading.Thread(target=Queue(Path(queue)).work, args=(stop,), daemon=True)
+    options = {"keep_failed": float(keep_failed or FAILED_SECONDS)}
+    worker = threading.Thread(target=Queue(Path(queue)).work, args=(stop,), kwargs=options, daemon=True)
     worker.start()
     while os.getppid() == int(parent) and worker.is_alive():
         worker.join(LOOK_SECONDS)
@@ -81,4 +85,4 @@ def main(queue: str, parent: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    main(*sys.argv[1:4])

@@ -15,7 +15,7 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from gadgets.bookkeeping import Books, reason_of
 from gadgets.capture import JOB_SUFFIX
@@ -212,11 +212,3 @@ def check_archives(archives: Archives, spool: Path | None) -> None:
             "images go to an archive only where raw data are kept", where="pacs", remedy="Leave out --no-keep-raw"
         )
     Queue(archives.queue)
-
-
-def has_waiting(queue: Path) -> bool:
-    """Whether something waits in a queue, told without DICOM's libraries."""
-    waiting: list[Any] = []
-    with contextlib.suppress(OSError):
-        waiting = list((queue / "waiting").iterdir())
-    return bool(waiting)

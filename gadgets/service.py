@@ -21,6 +21,7 @@ from gadgets.journal import JobRow
 from gadgets.listener import Access
 from gadgets.monitor.observer import Observer
 from gadgets.noise_store import NoiseStore
+from gadgets.pacs_backlog import key_of
 from gadgets.peer import Timing
 from gadgets.pipeline import Scan, Services
 from gadgets.results import Archives
@@ -213,8 +214,10 @@ class Service:
 
     def _describe(self) -> dict[str, Any]:
         """For the monitor: what a server knows of itself."""
-        state = self.jobs.state
+        state, archives = self.jobs.state, self.options.archives
         return {
+            "archives": [] if archives is None else [key_of(archive) for archive in archives.destinations],
+            "archive_queue": "" if archives is None else str(archives.queue.absolute()),
             "queued": state.waiting,
             "capacity": state.capacity,
             "deaths": state.deaths,

@@ -10,8 +10,9 @@ from gadgets.bookkeeping import Books
 from gadgets.handlers import Handlers
 from gadgets.jobs import Jobs
 from gadgets.journal import JobRow, JournalError
+from gadgets.pacs_backlog import has_work
 from gadgets.recovery import Recovery
-from gadgets.results import Archives, Results, check_archives, has_waiting
+from gadgets.results import Archives, Results, check_archives
 from gadgets.spool import Spool
 from gadgets.wire.framing import Limits
 
@@ -52,7 +53,7 @@ class Unattended:
         if archives is not None:
             from gadgets.pacs_sender import Sender
 
-            self._sender = Sender(archives.queue)
+            self._sender = Sender(archives.queue, spool.max_age)
         self.results = Results(spool.root, self.books, jobs, archives, self._sender)
         self.books.over = self.results.over
 
@@ -111,5 +112,5 @@ class Unattended:
             self._sender.close()
 
     def _send(self) -> None:
-        if self._sender is not None and self._archives is not None and has_waiting(self._archives.queue):
+        if self._sender is not None and self._archives is not None and has_work(self._archives.queue):
             self._sender.poke()

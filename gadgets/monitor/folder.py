@@ -19,6 +19,7 @@ from typing import Any
 from gadgets.journal import JobRow, Journal, JournalError, UnknownJob
 from gadgets.monitor.files import LOG_FILE, STATUS_FILE, TOLD_FILE, begun, folder_of, is_job_id, read_object
 from gadgets.monitor.processes import Process, is_alive, workers_of
+from gadgets.pacs_backlog import Backlog, QueueWatch
 
 FRESH_SECONDS = 10.0
 """A status older than this is that of a server that hangs: it is written every half second."""
@@ -140,6 +141,7 @@ class Folder:
         self.root = root
         self._lock = threading.Lock()
         self._journal: Journal | None = None
+        self._queue = QueueWatch()
 
     def status(self) -> Status:
         """What the server says now."""
@@ -155,6 +157,14 @@ class Folder:
 
     def is_writable(self) -> bool:
         return self.root.is_dir() and os.access(self.root, os.W_OK | os.X_OK)
+
+    def backlog(self, status: Status | None = None) -> tuple[Backlog, ...]:
+        """What waits for archives, or nobody took; also when there is no server any more."""
+        said = (self.status() if status is None else status).server
+        queue = said.get("archive_queue")
+        # where recon serve has it, so that what was left by a server with --pacs does not go unseen under one without
+        place = Path(queue) if isinstance(queue, str) and queue and "\0" not in queue else self.root.parent / "pacs"
+        return self._queue.look(place, texts(said.get("archives")))
 
     def jobs(self, limit: int = 100, status: Status | None = None) -> list[Job]:
         """Newest first."""

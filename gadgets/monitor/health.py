@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gadgets.monitor.folder import Folder, Job, Status, number
+from gadgets.pacs_backlog import OTHER, Backlog
 from gadgets.queries import gpus
 
 Level = Literal["ok", "warning", "failing"]
+
+LATE_SECONDS = 3600.0
+"""Images that wait for an archive for longer are worth a word."""
 
 DEEP_QUEUE = 100
 """Tasks that wait for a worker (one for each slice); more is worth a word."""
@@ -26,7 +30,7 @@ class Check:
 
 
 def checks(folder: Folder, status: Status | None = None, jobs: Sequence[Job] | None = None) -> tuple[Check, ...]:
-    """Everything that is looked at: ``server``, ``workers``, ``spool``, ``queue``, ``last``, ``gpu``."""
+    """Everything that is looked at: ``server``, ``workers``, ``spool``, ``queue``, ``last``, ``gpu``, ``pacs``."""
     status = folder.status() if status is None else status
     return (
         _server(status),
@@ -35,6 +39,7 @@ def checks(folder: Folder, status: Status | None = None, jobs: Sequence[Job] | N
         _queue(status),
         _last(folder.jobs(20, status) if jobs is None else jobs),
         _gpu(status),
+        _pacs(folder.backlog(status)),
     )
 
 
@@ -105,6 +110,23 @@ def _gpu(status: Status) -> Check:
         return Check("gpu", "failing", "the server computes on a GPU and there is none")
     words = ", ".join(names) if names else "none; the server computes on the CPU"
     return Check("gpu", "ok", words)
+
+
+def _pacs(backlogs: Sequence[Backlog]) -> Check:
+    if not backlogs:
+        return Check("pacs", "ok", "no archive")
+    words = []
+    for backlog in backlogs:
+        parts = [f"{plural(backlog.failed, 'transfer')} failed (recon pacs queue)"] if backlog.failed else []
+        if backlog.waiting:
+            wait = "waits" if backlog.waiting == 1 else "wait"
+            parts.append(f"{plural(backlog.waiting, 'transfer')} {wait}, the oldest {duration(backlog.oldest)}")
+        if parts:
+            place = f"archive {backlog.archive}: " if backlog.archive != OTHER else "other archives: "
+            words.append((place if len(backlogs) > 1 else "") + ", ".join(parts))
+    late = any(backlog.oldest > LATE_SECONDS for backlog in backlogs)
+    failed = any(backlog.failed for backlog in backlogs)
+    return Check("pacs", "failing" if failed else "warning" if late else "ok", "; ".join(words) or "nothing waits")
 
 
 def queue_length(status: Status) -> int:

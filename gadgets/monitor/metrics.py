@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -13,6 +13,7 @@ from prometheus_client.utils import floatToGoString
 from gadgets.monitor.folder import Folder, Status, number
 from gadgets.monitor.health import checks, queue_length, worst
 from gadgets.monitor.processes import memory_of
+from gadgets.pacs_backlog import Backlog
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -40,6 +41,7 @@ class _Collector(Collector):
         yield _gauge("recon_up", "1 if the server runs and does not hang.", int(status.alive))
         yield _gauge("recon_healthy", "1 if no check of /healthz fails.", int(worst(found) != "failing"))
         yield from self._machine(status)
+        yield from _archives(self._folder.backlog(status))
         yield from _counted(status.tallies)
         jobs = GaugeMetricFamily("recon_jobs", "Jobs in the journal by state.", labels=["state"])
         for state, n in sorted(self._folder.counts().items()):
@@ -72,6 +74,17 @@ class _Collector(Collector):
         memory.add_metric(["server"], memory_of(status.pid) if status.exists else 0)
         memory.add_metric(["workers"], sum(process.memory for process in workers))
         yield memory
+
+
+def _archives(backlogs: Iterable[Backlog]) -> Iterator[Metric]:
+    waiting = GaugeMetricFamily("recon_pacs_waiting", "Hand-overs that wait for an archive.", labels=["archive"])
+    failed = GaugeMetricFamily("recon_pacs_failed", "Hand-overs that were given up.", labels=["archive"])
+    oldest = GaugeMetricFamily("recon_pacs_oldest_seconds", "How long the oldest one has waited.", labels=["archive"])
+    for backlog in backlogs:
+        waiting.add_metric([backlog.archive], backlog.waiting)
+        failed.add_metric([backlog.archive], backlog.failed)
+        oldest.add_metric([backlog.archive], backlog.oldest)
+    yield from (waiting, failed, oldest)
 
 
 def _counted(tallies: Any) -> Iterator[Metric]:

@@ -37,7 +37,7 @@ KEEP_ALIVE_SECONDS = 15.0
 MAX_STREAMS = 24
 """Open pages that are told news; further ones ask every few seconds instead."""
 
-CHECKS = ("server", "workers", "spool", "queue", "last", "gpu")
+CHECKS = ("server", "workers", "spool", "queue", "last", "gpu", "pacs")
 
 
 class Pages:
@@ -178,7 +178,8 @@ class Pages:
         jobs = self.folder.jobs(JOBS_SHOWN, status)
         shape = [[job.id, job.state, job.n_warnings, job.n_images > 0] for job in jobs]
         levels = [[check.name, check.level] for check in health.checks(self.folder, status, jobs)]
-        return {"shape": [shape, levels], "jobs": {job.id: progress(job) for job in jobs if not job.is_over}}
+        transfers = [[backlog.archive, backlog.waiting, backlog.failed] for backlog in self.folder.backlog(status)]
+        return {"shape": [shape, levels, transfers], "jobs": {job.id: progress(job) for job in jobs if not job.is_over}}
 
     def _one(self, id: str) -> dict[str, Any]:
         details = self.folder.job(id)

@@ -25,6 +25,7 @@ from gadgets.fair_queue import HOUSEKEEPING, REPLAY, SCAN
 from gadgets.image_file import read_images
 from gadgets.jobs_cli import archives
 from gadgets.journal import JobRow, Journal, UnknownJob
+from gadgets.monitor.folder import Folder, Status
 from gadgets.pacs import Destination, PacsError
 from gadgets.pacs_queue import Queue
 from gadgets.pacs_sender import Sender
@@ -336,6 +337,8 @@ def test_images_that_were_due_when_a_server_died_are_queued_by_another(archiving
     archiving.service.unattended.books.journal().update(row.id, archive="due", owner="sdead")
     [job] = until(lambda: [job for job in Queue(archiving.queue).jobs() if job.id not in jobs])
     assert job.n_files == 4 and archiving.row("queued", known).id == row.id
+    [backlog] = Folder(spool_of(archiving.service)).backlog(Status({"server": archiving.service._describe()}, time.time()))
+    assert backlog.archive == "1" and backlog.waiting == len(jobs) + 1
 
 
 def test_a_queue_that_cannot_be_used_fails_no_scan(archiving: Archiving, scan: SimulatedScan) -> None:

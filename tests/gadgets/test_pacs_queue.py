@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from gadgets.pacs import Attempt, Destination
-from gadgets.pacs_queue import Job, Queue
+from gadgets.pacs import Attempt, Destination, PacsError
+from gadgets.pacs_backlog import OTHER, Backlog, QueueWatch, has_work, key_of
+from gadgets.pacs_queue import FAILED_SECONDS, Job, Pauses, Queue
+from tests.monitor.site import until
 
 DEAD, LIVING = Destination("192.0.2.1", 104, "DEAD"), Destination("192.0.2.2", 104, "LIVING")
 
@@ -78,3 +86,125 @@ def test_a_refusal_is_an_answer(image: Path, tmp_path: Path) -> None:
     queue, _ = filled(tmp_path / "queue", image, LIVING, LIVING, clock=[1e9])
     queue.send_due(refuse)
     assert asked == [LIVING, LIVING]
+
+
+def given_up(root: Path, image: Path, *, days: float = 0.0, n: int = 2) -> Job:
+    """A job of ``n`` files that failed so long ago."""
+    queue = Queue(root, Pauses(attempts=1))
+    job = queue.put(n * [image], DEAD)
+    queue.send_due(Archives(), only=job.id)
+    record = root / "failed" / job.id / "job.json"
+    long_ago = time.time() - days * 86400
+    os.utime(record, (long_ago, long_ago))
+    return job
+
+
+def files_left(root: Path) -> dict[str, int]:
+    return {folder.name: len(list(folder.glob("*.dcm"))) for folder in (root / "failed").iterdir()}
+
+
+def test_files_that_failed_go_by_age_and_it_is_said(image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    old, fresh = given_up(tmp_path, image, days=31), given_up(tmp_path, image, days=29)
+    queue = Queue(tmp_path)
+    waiting = queue.put([image], DEAD)
+    os.utime(tmp_path / "waiting" / waiting.id / "job.json", (0, 0))
+    queue.prune(FAILED_SECONDS)
+    assert files_left(tmp_path) == {old.id: 0, fresh.id: 2}
+    left = {job.id: (job.state, job.left) for job in queue.jobs()}
+    assert left == {old.id: ("failed", 0), fresh.id: ("failed", 2), waiting.id: ("waiting", 1)}, (
+        "what waits is never removed"
+    )
+    record = next(job for job in queue.jobs() if job.id == old.id)
+    assert record.problem == "2 objects removed unsent after 30 days; no association" and record.n_files == 2
+    (said,) = [line for line in caplog.records if "reason=age" in line.message]
+    assert said.levelno == logging.ERROR and f"job={old.id} left=2" in said.message
+    with pytest.raises(PacsError, match="its files have been removed"):
+        queue.retry(old.id)
+    assert not queue.send_due(Archives(), only=old.id)
+    caplog.clear()
+    queue.prune(FAILED_SECONDS)
+    assert not caplog.records, "once is enough"
+
+
+def test_a_record_that_cannot_be_read_keeps_no_patient_data_for_ever(image: Path, tmp_path: Path) -> None:
+    job = given_up(tmp_path, image)
+    record = tmp_path / "failed" / job.id / "job.json"
+    record.write_text("{")
+    os.utime(record, (0, 0))
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "000000.dcm").write_bytes(b"another patient")
+    (tmp_path / "failed" / "link").symlink_to(secret)
+    Queue(tmp_path).prune(FAILED_SECONDS)
+    assert files_left(tmp_path) == {job.id: 0, "link": 1} and (secret / "000000.dcm").exists()
+    for name in (job.id, "link"):
+        Queue(tmp_path).remove(name)
+    assert files_left(tmp_path) == {} and (secret / "000000.dcm").exists()
+
+
+def test_what_failed_is_thrown_away_when_somebody_says_so(
+    image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed, queue = given_up(tmp_path, image), Queue(tmp_path)
+    waiting = queue.put([image], DEAD)
+    for name in (waiting.id, "../waiting/" + waiting.id, "..", "", "."):
+        with pytest.raises(PacsError, match="no such failed job"):
+            queue.remove(name)
+    queue.remove(failed.id)
+    assert [job.id for job in queue.jobs()] == [waiting.id]
+    assert f"event=pacs_removed job={failed.id} left=2 reason=asked" in caplog.text
+
+
+def test_the_worker_removes_what_is_too_old(image: Path, tmp_path: Path) -> None:
+    job, stop = given_up(tmp_path, image, days=2), threading.Event()
+    worker = threading.Thread(target=Queue(tmp_path).work, args=(stop, Archives(), 86400.0))
+    worker.start()
+    try:
+        until(lambda: files_left(tmp_path) == {job.id: 0})
+    finally:
+        stop.set()
+        worker.join()
+
+
+def test_the_sending_process_keeps_what_failed_for_as_long_as_its_server_says(image: Path, tmp_path: Path) -> None:
+    fresh, old = given_up(tmp_path, image, days=2), given_up(tmp_path, image, days=31)
+    command = [sys.executable, "-m", "gadgets.pacs_sender", str(tmp_path), str(os.getpid())]
+    for options, left in (([], {fresh.id: 2, old.id: 0}), (["86400.0"], {fresh.id: 0, old.id: 0})):
+        process = subprocess.Popen([*command, *options], stderr=subprocess.DEVNULL)
+        try:
+            until(lambda left=left: files_left(tmp_path) == left)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def test_a_backlog_is_counted_by_archive_without_their_names(image: Path, tmp_path: Path) -> None:
+    watch, archives = QueueWatch(), [key_of(LIVING), key_of(DEAD)]
+    assert watch.look(tmp_path / "none") == () and not has_work(tmp_path / "none")
+    assert watch.look(tmp_path / "none", archives) == (Backlog("1"), Backlog("2"))
+    given_up(tmp_path, image)
+    assert has_work(tmp_path)
+    now = time.time()
+    for age in (4000.0, 100.0):
+        Queue(tmp_path, now=lambda age=age: now - age).put([image], DEAD)
+    for _ in range(2):  # the second look is from memory
+        living, dead = watch.look(tmp_path, archives)
+        assert living == Backlog("1") and (dead.archive, dead.waiting, dead.failed) == ("2", 2, 1)
+        assert 4000 <= dead.oldest < 4000 + (time.time() - now) + 1
+    (only,) = watch.look(tmp_path)
+    assert (only.archive, only.waiting, only.failed) == (OTHER, 2, 1)
+    (tmp_path / "waiting" / "x").mkdir()
+    for text in ("", "{", "[]", '{"destination": {"host": 1, "port": Infinity, "aet": []}}', "[" * 100_000):
+        (tmp_path / "waiting" / "x" / "job.json").write_text(text)
+        *_, other = QueueWatch().look(tmp_path, archives)
+        assert (other.archive, other.waiting) == (OTHER, 1)
+
+
+def test_nothing_is_remembered_of_what_is_gone(image: Path, tmp_path: Path) -> None:
+    watch, archives = QueueWatch(), Archives()
+    archives.dead = False
+    queue = Queue(tmp_path)
+    queue.put([image], DEAD)
+    watch.look(tmp_path)
+    queue.send_due(archives)
+    assert watch.look(tmp_path) == () and not watch._known and not has_work(tmp_path)

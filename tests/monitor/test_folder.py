@@ -16,10 +16,14 @@ from gadgets.monitor.files import STATUS_FILE, TOLD_FILE, folder_of
 from gadgets.monitor.folder import Folder
 from gadgets.monitor.metrics import exposition
 from gadgets.monitor.tallies import BUCKETS, Tallies
+from gadgets.pacs import Attempt, Destination
+from gadgets.pacs_backlog import key_of
+from gadgets.pacs_queue import Pauses, Queue
 from tests.monitor import spools
 from tests.monitor.spools import FAILED, GOOD, RECEIVED, RETRY
 
 LIVE = "20261120T102000.000000Z-feedf00d"
+ARCHIVE = Destination("pacs.example", 104, "ARCHIVE")
 
 
 def levels(folder: Folder) -> dict[str, str]:
@@ -112,9 +116,8 @@ def test_health_of_a_server_that_works(tmp_path: Path) -> None:
 
 def test_health_says_what_is_wrong(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "spool")
-    assert levels(folder) | {"last": "", "queue": "", "gpu": ""} == {
-        "server": "failing", "workers": "failing", "spool": "failing", "last": "", "queue": "", "gpu": "",
-    }  # fmt: skip
+    failing = {name for name, level in levels(folder).items() if level == "failing"}
+    assert failing - {"gpu"} == {"server", "workers", "spool"}
     root = tmp_path / "spool"
     spools.put_status(root, age=60.0)
     assert "hangs" in health.checks(folder)[0].words
@@ -140,6 +143,71 @@ def test_health_says_what_is_wrong(tmp_path: Path) -> None:
     spools.journal(root, spools.row(GOOD, fallback="llr"))
     last = health.checks(folder)[4]
     assert last.level == "warning" and "llr" in last.words
+
+
+def queue_of(root: Path) -> Queue:
+    """Beside the spool, as ``recon serve`` has it."""
+    return Queue(root.parent / "pacs", Pauses(attempts=1))
+
+
+def waiting_since(root: Path, seconds: float, to: Destination = ARCHIVE) -> str:
+    image = root.parent / "image.dcm"
+    image.write_bytes(b"DICM")
+    then = time.time() - seconds
+    return Queue(root.parent / "pacs", now=lambda: then).put([image], to).id
+
+
+def pacs(root: Path) -> health.Check:
+    return next(check for check in health.checks(Folder(root)) if check.name == "pacs")
+
+
+def test_an_archive_that_takes_nothing_is_seen(tmp_path: Path) -> None:
+    root = tmp_path / "spool"
+    spools.put_status(root)
+    assert (pacs(root).level, pacs(root).words) == ("ok", "no archive")
+    spools.put_status(root, archives=[key_of(ARCHIVE)], archive_queue=str(tmp_path / "pacs"))
+    assert (pacs(root).level, pacs(root).words) == ("ok", "nothing waits")
+    waiting_since(root, 600)
+    assert (pacs(root).level, pacs(root).words) == ("ok", "1 transfer waits, the oldest 10 min")
+    late = waiting_since(root, 3 * 3600)
+    assert (pacs(root).level, pacs(root).words) == ("warning", "2 transfers wait, the oldest 3 h")
+    queue_of(root).send_due(lambda files, *_: Attempt(left=files), only=late)
+    assert (pacs(root).level, pacs(root).words) == (
+        "failing", "1 transfer failed (recon pacs queue), 1 transfer waits, the oldest 10 min",
+    )  # fmt: skip
+    found = samples(root)
+    assert [found[f"recon_pacs_{name}", frozenset({("archive", "1")})] for name in ("waiting", "failed")] == [1, 1]
+    assert 600 <= found["recon_pacs_oldest_seconds", frozenset({("archive", "1")})] < 3600
+    assert found["recon_healthy", frozenset()] == 0
+    queue_of(root).remove(late)
+    assert pacs(root).level == "ok"
+
+
+def test_archives_are_told_apart_and_not_named(tmp_path: Path) -> None:
+    root = tmp_path / "spool"
+    second, foreign = Destination("pacs2.example", 104, "SECOND"), Destination("elsewhere.example", 104, "FOREIGN")
+    spools.put_status(root, archives=[key_of(ARCHIVE), key_of(second)], archive_queue=str(tmp_path / "pacs"))
+    waiting_since(root, 7200, second)
+    waiting_since(root, 60, foreign)
+    assert (
+        pacs(root).words == "archive 2: 1 transfer waits, the oldest 2 h; other archives: 1 transfer waits, the oldest 60 s"
+    )
+    found = samples(root)
+    of = {label: found["recon_pacs_waiting", frozenset({("archive", label)})] for label in ("1", "2", "other")}
+    assert of == {"1": 0, "2": 1, "other": 1}
+    told = exposition(Folder(root)).decode() + repr(health.checks(Folder(root)))
+    for word in ("ARCHIVE", "SECOND", "FOREIGN", "example"):
+        assert word not in told
+
+
+def test_what_waits_is_seen_without_a_server_and_under_one_without_archives(tmp_path: Path) -> None:
+    """Nobody sends then, and nobody else would say so."""
+    root = tmp_path / "spool"
+    root.mkdir()
+    waiting_since(root, 7200)
+    assert pacs(root).level == "warning"
+    spools.put_status(root, archives=[], archive_queue="")
+    assert pacs(root).level == "warning"
 
 
 def test_metrics_are_prometheus_text_with_the_right_numbers(tmp_path: Path) -> None:
@@ -174,6 +242,12 @@ def test_metrics_are_prometheus_text_with_the_right_numbers(tmp_path: Path) -> N
     assert buckets == [0, 1, 3, *[3] * (len(BUCKETS) - 3)]
     assert value("recon_stage_seconds_bucket", le="+Inf", **stage) == value("recon_stage_seconds_count", **stage) == 4
     assert value("recon_stage_seconds_sum", **stage) == pytest.approx(7000.47)
+
+
+@pytest.mark.parametrize("queue", ["\0", 5, "/nonexistent", "/dev/null", "", None])
+def test_a_queue_that_is_none_holds_nothing(queue: object, tmp_path: Path) -> None:
+    spools.put_status(tmp_path / "spool", archives=[1, "x", "x"], archive_queue=queue)
+    assert [backlog.archive for backlog in Folder(tmp_path / "spool").backlog()] == ["1"]
 
 
 def test_the_first_byte_is_in_the_name() -> None:
