@@ -118,7 +118,11 @@ class DaskPool:
         key = uuid.uuid4().hex
         with self._lock:
             self._sent[key] = _Sent(task)
-        self._senders.submit(self._send, key)
+        try:
+            self._senders.submit(self._send, key)
+        except Exception:  # no thread can be had
+            self._forget(key)
+            raise
 
     def stop(self, task: Task) -> None:
         with self._lock:
