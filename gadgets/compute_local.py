@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from gadgets.compute_pool import Events, Task
+from gadgets.device_errors import device_failure
 from gadgets.errors import JobFailed
 from gadgets.worker_pipes import guard
 
@@ -199,8 +200,10 @@ class LocalPool:
             self._retire(slot)
             self._events.died(task, error)
             return
-        doomed = task.stopped is not None  # it has ended while its worker was about to be
-        if doomed:
+        dead_gpu = device_failure(error) is not None
+        if dead_gpu:
+            log.warning("event=worker_ended task=%s reason='its GPU failed'", task.name)
+        if dead_gpu or task.stopped is not None:  # the latter: it has ended while its worker was about to be
             self._retire(slot)
         else:
             with self._changed:
@@ -288,7 +291,7 @@ class ThreadPool:
         if error is None:
             self._events.succeeded(task, finished.result())
         else:
-            self._events.failed(task, error, places(error))
+            self._events.failed(task, device_failure(error, here=True) or error, places(error))
 
 
 def worker_environment(workers: int, number: int, devices: int, environment: Mapping[str, str]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from gadgets.compute_local import LocalPool, ThreadPool, places
 from gadgets.compute_pool import Budget, Events, Place, Pool, Task
+from gadgets.device_errors import device_failure
 from gadgets.errors import JobFailed, TimeLimitReached, WorkerDied, WorkerKilled
 from gadgets.fair_queue import SCAN, FairQueue
 from gadgets.memory_errors import out_of_memory
@@ -207,7 +208,10 @@ class Jobs:
         if not isinstance(error, ReconError) and not task.owner.abandoned:
             # neither words nor values: they may quote the scan. The places are enough to find it
             log.error("event=task_crashed task=%s error=%s at=%s", task.name, type(error).__name__, places)
-        task.outer.set_exception(out_of_memory(error) or error)
+        told = device_failure(error)
+        if told is not None:
+            log.error("event=device_failed task=%s reason=%r", task.name, str(told))
+        task.outer.set_exception(told or out_of_memory(error) or error)
 
     def died(self, task: Task, error: BaseException) -> None:
         if not self._ended(task):
