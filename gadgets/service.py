@@ -216,6 +216,7 @@ class Service:
         state = self.jobs.state
         return {
             "queued": state.waiting,
+            "stalled": state.stalled,
             "capacity": state.capacity,
             "deaths": state.deaths,
             "host": self.host,
