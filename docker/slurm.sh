@@ -48,7 +48,8 @@ scheduler_id=$!
 srun --kill-on-bad-exit=0 "$RECON_ENV/bin/dask" worker "$scheduler" --nworkers 1 --nthreads 1 --memory-limit 0 --no-dashboard \
   --dashboard-address 127.0.0.1:0 --local-directory "${SLURM_TMPDIR:-/tmp}" "${tls[@]}" &
 workers_id=$!
-"$RECON_ENV/bin/recon" serve --host "${RECON_LISTEN:-0.0.0.0}" --port "${RECON_PORT:-9002}" --device cpu \
+# --device is what the cluster's workers take. The GPUs of this node are theirs: the server, which runs here as well, must not see any
+CUDA_VISIBLE_DEVICES="" "$RECON_ENV/bin/recon" serve --host "${RECON_LISTEN:-0.0.0.0}" --port "${RECON_PORT:-9002}" --device auto \
   --allow 127.0.0.1 --allow "$RECON_ALLOW" --spool "$state/spool" --scheduler "$scheduler" \
   --scheduler-ca "$RECON_TLS/ca.pem" --scheduler-cert "$RECON_TLS/cert.pem" --scheduler-key "$RECON_TLS/key.pem" &
 server_id=$!
