@@ -98,9 +98,11 @@ class Connection:
         return self.scan is not None
 
     def stop(self) -> None:
-        """From the server's thread: end this connection soon."""
+        """From the server's thread: end this connection soon, also one that waits for its images."""
         self.stopping = True
         self.peer.stop()
+        if self._answering:
+            self._abandon()
 
     def run(self) -> None:
         """Serve the connection to its end. Never raises."""
@@ -112,7 +114,9 @@ class Connection:
             if self._failure is None:
                 self._answer()
         except Exception as error:
-            self._fail(error)
+            # tasks and files of a scan that is abandoned vanish under its hands: whatever came of that, this is why
+            abandoned = self.stopping and self._answering
+            self._fail(_stopping() if abandoned else error)
         finally:
             self._leave()
 
@@ -208,7 +212,7 @@ class Connection:
             self._closed = True
             return
         if self.stopping:
-            return self._vanished(Disconnected("the server is stopping", where="connection"))
+            return self._vanished(_stopping())
         try:
             self.parser.finish()
         except Disconnected as error:
@@ -291,8 +295,10 @@ class Connection:
         ------
         Disconnected
             The peer is gone while its images are being made: computing them has no purpose. (While it is being read, the words
-            are lost and reading finds out by itself.)
+            are lost and reading finds out by itself.) Or the server ends, and waits for them no more.
         """
+        if self.stopping and self._answering:
+            raise _stopping()
         line = plain(" ".join(text.split()), 2000)
         self._entry.said(line)
         if self.asked.noise_id is not None or self.is_node:
@@ -323,7 +329,7 @@ class Connection:
         self._entry.received(self._log, self.asked.label, self.n_readouts, self.parser.role)
         for message in scan.finish():
             if self.stopping:
-                raise Disconnected("the server is stopping", where="connection")
+                raise _stopping()
             kind = bytes(memoryview(message)[:2])
             said = said or kind == TEXT_ID
             self._entry.sent(message)
@@ -370,10 +376,11 @@ class Connection:
         self._abandon()
 
     def _abandon(self) -> None:
-        if self.scan is None:
+        scan = self.scan
+        if scan is None:
             return
         try:
-            self.scan.abandon()
+            scan.abandon()
         except Exception as error:
             logger.error("event=abandon_failed connection=%s error=%s at=%s", self.name, type(error).__name__, _where(error))
 
@@ -423,6 +430,10 @@ class Connection:
         self.scan = None
         self.asked.close()
         self.parser.close()
+
+
+def _stopping() -> Disconnected:
+    return Disconnected("the server is stopping", where="connection")
 
 
 def _without_frames(error: BaseException | None) -> None:

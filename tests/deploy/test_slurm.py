@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from gadgets.cli import app
 from gadgets.relay import answers
 from gadgets.service import ServiceOptions, compute
-from tests.deploy.test_docker import DOCKER
+from tests.deploy.test_docker import DOCKER, TIDYING
 from tests.e2e.orthanc import free_ports
 from tests.e2e.scans import in_memory, stack
 from tests.strict_client import StrictClient
@@ -132,7 +132,7 @@ class Recorded:
         """There is nothing."""
 
 
-def test_slices_are_computed_on_gpus(
+def test_slices_are_computed_on_gpus_and_scans_under_way_are_answered(
     tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sees, words = server_command(environment, tmp_path)
@@ -143,10 +143,12 @@ def test_slices_are_computed_on_gpus(
         asked.append(options)
         raise Started
 
-    monkeypatch.setattr("gadgets.service.Service", take)
+    monkeypatch.setattr("gadgets.service.Service", lambda options, hurry=None: take(options))
     monkeypatch.setattr("gadgets.compute_dask.DaskPool", Recorded)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     assert isinstance(CliRunner().invoke(app, words).exception, Started)
+    warned = re.search(r"^#SBATCH --signal=B:TERM@(\d+)$", (DOCKER / "slurm.sh").read_text(), re.MULTILINE)
+    assert warned is not None and 300 <= asked[0].stop_seconds <= int(warned[1]) - TIDYING
     jobs = compute(asked[0], workers=0)
     remote: Any = jobs._remote
     jobs.close()
