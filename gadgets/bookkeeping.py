@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +71,10 @@ class Books:
         self.is_server = False  # whether this process takes up jobs that others have left; set before the first row
         self._versions = installed_versions()
         self._notes: queue.SimpleQueue[_Note | threading.Event | None] = queue.SimpleQueue()
+        self._queued: deque[JobRow] = deque()  # rows among the notes
         self._unwritten: dict[str, JobRow] = {}
+        self._held: frozenset[str] = frozenset()
+        self._closed = False
         self._flush: dict[str, float] = {}
         self._journal: Journal | None = None
         self._owner: Owner | None = None
@@ -120,7 +124,18 @@ class Books:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
                 self._thread.start()
-        self._notes.put(_Note(row, force, then))
+            self._queued.append(row)
+            self._notes.put(_Note(row, force, then))
+
+    def held(self) -> frozenset[str]:
+        """Captures (file names) that are still to be reconstructed: in the journal, and in rows that are not written yet."""
+        if self.root is not None and not self._closed:
+            try:
+                self._held = self.journal().held()
+            except JournalError as error:  # what was held is held on
+                log.error("event=journal_failed error=%r", str(error))
+        unwritten = [*list(self._queued), *list(self._unwritten.values())]
+        return self._held | {row.capture for row in unwritten if not row.is_over}
 
     def settle(self, timeout: float = CLOSE_SECONDS) -> bool:
         """Wait until everything put so far has been tried; whether that was in time."""
@@ -135,6 +150,7 @@ class Books:
         if self._thread is not None:
             self._notes.put(None)
             self._thread.join(CLOSE_SECONDS)
+        self._closed = True
         with self._lock:
             if self._owner is not None:
                 self._owner.close()
@@ -161,6 +177,8 @@ class Books:
                 self._take(note)
             except Exception as error:  # a bug here must not end the bookkeeping of all later scans
                 log.error("event=journal_crashed job=%s error=%s", note.row.id, type(error).__name__)
+            finally:
+                self._queued.popleft()
 
     def _take(self, note: _Note) -> None:
         row = note.row

@@ -20,7 +20,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,8 @@ class Spool:
         self.root = None if root is None else Path(root).expanduser()
         self.max_bytes, self.min_free_bytes, self.max_scan_bytes = max_bytes, min_free_bytes, max_scan_bytes
         self.max_age = max_age
-        self.held: frozenset[str] = frozenset()  # captures (file names) that are still to be reconstructed: never removed
+        # captures (file names) that are still to be reconstructed: never removed
+        self.held: Callable[[], Collection[str]] = frozenset
         self.versions = dict(installed_versions() if versions is None else versions)
         self.temporary_directories = temporary_directories or (Path("/dev/shm"), Path(tempfile.gettempdir()))
         self._lock = threading.Lock()
@@ -146,14 +147,15 @@ class Spool:
         sizes = {path: size_of(path) + folder_size(job_folder_of(path)) for path in root.glob("*.mrd")}
         self._used = sum(sizes.values())
         self._counted = time.monotonic()
+        held = self.held()
         if self.max_age is not None:
             oldest = time.time() - self.max_age
-            for path in [path for path in sizes if path.name not in self.held and _finished_before(path, oldest)]:
+            for path in [path for path in sizes if path.name not in held and _finished_before(path, oldest)]:
                 self._remove(path, sizes.pop(path), "age")
         used = self._used
         if used <= self.max_bytes and _free(root) >= self.min_free_bytes:
             return True
-        finished = [path for path in sorted(sizes) if path.name not in self.held and sidecar(path).exists()]
+        finished = [path for path in sorted(sizes) if path.name not in held and sidecar(path).exists()]
         status = {path: capture_status(path) for path in finished}
         kept_failed = sum(sizes[path] for path in finished if status[path] != "complete")
         # when others have filled the disk, removing captures would lose them and not help
