@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_ID = int(MessageId.IMAGE).to_bytes(2, "little")
 TEXT_ID = int(MessageId.TEXT).to_bytes(2, "little")
+FORCED_SECONDS = 1.0  # after the last image, for the news whether the raw data have reached the device
 
 
 class Logs(Protocol):
@@ -328,6 +329,7 @@ class Connection:
         self._warn_of_loss()
         self._entry.received(self._log, self.asked.label, self.n_readouts, self.parser.role)
         for message in scan.finish():
+            self._warn_of_power_cuts()
             if self.stopping:
                 raise _stopping()
             kind = bytes(memoryview(message)[:2])
@@ -340,6 +342,7 @@ class Connection:
                 require_accepted(message)
             self.peer.send(self._text(bytes(message[6:]).decode()) if kind == TEXT_ID else message)
             self.n_images += kind == IMAGE_ID
+        self._warn_of_power_cuts(FORCED_SECONDS)
         if not self.n_images and not said:
             if self.is_node:  # the client's exit code stays 0: words are all that tells its user
                 raise WireError("no image was made", where="node", got=f"{self.n_readouts} readouts")
@@ -348,6 +351,11 @@ class Connection:
     def _warn_of_loss(self) -> None:
         if self._log is not None and self._log.lost_by_its_spool:
             self.say("WRN the raw data of this scan are not kept: the spool cannot take them")
+
+    def _warn_of_power_cuts(self, seconds: float = 0.0) -> None:
+        words = self._entry.unforced(seconds)
+        if words:
+            self.say(f"WRN {words}")
 
     def _answer_noise(self) -> None:
         store, wanted = self.handlers.noise_store, self.asked.noise_id
@@ -389,6 +397,7 @@ class Connection:
     def _leave(self) -> None:
         if self._failure is not None and self.n_readouts:
             self._warn_of_loss()
+            self._warn_of_power_cuts()
         delivered = self.peer.close()
         status: Status = "complete"
         if self._failure is not None:
