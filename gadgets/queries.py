@@ -22,6 +22,9 @@ GPU_SECONDS = 60.0
 BEHIND = "recon::behind"
 """Whoever asks this before its data lets scans of scanners go first."""
 
+BEHIND_ID = 7
+"""Of our own client's query, by which it knows the answer."""
+
 
 def version_of(distribution: str) -> str:
     """Version of an installed distribution, ``"not installed"`` without one."""
