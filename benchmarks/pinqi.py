@@ -5,6 +5,8 @@ error and SSIM of T1 inside the brain. The same slices, coils, noise levels and 
 
     python -m benchmarks.pinqi --weights pinqi=DIR/pinqi.json --weights h=DIR/h/pinqi.json --samples 8
 
+Beside them the same slices *fully sampled* with the same noise and a plain fit ("1x"): what noise alone leaves of the truth.
+
 Scores are kept per sample in ``results/pinqi.json``: a second call with the same recipe only adds what is missing (new weights, more
 samples). ``--fresh`` starts over.
 """
@@ -36,6 +38,8 @@ Scores = dict[str, dict[str, dict[str, dict[str, float]]]]
 GOALS = {4.0: (0.073, 0.042, 0.961), 8.0: (0.10, 0.05, 0.939)}
 """nRMSE, MAE in s and SSIM that the published method reaches."""
 
+FULLY_SAMPLED = "fully sampled + fit"
+
 
 def methods_for(options: argparse.Namespace) -> dict[str, Callable[[Sample], Answer]]:
     """Every method that was asked for, by the name in the table."""
@@ -51,6 +55,13 @@ def methods_for(options: argparse.Namespace) -> dict[str, Callable[[Sample], Ans
         trained = load_weights(path, options.device)
         found[f"{label} ({str(trained.facts.get('sha256', ''))[:8]})"] = pinqi_methods.learned(trained)
     return found
+
+
+def methods_at(
+    acceleration: float, methods: dict[str, Callable[[Sample], Answer]]
+) -> Mapping[str, Callable[[Sample], Answer]]:
+    """Nothing is to be unfolded where every line was measured: combining the coils is all, and the same for all methods."""
+    return {FULLY_SAMPLED: pinqi_methods.zero_filled} if acceleration == 1 else methods
 
 
 def named_weights(given: list[str]) -> dict[str, Path]:
@@ -108,7 +119,7 @@ def evaluate(options: argparse.Namespace, scores: Scores) -> dict[str, NDArray[A
             picture = options.picture is not None and (acceleration, index) == (max(options.accelerations), 0)
             if picture:
                 shown |= {"truth": sample.t1, "brain": sample.brain}
-            for name, method in methods.items():
+            for name, method in methods_at(acceleration, methods).items():
                 kept = scores.setdefault(name, {}).setdefault(f"{acceleration:g}", {})
                 if str(index) in kept and not picture:
                     continue
@@ -183,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--weights", action="append", default=[], metavar="[LABEL=]FILE", help="trained weights (JSON); repeat"
     )
     parser.add_argument("--samples", type=int, default=4)
-    parser.add_argument("--accelerations", type=float, nargs="+", default=[4.0, 6.0, 8.0])
+    parser.add_argument("--accelerations", type=float, nargs="+", default=[1.0, 4.0, 6.0, 8.0])
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--times", type=float, nargs="+", default=list(SATURATION_TIMES), help="s")
     parser.add_argument("--brainweb", default=None, help="folder of BrainWeb heads; else heads drawn from the tissue atlas")

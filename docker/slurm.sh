@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # A server whose slices are computed on the GPUs of a Slurm cluster.
-#   sbatch docker/slurm.sh          (ends when the job's time is over, or with scancel: scans under way are answered first)
+#   sbatch docker/slurm.sh
+#   scancel --batch --signal=TERM JOB     (the end: scans under way are answered first, as when the job's time is over)
+# A plain scancel ends the workers at once and the server 30 s later (KillWait); the next server reconstructs what was left.
 # The first node runs server and scheduler; every task of the job is one worker with one GPU.
 # RECON_ENV: the environment in which recon-gadgets[dask] is installed, on a file system that all nodes see.
 # RECON_TLS: folder with ca.pem, cert.pem and key.pem (docs/console.md). Who can reach the scheduler can run code on the workers, so
@@ -13,7 +15,7 @@
 #SBATCH --gpus-per-task=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=12:00:00
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:TERM@600
 set -euo pipefail
 
 : "${RECON_ENV:?the folder of the Python environment}"
@@ -48,8 +50,9 @@ scheduler_id=$!
 srun --kill-on-bad-exit=0 "$RECON_ENV/bin/dask" worker "$scheduler" --nworkers 1 --nthreads 1 --memory-limit 0 --no-dashboard \
   --dashboard-address 127.0.0.1:0 --local-directory "${SLURM_TMPDIR:-/tmp}" "${tls[@]}" &
 workers_id=$!
-"$RECON_ENV/bin/recon" serve --host "${RECON_LISTEN:-0.0.0.0}" --port "${RECON_PORT:-9002}" --device cpu \
-  --allow 127.0.0.1 --allow "$RECON_ALLOW" --spool "$state/spool" --scheduler "$scheduler" \
+# --device is what the cluster's workers take. The GPUs of this node are theirs: the server, which runs here as well, must not see any
+CUDA_VISIBLE_DEVICES="" "$RECON_ENV/bin/recon" serve --host "${RECON_LISTEN:-0.0.0.0}" --port "${RECON_PORT:-9002}" --device auto \
+  --stop-seconds 420 --allow 127.0.0.1 --allow "$RECON_ALLOW" --spool "$state/spool" --scheduler "$scheduler" \
   --scheduler-ca "$RECON_TLS/ca.pem" --scheduler-cert "$RECON_TLS/cert.pem" --scheduler-key "$RECON_TLS/key.pem" &
 server_id=$!
 children=("$server_id" "$workers_id" "$scheduler_id")

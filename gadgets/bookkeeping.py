@@ -11,6 +11,7 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +33,7 @@ AGAIN_SECONDS = 10.0  # between two tries to write them
 CLOSE_SECONDS = 30.0
 MAX_WARNINGS = 50  # of one row
 WHY_CHARS = 500
+NOT_FORCED = "a power cut may cost the raw data of this scan: they cannot be forced to the device"
 PEER_LEFT = "the peer left before it had its images"
 
 _IMAGE = int(MessageId.IMAGE).to_bytes(2, "little")
@@ -70,8 +72,12 @@ class Books:
         self.is_server = False  # whether this process takes up jobs that others have left; set before the first row
         self._versions = installed_versions()
         self._notes: queue.SimpleQueue[_Note | threading.Event | None] = queue.SimpleQueue()
+        self._queued: deque[JobRow] = deque()  # rows among the notes
         self._unwritten: dict[str, JobRow] = {}
+        self._held: frozenset[str] = frozenset()
+        self._closed = False
         self._flush: dict[str, float] = {}
+        self._unforced: dict[str, str] = {}  # warnings of rows whose raw data could not be forced to the device
         self._journal: Journal | None = None
         self._owner: Owner | None = None
         self._thread: threading.Thread | None = None
@@ -113,14 +119,25 @@ class Books:
         return Entry(self, peer=peer)
 
     def put(self, row: JobRow, force: Callable[[], str] | None = None, then: Callable[[JobRow], None] | None = None) -> None:
-        """Write a row soon. ``force`` is called before it (what it says is logged), ``then`` after it."""
+        """Write a row soon. ``force`` is called before it (what it says is logged, and a warning of the row), ``then`` after it."""
         if self.root is None:
             return
         with self._lock:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
                 self._thread.start()
-        self._notes.put(_Note(row, force, then))
+            self._queued.append(row)
+            self._notes.put(_Note(row, force, then))
+
+    def held(self) -> frozenset[str]:
+        """Captures (file names) that are still to be reconstructed: in the journal, and in rows that are not written yet."""
+        if self.root is not None and not self._closed:
+            try:
+                self._held = self.journal().held()
+            except JournalError as error:  # what was held is held on
+                log.error("event=journal_failed error=%r", str(error))
+        unwritten = [*list(self._queued), *list(self._unwritten.values())]
+        return self._held | {row.capture for row in unwritten if not row.is_over}
 
     def settle(self, timeout: float = CLOSE_SECONDS) -> bool:
         """Wait until everything put so far has been tried; whether that was in time."""
@@ -135,6 +152,7 @@ class Books:
         if self._thread is not None:
             self._notes.put(None)
             self._thread.join(CLOSE_SECONDS)
+        self._closed = True
         with self._lock:
             if self._owner is not None:
                 self._owner.close()
@@ -161,6 +179,8 @@ class Books:
                 self._take(note)
             except Exception as error:  # a bug here must not end the bookkeeping of all later scans
                 log.error("event=journal_crashed job=%s error=%s", note.row.id, type(error).__name__)
+            finally:
+                self._queued.popleft()
 
     def _take(self, note: _Note) -> None:
         row = note.row
@@ -170,12 +190,17 @@ class Books:
             self._flush[row.id] = time.monotonic() - started
             if problem:
                 log.error("event=capture_not_flushed job=%s error=%s", row.id, problem)
+                self._unforced[row.id] = not_forced(problem)
         if row.id in self._flush:
             row = replace(row, timings={**row.timings, "flush": round(self._flush[row.id], 4)})
+        unforced = self._unforced.get(row.id)
+        if unforced is not None and unforced not in row.warnings:  # there already: its connection has said so
+            row = replace(row, warnings=(*row.warnings, unforced))
         self._unwritten[row.id] = row
         self._write_held()
         if row.is_over or not row.owner:
             self._flush.pop(row.id, None)
+            self._unforced.pop(row.id, None)
         if note.then is not None:
             note.then(row)
 
@@ -218,8 +243,11 @@ class Entry:
         self._began = time.monotonic()
         self._closed = 0.0
         self._timings: dict[str, float] = {}
-        self._warnings: list[str] = []
-        self._log: ScanLog | None = None
+        # whoever takes a job up does not force its raw data to the device again
+        self._warnings = [] if base is None else [words for words in base.warnings if words.startswith(NOT_FORCED)]
+        self._forced = threading.Event()
+        self._forced.set()
+        self._unforced = ""
 
     def received(self, raw: ScanLog | None, chain: str, n_readouts: int, protocol: str) -> None:
         """The peer's CLOSE has come and reconstructing begins."""
@@ -229,7 +257,7 @@ class Entry:
         assert self.row is not None
         if self._base is None:
             self._timings["receiving"] = round(self._closed - self._began, 4)
-            self._books.put(self.row, None if raw is None else raw.flush())
+            self._books.put(self.row, self._force(raw))
         self.row = replace(self.row, state="reconstructing", started=time.time())
         self._books.put(self.row)
         if (
@@ -238,6 +266,31 @@ class Entry:
             and (self._base is not None or self._books.keep_images or self._books.archive)
         ):
             self.images = ImageLog(self._books.root / self.row.folder)
+
+    def _force(self, raw: ScanLog | None) -> Callable[[], str] | None:
+        """What forces kept raw data to the device, before the row that says that they are there."""
+        if raw is None or not raw.kept:
+            return None
+        flush = raw.flush()
+        self._forced.clear()
+
+        def force() -> str:
+            problem = flush()
+            self._unforced = not_forced(problem) if problem else ""
+            self._forced.set()
+            return problem
+
+        return force
+
+    def unforced(self, seconds: float = 0.0) -> str:
+        """A warning for the operator where the raw data cannot be forced to the device; only once, "" for none.
+
+        It is not known at once: this waits for ``seconds`` at most.
+        """
+        if not self._forced.wait(seconds):
+            return ""
+        words, self._unforced = self._unforced, ""
+        return words
 
     def sent(self, message: bytes | bytearray | memoryview) -> None:
         """One message has gone to the peer."""
@@ -279,8 +332,10 @@ class Entry:
         """
         if self._books.root is None:
             return
+        force = None
         if self.row is None:
             self._begin_row(raw, chain, n_readouts, protocol)
+            force = self._force(raw) if self._base is None else None
         assert self.row is not None
         kept = self.images is not None and not self.images.failed
         if failure is None:  # everything went out; what its reader has lost is kept
@@ -311,7 +366,7 @@ class Entry:
             weights=facts.weights, fallback=facts.fallback, warnings=tuple(self._warnings), archive=archive,
         )  # fmt: skip
         if self._base is None:
-            self._books.put(self.row, then=self._books.over if self.row.is_over else self._books.left)
+            self._books.put(self.row, force, self._books.over if self.row.is_over else self._books.left)
 
     def _archive(self, state: State, kept: bool) -> Archive:
         original = self._base is None or not self._base.origin.startswith("retry")
@@ -335,6 +390,11 @@ class Entry:
                 origin="node" if protocol == "node" else "connection", capture=raw.name if kept and raw is not None else "",
             )  # fmt: skip
         self.row = replace(self.row, versions={**self._books._versions, "protocol": protocol})
+
+
+def not_forced(problem: str) -> str:
+    """The warning about raw data that a device did not take."""
+    return f"{NOT_FORCED} ({problem})"
 
 
 def reason_of(failure: Exception | None) -> str:

@@ -141,9 +141,12 @@ def serve(
     time_limit: Annotated[
         float, typer.Option(help="Longest time in s that a chain may compute for one scan; 0: no limit.", min=0.0)
     ] = 21_600.0,
+    stop_seconds: Annotated[
+        float, typer.Option(help="Longest time in s for scans under way when the server is told to stop.", min=0.0)
+    ] = 60.0,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
-    """Listen for scans until interrupted."""
+    """Listen for scans until interrupted. Scans under way are answered first; a second interrupt abandons them."""
     from gadgets import process_memory
 
     process_memory.bound_allocator()  # before the imports below begin threads
@@ -173,6 +176,7 @@ def serve(
         device=device,
         scheduler=cluster,
         time_limit=time_limit,
+        stop_seconds=stop_seconds,
         observe=keep_raw,
         keep_images=keep_images,
         keep_days=keep_days,
@@ -181,11 +185,11 @@ def serve(
         timing=Timing(idle=idle_seconds, stall=stall_seconds),
         access=Access(tuple(allow or ()), allow_any, tls=server_tls(tls_cert, tls_key, tls_client_ca)),
     )
-    stop = threading.Event()
+    stop, hurry = threading.Event(), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, lambda *_: (hurry if stop.is_set() else stop).set())
     beside = monitor_beside(options.spool, monitor, monitor_token_file)
-    with Service(options) as service, beside:
+    with Service(options, hurry) as service, beside:
         print(f"listening on {service.host}:{service.port}", flush=True)
         process_memory.settle()
         process_memory.tidy_until(stop)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from gadgets.compute_pool import Events, Task
+from gadgets.device_errors import device_failure
 from gadgets.errors import SchedulerError
 from gadgets.scheduler_options import SchedulerOptions, local_workers
 from recon_core.errors import ReconError
@@ -118,7 +119,11 @@ class DaskPool:
         key = uuid.uuid4().hex
         with self._lock:
             self._sent[key] = _Sent(task)
-        self._senders.submit(self._send, key)
+        try:
+            self._senders.submit(self._send, key)
+        except Exception:  # no thread can be had
+            self._forget(key)
+            raise
 
     def stop(self, task: Task) -> None:
         with self._lock:
@@ -252,7 +257,7 @@ class DaskPool:
         task = sent.task
         try:
             if future.status == "finished":
-                self._report(task, future.result())
+                self._report(key, task, future.result())
             elif future.status == "error":
                 error = future.exception()
                 if type(error).__name__ == "KilledWorker":
@@ -270,14 +275,21 @@ class DaskPool:
             with contextlib.suppress(Exception):
                 future.release()
 
-    def _report(self, task: Task, outcome: Any) -> None:
+    def _report(self, key: str, task: Task, outcome: Any) -> None:
         _write_words(Path(task.args[0].report_folder), outcome.words)
         tag = getattr(task.args[0], "tag", task.name)
         log.info("event=done_by_cluster task=%s by=%s failed=%s", tag, outcome.by, outcome.error is not None)
         if outcome.error is None:
             self._events.succeeded(task, outcome.result)
-        else:
+        elif device_failure(outcome.error) is None:
             self._events.failed(task, outcome.error, outcome.places)
+        else:
+            self._senders.submit(self._leave_worker, key, task, outcome)
+
+    def _leave_worker(self, key: str, task: Task, outcome: Any) -> None:
+        """A task's GPU failed: its process is ended before anybody hears of it, or the next attempt would begin there."""
+        self._end_worker(key, None)
+        self._events.failed(task, outcome.error, outcome.places)
 
     def _forget(self, key: str) -> _Sent | None:
         with self._lock:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from gadgets.compute_pool import Events, Task
+from gadgets.device_errors import device_failure
 from gadgets.errors import JobFailed
 from gadgets.worker_pipes import guard
 
@@ -137,10 +138,9 @@ class LocalPool:
             inner = executor.submit(task.function, *task.args)
         except Exception as error:
             self._retire(slot)
-            if _is_dead_worker(error):  # it died while it was idle, which says nothing against the task
-                self._events.lost(task)
-            else:
-                self._events.died(task, error)
+            if not _is_dead_worker(error):
+                raise
+            self._events.lost(task)  # it died while it was idle, which says nothing against the task
             return
         inner.add_done_callback(lambda finished: self._done(slot, task, finished))
 
@@ -159,10 +159,10 @@ class LocalPool:
             _kill(executor, wait=True)
 
     def _begin(self, slot: _Slot) -> None:
-        from loky import ProcessPoolExecutor
-
-        env = worker_environment(self.capacity, slot.number, self._devices, os.environ)
         try:
+            from loky import ProcessPoolExecutor
+
+            env = worker_environment(self.capacity, slot.number, self._devices, os.environ)
             once = (self._threads, slot.rehearse, os.getpid())
             executor = ProcessPoolExecutor(1, timeout=None, initializer=start_worker, initargs=once, env=env)
             with self._changed:
@@ -200,8 +200,10 @@ class LocalPool:
             self._retire(slot)
             self._events.died(task, error)
             return
-        doomed = task.stopped is not None  # it has ended while its worker was about to be
-        if doomed:
+        dead_gpu = device_failure(error) is not None
+        if dead_gpu:
+            log.warning("event=worker_ended task=%s reason='its GPU failed'", task.name)
+        if dead_gpu or task.stopped is not None:  # the latter: it has ended while its worker was about to be
             self._retire(slot)
         else:
             with self._changed:
@@ -212,12 +214,17 @@ class LocalPool:
             self._events.failed(task, error, places(error))
 
     def _retire(self, slot: _Slot) -> None:
+        """Forget a slot's process and end it. Never raises: whoever calls this has to say what became of a task."""
         with self._changed:
             executor, slot.executor, slot.task, slot.state = slot.executor, None, None, "cold"
             self._changed.notify_all()
         if executor is not None and not self._closed:
-            # not here: this may be the dead executor's own thread
-            threading.Thread(target=_kill, args=(executor,), name="retire", daemon=True).start()
+            try:  # not here: this may be the dead executor's own thread
+                threading.Thread(target=_kill, args=(executor,), name="retire", daemon=True).start()
+            except RuntimeError as error:  # no thread can be had: the process ends all the same, only nobody waits for that
+                log.error("event=not_waited_for_worker error=%s", type(error).__name__)
+                with contextlib.suppress(Exception):
+                    _kill(executor, wait=False)
         self._events.changed()
 
 
@@ -250,7 +257,13 @@ class ThreadPool:
             self._executor = self._executor or ThreadPoolExecutor(1, thread_name_prefix="compute")
             executor = self._executor
         self._events.began(task)
-        inner = executor.submit(task.function, *task.args)
+        try:
+            inner = executor.submit(task.function, *task.args)
+        except Exception:  # no thread can be had; its queue has the task nevertheless
+            with self._lock:
+                self._executor = self._task = None
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
         inner.add_done_callback(lambda finished: self._done(task, finished))
 
     def stop(self, task: Task) -> None:
@@ -278,7 +291,7 @@ class ThreadPool:
         if error is None:
             self._events.succeeded(task, finished.result())
         else:
-            self._events.failed(task, error, places(error))
+            self._events.failed(task, device_failure(error, here=True) or error, places(error))
 
 
 def worker_environment(workers: int, number: int, devices: int, environment: Mapping[str, str]) -> dict[str, str]:

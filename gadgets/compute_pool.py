@@ -52,7 +52,7 @@ class Task:
     """One call on its way to a worker.
 
     ``alone`` asks for a machine on which no other task of this server runs. ``stopped`` says why its worker was ended on purpose;
-    ``deaths`` counts the workers that died of it.
+    ``deaths`` counts the workers that died of it, ``refusals`` how often a pool failed to begin it.
     """
 
     function: Callable[..., Any]
@@ -63,6 +63,7 @@ class Task:
     alone: bool = False
     outer: Future[Any] = field(default_factory=Future)
     deaths: int = 0
+    refusals: int = 0
     begun: bool = False
     stopped: JobFailed | None = None
     give_up_at: float | None = None
@@ -109,7 +110,8 @@ class Pool(Protocol):
     def warm(self) -> None:
         """Start every worker and wait for it."""
 
-    def start(self, task: Task) -> None: ...
+    def start(self, task: Task) -> None:
+        """Begin a task. When this raises, the pool has forgotten the task and is as before."""
 
     def stop(self, task: Task) -> None:
         """End the worker that runs it."""

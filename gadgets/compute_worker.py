@@ -25,11 +25,15 @@ from distributed import WorkerPlugin
 
 from gadgets import __version__
 from gadgets.compute_local import WORKER_NICENESS, log_python_warnings, places, prepare_process
+from gadgets.device_errors import device_failure
 from gadgets.errors import SchedulerError
 from gadgets.scratch import SCRATCH_PREFIX
 
 GRACE = 30.0
 """s after a task's limit at which the process ends by itself, when the server's word has not done it."""
+
+DOOMED_SECONDS = 30.0
+"""s that a process whose GPU failed waits for the server to end it; then it does so itself. Its last result has to be fetched before."""
 
 Words = Mapping[str, bytes]
 """Contents of report files by name, as `gadgets.reports.FileReport` writes them."""
@@ -62,14 +66,19 @@ class _Running:
 
 _lock = threading.Lock()
 _running: dict[str, _Running] = {}
+_doomed: set[str] = set()  # tasks at which this process's GPU failed: no later one can use it
 _yields = False  # a plugin may be set up again in the same process
 
 
 def run_packed(key: str, function: Callable[[Any], Any], job: Any, seconds: float | None) -> Outcome:
     """Call ``function`` with a job that brings its data along; it reports into a folder of this machine.
 
-    ``seconds`` bounds the time, also of code that never gives way to the worker's other threads: the process ends then.
+    ``seconds`` bounds the time, also of code that never gives way to the worker's other threads: the process ends then. Once a GPU has
+    failed here, nothing is begun any more: the process is ended, and the scheduler gives its tasks to others.
     """
+    if _doomed:
+        time.sleep(DOOMED_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
     folder = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-"))
     with _lock:
         _running[key] = _Running(folder, time.monotonic())
@@ -78,6 +87,8 @@ def run_packed(key: str, function: Callable[[Any], Any], job: Any, seconds: floa
             result, error, where = function(replace(job, report_folder=str(folder))), None, ""
     except Exception as raised:
         result, error, where = None, raised, places(raised)
+        if device_failure(raised) is not None:
+            _doomed.add(key)
     finally:
         with _lock:
             _running.pop(key, None)
@@ -114,9 +125,9 @@ def news(abandoned: Collection[str]) -> dict[str, News]:
 
 
 def end(key: str) -> bool:
-    """End this process, if it is the one that runs the task; whoever started the worker starts another one."""
+    """End this process, if it is the one that runs the task or lost its GPU at it; whoever started the worker starts another one."""
     with _lock:
-        here = key in _running
+        here = key in _running or key in _doomed
     if here:  # after the answer has left
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGKILL)).start()
     return here

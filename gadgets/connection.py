@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_ID = int(MessageId.IMAGE).to_bytes(2, "little")
 TEXT_ID = int(MessageId.TEXT).to_bytes(2, "little")
+FORCED_SECONDS = 1.0  # after the last image, for the news whether the raw data have reached the device
 
 
 class Logs(Protocol):
@@ -98,9 +99,11 @@ class Connection:
         return self.scan is not None
 
     def stop(self) -> None:
-        """From the server's thread: end this connection soon."""
+        """From the server's thread: end this connection soon, also one that waits for its images."""
         self.stopping = True
         self.peer.stop()
+        if self._answering:
+            self._abandon()
 
     def run(self) -> None:
         """Serve the connection to its end. Never raises."""
@@ -112,7 +115,9 @@ class Connection:
             if self._failure is None:
                 self._answer()
         except Exception as error:
-            self._fail(error)
+            # tasks and files of a scan that is abandoned vanish under its hands: whatever came of that, this is why
+            abandoned = self.stopping and self._answering
+            self._fail(_stopping() if abandoned else error)
         finally:
             self._leave()
 
@@ -208,7 +213,7 @@ class Connection:
             self._closed = True
             return
         if self.stopping:
-            return self._vanished(Disconnected("the server is stopping", where="connection"))
+            return self._vanished(_stopping())
         try:
             self.parser.finish()
         except Disconnected as error:
@@ -291,8 +296,10 @@ class Connection:
         ------
         Disconnected
             The peer is gone while its images are being made: computing them has no purpose. (While it is being read, the words
-            are lost and reading finds out by itself.)
+            are lost and reading finds out by itself.) Or the server ends, and waits for them no more.
         """
+        if self.stopping and self._answering:
+            raise _stopping()
         line = plain(" ".join(text.split()), 2000)
         self._entry.said(line)
         if self.asked.noise_id is not None or self.is_node:
@@ -322,8 +329,9 @@ class Connection:
         self._warn_of_loss()
         self._entry.received(self._log, self.asked.label, self.n_readouts, self.parser.role)
         for message in scan.finish():
+            self._warn_of_power_cuts()
             if self.stopping:
-                raise Disconnected("the server is stopping", where="connection")
+                raise _stopping()
             kind = bytes(memoryview(message)[:2])
             said = said or kind == TEXT_ID
             self._entry.sent(message)
@@ -334,6 +342,7 @@ class Connection:
                 require_accepted(message)
             self.peer.send(self._text(bytes(message[6:]).decode()) if kind == TEXT_ID else message)
             self.n_images += kind == IMAGE_ID
+        self._warn_of_power_cuts(FORCED_SECONDS)
         if not self.n_images and not said:
             if self.is_node:  # the client's exit code stays 0: words are all that tells its user
                 raise WireError("no image was made", where="node", got=f"{self.n_readouts} readouts")
@@ -342,6 +351,11 @@ class Connection:
     def _warn_of_loss(self) -> None:
         if self._log is not None and self._log.lost_by_its_spool:
             self.say("WRN the raw data of this scan are not kept: the spool cannot take them")
+
+    def _warn_of_power_cuts(self, seconds: float = 0.0) -> None:
+        words = self._entry.unforced(seconds)
+        if words:
+            self.say(f"WRN {words}")
 
     def _answer_noise(self) -> None:
         store, wanted = self.handlers.noise_store, self.asked.noise_id
@@ -370,10 +384,11 @@ class Connection:
         self._abandon()
 
     def _abandon(self) -> None:
-        if self.scan is None:
+        scan = self.scan
+        if scan is None:
             return
         try:
-            self.scan.abandon()
+            scan.abandon()
         except Exception as error:
             logger.error("event=abandon_failed connection=%s error=%s at=%s", self.name, type(error).__name__, _where(error))
 
@@ -382,6 +397,7 @@ class Connection:
     def _leave(self) -> None:
         if self._failure is not None and self.n_readouts:
             self._warn_of_loss()
+            self._warn_of_power_cuts()
         delivered = self.peer.close()
         status: Status = "complete"
         if self._failure is not None:
@@ -423,6 +439,10 @@ class Connection:
         self.scan = None
         self.asked.close()
         self.parser.close()
+
+
+def _stopping() -> Disconnected:
+    return Disconnected("the server is stopping", where="connection")
 
 
 def _without_frames(error: BaseException | None) -> None:

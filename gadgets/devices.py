@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gadgets.errors import DeviceFailed
 from recon_core.errors import SettingError
 
 
@@ -20,3 +21,17 @@ def choose_device(wanted: str) -> str:
     if wanted.startswith("cuda") and not torch.cuda.is_available():
         raise SettingError("no CUDA device", where="device", got=wanted, expected="auto or cpu on this machine")
     return wanted
+
+
+def device_of_task(wanted: str) -> str:
+    """As ``choose_device``, long after the server (or the cluster) was found to have a GPU.
+
+    Raises
+    ------
+    DeviceFailed
+        It has none now: it fell off, or the driver gives it to nobody.
+    """
+    try:
+        return choose_device(wanted)
+    except SettingError as error:
+        raise DeviceFailed("there is no GPU any more", got=wanted, remedy="See nvidia-smi") from error

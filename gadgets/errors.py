@@ -77,6 +77,14 @@ class OutOfGpuMemory(OutOfMemory):
     """A task got no memory on the GPU; the same task may do on the CPU."""
 
 
+class DeviceFailed(JobFailed):
+    """A task's GPU failed, or is gone. Its process can use no GPU any more and was ended; another worker may do the task."""
+
+
+class DeviceFailedHere(DeviceFailed):
+    """The same in a process that cannot be ended, the server's own: the task is left with the CPU."""
+
+
 class TimeLimitReached(JobFailed):
     """A scan's method computed for longer than its limit; its worker was ended."""
 

@@ -16,12 +16,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from gadgets.compute_local import LocalPool, ThreadPool
+from gadgets.compute_local import LocalPool, ThreadPool, places
 from gadgets.compute_pool import Budget, Events, Place, Pool, Task
+from gadgets.device_errors import device_failure
 from gadgets.errors import JobFailed, TimeLimitReached, WorkerDied, WorkerKilled
 from gadgets.fair_queue import SCAN, FairQueue
 from gadgets.memory_errors import out_of_memory
 from gadgets.reports import given_up
+from gadgets.scope import Scope as Scope
 from recon_core.errors import ReconError
 
 log = logging.getLogger(__name__)
@@ -30,23 +32,37 @@ T = TypeVar("T")
 MOST_DEATHS = 2
 """Workers that may die of one task."""
 
+MOST_REFUSALS = 8
+"""Times that a pool may fail to begin one task."""
+
+REST_SECONDS = 0.5
+"""After a failure of handing out: threads or memory that are short may come back, and the log must not fill meanwhile."""
+
 ABANDONED_SECONDS = 60.0
 """A task of a scan that was given up ends by itself at its next word of progress; if it has none to say, its worker is ended."""
 
 HERE: tuple[Place, ...] = ("local",)
 ELSEWHERE: tuple[Place, ...] = ("remote",)
 MakeRemote = Callable[[Events, int], Pool]
+Late = tuple[Task, Pool | None, JobFailed]
+"""A task that is to be stopped, where it runs (``None``: it still waits), and why."""
+
+SHORT = "Threads or memory of this machine are used up: see the log of the server"
 
 
 @dataclass(frozen=True)
 class State:
-    """How busy the workers are: tasks that wait and that run, tasks at a time, and what went wrong since the start."""
+    """How busy the workers are: tasks that wait and that run, tasks at a time, and what went wrong since the start.
+
+    ``stalled``: seconds for which tasks have been waiting while none ran and none began; 0 when that is not so.
+    """
 
     waiting: int
     running: int
     capacity: int
     deaths: int
     stopped: int
+    stalled: float = 0.0
 
 
 class Jobs:
@@ -82,6 +98,7 @@ class Jobs:
         self._queue = FairQueue()
         self._running: dict[Task, Pool] = {}
         self._deaths = self._stopped = 0
+        self._moved = time.monotonic()  # when a task last began or ended, or began to wait where nothing else did
         self._warmed = self._closed = False
         self._dispatcher: threading.Thread | None = None
         self._local: LocalPool | ThreadPool = (
@@ -99,10 +116,14 @@ class Jobs:
 
     @property
     def state(self) -> State:
-        """For those who watch."""
+        """For those who watch. Should nobody hand out what waits, somebody does from now on."""
         with self._wake:
             waiting, running = len(self._queue), len(self._running)
-        return State(waiting, running, self.capacity, self._deaths, self._stopped)
+            if waiting:
+                self._is_dispatched()
+            idle = (waiting or running) and not any(task.begun for task in self._running)
+            stalled = time.monotonic() - self._moved if idle else 0.0
+        return State(waiting, running, self.capacity, self._deaths, self._stopped, stalled)
 
     def warm(self) -> None:
         """Start every worker now, so that the first scan does not wait for imports."""
@@ -142,9 +163,12 @@ class Jobs:
                 refusal = _stopping(task)
             elif task.owner.abandoned:
                 refusal = given_up(task.name)
+            elif not self._is_dispatched():
+                refusal = JobFailed("no thread can be had to hand out tasks", where=task.name, remedy=SHORT)
             else:
+                if not (len(self._queue) or self._running):
+                    self._moved = time.monotonic()
                 self._queue.add(task)
-                self._start_dispatcher()
                 self._wake.notify_all()
                 return
         task.outer.set_exception(refusal)
@@ -168,9 +192,9 @@ class Jobs:
     def began(self, task: Task) -> None:
         with self._wake:
             if task in self._running and not task.begun:
-                task.begun = True
+                task.begun, self._moved = True, time.monotonic()
                 if task.budget is not None:
-                    task.budget.begin(time.monotonic())
+                    task.budget.begin(self._moved)
                 self._wake.notify_all()
 
     def succeeded(self, task: Task, result: Any) -> None:
@@ -184,27 +208,19 @@ class Jobs:
         if not isinstance(error, ReconError) and not task.owner.abandoned:
             # neither words nor values: they may quote the scan. The places are enough to find it
             log.error("event=task_crashed task=%s error=%s at=%s", task.name, type(error).__name__, places)
-        task.outer.set_exception(out_of_memory(error) or error)
+        told = device_failure(error)
+        if told is not None:
+            log.error("event=device_failed task=%s reason=%r", task.name, str(told))
+        task.outer.set_exception(told or out_of_memory(error) or error)
 
     def died(self, task: Task, error: BaseException) -> None:
         if not self._ended(task):
             return
         task.deaths += 1
-        verdict: JobFailed | None = None
         with self._wake:
             self._deaths += task.stopped is None and not self._closed
-            if self._closed:
-                verdict = _stopping(task)
-            elif task.stopped is not None or task.owner.abandoned:
-                verdict = task.stopped or given_up(task.name)
-            elif task.deaths >= MOST_DEATHS:
-                verdict = _died(task, error)
-            else:
-                log.warning("event=worker_died task=%s error=%s action=retry", task.name, type(error).__name__)
-                self._queue.add(task, first=True)
-            self._wake.notify_all()
-        if verdict is not None:
-            task.outer.set_exception(verdict)
+        if self._again(task, _died(task, error) if task.deaths >= MOST_DEATHS else None):
+            log.warning("event=worker_died task=%s error=%s action=retry", task.name, type(error).__name__)
 
     def lost(self, task: Task) -> None:
         if not self._ended(task):
@@ -214,7 +230,23 @@ class Jobs:
 
     def changed(self) -> None:
         with self._wake:
+            if len(self._queue):
+                self._is_dispatched()
             self._wake.notify_all()
+
+    def _again(self, task: Task, verdict: JobFailed | None) -> bool:
+        """Put a task that has ended without an answer before its scan's others, unless a ``verdict`` (or more) is against it."""
+        with self._wake:
+            if self._closed:
+                verdict = _stopping(task)
+            elif task.stopped is not None or task.owner.abandoned:
+                verdict = task.stopped or given_up(task.name)
+            if verdict is None:
+                self._queue.add(task, first=True)
+            self._wake.notify_all()
+        if verdict is not None:
+            task.outer.set_exception(verdict)
+        return verdict is None
 
     def _ended(self, task: Task) -> bool:
         """Note the end of a task's run; false when it was noted before."""
@@ -222,37 +254,70 @@ class Jobs:
             if self._running.pop(task, None) is None:
                 return False
             self._queue.ended(task)
-            if task.begun and task.budget is not None:
-                task.budget.end(time.monotonic())
+            if task.begun:
+                self._moved = time.monotonic()
+                if task.budget is not None:
+                    task.budget.end(self._moved)
             task.begun = False
             self._wake.notify_all()
             return True
 
     # ---- the thread that hands tasks to workers ------------------------------------------------------------------------
 
-    def _start_dispatcher(self) -> None:
-        if self._dispatcher is None:
-            self._dispatcher = threading.Thread(target=self._dispatch, name="dispatch", daemon=True)
-            self._dispatcher.start()
+    def _is_dispatched(self) -> bool:
+        """Whether somebody hands out tasks; the first time, and when whoever did it is gone, that is a new thread. Under the lock."""
+        if self._closed or (self._dispatcher is not None and self._dispatcher.is_alive()):
+            return True
+        if self._dispatcher is not None:
+            log.critical("event=dispatcher_gone waiting=%d action=another", len(self._queue))
+        dispatcher = threading.Thread(target=self._dispatch, name="dispatch", daemon=True)
+        try:
+            dispatcher.start()
+        except RuntimeError as error:  # the system has no thread for us
+            log.critical("event=dispatcher_not_started error=%s", type(error).__name__)
+            return False
+        self._dispatcher = dispatcher
+        return True
 
     def _dispatch(self) -> None:
-        while True:
-            with self._wake:
-                if self._closed:
-                    return
-                late = self._overdue()
-                chosen = self._choose()
-                grow = self._local.missing and (self._warmed or bool(len(self._queue)))
-                if not late and chosen is None and not grow:
-                    self._wake.wait(self._patience())
-                    continue
-            for task, pool, why in late:
-                self._stop(task, pool, why)
-            if chosen is not None:
-                chosen[1].start(chosen[0])
-            elif grow:
-                self._local.grow()
-                self._refuse_all(self._local.unable)
+        """Hand out tasks. Whatever fails, this goes on: without it the server takes scans and answers none."""
+        while not self._closed:
+            try:
+                self._hand_out()
+            except BaseException as error:  # also SystemExit, which would end a thread without a word
+                log.error("event=dispatch_failed error=%s at=%s", type(error).__name__, places(error))
+                with self._wake:
+                    self._wake.wait_for(lambda: self._closed, REST_SECONDS)
+
+    def _hand_out(self) -> None:
+        """Stop what is late, or begin one task, or start workers; without anything to do, wait."""
+        with self._wake:
+            if self._closed:
+                return
+            late = self._overdue()
+            chosen = None if late else self._choose()
+            grow = self._local.missing and (self._warmed or bool(len(self._queue)))
+            if not late and chosen is None and not grow:
+                self._wake.wait(self._patience())
+                return
+        if late:
+            self._stop_all(late)
+        elif chosen is not None:
+            self._start(*chosen)
+        else:
+            self._local.grow()
+            self._refuse_all(self._local.unable)
+
+    def _start(self, task: Task, pool: Pool) -> None:
+        try:
+            pool.start(task)
+        except BaseException as error:
+            if self._ended(task):
+                task.refusals += 1
+                got = type(error).__name__
+                refused = JobFailed("a task cannot be begun", where=task.name, got=got, remedy=SHORT)
+                self._again(task, refused if task.refusals >= MOST_REFUSALS else None)
+            raise
 
     def _choose(self) -> tuple[Task, Pool] | None:
         """The fairest task that a free worker can begin; it is taken from the queue."""
@@ -277,9 +342,9 @@ class Jobs:
         self._running[task] = pool
         return task, pool
 
-    def _overdue(self) -> list[tuple[Task, Pool | None, JobFailed]]:
+    def _overdue(self) -> list[Late]:
         now = time.monotonic()
-        late: list[tuple[Task, Pool | None, JobFailed]] = []
+        late: list[Late] = []
         for task, pool in self._running.items():
             if task.stopped is not None:
                 continue
@@ -300,14 +365,24 @@ class Jobs:
         ends += [t.give_up_at - now for t in self._running if t.give_up_at is not None and t.stopped is None]
         return max(0.001, min(ends)) if ends else None
 
+    def _stop_all(self, late: list[Late]) -> None:
+        failure: BaseException | None = None
+        for task, pool, why in late:
+            try:
+                self._stop(task, pool, why)
+            except BaseException as error:  # it is late the next time as well; the others are stopped now
+                task.stopped, failure = None, error
+        if failure is not None:
+            raise failure
+
     def _stop(self, task: Task, pool: Pool | None, why: JobFailed) -> None:
         if pool is None:
             task.outer.set_exception(why)
             return
         task.stopped = why
-        self._stopped += 1
         log.warning("event=task_stopped task=%s reason=%r", task.name, str(why))
         pool.stop(task)
+        self._stopped += 1
 
     def _refuse_all(self, why: JobFailed | None) -> None:
         """No worker can be started: every task that waits for one is told."""
@@ -320,45 +395,6 @@ class Jobs:
             self._warmed = False  # the next task tries again
         for task in left:
             task.outer.set_exception(why)
-
-
-class Scope:
-    """The tasks of one scan. ``submit`` as in `Jobs`; ``abandon`` drops those that wait and silences those that run.
-
-    A running task ends by itself, at the latest when its report finds that the scan's folder is gone (`FileReport`).
-    """
-
-    def __init__(self, jobs: Jobs, priority: int = SCAN) -> None:
-        self._jobs = jobs
-        self.priority = priority
-        self.abandoned = False
-
-    def submit(
-        self,
-        task: Callable[..., T],
-        *args: Any,
-        place: Place = "local",
-        budget: Budget | None = None,
-        alone: bool = False,
-    ) -> Future[T]:
-        """Run ``task(*args)`` on a worker, unless the scan has been abandoned: then the future holds a ``JobFailed``.
-
-        Parameters
-        ----------
-        place
-            ``remote`` where the task may leave this machine: its one argument has ``packed()`` and needs no files then.
-        budget
-            What it may compute, together with other tasks of the scan; then it fails with ``TimeLimitReached``.
-        alone
-            On this machine, not beside other tasks: memory is short.
-        """
-        made = Task(task, args, self, place, budget, alone)
-        self._jobs.add(made)
-        return made.outer
-
-    def abandon(self) -> None:
-        """Give up every task that is not done; later ones are not begun."""
-        self._jobs.give_up(self)
 
 
 def _stopping(task: Task) -> JobFailed:

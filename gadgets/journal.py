@@ -192,6 +192,18 @@ class Journal:
         found = self._read(f"SELECT * FROM jobs WHERE state IN ({marks}) ORDER BY received, id", OPEN_STATES)
         return [row for row in map(row_of, found) if not row.owner or not self.is_alive(row.owner)]
 
+    def held(self) -> frozenset[str]:
+        """Captures (file names) of jobs that are not over, whoever works at them.
+
+        Raises
+        ------
+        JournalError
+            The file cannot be read.
+        """
+        marks = ", ".join("?" * len(OPEN_STATES))
+        found = self._read(f"SELECT capture FROM jobs WHERE state IN ({marks})", OPEN_STATES)
+        return frozenset(record[0] for record in found)
+
     def unarchived(self) -> list[JobRow]:
         """Jobs that are over, whose images still have to be queued for an archive, and at which no living process works."""
         found = self._read("SELECT * FROM jobs WHERE archive = 'due' AND state = 'sent' ORDER BY received", ())

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from gadgets.buffer import SortedScan, sort_readouts
 from gadgets.chain import Chain, load_chain
+from gadgets.compute_pool import Budget
 from gadgets.cut_scan import sort_cut_scan
 from gadgets.errors import SortError
 from gadgets.fair_queue import REPLAY, SCAN
@@ -30,6 +31,7 @@ from gadgets.memory_errors import out_of_memory
 from gadgets.noise_store import NoiseStore
 from gadgets.preparation import CHUNK_BYTES, Preparation
 from gadgets.previews import OFF, Previews
+from gadgets.progress import progress_line
 from gadgets.readouts import Kind, ReadoutIndex, classify
 from gadgets.row_files import RowFiles
 from gadgets.scan_facts import facts_of
@@ -37,6 +39,7 @@ from gadgets.scratch import Scratch
 from gadgets.slice_work import SliceWork
 from gadgets.spool import ScanLog
 from gadgets.tasks import LogSlice, estimate_noise, from_portable
+from gadgets.waiting import Waiting
 from gadgets.wire import codec
 from gadgets.wire.events import Readouts, Waveform
 from gadgets.wire.header import MrdHeader
@@ -53,7 +56,8 @@ class Services:
     """What every scan of a server shares.
 
     ``configs`` is the folder of chain files, the shipped one when ``None``; ``previews=False`` makes none, whatever chains ask for;
-    ``job_folders`` keeps what methods tell besides images; ``time_limit`` bounds every chain's computing for a scan, in s (0: not);
+    ``job_folders`` keeps what methods tell besides images; ``time_limit`` bounds every chain's computing for a scan, and what comes before
+    the chain on its own, in s (0: not);
     ``masks`` is the folder of the sampling masks that scans are compared with.
     """
 
@@ -95,6 +99,9 @@ class Scan:
         self.scratch = Scratch()
         self.tasks = services.jobs.scope(REPLAY if raw.replayed or raw.behind else SCAN)
         self._said: set[str] = set()
+        # not the chain's own limit: no fallback could answer for what is missing here
+        limit = services.time_limit
+        self._preparing = Budget(limit, name="preparation") if limit > 0 else None
         self.preparation = Preparation(
             self.index,
             header,
@@ -106,6 +113,8 @@ class Scan:
             noise=services.noise,
             warn=self._warn,
             chunk_bytes=services.chunk_bytes,
+            budget=self._preparing,
+            sign=self._give_sign,
         )
 
     # ---- while the scan runs -------------------------------------------------------------------------------------------
@@ -139,6 +148,9 @@ class Scan:
             self.say(f"WRN {message}\n")
         elif len(self._said) == MAX_WARNINGS + 1:
             self.say("WRN there are more warnings; the server's log has them\n")
+
+    def _give_sign(self) -> None:
+        self.say(progress_line(self.chain.name, 0.0, None))
 
     # ---- after the last readout ----------------------------------------------------------------------------------------
 
@@ -187,7 +199,8 @@ class Scan:
         """A separate noise scan: keep its covariance for the scans that depend on it."""
         index = self.index
         source = LogSlice(str(self.raw.path), index.headers[rows], index.offsets[rows], index.payload_bytes[rows])
-        estimate = self.tasks.submit(estimate_noise, source).result()
+        measured = self.tasks.submit(estimate_noise, source, budget=self._preparing)
+        estimate = Waiting(self._give_sign).result(measured)
         if self.services.noise is None or not self.header.measurement_id:
             raise SortError(
                 "a noise measurement that cannot be stored", where="scan", expected="a measurementID in the header"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from gadgets.buffer_settings import AcquisitionSettings
+from gadgets.compute_pool import Budget
 from gadgets.errors import SortError, SpoolError
 from gadgets.jobs import Scope
 from gadgets.noise_store import NoiseStore
@@ -37,6 +38,7 @@ from gadgets.tasks import (
     estimate_noise,
     prepare_chunk,
 )
+from gadgets.waiting import Waiting
 from gadgets.wire.header import MrdHeader
 from recon_core.preprocess.noise import dead_channels, whitening_matrix
 from recon_core.preprocess.settings import PreprocessSettings
@@ -90,6 +92,10 @@ class Preparation:
         Workers, the scan's files, and the store of noise measurements of other scans.
     warn
         Says something to the operator.
+    budget
+        What all of it together may compute; ``None``: as long as it takes.
+    sign
+        Tells the operator, every few seconds while ``rows`` waits, that the server is at it; may raise (see ``Waiting``).
     """
 
     def __init__(
@@ -104,10 +110,13 @@ class Preparation:
         noise: NoiseStore | None,
         warn: Callable[[str], None],
         chunk_bytes: int = CHUNK_BYTES,
+        *,
+        budget: Budget | None = None,
+        sign: Callable[[], None] | None = None,
     ) -> None:
         self._index, self._header, self._acquisition, self._settings = index, header, acquisition, settings
         self._raw_path, self._jobs, self._scratch, self._store, self._warn = raw_path, jobs, scratch, noise, warn
-        self._chunk_bytes = chunk_bytes
+        self._chunk_bytes, self._budget, self._sign = chunk_bytes, budget, sign or _unheard
         self._size = 0  # readouts per chunk, known with the first readout that carries k-space
         self._n_channels = 0
         self._n_x = 0
@@ -126,7 +135,7 @@ class Preparation:
 
     def close(self) -> None:
         """The scan is over: what it is told by is let go, which would keep the scan and its readouts for as long as this."""
-        self._warn = _unheard
+        self._warn = self._sign = _unheard
 
     # ---- while reading -------------------------------------------------------------------------------------------------
 
@@ -140,7 +149,7 @@ class Preparation:
         """
         if self._size == 0 and not self._begin():
             return
-        self._dispatch(len(self._index) // self._size, wait_for=False)
+        self._dispatch(len(self._index) // self._size)
 
     def _begin(self) -> bool:
         headers = self._index.headers
@@ -170,7 +179,7 @@ class Preparation:
                 raise SortError(
                     "the noise readouts have other channels", where="scan", got=channels, expected=self._n_channels
                 )
-            self._noise = self._jobs.submit(estimate_noise, self._log_slice(rows))
+            self._noise = self._jobs.submit(estimate_noise, self._log_slice(rows), budget=self._budget)
         else:
             self._use_stored_noise()
 
@@ -203,10 +212,12 @@ class Preparation:
         )
         return whitening.numpy()
 
-    def _dispatch(self, n_chunks: int, *, wait_for: bool) -> None:
-        """Hand over chunks up to ``n_chunks``, as far as whitening and compression are known (or waited for)."""
+    def _dispatch(self, n_chunks: int, waiting: Waiting | None = None) -> None:
+        """Hand over chunks up to ``n_chunks``, as far as whitening and compression are known, or all, by ``waiting`` for those."""
         if self._noise is not None and self._whitening is None:
-            if not (wait_for or self._noise.done()):
+            if waiting is not None:
+                waiting.until(self._noise)
+            if not self._noise.done():
                 return
             self._settle_noise(self._noise.result())
         while len(self._chunks) < n_chunks:
@@ -214,14 +225,14 @@ class Preparation:
             if (
                 self._first_compressed is not None
                 and number >= self._first_compressed
-                and not self._compression_known(wait_for)
+                and not self._compression_known(waiting)
             ):
                 return
             self._submit(number)
             if self._calibration is not None and self._first_compressed is None and self._calibration.complete:
                 self._first_compressed = number + 1
         if self._first_compressed is not None:
-            self._compression_known(wait_for)
+            self._compression_known(waiting)
 
     def _settle_noise(self, estimate: NoiseEstimate) -> None:
         self._whitening = self._whiten(estimate.covariance, estimate.dwell_time)
@@ -259,7 +270,9 @@ class Preparation:
         n_coils = self._n_channels if matrices is None else self._settings.virtual_coils
         out = str(self._scratch.allocate(len(rows) * n_coils * placement.n_x * 8))
         job = ChunkJob(source, keep, placement, self._whitening, matrices, out)
-        self._chunks.append(Chunk(self._jobs.submit(prepare_chunk, job), out, compressed=matrices is not None))
+        self._chunks.append(
+            Chunk(self._jobs.submit(prepare_chunk, job, budget=self._budget), out, compressed=matrices is not None)
+        )
 
     def _note_calibration(self, rows: NDArray[np.intp], headers: NDArray[np.void]) -> None:
         assert self._calibration is not None
@@ -276,14 +289,15 @@ class Preparation:
         for number in np.unique(slices[central]):
             self._calibration.rows.setdefault(int(number), []).append(rows[central & (slices == number)])
 
-    def _compression_known(self, wait_for: bool) -> bool:
+    def _compression_known(self, waiting: Waiting | None) -> bool:
         """Whether the compression matrices exist; starts their task, and the compression of what lies already there."""
         assert self._calibration is not None and self._first_compressed is not None
         early = self._chunks[: self._first_compressed]
         if self._matrices is None:
             futures = [c.future for c in early if c.future is not None]
-            if wait_for:
-                wait(futures)
+            if waiting is not None:
+                for f in futures:
+                    waiting.until(f)
             if not all(f.done() for f in futures):
                 return False
             for f in futures:
@@ -292,8 +306,10 @@ class Preparation:
             job = CompressionJob(
                 self._row_files(len(early) * self._size, compressed=False), rows, self._settings.virtual_coils
             )
-            self._matrices = self._jobs.submit(compression_matrices, job)
-        if not (wait_for or self._matrices.done()):
+            self._matrices = self._jobs.submit(compression_matrices, job, budget=self._budget)
+        if waiting is not None:
+            waiting.until(self._matrices)
+        if not self._matrices.done():
             return False
         matrices = self._matrices.result()
         for number, chunk in enumerate(early):
@@ -307,7 +323,7 @@ class Preparation:
         out = str(self._scratch.allocate(len(slices) * self._settings.virtual_coils * self._n_x * 8))
         job = RecompressJob(chunk.path, (len(slices), self._n_channels, self._n_x), slices.astype(np.int64), matrices, out)
         full = Path(chunk.path)
-        chunk.future, chunk.path, chunk.compressed = self._jobs.submit(compress_chunk, job), out, True
+        chunk.future, chunk.path, chunk.compressed = self._jobs.submit(compress_chunk, job, budget=self._budget), out, True
         # only after success: a task that is repeated because its worker died still needs its input
         chunk.future.add_done_callback(lambda done: full.unlink(missing_ok=True) if done.exception() is None else None)
 
@@ -323,25 +339,26 @@ class Preparation:
         Raises
         ------
         ReconError
-            No readout carries k-space, or a task failed.
+            No readout carries k-space, a task failed, the limit was reached, or the operator is gone.
         """
+        waiting = Waiting(self._sign)
         if self._size == 0 and not self._begin():
             raise SortError("no readout carries k-space", where="scan", got=f"{len(self._index)} other readouts")
         kind = classify(self._index.headers, self._header, self._acquisition)
         noise_rows = np.flatnonzero(kind == Kind.NOISE)
         if len(noise_rows) and not len(self._noise_rows) and self._settings.prewhiten:
-            self._start_again(noise_rows)
-        self._dispatch(-(-len(self._index) // self._size), wait_for=True)
+            self._start_again(noise_rows, waiting)
+        self._dispatch(-(-len(self._index) // self._size), waiting)
         for chunk in self._chunks:
             if chunk.future is not None:
-                chunk.future.result()
+                waiting.result(chunk.future)
         return self._row_files(len(self._index), compressed=self._first_compressed is not None)
 
-    def _start_again(self, noise_rows: NDArray[np.intp]) -> None:
+    def _start_again(self, noise_rows: NDArray[np.intp], waiting: Waiting) -> None:
         """The noise readouts came after the first imaging readout: nothing that was prepared is white."""
         for chunk in self._chunks:
             if chunk.future is not None:
-                wait([chunk.future])
+                waiting.until(chunk.future)
         self._chunks, self._whitening, self._matrices, self._first_compressed = [], None, None, None
         if self._calibration is not None:
             self._calibration.rows.clear()
@@ -357,5 +374,5 @@ def _carries(headers: NDArray[np.void], header: MrdHeader, acquisition: Acquisit
     return classify(headers, header, acquisition) <= Kind.CALIBRATION_AND_IMAGING
 
 
-def _unheard(message: str) -> None:
+def _unheard(*message: str) -> None:
     """In place of a scan that is over."""

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 
@@ -15,8 +16,14 @@ from gadgets import __version__
 
 UNKNOWN = "Unknown query"
 PRODUCT = "recon-gadgets"
+GPU_SECONDS = 60.0
+"""For how long an answer of the driver's tool counts; it takes up to a second, and ten where a GPU hangs."""
+
 BEHIND = "recon::behind"
 """Whoever asks this before its data lets scans of scanners go first."""
+
+BEHIND_ID = 7
+"""Of our own client's query, by which it knows the answer."""
 
 
 def version_of(distribution: str) -> str:
@@ -52,7 +59,7 @@ def answer(query: str, *, chains: Callable[[], Iterable[str]] = tuple) -> str:
         "gadgetron::info::matlab": lambda: "0",
         "gadgetron::info::cuda": lambda: str(int(bool(gpus()))),
         "gadgetron::cuda::devices": lambda: str(len(gpus())),
-        "gadgetron::cuda::driver": lambda: gpus()[0]["driver"] if gpus() else "N/A",
+        "gadgetron::cuda::driver": lambda: next((gpu["driver"] for gpu in gpus()), "N/A"),
         "gadgetron::cuda::runtime": cuda_runtime,
         "gadgetron::cuda::memory": lambda: ", ".join(gpu["memory"] for gpu in gpus()) or "N/A",
         "gadgetron::cuda::capabilities": lambda: ", ".join(gpu["capability"] for gpu in gpus()) or "N/A",
@@ -76,9 +83,16 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-@lru_cache(maxsize=1)
 def gpus() -> tuple[dict[str, str], ...]:
-    """NVIDIA devices as the driver's own tool lists them: asking torch would make a CUDA context in this process."""
+    """NVIDIA devices as the driver's own tool lists them, at most a minute old: one may fall off, and come back.
+
+    Asking torch would make a CUDA context in this process.
+    """
+    return _gpus(int(time.monotonic() / GPU_SECONDS))
+
+
+@lru_cache(maxsize=1)
+def _gpus(period: int) -> tuple[dict[str, str], ...]:
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ()

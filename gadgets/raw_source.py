@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from gadgets.capture import read_capture, windows
 from gadgets.errors import MalformedText, RawFileError
+from gadgets.queries import BEHIND, BEHIND_ID
 from gadgets.wire import codec, events
 from gadgets.wire.dtypes import ACQUISITION_HEADER, WAVEFORM_HEADER
 from gadgets.wire.framing import FrameParser
@@ -225,8 +226,19 @@ def _waveforms(root: h5py.Group) -> tuple[list[bytes], NDArray[np.int64]]:
     return encoded, heads["time_stamp"][order].astype(np.int64)
 
 
+def _behind(capture: Path) -> int:
+    """Bytes at a capture's beginning by which replays let scanners go first."""
+    question, n = codec.query(BEHIND, BEHIND_ID), 0
+    with capture.open("rb") as file:
+        while file.read(len(question)) == question:
+            n += len(question)
+    return n
+
+
 class CapturedSession:
     """A capture, sent bit for bit as it came; only ``config`` replaces its own, and ``fire`` goes before the data.
+
+    That an earlier replay let scanners go first is none of the scan's: it is left out.
 
     Raises
     ------
@@ -254,7 +266,8 @@ class CapturedSession:
         if (config and not header_at) or (fire and not data_at):
             raise RawFileError("no header and data in this capture", where=self.path.name, remedy="Replay it as it is")
         # what stands in place of which bytes
-        self._edits = [(0, header_at, config)] if config else []
+        behind = _behind(self.path)
+        self._edits = [(0, header_at, config)] if config else [(0, behind, b"")] if behind else []
         self._edits += [(data_at, data_at, fire)] if fire else []
 
     def pieces(self) -> Iterator[Piece]:

@@ -21,7 +21,8 @@ from gadgets.connection import Connection
 from gadgets.errors import CaptureGone
 from gadgets.handlers import ChainRequest, Handlers, Say, Scan
 from gadgets.held_capture import CapturePeer, HeldLog, HeldLogs
-from gadgets.journal import JobRow, Journal, JournalError
+from gadgets.journal import JobRow, Journal
+from gadgets.lookout import Lookout
 from gadgets.results import Results
 from gadgets.spool import ORPHAN_NOTE, ScanLog, Spool
 from gadgets.wire import events
@@ -34,7 +35,7 @@ LOOK_SECONDS = 1.0
 """Between two looks at the journal for jobs that other processes have left or put in."""
 
 HOUSEKEEPING_SECONDS = 60.0
-TROUBLE_SECONDS = 30.0  # until the next look at a journal that cannot be read
+JOIN_SECONDS = 30.0
 MAX_ATTEMPTS = 3
 """A scan that ends the process that reconstructs it, again and again, must not keep the server from its work."""
 
@@ -88,65 +89,71 @@ class Recovery:
         self._books, self._spool, self._results = books, spool, results
         self._handlers, self._limits = handlers, limits or Limits()
         self._root = spool.root
-        self._wake = threading.Event()
         self._lock = threading.Lock()
-        self._peer: CapturePeer | None = None
+        self._peers: set[CapturePeer] = set()
         self._stopping = False
+        self._adopted = threading.Event()
         self._tidied = float("-inf")
-        self._thread: threading.Thread | None = None
+        self._lookouts = (
+            Lookout("recovery", self._look_for_lost, LOOK_SECONDS),
+            Lookout("retries", self._look_for_retries, LOOK_SECONDS),
+            Lookout("housekeeping", self._tidy, LOOK_SECONDS),
+        )
+        spool.held = books.held
         self.housekeeping: Callable[[], None] = lambda: None  # of the rest of the server, once a minute
 
     def start(self) -> None:
         """Look after what was left, now and from now on."""
-        self._thread = threading.Thread(target=self._run, name="recovery", daemon=True)
-        self._thread.start()
+        for lookout in self._lookouts:
+            lookout.start()
 
     def wake(self) -> None:
         """A job waits."""
-        self._wake.set()
+        for lookout in self._lookouts:
+            lookout.wake()
 
     def close(self) -> None:
         """Stop; a job that is being reconstructed waits for the next server."""
         with self._lock:
             self._stopping = True
-            if self._peer is not None:
-                self._peer.stop()
-        self._wake.set()
+            for peer in self._peers:
+                peer.stop()
+        for lookout in self._lookouts:
+            lookout.stop()
 
-    def join(self, timeout: float = 30.0) -> None:
-        """Wait for the end of the thread, after ``close`` and after the workers have been stopped."""
-        if self._thread is not None:
-            self._thread.join(timeout)
+    def join(self, timeout: float = JOIN_SECONDS) -> None:
+        """Wait for the end of the threads, after ``close`` and after the workers have been stopped."""
+        until = time.monotonic() + timeout
+        for lookout in self._lookouts:
+            lookout.join(max(0.0, until - time.monotonic()))
 
-    # -- the thread --------------------------------------------------------------------------------------------------------------
+    # -- the threads -------------------------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        orphans = True
+    def _look_for_lost(self) -> None:
+        """Scans that lost their connection. A retry may take hours; they do not wait for it, and nothing else does."""
+        journal = self._books.journal()
+        if not self._adopted.is_set():
+            self._adopt(journal)
+            self._adopted.set()
+        self._take_up(lambda row: not row.origin.startswith("retry"))
+
+    def _look_for_retries(self) -> None:
+        self._take_up(lambda row: row.origin.startswith("retry"))
+
+    def _take_up(self, ours: Callable[[JobRow], bool]) -> None:
+        """The waiting jobs of one kind, oldest first; the journal is read after each, because more may have come."""
+        journal, seen = self._books.journal(), set[str]()
         while not self._stopping:
-            pause = LOOK_SECONDS
-            try:
-                journal = self._books.journal()
-                if orphans:
-                    self._adopt(journal)
-                    orphans = False
-                self._look(journal)
-            except JournalError as error:
-                log.error("event=journal_failed error=%r", str(error))
-                pause = TROUBLE_SECONDS
-            except Exception as error:  # one job's trouble must not leave all others waiting
-                log.error("event=recovery_crashed error=%s", type(error).__name__)
-                pause = TROUBLE_SECONDS
-            self._wake.wait(pause)
-            self._wake.clear()
-
-    def _look(self, journal: Journal) -> None:
-        waiting = journal.waiting()
-        self._spool.held = frozenset(row.capture for row in waiting)
-        for row in waiting:
-            if self._stopping:
+            row = next((row for row in journal.waiting() if ours(row) and row.id not in seen), None)
+            if row is None:
                 return
+            seen.add(row.id)  # one that is to be tried again has its turn after a pause
             self.reconstruct(row)
-        self._spool.held = frozenset()
+
+    def _tidy(self) -> None:
+        journal = self._books.journal()
+        if not self._adopted.is_set():
+            return  # captures without a row are not known to wait
         for row in journal.unarchived():
             journal.update(row.id, owner=self._books.token)
             self._results.over(row)
@@ -228,7 +235,7 @@ class Recovery:
         end, cut = self._cut(row, capture)
         peer = CapturePeer(capture, end)
         with self._lock:
-            self._peer = peer
+            self._peers.add(peer)
             if self._stopping:
                 return replace(row, state="received")
         logs = HeldLogs(HeldLog(capture, self._root / row.folder, cut))
@@ -238,7 +245,7 @@ class Recovery:
             connection.run()
         finally:
             with self._lock:
-                self._peer = None
+                self._peers.discard(peer)
         if self._stopping and (entry.row is None or entry.row.state != "sent"):
             return replace(row, state="received")
         if entry.row is None:

@@ -23,7 +23,7 @@ import h5py
 from gadgets.errors import Disconnected, ImageFileError, ReplayFailed
 from gadgets.image_attributes import is_preview
 from gadgets.image_file import ImageFile
-from gadgets.queries import BEHIND
+from gadgets.queries import BEHIND, BEHIND_ID
 from gadgets.raw_source import Source, open_source
 from gadgets.tls import ClientTls, connect_tls
 from gadgets.wire import codec, events
@@ -31,7 +31,6 @@ from gadgets.wire.framing import FrameParser
 from recon_core.errors import ReconError
 
 RETRY_SECONDS = 0.2
-BEHIND_ID = 7  # of the query, by which its answer is known
 PACE_SECONDS = 0.01  # readouts of one such interval are sent together
 SILENCE_SECONDS = 600.0
 RECEIVE_BYTES = 1 << 20

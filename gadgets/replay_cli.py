@@ -28,9 +28,15 @@ def replay(
     tls_cert: Annotated[Path | None, typer.Option(help="Our own certificate (PEM), where the server wants one.")] = None,
     tls_key: Annotated[Path | None, typer.Option(help="Its key, where that is another file.")] = None,
     tls_name: Annotated[str | None, typer.Option(help="Name in the server's certificate, where not the host's.")] = None,
-    behind: Annotated[bool, typer.Option("--behind", help="Let scans of scanners go first.")] = False,
+    urgent: Annotated[
+        bool,
+        typer.Option(
+            "--urgent/--behind",
+            help="Compute it like a scanner's scan, or let those go first. Other makers' servers: --urgent.",
+        ),
+    ] = False,
 ) -> None:
-    """Send raw data to a running server and keep the images that come back."""
+    """Send raw data to a running server and keep the images that come back. Scans of scanners go first, unless this is --urgent."""
     from gadgets.replay import replay as run_replay
     from gadgets.tls import client_tls
 
@@ -38,7 +44,7 @@ def replay(
     with _progress() as bar:
         result = run_replay(
             source, host=host, port=port, config=config, out=output, rate=rate, parameters=name_value_pairs(settings or []),
-            tls=client_tls(tls, tls_ca, tls_cert, tls_key, tls_name), behind=behind,
+            tls=client_tls(tls, tls_ca, tls_cert, tls_key, tls_name), behind=not urgent,
             progress=readouts_bar(bar), on_text=reconstruction_bar(bar),
         )  # fmt: skip
     _show(result, output, montage)

@@ -29,6 +29,9 @@ Status = Literal["complete", "truncated", "failed"]
 
 TEMPORARY_PREFIX = "recon-gadgets-log-"
 CHECK_EVERY = 256 << 20  # bytes between two looks at the limits
+TEMPORARY_AHEAD = 64 << 20
+"""The same in temporary storage, which several logs may fill at once, and for which there has to be room at each look."""
+
 NOTE_CHARS = 500
 RESERVE_FROM, RESERVE_BYTES = 1 << 20, 64 << 20
 FALLOC_FL_KEEP_SIZE = 1  # linux/falloc.h
@@ -128,10 +131,14 @@ class ScanLog:
             view = view[written:]
             self.size += written
         if self.size >= self._next_check:
-            self._next_check = self.size + CHECK_EVERY
-            if self._kept and not self._spool.make_room(self._growth()):
-                self._move("too little free space")
+            self._look_at_limits()
         return offset
+
+    def _look_at_limits(self) -> None:
+        self._next_check = self.size + (CHECK_EVERY if self._kept else TEMPORARY_AHEAD)
+        room = self._spool.make_room(self._growth()) if self._kept else self._spool.has_room(self.path.parent)
+        if not room:
+            self._move("too little free space")
 
     def _growth(self) -> int:
         grown, self._reported = self.size - self._reported, self.size
@@ -226,7 +233,7 @@ class ScanLog:
         if self._ended:
             raise SpoolError("the log is finished", where=f"spool {self._name}")
         while True:
-            folder, kept = self._spool.place(self.size + needed, self._tried)
+            folder, kept = self._spool.place(needed, self._tried)
             try:
                 home = folder if kept else Path(tempfile.mkdtemp(prefix=TEMPORARY_PREFIX, dir=folder))
                 fd = os.open(home / self._name, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -237,6 +244,7 @@ class ScanLog:
             with contextlib.suppress(OSError):  # network file systems may have no locks
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._fd, self._path, self._kept, self._reserved = fd, home / self._name, kept, 0
+            self._next_check = self.size + (CHECK_EVERY if kept else TEMPORARY_AHEAD)
             if not kept:  # also when nobody ends the log: the process exits, or forgets it
                 weakref.finalize(self, _forget, home, os.getpid())
             self._tried.add(folder)
@@ -249,7 +257,7 @@ class ScanLog:
         old_fd, old_path, old_kept = self._fd, self.path, self._kept
         logger.error("event=spool_move file=%s bytes=%d reason=%r", self._name, self.size, why)
         while True:
-            self._create(self.size + (64 << 20))
+            self._create(self.size)
             try:
                 _copy(old_fd, self._fd, self.size)
                 break

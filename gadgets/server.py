@@ -24,6 +24,7 @@ from gadgets.wire.framing import Limits
 logger = logging.getLogger(__name__)
 
 DEFAULT_PORT = 9002
+HURRY_SECONDS = 0.2  # between two looks at whether somebody is in a hurry
 
 
 class Server:
@@ -114,14 +115,17 @@ class Server:
             self.start()
         self._listener.wait()
 
-    def close(self, timeout: float = 10.0) -> None:
-        """Stop accepting; connections without a scan end at once, scans may take ``timeout`` s and are abandoned then."""
+    def close(self, timeout: float = 10.0, hurry: threading.Event | None = None) -> None:
+        """Stop accepting; connections without a scan end at once, scans may take ``timeout`` s and are abandoned then.
+
+        Somebody who does not want to wait for so long sets ``hurry``.
+        """
         self._closing = True
         self._listener.stop()
         for connection in self._open():
             if not connection.busy:
                 connection.stop()
-        self._wait(time.monotonic() + timeout)
+        self._wait(time.monotonic() + timeout, hurry)
         for connection in self._open():
             logger.warning("event=abandoned connection=%s", connection.name)
             connection.stop()
@@ -139,11 +143,15 @@ class Server:
         with self._lock:
             return list(self._connections)
 
-    def _wait(self, until: float) -> None:
+    def _wait(self, until: float, hurry: threading.Event | None = None) -> None:
         with self._lock:
             threads = list(self._connections.values())
         for thread in threads:
-            thread.join(max(0.0, until - time.monotonic()))
+            while thread.is_alive() and not (hurry is not None and hurry.is_set()):
+                left = until - time.monotonic()
+                if left <= 0:
+                    return
+                thread.join(min(left, HURRY_SECONDS))
 
     def _serve(self, accepted: socket.socket, place: Place) -> None:
         name = f"c{next(self._numbers):05d}"

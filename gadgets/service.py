@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,8 @@ class ServiceOptions:
     ``keep_images`` keeps every scan's images in its job folder, ``keep_days`` removes captures by age, below ``min_free_bytes`` of free
     disk no capture is begun, and ``archives`` get the images of every scan by themselves. ``masks`` is the folder of sampling masks.
     ``scheduler`` names a Dask cluster for the slices; ``time_limit`` bounds a chain's computing for one scan, in s (0: not).
-    ``rehearse=False`` starts workers sooner and makes their first scans slower.
+    ``rehearse=False`` starts workers sooner and makes their first scans slower. When the service ends, scans under way may take
+    ``stop_seconds`` more; what is not done then is left to the next one.
     """
 
     host: str = "127.0.0.1"
@@ -68,6 +70,7 @@ class ServiceOptions:
     masks: Path | None = None
     scheduler: SchedulerOptions | None = None
     time_limit: float = 0.0
+    stop_seconds: float = 10.0
     rehearse: bool = True
     limits: Limits = field(default_factory=Limits)
     timing: Timing = field(default_factory=Timing)
@@ -111,10 +114,13 @@ def compute(options: ServiceOptions, workers: int) -> Jobs:
 
 
 class Service:
-    """A running reconstruction server; a context manager."""
+    """A running reconstruction server; a context manager.
 
-    def __init__(self, options: ServiceOptions) -> None:
-        self.options = options
+    Whoever ends it and does not want to wait for its scans sets ``hurry``.
+    """
+
+    def __init__(self, options: ServiceOptions, hurry: threading.Event | None = None) -> None:
+        self.options, self._hurry = options, hurry
         cores = os.cpu_count() or 1
         workers = max(1, cores // 2) if options.workers is None else options.workers
         stale = remove_stale_scratch()
@@ -181,7 +187,7 @@ class Service:
     def close(self) -> None:
         """Stop listening, end the scans, stop the workers."""
         self.unattended.stop()
-        self.server.close()
+        self.server.close(self.options.stop_seconds, self._hurry)
         self.job_folders.close()
         self.unattended.settle()
         self.jobs.close()
@@ -219,6 +225,7 @@ class Service:
             "archives": [] if archives is None else [key_of(archive) for archive in archives.destinations],
             "archive_queue": "" if archives is None else str(archives.queue.absolute()),
             "queued": state.waiting,
+            "stalled": state.stalled,
             "capacity": state.capacity,
             "deaths": state.deaths,
             "host": self.host,

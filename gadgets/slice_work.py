@@ -108,7 +108,7 @@ class SliceWork:
         self._put(number, fallback, "fallback")
 
     def ease(self, number: int) -> str | None:
-        """Submit a slice that is done again, if it failed for want of memory and there is something left to try.
+        """Submit a slice that is done again, if it failed for want of memory or of a GPU, and there is something left to try.
 
         Returns
         -------
@@ -117,7 +117,7 @@ class SliceWork:
         """
         pending = self._pending[number]
         error = pending.future.exception()
-        words = None if error is None else self._ladder.down(pending.chain.name, pending.rung, error)
+        words = None if error is None else self._ladder.down(pending.chain.name, pending.rung, error, number)
         if words is not None:
             self._put(number, pending.chain, pending.role)
         return words

@@ -20,7 +20,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,12 @@ from gadgets.capture import read_capture as read_capture
 from gadgets.errors import SpoolError
 from gadgets.file_locks import is_locked
 from gadgets.queries import versions as installed_versions
-from gadgets.scan_log import TEMPORARY_PREFIX
+from gadgets.scan_log import TEMPORARY_AHEAD, TEMPORARY_PREFIX
 from gadgets.scan_log import ScanLog as ScanLog
 from gadgets.scan_log import Status as Status
 from gadgets.state_folder import state_folder
+from gadgets.storage_room import free as _free
+from gadgets.storage_room import room
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +91,10 @@ class Spool:
         self.root = None if root is None else Path(root).expanduser()
         self.max_bytes, self.min_free_bytes, self.max_scan_bytes = max_bytes, min_free_bytes, max_scan_bytes
         self.max_age = max_age
-        self.held: frozenset[str] = frozenset()  # captures (file names) that are still to be reconstructed: never removed
+        # captures (file names) that are still to be reconstructed: never removed
+        self.held: Callable[[], Collection[str]] = frozenset
         self.versions = dict(installed_versions() if versions is None else versions)
-        self.temporary_directories = temporary_directories or (Path("/dev/shm"), Path(tempfile.gettempdir()))
+        self.temporary_directories = temporary_directories or _temporaries(self.root)
         self._lock = threading.Lock()
         self._owed: dict[Path, dict[str, Any]] = {}  # sidecars that the disk did not take
         self._used, self._counted = 0, -math.inf  # bytes in the folder, and when they were last counted
@@ -146,14 +149,15 @@ class Spool:
         sizes = {path: size_of(path) + folder_size(job_folder_of(path)) for path in root.glob("*.mrd")}
         self._used = sum(sizes.values())
         self._counted = time.monotonic()
+        held = self.held()
         if self.max_age is not None:
             oldest = time.time() - self.max_age
-            for path in [path for path in sizes if path.name not in self.held and _finished_before(path, oldest)]:
+            for path in [path for path in sizes if path.name not in held and _finished_before(path, oldest)]:
                 self._remove(path, sizes.pop(path), "age")
         used = self._used
         if used <= self.max_bytes and _free(root) >= self.min_free_bytes:
             return True
-        finished = [path for path in sorted(sizes) if path.name not in self.held and sidecar(path).exists()]
+        finished = [path for path in sorted(sizes) if path.name not in held and sidecar(path).exists()]
         status = {path: capture_status(path) for path in finished}
         kept_failed = sum(sizes[path] for path in finished if status[path] != "complete")
         # when others have filled the disk, removing captures would lose them and not help
@@ -177,7 +181,9 @@ class Spool:
         logger.info("event=capture_evicted file=%s bytes=%d reason=%s", capture.name, size, reason)
 
     def place(self, needed: int, tried: set[Path]) -> tuple[Path, bool]:
-        """Where a log of at least ``needed`` bytes may go, and whether it is kept there.
+        """Where a log may go of which ``needed`` bytes are there, and whether it is kept there.
+
+        The scan goes on, so a log looks at its place again while it grows (`has_room`).
 
         Raises
         ------
@@ -191,10 +197,17 @@ class Spool:
             if self.make_room():
                 return self.root, True
         for folder in self.temporary_directories:
-            # room for as much again, because the scan goes on
-            if folder not in tried and folder.is_dir() and _free(folder) > max(2 * needed, 64 << 20):
+            if folder not in tried and self.has_room(folder, needed):
                 return folder, False
-        raise SpoolError("no room for the raw data", where="spool", remedy="Free disk space or lower the spool's limits")
+        rooms = ", ".join(f"{max(0, room(folder)) >> 20} MiB in {folder}" for folder in self.temporary_directories)
+        raise SpoolError(
+            "no room for the raw data", where="spool", got=f"room for {rooms or 'nothing'}",
+            expected=f"{needed + TEMPORARY_AHEAD >> 20} MiB", remedy="Free disk space or lower the spool's limits",
+        )  # fmt: skip
+
+    def has_room(self, folder: Path, needed: int = 0) -> bool:
+        """Whether temporary storage takes so many bytes more, and those that come until a log looks again."""
+        return room(folder) >= needed + TEMPORARY_AHEAD
 
     def _make_root(self, root: Path) -> None:
         try:
@@ -238,10 +251,11 @@ def _finished_before(capture: Path, moment: float) -> bool:
         return False
 
 
-def _free(folder: Path) -> int:
-    """Bytes; none where there is no such folder (any more)."""
-    try:
-        state = os.statvfs(folder)
-    except OSError:
-        return -1
-    return state.f_bavail * state.f_frsize
+def _temporaries(root: Path | None) -> tuple[Path, ...]:
+    """Temporary storage, in the order in which it is tried.
+
+    Where the spool has no room, disks come first: memory is what the reconstructions need. Where raw data are not to be kept at all,
+    they are not to lie on a disk either, if that can be helped.
+    """
+    memory, disk = Path("/dev/shm"), Path(tempfile.gettempdir())
+    return (memory, disk) if root is None else (disk, memory)

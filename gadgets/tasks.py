@@ -5,6 +5,7 @@ Every task can be repeated: the raw log is only read, and each task writes a fil
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,8 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from gadgets.buffer import SortedScan, assemble
-from gadgets.devices import choose_device
-from gadgets.errors import JobFailed, SortError
+from gadgets.device_errors import device_failure
+from gadgets.devices import device_of_task
+from gadgets.errors import JobFailed, OutOfMemory, SortError
 from gadgets.memory_errors import out_of_memory
 from gadgets.readouts import ReadoutGeometry
 from gadgets.reports import FileReport
@@ -276,18 +278,19 @@ def reconstruct_slice(job: SliceJob) -> Result:
     Raises
     ------
     ReconError
-        From sorting, preprocessing or the method; ``JobFailed`` when memory ran out. A fallback to plain Fourier (and a preview
-        by it) is refused for undersampled data: its images would be aliased.
+        From sorting, preprocessing or the method; ``JobFailed`` when memory ran out or the GPU failed. A fallback to plain Fourier
+        (and a preview by it) is refused for undersampled data: its images would be aliased.
     """
     try:
         return _reconstruct_slice(job)
     except (MemoryError, RuntimeError) as error:
-        told = out_of_memory(error)
+        told: JobFailed | None = out_of_memory(error) or device_failure(error)
         if told is None:
             raise
     # outside the handler the failed attempt's arrays are gone: what the allocator keeps of them is the next one's, or another's
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    if isinstance(told, OutOfMemory) and torch.cuda.is_initialized():
+        with contextlib.suppress(RuntimeError):  # a GPU that failed before, in a process that goes on with the CPU
+            torch.cuda.empty_cache()
     raise told
 
 
@@ -295,7 +298,7 @@ def _reconstruct_slice(job: SliceJob) -> Result:
     report = SliceReport(job)
     report.progress(0.0)
     kspace = assemble(job.sorted_scan, job.slice_index, job.rows)
-    kspace = replace(kspace, noise_std=job.noise_std).to("cpu" if job.cpu_only else choose_device(job.device))
+    kspace = replace(kspace, noise_std=job.noise_std).to("cpu" if job.cpu_only else device_of_task(job.device))
     if job.role != "slice" and job.recipe.method == "fourier":
         _refuse_aliasing(kspace)
     with batch_share(job.batch_share):

@@ -20,6 +20,10 @@ DEEP_QUEUE = 100
 """Tasks that wait for a worker (one for each slice); more is worth a word."""
 
 
+STALLED_SECONDS = 120.0
+"""For which tasks may wait while nothing runs: a fresh worker on a busy machine takes some."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing looked at: how it is, and a sentence about it."""
@@ -89,6 +93,9 @@ def _spool(folder: Folder, status: Status) -> Check:
 def _queue(status: Status) -> Check:
     waiting = queue_length(status)
     words = f"{plural(len(status.active), 'scan')} under way, {plural(waiting, 'task')} waiting"
+    stalled = number(status.server.get("stalled")) if status.alive else 0.0
+    if stalled > STALLED_SECONDS:
+        return Check("queue", "failing", f"{words}, and none has begun for {duration(stalled)}")
     return Check("queue", "warning" if waiting > DEEP_QUEUE else "ok", words)
 
 

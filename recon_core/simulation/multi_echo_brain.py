@@ -202,7 +202,7 @@ def simulate(recipe: ScanRecipe, seed: int, key: tuple[str, int] = ("", 0)) -> B
     elsewhere = np.where(inside, 0, np.where(head, chi, 0.6 * AIR_CHI)).astype(np.float32)
     cavity = _cavity(labels.shape, rng, swapped)
     elsewhere = np.where(inside, 0, elsewhere + AIR_CHI * cavity).astype(np.float32)
-    background = _shimmed(dipole_field(elsewhere, half, b0, recipe.field_strength), inside)
+    background = _shimmed(dipole_field(elsewhere, half, b0, recipe.field_strength), inside, half)
     shift = local + background
     density = tissue.pd * (1 - cavity * ~inside) * _profile(len(labels))[:, None, None]
     steady = spoiled_gradient_echo(
@@ -360,11 +360,16 @@ def _cavity(shape: tuple[int, ...], rng: np.random.Generator, swapped: bool) -> 
     return np.asarray(sinus | ears, np.float32)
 
 
-def _shimmed(field: FloatArray, inside: BoolArray) -> FloatArray:
-    """The field less its best second-order polynomial over the brain: what a shim can do."""
-    z, y, x = np.meshgrid(*(np.linspace(-1, 1, n) for n in field.shape), indexing="ij", sparse=True)
+def _shimmed(field: FloatArray, inside: BoolArray, voxel: tuple[float, float, float]) -> FloatArray:
+    """The field less its best solid harmonics up to second order over the brain: what shim coils can do.
+
+    Their fields are harmonic, like those of all sources outside: what is left is for background removal. An isotropic part
+    (``x^2 + y^2 + z^2``) is none, and would look like sources all over the brain.
+    """
+    axes = ((np.arange(n) - n / 2) * side for n, side in zip(field.shape, voxel, strict=True))
+    z, y, x = (10.0 * axis for axis in np.meshgrid(*axes, indexing="ij", sparse=True))  # in units in which a head is about 1
     one = np.ones(field.shape, np.float32)
-    terms = [one * t for t in (1, z, y, x, z * y, z * x, y * x, z * z, y * y, x * x)]
+    terms = [one * t for t in (1, z, y, x, z * y, z * x, y * x, y * y - x * x, 2 * z * z - y * y - x * x)]
     rows = np.stack([t[inside][::17] for t in terms], axis=1)
     found = np.linalg.lstsq(rows, field[inside][::17], rcond=None)[0]
     return np.asarray(field - sum(c * t for c, t in zip(found, terms, strict=True)), np.float32)

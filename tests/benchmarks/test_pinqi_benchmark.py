@@ -45,6 +45,20 @@ def test_complete_data_give_every_method_the_true_map(trained: TrainedPinqi) -> 
         assert T1_RANGE[0] <= answer.t1.min() and answer.t1.max() <= T1_RANGE[1]
 
 
+def test_complete_data_are_fitted_once_for_all_methods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: Path
+) -> None:
+    for module in (common, pinqi):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    pinqi.main(
+        ["--size", "32", "--accelerations", "1", "2", "--samples", "1", "--only-weights", "--weights", f"physics={weights}"]
+    )
+    scores = json.loads((tmp_path / "pinqi.json").read_text())["scores"]
+    (method,) = set(scores) - {pinqi.FULLY_SAMPLED}
+    assert set(scores[pinqi.FULLY_SAMPLED]) == {"1"} and set(scores[method]) == {"2"}
+    assert scores[pinqi.FULLY_SAMPLED]["1"]["0"]["nrmse"] < scores[method]["2"]["0"]["nrmse"]
+
+
 def test_undersampling_ranks_the_simple_methods(trained: TrainedPinqi) -> None:
     s = sample(2.0, 0.005)
     zero, sense, joined = (s.score(m(s).t1)["nrmse"] for m in (zero_filled, classical("cg_sense"), learned(trained)))

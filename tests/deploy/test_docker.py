@@ -16,6 +16,7 @@ import pytest
 import typer
 import yaml
 
+from gadgets import bookkeeping, results
 from gadgets.cli import app
 
 REPOSITORY = Path(__file__).parent.parent.parent
@@ -257,6 +258,18 @@ def test_compose_starts_a_server_that_sends_to_the_archive(name: str) -> None:
     assert service["shm_size"] and service["read_only"] and "/tmp" in service["tmpfs"]
 
 
+TIDYING = results.CLOSE_SECONDS + 2 * bookkeeping.CLOSE_SECONDS + 30.0
+"""s that a server may take when its scans are over: image files, the last rows, the thread of jobs without a client."""
+
+
+@pytest.mark.parametrize("name", ["recon", "recon-gpu"])
+def test_compose_waits_for_scans_under_way(name: str) -> None:
+    service = compose()["services"][name]
+    options = understood_by_recon([expanded(word) for word in service["command"]])
+    minutes = re.fullmatch(r"(\d+)m", service["stop_grace_period"])
+    assert minutes is not None and 300 <= options["stop_seconds"] <= 60 * int(minutes[1]) - TIDYING
+
+
 KINDS = {
     "PersistentVolumeClaim": "v1",
     "Service": "v1",
@@ -336,6 +349,13 @@ def test_the_cluster_s_commands_are_understood_and_fit_each_other(tmp_path: Path
     assert not scheduler["dashboard"] and not worker["dashboard"]
     assert int(worker["nthreads"]) == 1
     assert container("dask-worker")["resources"]["limits"]["nvidia.com/gpu"] == 1
+
+
+def test_kubernetes_waits_for_scans_under_way() -> None:
+    pod = deployments()["recon"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    words = [word for word in container["args"] if "/tls/" not in word]
+    assert 300 <= understood_by_recon(words)["stop_seconds"] <= pod["terminationGracePeriodSeconds"] - TIDYING
 
 
 # ---- scripts ----------------------------------------------------------------------------------------------------------------------

@@ -12,13 +12,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
+from typer.testing import CliRunner
 
+from gadgets.cli import app
 from gadgets.relay import answers
-from tests.deploy.test_docker import DOCKER
+from gadgets.service import ServiceOptions, compute
+from tests.deploy.test_docker import DOCKER, TIDYING
 from tests.e2e.orthanc import free_ports
 from tests.e2e.scans import in_memory, stack
 from tests.strict_client import StrictClient
@@ -94,6 +98,65 @@ def test_the_job_reconstructs_and_ends(tmp_path: Path, environment: dict[str, st
     assert len(family) >= 3
     _, alive = psutil.wait_procs(family, timeout=30.0)
     assert not alive
+
+
+STAND_INS = {
+    "recon": """printf '%s\\0' "${CUDA_VISIBLE_DEVICES-all}" "$@" > "$HOME/called" """,
+    "dask": "exec sleep 600",
+}
+
+
+def server_command(environment: dict[str, str], folder: Path) -> tuple[str, list[str]]:
+    """How the job starts the server: the GPUs that it sees, and its words."""
+    (folder / "env" / "bin").mkdir(parents=True)
+    for name, body in STAND_INS.items():
+        (folder / "env" / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / "env" / "bin" / name).chmod(0o755)
+    environment = {**environment, "RECON_ENV": str(folder / "env"), "CUDA_VISIBLE_DEVICES": "0,1"}
+    # the server ends when it has written down how it was called, and takes the job with it
+    done = subprocess.run([str(DOCKER / "slurm.sh")], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "a part of the server has ended" in done.stderr
+    sees, *words = (folder / "called").read_text().split("\0")[:-1]
+    return sees, words
+
+
+class Recorded:
+    """In the place of a cluster: how it was asked for."""
+
+    capacity = 0
+
+    def __init__(self, options: object, threads: int, device: str, events: object, *, rehearse: bool = True) -> None:
+        self.device = device
+
+    def close(self) -> None:
+        """There is nothing."""
+
+
+def test_slices_are_computed_on_gpus_and_scans_under_way_are_answered(
+    tmp_path: Path, environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sees, words = server_command(environment, tmp_path)
+    assert sees == "", "the GPUs are the workers'"
+    asked: list[ServiceOptions] = []
+
+    def take(options: ServiceOptions) -> None:
+        asked.append(options)
+        raise Started
+
+    monkeypatch.setattr("gadgets.service.Service", lambda options, hurry=None: take(options))
+    monkeypatch.setattr("gadgets.compute_dask.DaskPool", Recorded)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    assert isinstance(CliRunner().invoke(app, words).exception, Started)
+    warned = re.search(r"^#SBATCH --signal=B:TERM@(\d+)$", (DOCKER / "slurm.sh").read_text(), re.MULTILINE)
+    assert warned is not None and 300 <= asked[0].stop_seconds <= int(warned[1]) - TIDYING
+    jobs = compute(asked[0], workers=0)
+    remote: Any = jobs._remote
+    jobs.close()
+    assert remote.device == "auto", "what a task is told: a GPU where the worker sees one"
+
+
+class Started(Exception):
+    """A server would run now."""
 
 
 @pytest.mark.parametrize("missing", ["RECON_ENV", "RECON_TLS", "RECON_ALLOW"])

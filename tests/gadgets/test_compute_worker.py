@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -21,6 +23,7 @@ from gadgets.reports import FileReport, ReportReader
 from gadgets.row_files import RowFiles
 from recon_core.errors import DataError
 from recon_core.types import ImageSeries
+from tests.gadgets.test_compute_limits import until
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,23 @@ def test_a_scan_that_was_given_up_takes_its_task_with_it() -> None:
 
 def test_only_the_process_that_runs_a_task_is_ended() -> None:
     assert end("a task of another worker") is False
+
+
+def lose_the_gpu(job: Job) -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_process_whose_gpu_failed_begins_nothing_more_and_is_the_one_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compute_worker, "_doomed", set())
+    monkeypatch.setattr(compute_worker, "DOOMED_SECONDS", 0.0)
+    killed: list[tuple[int, int]] = []
+    monkeypatch.setattr(compute_worker.os, "kill", lambda *args: killed.append(args))
+    assert isinstance(run_packed("lost", lose_the_gpu, Job(), None).error, RuntimeError)
+    assert not killed and end("another") is False
+    assert isinstance(run_packed("next", fail, Job(), None).error, DataError)  # where the signal kills, this is not reached
+    assert killed == [(os.getpid(), signal.SIGKILL)]
+    assert end("lost") is True
+    until(lambda: len(killed) == 2, "the process was not ended")
 
 
 def test_words_for_a_scan_that_is_over_are_dropped(tmp_path: Path) -> None:

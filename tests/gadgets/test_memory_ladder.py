@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from gadgets.device_errors import device_failure
 from gadgets.errors import JobFailed, OutOfGpuMemory, OutOfMemory, TimeLimitReached, WorkerDied, WorkerKilled
 from gadgets.memory_ladder import RUNGS, Ladder
 from gadgets.slice_work import SliceWork
@@ -66,6 +67,36 @@ def test_a_step_is_logged_once_and_never_taken_back(caplog: pytest.LogCaptureFix
     assert words == {ladder.down("llr", USUAL, gpu())} and ladder.rung is CPU
     steps = [record for record in caplog.records if "event=memory_step" in record.getMessage()]
     assert len(steps) == 2 and all(record.levelno == logging.WARNING for record in steps)
+
+
+def lost_gpu() -> Exception:
+    return RuntimeError("CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later")
+
+
+def test_a_failed_gpu_is_left_for_another_worker_once_and_then_for_the_cpu(caplog: pytest.LogCaptureFixture) -> None:
+    ladder = Ladder()
+    words = [ladder.down("llr", USUAL, lost_gpu(), slice_) for slice_ in (0, 1)]
+    assert words == ["llr: the GPU failed; it goes on on another worker"] * 2 and ladder.rung is USUAL
+    assert ladder.down("llr", USUAL, lost_gpu(), 0) == "llr: the GPU failed; it goes on on the CPU"
+    assert ladder.rung is CPU
+    assert ladder.down("llr", USUAL, lost_gpu(), 2) == "llr: the GPU failed; it goes on on the CPU"  # begun before
+    assert ladder.down("llr", CPU, lost_gpu(), 0) is None and ladder.down("llr", CPU, cpu(), 0) is None
+    steps = [record.getMessage() for record in caplog.records if "event=device_step" in record.getMessage()]
+    assert [step.split("to=")[1].split(" reason")[0] for step in steps] == ["'on another worker'"] * 2 + ["'on the CPU'"]
+    assert all("an illegal memory access was encountered" in step for step in steps)
+
+
+def test_in_the_servers_own_process_only_the_cpu_is_left() -> None:
+    ladder = Ladder()
+    failed = device_failure(lost_gpu(), here=True)
+    assert failed is not None and "on the CPU" in (ladder.down("llr", SMALLER, failed, 0) or "") and ladder.rung is CPU
+
+
+def test_memory_and_the_gpu_fail_one_after_the_other() -> None:
+    ladder = Ladder()
+    assert "another worker" in (ladder.down("llr", USUAL, lost_gpu(), 0) or "")
+    assert "smaller batches" in (ladder.down("llr", USUAL, gpu(), 0) or "")
+    assert "on the CPU" in (ladder.down("llr", SMALLER, lost_gpu(), 0) or "")
 
 
 class Recorder:

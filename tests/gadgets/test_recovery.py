@@ -295,7 +295,7 @@ def test_captures_that_wait_are_not_removed(site: Site) -> None:
     with site.recovery() as (recovery, books):
         spools = [recovery._spool]
         assert over(books, second).state == "sent"
-        recovery._spool.held = frozenset()
+        recovery._spool.held = frozenset
         recovery._spool.make_room(10)
     assert kept == [True, True]
     assert not list(site.root.glob("*.mrd")), "the limits hold afterwards"

@@ -12,7 +12,9 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
+from gadgets.cli import app
 from gadgets.errors import ImageFileError, MalformedText, RawFileError, ReplayFailed, SpoolError
 from gadgets.image_file import image_groups, read_images
 from gadgets.raw_source import open_source
@@ -170,6 +172,36 @@ def test_a_replay_may_stand_behind_scanners(served: Served) -> None:
     assert plain.texts == behind.texts == [] and plain.n_images == behind.n_images == 1
     first, second = (stored for stored, _ in served.captures())
     assert second == codec.query("recon::behind", 7) + first
+
+
+def test_the_place_of_an_earlier_replay_is_none_of_the_scan(served: Served, tmp_path: Path) -> None:
+    """A capture of a replay that stood behind scanners may be urgent, and its captures do not grow from replay to replay."""
+    replay(CAPTURES / "replayed.h5", port=served.server.port, config="fourier", behind=True)
+    [capture] = finished(served, 1)
+    for behind in (False, True):
+        replay(capture, port=served.server.port, behind=behind)
+    assert [scan.raw.behind for scan in served.scans] == [True, False, True]
+    first, urgent, again = (stored for stored, _ in served.captures())
+    assert first == again == codec.query("recon::behind", 7) + urgent
+
+
+def finished(served: Served, n: int) -> list[Path]:
+    """The captures, when there are so many."""
+    deadline = time.monotonic() + 60.0
+    while len(found := served.server.spool.captures()) < n:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+@pytest.mark.parametrize(("words", "behind"), [([], True), (["--behind"], True), (["--urgent"], False)])
+def test_the_command_lets_scanners_go_first_unless_it_is_urgent(
+    served: Served, tmp_path: Path, words: list[str], behind: bool
+) -> None:
+    place = ["-p", str(served.server.port), "-o", str(tmp_path / "o.h5")]
+    done = CliRunner().invoke(app, ["replay", str(CAPTURES / "replayed.h5"), "-c", "fourier", *place, *words])
+    assert done.exit_code == 0, done.output
+    assert [scan.raw.behind for scan in served.scans] == [behind]
 
 
 def test_the_noise_measurement_is_asked_for_first(served: Served) -> None:

@@ -307,11 +307,11 @@ def test_captures_that_somebody_needs_stay(tmp_path: Path) -> None:
     spool.max_bytes = 1 << 30
     path = keep(spool, SESSION)
     made_older(path, 3700.0)
-    spool.max_bytes, spool.held = 1, frozenset({path.name})
+    spool.max_bytes, spool.held = 1, lambda: {path.name}
     spool._counted = float("-inf")
     spool.make_room()
     assert path.exists()
-    spool.held = frozenset()
+    spool.held = frozenset
     spool._counted = float("-inf")
     spool.make_room()
     assert not path.exists()

@@ -136,6 +136,10 @@ def test_health_says_what_is_wrong(tmp_path: Path) -> None:
     assert levels(folder)["spool"] == "failing"
     spools.put_status(root, queued=1000)
     assert levels(folder)["queue"] == "warning"
+    spools.put_status(root, queued=1, stalled=119.0)
+    assert levels(folder)["queue"] == "ok"
+    spools.put_status(root, queued=1, stalled=600.0)
+    assert levels(folder)["queue"] == "failing" and "none has begun for 10 min" in health.checks(folder)[3].words
     spools.put_status(root, device="cuda")
     assert levels(folder)["gpu"] in ("failing", "ok")  # as this machine has one or not
     spools.journal(root, spools.row(FAILED, state="failed"))

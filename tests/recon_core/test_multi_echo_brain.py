@@ -17,6 +17,7 @@ from recon_core.simulation.multi_echo_brain import (
     BrainScan,
     MultiEchoBrains,
     ScanRecipe,
+    _shimmed,
     block_mean,
     brain_region,
     simulate,
@@ -107,3 +108,17 @@ def test_impossible_recipes() -> None:
     for wrong in ({"matrix": (2, 64, 64)}, {"n_coils": 1}, {"n_echoes": 0}, {"noise": (0.0, 0.1)}, {"voxel": (3.0, 2.0)}):
         with pytest.raises(SettingError):
             replace(RECIPE, **wrong)
+
+
+def test_a_shim_takes_off_what_shim_coils_can_make_and_nothing_else() -> None:
+    """In true lengths, whatever the voxel's shape: all sources outside the brain are harmonic inside, before and after it."""
+    shape, voxel = (24, 32, 28), (0.004, 0.003, 0.002)
+    inside = np.zeros(shape, bool)
+    inside[4:20, 6:26, 5:23] = True
+    z, y, x = np.meshgrid(*(side * np.arange(n) for n, side in zip(shape, voxel, strict=True)), indexing="ij")
+    harmonic = (40 + 900 * z - 300 * x + 1e4 * (x * y - 2 * y * z) + 2e4 * (x**2 - z**2)).astype(np.float32)
+    assert np.abs(_shimmed(harmonic, inside, voxel)).max() < 1e-3 * np.abs(harmonic).max()
+    isotropic = (2e4 * (x**2 + y**2 + z**2)).astype(np.float32)
+    left = _shimmed(isotropic, inside, voxel)
+    curvature = sum(np.diff(left, 2, axis=n)[5:15, 8:22, 8:18] / side**2 for n, side in enumerate(voxel))
+    assert curvature.mean() == pytest.approx(6 * 2e4, rel=0.01)
