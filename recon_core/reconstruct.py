@@ -129,7 +129,7 @@ def finish(images: StateImages, scan: ScanInfo, settings: MapSettings, report: R
     ReconError
         No map can be made, and ``map_failure`` is ``error``.
     """
-    return _to_cpu(_with_parameter_maps(images, scan, settings, report or Report()))
+    return _with_parameter_maps(images, scan, settings, report or Report()).to("cpu")
 
 
 def compress_coils(kspace: KSpace, settings: PreprocessSettings) -> KSpace:
@@ -263,11 +263,3 @@ def _noise_of(kspace: KSpace, scan: ScanInfo) -> ImageNoise | None:
     """Measured, or estimated from outer k-space; ``None`` for data without any noise."""
     noise, measured = noise_of(kspace)
     return image_noise(noise, kspace.counts, scan, measured=measured) if noise > 0 else None
-
-
-def _to_cpu(result: Result) -> Result:
-    return replace(
-        result,
-        images=tuple(replace(s, data=s.data.cpu()) for s in result.images),
-        maps=tuple(replace(m, data=m.data.cpu(), valid=m.valid.cpu()) for m in result.maps),
-    )

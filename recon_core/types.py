@@ -197,6 +197,14 @@ class Result:
     notes: tuple[str, ...] = ()
     extras: Mapping[str, Any] = field(default_factory=dict)
 
+    def to(self, device: torch.device | str) -> Result:
+        """The same images and maps on another device."""
+        return replace(
+            self,
+            images=tuple(replace(s, data=s.data.to(device)) for s in self.images),
+            maps=tuple(replace(m, data=m.data.to(device), valid=m.valid.to(device)) for m in self.maps),
+        )
+
 
 class Report:
     """Where a method says how far it is; this base class is silent and is the default in Python and in tests."""
