@@ -21,6 +21,9 @@ IMAGE_FEATURES = (16, 32, 48, 64, 64)
 PARAMETER_GROUPS, IMAGE_GROUPS = 16, 8
 SOFTPLUS_BETA = 5.0
 RATE_SHIFT = 0.2  # rates leave the network at no less than minus this, in 1/s
+FITTED_RATES = (0.1, 5.0)
+"""1/s; a fit that ran out of these, where there is no signal, is put back before a network sees it."""
+PREDICTIONS = ("direct", "offset")
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class ParameterNet(nn.Module):
         As published by default.
     is_complex
         Whether the images are complex: real and imaginary parts are channels of their own.
+    prediction
+        ``"direct"``: as published. ``"offset"``: the network is also shown a fit of each pixel (one more channel per parameter, a
+        rate as its logarithm) and predicts what to change of it: ``p_fit + 10 scale tanh(output)``, and rates times
+        ``exp(2 tanh(output / 2))``. It then has to learn to smooth, not to fit.
     """
 
     def __init__(
@@ -91,21 +98,25 @@ class ParameterNet(nn.Module):
         n_groups: int = PARAMETER_GROUPS,
         n_embedding: int = 64,
         is_complex: bool = True,
+        prediction: str = "direct",
     ) -> None:
         super().__init__()
         self.n_states = n_states
         self.is_complex = is_complex
-        n_in = (2 if is_complex else 1) * n_states + 1
+        self.prediction = prediction
+        n_in = (2 if is_complex else 1) * n_states + 1 + (len(ranges) if prediction == "offset" else 0)
         self.unet = ResidualUNet(n_in, len(ranges), features, n_groups=n_groups, n_embedding=n_embedding)
         self._rates = [i for i, r in enumerate(ranges) if r.is_rate]
         column = (1, len(ranges), 1, 1)
         self.register_buffer("offset", torch.tensor([r.offset for r in ranges]).reshape(column), persistent=False)
         self.register_buffer("scale", torch.tensor([r.scale for r in ranges]).reshape(column), persistent=False)
+        if prediction == "offset":
+            nn.init.zeros_(self.unet.last.weight)  # at the start the fit is the prediction
 
     offset: Tensor
     scale: Tensor
 
-    def forward(self, images: Tensor, tag: Tensor, embedding: Tensor) -> Tensor:
+    def forward(self, images: Tensor, tag: Tensor, embedding: Tensor, fitted: Tensor | None = None) -> Tensor:
         """Images to parameters.
 
         Parameters
@@ -116,15 +127,32 @@ class ParameterNet(nn.Module):
             float ``(batch,)``: where the iteration is, also as a constant channel.
         embedding
             float ``(batch, feature)`` of the same tag.
+        fitted
+            ``(batch, parameter, y, x)``, SI units: the fit of each pixel that an offset refers to.
 
         Returns
         -------
         float32 ``(batch, parameter, y, x)`` in SI units.
         """
         parts = torch.cat((images.real, images.imag), dim=1) if images.is_complex() else images
+        if self.prediction == "offset":
+            assert fitted is not None
+            return self._changed(parts, tag, embedding, fitted)
         raw = self.unet(torch.cat((parts, _plane(tag, parts)), dim=1), embedding)
         parameters = self.offset + 10 * self.scale * torch.tanh(raw.to(self.offset.dtype))
         return self._bend(parameters)
+
+    def _changed(self, parts: Tensor, tag: Tensor, embedding: Tensor, fitted: Tensor) -> Tensor:
+        planes = list(fitted.unbind(1))
+        for i in self._rates:
+            planes[i] = planes[i].clamp(*FITTED_RATES)
+        shown = [plane.log() if i in self._rates else plane for i, plane in enumerate(planes)]
+        raw = self.unet(torch.cat((parts, torch.stack(shown, dim=1), _plane(tag, parts)), dim=1), embedding)
+        raw = raw.to(self.offset.dtype)
+        change = 10 * self.scale * torch.tanh(raw)
+        for i, plane in enumerate(planes):
+            planes[i] = plane * torch.exp(2 * torch.tanh(raw[:, i] / 2)) if i in self._rates else plane + change[:, i]
+        return torch.stack(planes, dim=1)
 
     def _bend(self, parameters: Tensor) -> Tensor:
         planes = list(parameters.unbind(1))
