@@ -107,7 +107,9 @@ def run(
     network = Pinqi(recipe.samples.model, choice).to(device)
     if settings.initial:
         tensors, _ = read_pair(settings.initial, device)
-        load_into(network, widened(tensors, network), Path(settings.initial).name)  # a resumed phase replaces them by its checkpoint's
+        load_into(
+            network, fitting(tensors, network), Path(settings.initial).name
+        )  # a resumed phase replaces them by its checkpoint's
     if settings.compile:
         for net in (network.parameter_net, network.image_net):
             if net is not None:
@@ -172,21 +174,13 @@ def _export(
     return save_weights(output, NAME, network, recipe.times, facts)
 
 
-def widened(tensors: dict[str, Tensor], network: Pinqi) -> dict[str, Tensor]:
-    """Weights of a network that predicts parameters directly, for one that predicts offsets: blind to the fit at first, offset 0."""
-    name = "parameter_net.unet.last.weight"
-    first = "parameter_net.unet.encoder.0.conv1.weight"
-    own = network.state_dict()
-    if network.settings.prediction != "offset" or tensors[first].shape == own[first].shape:
-        return tensors
+def fitting(tensors: dict[str, Tensor], network: Pinqi) -> dict[str, Tensor]:
+    """Weights for a network that predicts another thing than the one they are of: a last layer of zeros instead of theirs."""
     found = dict(tensors)
-    for key, value in tensors.items():
-        if key.startswith("parameter_net.") and value.shape != own[key].shape:
-            wide = torch.zeros_like(own[key])
-            wide[:, : value.shape[1] - 1], wide[:, -1] = value[:, :-1], value[:, -1]  # the tag is the last channel
-            found[key] = wide
-    for key in (name, name.replace("weight", "bias")):
-        found[key] = torch.zeros_like(own[key])
+    own = network.state_dict()
+    for key in ("parameter_net.unet.last.weight", "parameter_net.unet.last.bias"):
+        if key in own and key in found and found[key].shape != own[key].shape:
+            found[key] = torch.zeros_like(own[key])
     return found
 
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from recon_core.errors import SettingError
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
-from recon_core.methods.pinqi.model import ABLATIONS, STARTS, Pinqi
+from recon_core.methods.pinqi.model import ABLATIONS, STARTS, Pinqi, PinqiSettings
 from recon_core.methods.pinqi.networks import PREDICTIONS
 from recon_core.methods.pinqi.start import low_rank_images
 from recon_core.operators.batched_sense import BatchedSense
@@ -110,7 +110,9 @@ class PinqiRecipe(TrainingRecipe):
             raise SettingError("unknown start", where="PINQI training", got=self.start, expected=", ".join(STARTS))
         for name, known in (("prediction", PREDICTIONS), ("pretrain_networks", PRETRAINED)):
             if getattr(self, name) not in known:
-                raise SettingError(f"unknown {name}", where="PINQI training", got=getattr(self, name), expected=", ".join(known))
+                raise SettingError(
+                    f"unknown {name}", where="PINQI training", got=getattr(self, name), expected=", ".join(known)
+                )
         least = min(self.epochs, self.pretrain_epochs, self.n_validation, self.t1_weight)
         if self.batch < 1 or self.reuse < 1 or not least >= 0 or self.epochs + self.pretrain_epochs == 0:
             raise SettingError("impossible recipe", where="PINQI training", got=self)
@@ -238,7 +240,7 @@ class Pretraining(_PinqiTask):
         return [g for g in groups if g.name not in left[self.recipe.pretrain_networks]]
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Weighted squared errors of parameters (brain 1, elsewhere 0.05; with offsets 0.001 in air) and images (brain 1, elsewhere 0.1)."""
+        """Weighted squared errors of parameters (brain 1, elsewhere 0.05; of fits 0.001 in air) and images (brain 1, elsewhere 0.1)."""
         number = step // self.recipe.reuse
         if self._last is None or self._last[0] != number:
             self._last = number, self._posed(self.samples.batch(number))
@@ -259,13 +261,15 @@ class Pretraining(_PinqiTask):
         if self._parameters:
             tags, images = _met(posed, settings.parameter_tags, call, share, noise)
             predicted = self.module.predict_parameters(images, tags)
-            outside: Tensor | float = 0.05
-            if settings.prediction == "offset":  # the fit in air is anything: to undo it is not what is to be learned
-                outside = 0.05 * (posed.parameters[:, :2].square().sum(1, keepdim=True) > LEAST_DENSITY**2) + 0.001
-            part = weighted_mse(predicted, posed.parameters, torch.clamp(brain + outside, max=1.0))
+            part = weighted_mse(
+                predicted, posed.parameters, torch.clamp(brain + outside(settings, posed.parameters, 0.05), max=1.0)
+            )
             error = t1_error(predicted, posed.parameters, brain)
             total = total + part + self.recipe.t1_weight * error
-            figures |= {"parameter_loss": float(part.detach()), "t1_error": float(error.detach() / brain.mean().clamp(min=1e-6))}
+            figures |= {
+                "parameter_loss": float(part.detach()),
+                "t1_error": float(error.detach() / brain.mean().clamp(min=1e-6)),
+            }
         if self._images:
             tags, images = _met(posed, settings.image_tags, call, share, noise)
             part = 2 * weighted_mse(self.module.predict_images(images, tags), posed.truth, 0.9 * brain + 0.1)
@@ -303,6 +307,13 @@ def _met(posed: _Posed, tags: Sequence[float], call: Tensor, share: Tensor, nois
     return torch.tensor(tags, device=call.device, dtype=share.dtype)[which], images
 
 
+def outside(settings: PinqiSettings, truth: Tensor, weight: float) -> Tensor | float:
+    """The weight of what is not brain. A fit in air is anything, and nothing is to be learned from that: it hardly counts."""
+    if settings.prediction == "direct":
+        return weight
+    return weight * (truth[:, :2].square().sum(1, keepdim=True) > LEAST_DENSITY**2) + 0.001
+
+
 def t1_error(parameters: Tensor, truth: Tensor, brain: Tensor) -> Tensor:
     """Mean over all pixels of the absolute error of T1 in the brain, in s; of T1 above `LONGEST_T1` none."""
     found, true = (1 / p[:, 2:].clamp(min=1 / LONGEST_T1) for p in (parameters, truth))
@@ -334,7 +345,11 @@ class EndToEnd(_PinqiTask):
             return weighted_mse(found.images, operator.enter_image(batch.images), 0.9 * brain + 0.1), {}
         truth = batch.parameters.mT
         loss = deep_supervision(
-            found.predictions, truth, brain + 0.01, first=self.recipe.first_weight, others=self.recipe.other_weight
+            found.predictions,
+            truth,
+            brain + outside(self.module.settings, truth, 0.01),
+            first=self.recipe.first_weight,
+            others=self.recipe.other_weight,
         )
         if self.recipe.t1_weight:
             loss = loss + self.recipe.t1_weight * t1_error(found.parameters, truth, brain)

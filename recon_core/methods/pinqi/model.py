@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from recon_core.errors import DataError, SettingError
 from recon_core.methods.pinqi.networks import (
+    FITTED_RATES,
     PREDICTIONS,
     SOFTPLUS_BETA,
     ImageNet,
@@ -41,7 +42,7 @@ PARAMETER_SOLVERS = ("layer", "gradient", "network")
 PRECISIONS = ("float32", "bfloat16")
 STARTS = ("adjoint", "llr")
 FIRST_STEPS = 2  # of CG, unregularised, before anything is learned
-FIT_STEPS = 12  # of the fit that an offset refers to: enough wherever there is signal
+FIT_STEPS = 12  # of the fit to averaged images: enough wherever there is signal
 FIRST_STEP_SIZE = 0.05  # of ablation e, in the units of Eq. 13; below 1 / (largest curvature)
 
 PUBLISHED_BOUNDS = {"m0_real": (-2.0, 2.0), "m0_imag": (-2.0, 2.0), "r1": (-1.0, 20.0)}
@@ -69,8 +70,8 @@ class PinqiSettings:
         ``y_0``: ``"adjoint"``, two steps of conjugate gradients from ``A^H k`` as published, or ``"llr"``, the images of the locally
         low rank reconstruction. With these the networks have only to find what it leaves, which takes far less training.
     prediction
-        Of the parameter network: ``"direct"`` as published, or an ``"offset"`` from an unregularised fit of each pixel of the same
-        images (no gradient through that fit). See `ParameterNet`.
+        Of the parameter network: ``"direct"`` as published, or ``"kernel"``: it weights each pixel's neighbours, and the model is
+        fitted to the weighted images. See `ParameterNet`.
     precision
         ``"bfloat16"`` lets the networks, and only them, compute in mixed precision.
     recompute
@@ -331,18 +332,24 @@ class Pinqi(nn.Module):
         assert self.parameter_net is not None and self.embedding is not None
         net, embedding = self.parameter_net, self.embedding
         tags = self._tags(images, tag)
-        fitted = self.fitted(images) if self.settings.prediction == "offset" else None
-        return self._network("parameter", lambda y, t: net(y, t, embedding(t), fitted), images, tags)
+        if self.settings.prediction == "direct":
+            return self._network("parameter", lambda y, t: net(y, t, embedding(t)), images, tags)
+        averages = self._network("parameter", lambda y, t: net.averaged(y, t, embedding(t)), images, tags)
+        return self._fitted(averages)
 
-    @torch.no_grad()
-    def fitted(self, images: Tensor) -> Tensor:
-        """``(batch, parameter, *plane)``: the model fitted to each pixel without regularisation, no gradient."""
+    def _fitted(self, images: Tensor) -> Tensor:
+        """The model fitted to each pixel of averaged images, ``(batch, parameter, *plane)``, differentiable."""
         start = self.middle[:, None, None].expand(len(images), -1, *images.shape[2:]).contiguous()
         settings = NonlinearSettings(max_iterations=FIT_STEPS)
         with record_function("pinqi::nonlinear"):
-            return solve_nonlinear(
+            fitted, _ = solve_nonlinear(
                 self.model, images, torch.zeros_like(start), 0.0, initial=start, bounds=self.bounds, settings=settings
-            )[0]
+            )
+        planes = [
+            plane.clamp(*FITTED_RATES) if name.startswith("r") else plane
+            for name, plane in zip(self.model.parameter_names, fitted.unbind(1), strict=True)
+        ]
+        return torch.stack(planes, dim=1)
 
     def predict_images(self, images: Tensor, tag: float | Tensor) -> Tensor:
         """``y + Y(y, tag)``; ``tag`` a number or one per sample."""
