@@ -256,7 +256,7 @@ class Pretraining(_PinqiTask):
     def _loss(self, posed: _Posed, call: Tensor, share: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
         brain = posed.brain[:, None].to(share.dtype)
         total = share.new_zeros(())
-        figures = {}
+        figures: dict[str, float] = {}
         settings = self.module.settings
         if self._parameters:
             tags, images = _met(posed, settings.parameter_tags, call, share, noise)
