@@ -16,6 +16,7 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def score(trained: TrainedPinqi, batch: BrainBatch, factors: Sequence[Strengths]
     operator, rhs, start = posed(batch, trained.network.settings.start)
     truth, brain = batch.t1[0].numpy(), batch.brain[0].numpy()
     rows = []
-    for strengths in factors:
+    for factor in factors:
+        strengths = replace(factor, noise=float(batch.noise_std[0]))
         with torch.no_grad():
             rate = operator.leave_image(trained.network(operator, rhs, start, strengths).parameters)[0, 2]
         rows.append(t1_figures(held(t1_from_rate(rate.numpy())), truth, brain))

@@ -8,6 +8,7 @@ for any signal model ``q`` and any linear acquisition ``A``. Both networks are t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -157,11 +158,14 @@ class Strengths:
         Of lambda_y and lambda_q (Eq. 12).
     parameter
         Of lambda_p (Eq. 13).
+    noise
+        Standard deviation of a complex sample where images are about 1, for a kernel to tell texture from noise; infinite: unknown.
     """
 
     image: float = 1.0
     signal: float = 1.0
     parameter: float = 1.0
+    noise: float = math.inf
 
 
 AS_LEARNED = Strengths()
@@ -327,14 +331,14 @@ class Pinqi(nn.Module):
         with torch.no_grad(), record_function("pinqi::linear"):
             return solve_linear(operator, rhs, initial=rhs, settings=steps)[0]
 
-    def predict_parameters(self, images: Tensor, tag: float | Tensor) -> Tensor:
+    def predict_parameters(self, images: Tensor, tag: float | Tensor, noise: float = math.inf) -> Tensor:
         """``P(y, tag)``, ``(batch, parameter, *plane)``; ``tag`` a number or one per sample."""
         assert self.parameter_net is not None and self.embedding is not None
         net, embedding = self.parameter_net, self.embedding
         tags = self._tags(images, tag)
         if self.settings.prediction == "direct":
             return self._network("parameter", lambda y, t: net(y, t, embedding(t)), images, tags)
-        averages = self._network("parameter", lambda y, t: net.averaged(y, t, embedding(t)), images, tags)
+        averages = self._network("parameter", lambda y, t: net.averaged(y, t, embedding(t), noise), images, tags)
         return self._fitted(averages)
 
     def _fitted(self, images: Tensor) -> Tensor:
@@ -377,7 +381,7 @@ class Pinqi(nn.Module):
         predictions, linear, nonlinear = [], [], []
         y_reg = self.predict_images(y, image_tags[0]) if settings.image_network == "once" else None
         if self.parameter_net is not None:
-            p_reg = p = self.predict_parameters(y, parameter_tags[0])
+            p_reg = p = self.predict_parameters(y, parameter_tags[0], strengths.noise)
             predictions.append(p)
         else:
             p_reg = None
@@ -388,7 +392,7 @@ class Pinqi(nn.Module):
             y, solved = self._solve_images(operator, rhs, y, y_reg, self._signal(p), i, strengths)
             linear.append(solved)
             if settings.parameter_network == "each":
-                p_reg = self.predict_parameters(y, parameter_tags[i + 1])
+                p_reg = self.predict_parameters(y, parameter_tags[i + 1], strengths.noise)
             p, fitted = self._solve_parameters(y, p_reg, p, i, strengths)
             predictions.append(p)
             nonlinear += [fitted] if fitted is not None else []
@@ -403,7 +407,11 @@ class Pinqi(nn.Module):
                 y_reg = self.predict_images(y, image_tags[i])
             y, solved = self._solve_images(operator, rhs, y, y_reg, None, i, strengths)
             linear.append(solved)
-        p_reg = self.predict_parameters(y, settings.parameter_tags[0]) if self.parameter_net is not None else None
+        p_reg = (
+            self.predict_parameters(y, settings.parameter_tags[0], strengths.noise)
+            if self.parameter_net is not None
+            else None
+        )
         p, fitted = self._solve_parameters(y, p_reg, None, 0, strengths)
         return PinqiOutput(p, y, (p,), tuple(linear), () if fitted is None else (fitted,))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ FITTED_RATES = (0.1, 10.0)
 PREDICTIONS = ("direct", "kernel")
 KERNEL_WIDTH = 7
 PATCH = 3  # pixels: neighbours are compared by the patches around them
+MOST_DISTANCE = 2.0  # of alike neighbours, times twice the variance of the data's noise
+LEAST_NOISE = 0.004  # below, what undersampling left is more than noise
 LEAST_SIGNAL = 0.2
 """RMS over states of what counts as signal where images are about 1."""
 
@@ -139,12 +142,13 @@ class ParameterNet(nn.Module):
         parameters = self.offset + 10 * self.scale * torch.tanh(raw.to(self.offset.dtype))
         return self._bend(parameters)
 
-    def averaged(self, images: Tensor, tag: Tensor, embedding: Tensor) -> Tensor:
+    def averaged(self, images: Tensor, tag: Tensor, embedding: Tensor, noise: float = math.inf) -> Tensor:
         """Images, each pixel the mean of its ``KERNEL_WIDTH`` squared neighbourhood with weights of its own, the same in all states.
 
         The weights are ``softmax_j(b_j - exp(a) max(0, d_j - m))``: ``d_j`` the squared distance of the patches around a pixel and its
         neighbour ``j`` over all states, in units of ``m``, its median where there is signal, which is twice the noise if most
-        neighbours are alike; ``a`` and ``b_j`` are what the network adds to such non-local means.
+        neighbours are alike; ``a`` and ``b_j`` are what the network adds to such non-local means. Where the ``noise`` of a sample is
+        known, ``m`` is at most `MOST_DISTANCE` times what it gives: texture is not noise.
 
         References
         ----------
@@ -155,7 +159,7 @@ class ParameterNet(nn.Module):
         raw = self.unet(torch.cat((parts, _plane(tag, parts)), dim=1), embedding).to(parts.dtype)
         shifted = _neighbours(parts)  # (batch, neighbour, channel, y, x)
         with torch.no_grad():
-            distance = _patch_distance(parts.detach(), shifted.detach())
+            distance = _patch_distance(parts.detach(), shifted.detach(), self.n_states * max(noise, LEAST_NOISE) ** 2)
         weights = torch.softmax(raw[:, 1:] - torch.exp(raw[:, :1].clamp(-6, 6)) * distance, dim=1)
         mean = (weights[:, :, None] * shifted).sum(1)
         if not images.is_complex():
@@ -210,8 +214,8 @@ def _neighbours(planes: Tensor) -> Tensor:
     return torch.stack([wide[..., i : i + height, j : j + width] for i in steps for j in steps], dim=1)
 
 
-def _patch_distance(planes: Tensor, shifted: Tensor) -> Tensor:
-    """``max(0, d / m - 1)``, ``(batch, neighbour, y, x)``; see `ParameterNet.averaged`."""
+def _patch_distance(planes: Tensor, shifted: Tensor, noise: float) -> Tensor:
+    """``max(0, d / m - 1)``, ``(batch, neighbour, y, x)``; see `ParameterNet.averaged`; ``noise``: variance, all states together."""
     squared = (shifted - planes[:, None]).square().sum(2)
     distance = functional.avg_pool2d(squared, PATCH, 1, PATCH // 2, count_include_pad=False)
     signal = planes.square().sum(1) > LEAST_SIGNAL**2 * planes.shape[1] / 2
@@ -220,4 +224,6 @@ def _patch_distance(planes: Tensor, shifted: Tensor) -> Tensor:
     for one, where in zip(distance, signal, strict=True):  # of the neighbours left and right
         near = one[[centre - 1, centre + 1]][:, where]
         medians.append(near.median() if near.numel() else one.new_tensor(1.0))
-    return (distance / torch.stack(medians).clamp(min=1e-12)[:, None, None, None] - 1).clamp(min=0)
+    return (distance / torch.stack(medians).clamp(min=1e-12, max=MOST_DISTANCE * 2 * noise)[:, None, None, None] - 1).clamp(
+        min=0
+    )

@@ -48,7 +48,7 @@ class NoiseRule:
         image, signal, parameter = (
             float(np.exp(np.interp(where, knots, np.log(row)))) for row in (self.image, self.signal, self.parameter)
         )
-        return Strengths(image, signal, parameter)
+        return Strengths(image, signal, parameter, noise)
 
     def facts(self) -> dict[str, list[float]]:
         """As JSON."""

@@ -24,7 +24,7 @@ RULE = NoiseRule((0.01, 0.04), (0.5, 2.0), (1.0, 1.0), (0.1, 10.0))
 def test_factors_are_straight_in_logarithms_and_constant_beyond() -> None:
     middle = RULE.at(0.02)
     assert (middle.image, middle.signal, middle.parameter) == pytest.approx((1.0, 1.0, 1.0))
-    assert RULE.at(0.0) == RULE.at(0.01) and RULE.at(1.0) == RULE.at(0.04)
+    assert RULE.at(0.0).parameter == RULE.at(0.01).parameter and RULE.at(1.0).image == RULE.at(0.04).image
     assert RULE.at(1.0).parameter == pytest.approx(10.0) and RULE.at(0.0).image == pytest.approx(0.5)
 
 
