@@ -27,7 +27,7 @@ import torch
 from benchmarks.common import print_table, write_result
 from benchmarks.pinqi_methods import Sample
 from recon_core.methods.pinqi import model
-from recon_core.methods.pinqi.model import ABLATIONS, Pinqi, PinqiSettings
+from recon_core.methods.pinqi.model import Pinqi, PinqiSettings
 from recon_core.methods.pinqi.reconstruction import reconstruct_with
 from recon_core.methods.pinqi.settings import Settings
 from recon_core.methods.pinqi.weights import TrainedPinqi, load_weights
@@ -197,7 +197,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     document = measure(options)
     show(document, options.precisions)
-    write_result(options.name, {**document, "network_settings": repr(ABLATIONS["proposed"])})
+    write_result(
+        options.name, {**document, "network_settings": repr(network_for(options, options.precisions[0]).network.settings)}
+    )
     return 0
 
 

@@ -79,11 +79,34 @@ def pinqi(
     start: Annotated[
         str, typer.Option(help="Images that the iterations begin with: adjoint (as published) or llr (needs less training).")
     ] = "adjoint",
+    prediction: Annotated[
+        str,
+        typer.Option(
+            help="Of the parameter network: direct (as published) or kernel (weights of neighbours; learns sooner)."
+        ),
+    ] = "direct",
     initial: Annotated[
         Path | None, typer.Option(help="JSON of weights to begin with, of the same network; random ones otherwise.")
     ] = None,
+    pretrain_networks: Annotated[
+        str, typer.Option(help="Which the pretraining teaches: both, parameter or image.")
+    ] = "both",
+    pretrain_scale: Annotated[float, typer.Option(help="Factor on the pretraining's published rates.", min=1e-6)] = 1.0,
+    reuse: Annotated[int, typer.Option(help="Steps of the pretraining with the same samples.", min=1)] = 1,
+    rate_spread: Annotated[
+        float, typer.Option(help="Largest random factor on all R1 of a sample: other tissue, phantoms.", min=1.0)
+    ] = 1.0,
+    spread_part: Annotated[float, typer.Option(help="Part of the samples with such a factor.", min=0.0, max=1.0)] = 1.0,
+    t1_weight: Annotated[
+        float, typer.Option(help="Of the mean absolute error of T1 beside the published loss.", min=0.0)
+    ] = 0.0,
+    first_weight: Annotated[float, typer.Option(help="Deep supervision: of the first prediction.", min=0.0)] = 0.1,
+    other_weight: Annotated[float, typer.Option(help="Of the others but the last.", min=0.0)] = 0.05,
     network_rate: Annotated[float, typer.Option(help="Learning rate of the networks.", min=1e-7)] = 0.004,
     lambda_rate: Annotated[float, typer.Option(help="Learning rate of the lambdas.", min=1e-7)] = 0.001,
+    embedding_rate: Annotated[float, typer.Option(help="Learning rate of the tags' embedding.", min=1e-7)] = 0.002,
+    warmup_steps: Annotated[int, typer.Option(help="Of the learning rate; at most a fifth of the steps.", min=0)] = 1500,
+    n_validation: Annotated[int, typer.Option(help="Held-out slices of a validation.", min=0)] = 4,
     brainweb: Annotated[
         Path | None, typer.Option(help="Folder of BrainWeb's heads; without it heads are drawn from a tissue atlas.")
     ] = None,
@@ -119,6 +142,18 @@ def pinqi(
     recipe = PinqiRecipe(
         ablation=ablation,
         start=start,
+        prediction=prediction,
+        pretrain_networks=pretrain_networks,
+        pretrain_scale=pretrain_scale,
+        reuse=reuse,
+        rate_spread=rate_spread,
+        spread_part=spread_part,
+        t1_weight=t1_weight,
+        first_weight=first_weight,
+        other_weight=other_weight,
+        embedding_rate=embedding_rate,
+        warmup_steps=warmup_steps,
+        n_validation=n_validation,
         size=size,
         times=tuple(times or default.times),
         n_coils=coils,

@@ -74,6 +74,8 @@ class SampleRecipe:
     rate_spread
         All rates of a sample are multiplied by one factor between its inverse and this, uniform in its logarithm: other field
         strengths, contrast agent, phantoms. 1 leaves the published ranges, and draws nothing.
+    spread_part
+        The part of the samples with such a factor; the others keep the published ranges.
     columns
         Keep so many neighbouring readout positions at a random place, 0 for all: in hybrid space every readout position is a
         complete acquisition of its own, so that a strip is as exact as a slice and costs its share.
@@ -86,6 +88,7 @@ class SampleRecipe:
     acs: int = 8
     noise: tuple[float, float] = (0.001, 0.04)
     rate_spread: float = 1.0
+    spread_part: float = 1.0
     columns: int = 0
 
     def __post_init__(self) -> None:
@@ -94,6 +97,7 @@ class SampleRecipe:
             or not 0 <= self.columns <= self.size
             or self.n_coils < 1
             or self.rate_spread < 1
+            or not 0 <= self.spread_part <= 1
             or not self.accelerations
             or not 0 <= self.noise[0] <= self.noise[1]
         ):
@@ -191,7 +195,10 @@ class QuantitativeBrains:
         fractions = self.anatomy.fractions(draws, n, split)
         parameters = vary(draws, tissue_parameters(draws, fractions))
         if recipe.rate_spread > 1:
-            parameters[:, 2] *= torch.exp(draws.uniform(-1.0, 1.0, 1, 1) * math.log(recipe.rate_spread))
+            exponent = draws.uniform(-1.0, 1.0, 1, 1)
+            if recipe.spread_part < 1:
+                exponent = exponent * (draws.uniform(0.0, 1.0, 1, 1) < recipe.spread_part)
+            parameters[:, 2] *= torch.exp(exponent * math.log(recipe.rate_spread))
         coil_maps = birdcage_maps(draws, n, recipe.n_coils)
         mask = self._masks(draws)
         noise_std = draws.uniform(*recipe.noise)

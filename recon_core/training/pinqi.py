@@ -38,6 +38,8 @@ from recon_core.training.runs import (
     training_device,
 )
 
+Tensor = torch.Tensor
+
 NAME = "pinqi"
 
 
@@ -96,12 +98,18 @@ def run(
     anatomy = open_anatomy(settings.brainweb, device, atlas=settings.atlas)
     torch.manual_seed(sample_seed(recipe.seed, "weights"))
     choice = replace(
-        ABLATIONS[recipe.ablation], start=recipe.start, precision=recipe.precision, recompute=settings.recompute
+        ABLATIONS[recipe.ablation],
+        start=recipe.start,
+        prediction=recipe.prediction,
+        precision=recipe.precision,
+        recompute=settings.recompute,
     )
     network = Pinqi(recipe.samples.model, choice).to(device)
     if settings.initial:
         tensors, _ = read_pair(settings.initial, device)
-        load_into(network, tensors, Path(settings.initial).name)  # a resumed phase replaces them by its checkpoint's
+        load_into(
+            network, fitting(tensors, network), Path(settings.initial).name
+        )  # a resumed phase replaces them by its checkpoint's
     if settings.compile:
         for net in (network.parameter_net, network.image_net):
             if net is not None:
@@ -131,10 +139,11 @@ def run(
     if recipe.n_pretraining:
         result = phase(Pretraining(network, recipe, anatomy, device, first=0), "pretraining", recipe.pretrain_epochs)
     reached = {"pretraining": 0 if result is None else result.step, "training": 0}
-    if result is None or result.finished:
+    if recipe.n_training and (result is None or result.finished):
         first = recipe.n_pretraining * recipe.batch
         result = phase(EndToEnd(network, recipe, anatomy, device, first=first), "training", recipe.epochs)
         reached["training"] = result.step
+    assert result is not None
     return result, _export(network, recipe, output, anatomy, device, result, reached)
 
 
@@ -154,15 +163,25 @@ def _export(
         "seed": recipe.seed,
         "anatomy": anatomy.name,
         **code_facts(device),
-        "steps": {"pretraining": recipe.n_pretraining, "training": recipe.steps(recipe.epochs)},
+        "steps": {"pretraining": recipe.n_pretraining, "training": recipe.n_training},
         "steps_done": reached,
         "samples_seen": {k: done * recipe.batch for k, done in reached.items()},
-        "finished": result.finished and reached["training"] > 0,
+        "finished": result.finished and reached["training"] == recipe.n_training,
         "minutes": round(result.minutes, 2),
         "skipped_steps": result.skipped,
         "validation": dict(result.figures),
     }
     return save_weights(output, NAME, network, recipe.times, facts)
+
+
+def fitting(tensors: dict[str, Tensor], network: Pinqi) -> dict[str, Tensor]:
+    """Weights for a network that predicts another thing than the one they are of: a last layer of zeros instead of theirs."""
+    found = dict(tensors)
+    own = network.state_dict()
+    for key in ("parameter_net.unet.last.weight", "parameter_net.unet.last.bias"):
+        if key in own and key in found and found[key].shape != own[key].shape:
+            found[key] = torch.zeros_like(own[key])
+    return found
 
 
 def _initial_digest(initial: str | None, output: Path, resume: bool) -> str:

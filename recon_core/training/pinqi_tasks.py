@@ -14,7 +14,8 @@ from torch import nn
 
 from recon_core.errors import SettingError
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
-from recon_core.methods.pinqi.model import ABLATIONS, STARTS, Pinqi
+from recon_core.methods.pinqi.model import ABLATIONS, STARTS, Pinqi, PinqiSettings
+from recon_core.methods.pinqi.networks import PREDICTIONS
 from recon_core.methods.pinqi.start import low_rank_images
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.problem import Problem, pose, signal_scale
@@ -27,6 +28,9 @@ from recon_core.types import KSpace, Report
 
 Tensor = torch.Tensor
 
+PRETRAINED = ("both", "parameter", "image")
+LONGEST_T1 = 5.0  # s: how wrong a longer one is does not matter to the loss
+LEAST_DENSITY = 0.05  # of what is not air
 EVALUATION_SEED = 20240415  # of validation and test samples, whatever the training's seed is
 TYPICAL_SAMPLES = 32
 SHOWN_T1 = 3.0  # s: white in pictures
@@ -42,7 +46,7 @@ class PinqiRecipe(TrainingRecipe):
         Key of `ABLATIONS`.
     size, times, n_coils, accelerations
         Of the samples.
-    rate_spread
+    rate_spread, spread_part
         See `SampleRecipe`; training only.
     columns
         Train on strips of so many readout positions, 0 for whole slices; validation always sees whole slices.
@@ -50,12 +54,19 @@ class PinqiRecipe(TrainingRecipe):
         16 heads with 122 slices each are an epoch; 80 epochs are about 156,000 samples.
     pretrain_epochs
         Of the networks alone, on mixtures of the truth and the first images.
+    pretrain_networks
+        ``"both"``, or one of them: ``"parameter"``, ``"image"``.
+    reuse
+        Steps of the pretraining with the same samples, each with its own tag, mixture and noise: first images that take longer than
+        a step are made once.
+    t1_weight
+        Added to the published losses: mean absolute error of T1 (s, up to `LONGEST_T1` of either) in the brain, times this. 0 as published.
     first_weight, other_weight
         Deep supervision: of the first prediction, and of the others but the last.
     ema_decay
         Moving average of the weights; the paper has none.
-    start
-        Images from which the iterations begin, see `PinqiSettings`.
+    start, prediction
+        Images from which the iterations begin, and what the parameter network gives, see `PinqiSettings`.
     pretrain_scale
         Factor on the published learning rates of the pretraining.
     initial_sha256
@@ -64,6 +75,10 @@ class PinqiRecipe(TrainingRecipe):
 
     ablation: str = "proposed"
     start: str = "adjoint"
+    prediction: str = "direct"
+    pretrain_networks: str = "both"
+    reuse: int = 1
+    t1_weight: float = 0.0
     pretrain_scale: float = 1.0
     initial_sha256: str = ""
     size: int = 192
@@ -71,6 +86,7 @@ class PinqiRecipe(TrainingRecipe):
     n_coils: int = 8
     accelerations: tuple[float, ...] = (4.0, 5.0, 6.0, 7.0, 8.0)
     rate_spread: float = 1.0
+    spread_part: float = 1.0
     columns: int = 0
     batch: int = 16
     epochs: float = 80.0
@@ -92,7 +108,13 @@ class PinqiRecipe(TrainingRecipe):
             raise SettingError("unknown ablation", where="PINQI training", got=self.ablation, expected=", ".join(ABLATIONS))
         if self.start not in STARTS:
             raise SettingError("unknown start", where="PINQI training", got=self.start, expected=", ".join(STARTS))
-        if self.batch < 1 or not self.epochs > 0 or self.pretrain_epochs < 0 or self.n_validation < 0:
+        for name, known in (("prediction", PREDICTIONS), ("pretrain_networks", PRETRAINED)):
+            if getattr(self, name) not in known:
+                raise SettingError(
+                    f"unknown {name}", where="PINQI training", got=getattr(self, name), expected=", ".join(known)
+                )
+        least = min(self.epochs, self.pretrain_epochs, self.n_validation, self.t1_weight)
+        if self.batch < 1 or self.reuse < 1 or not least >= 0 or self.epochs + self.pretrain_epochs == 0:
             raise SettingError("impossible recipe", where="PINQI training", got=self)
 
     @property
@@ -110,6 +132,11 @@ class PinqiRecipe(TrainingRecipe):
         choice = ABLATIONS[self.ablation]
         networks = {choice.image_network, choice.parameter_network} - {"none"}
         return self.steps(self.pretrain_epochs) if self.pretrain_epochs and networks else 0
+
+    @property
+    def n_training(self) -> int:
+        """Steps end to end; without epochs none."""
+        return self.steps(self.epochs) if self.epochs else 0
 
     def loop(self, epochs: float, *, pretraining: bool, **limits: Any) -> LoopSettings:
         """Settings of the loop; a schedule too short for the published warm-up warms up for a fifth of it."""
@@ -164,7 +191,9 @@ class _PinqiTask:
         self.recipe = recipe
         brains = QuantitativeBrains(anatomy, recipe.samples, seed=recipe.seed, device=device)
         self.samples = TrainingSamples(
-            brains.with_recipe(columns=recipe.columns, rate_spread=recipe.rate_spread), recipe.batch, first
+            brains.with_recipe(columns=recipe.columns, rate_spread=recipe.rate_spread, spread_part=recipe.spread_part),
+            recipe.batch,
+            first,
         )
         self._evaluation = QuantitativeBrains(anatomy, recipe.samples, seed=EVALUATION_SEED, device=device)
         self._anatomy = anatomy.name
@@ -183,43 +212,112 @@ class _PinqiTask:
 
 
 class Pretraining(_PinqiTask):
-    """Both networks on ``r y_truth + (1 - r) y_0``, ``r = u^2``, tagged ``r``: parameters for one, clean images for the other."""
+    """Each network by itself on images as it will meet them: parameters for one, clean images for the other.
+
+    A call of the loop is drawn, all alike, and its tag is told. The first call sees the first images ``y_0``; the later ones see images
+    nearer to the truth, ``r y_truth + (1 - r) y_0``, ``r = u^2``, with white noise of up to the data's standard deviation.
+
+    Deviation: the published pretraining tags such mixtures with ``r`` itself, from 0 to 1. The loop's tags of the parameter network
+    are 0 and then 1.2 to 2: it would be called with numbers that it was never taught.
+    """
 
     phase = "pretraining"
 
+    def __init__(self, network: Pinqi, recipe: PinqiRecipe, anatomy: Anatomy, device: torch.device, first: int) -> None:
+        super().__init__(network, recipe, anatomy, device, first)
+        chosen = recipe.pretrain_networks
+        self._parameters = network.parameter_net is not None and chosen != "image"
+        self._images = network.image_net is not None and chosen != "parameter"
+        self._last: tuple[int, _Posed] | None = None
+
     def groups(self) -> list[ParameterGroup]:
-        """The networks; lambdas keep their first values."""
+        """The networks that are taught; lambdas keep their first values."""
         factor = self.recipe.pretrain_scale
-        return network_groups(
+        groups = network_groups(
             self.module, parameter_rate=3e-4 * factor, image_rate=3e-3 * factor, embedding_rate=1e-4 * factor
         )
+        left = {"both": (), "parameter": ("image_net",), "image": ("parameter_net", "embedding")}
+        return [g for g in groups if g.name not in left[self.recipe.pretrain_networks]]
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Weighted squared errors of parameters (brain 1, elsewhere 0.05) and images (brain 1, elsewhere 0.1)."""
-        batch = self.samples.batch(step)
-        share = torch.rand(len(batch), device=batch.kspace.device).square()
-        return self._loss(batch, share)
+        """Weighted squared errors of parameters (brain 1, elsewhere 0.05; of fits 0.001 in air) and images (brain 1, elsewhere 0.1)."""
+        number = step // self.recipe.reuse
+        if self._last is None or self._last[0] != number:
+            self._last = number, self._posed(self.samples.batch(number))
+        posed = self._last[1]
+        call, share, noise = torch.rand(3, len(posed.truth), device=posed.truth.device)
+        return self._loss(posed, call, share.square(), noise)
 
-    def _loss(self, batch: BrainBatch, share: Tensor) -> tuple[Tensor, dict[str, float]]:
+    def _posed(self, batch: BrainBatch) -> _Posed:
         operator, rhs, start = self.aliased(batch)
-        truth = operator.enter_image(batch.images)
-        mixed = torch.lerp(self.module.first_images(operator, rhs, start), truth, share[:, None, None, None].to(truth.dtype))
-        brain = batch.brain.mT[:, None].to(share.dtype)
+        first = self.module.first_images(operator, rhs, start)
+        return _Posed(first, operator.enter_image(batch.images), batch.parameters.mT, batch.brain.mT, batch.noise_std)
+
+    def _loss(self, posed: _Posed, call: Tensor, share: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
+        brain = posed.brain[:, None].to(share.dtype)
         total = share.new_zeros(())
-        figures = {}
-        if self.module.parameter_net is not None:
-            predicted = self.module.predict_parameters(mixed, share)
-            part = weighted_mse(predicted, batch.parameters.mT, 0.95 * brain + 0.05)
-            total, figures["parameter_loss"] = total + part, float(part.detach())
-        if self.module.image_net is not None:
-            part = 2 * weighted_mse(self.module.predict_images(mixed, share), truth, 0.9 * brain + 0.1)
+        figures: dict[str, float] = {}
+        settings = self.module.settings
+        if self._parameters:
+            tags, images = _met(posed, settings.parameter_tags, call, share, noise)
+            predicted = self.module.predict_parameters(images, tags)
+            part = weighted_mse(
+                predicted, posed.parameters, torch.clamp(brain + outside(settings, posed.parameters, 0.05), max=1.0)
+            )
+            error = t1_error(predicted, posed.parameters, brain)
+            total = total + part + self.recipe.t1_weight * error
+            figures |= {
+                "parameter_loss": float(part.detach()),
+                "t1_error": float(error.detach() / brain.mean().clamp(min=1e-6)),
+            }
+        if self._images:
+            tags, images = _met(posed, settings.image_tags, call, share, noise)
+            part = 2 * weighted_mse(self.module.predict_images(images, tags), posed.truth, 0.9 * brain + 0.1)
             total, figures["image_loss"] = total + part, float(part.detach())
         return total, figures
 
     def validate(self, step: int) -> Validation:
-        """Mean losses at a share of zero, where reconstruction begins."""
-        rows = [self._loss(b, b.noise_std.new_zeros(1))[1] for b in self.validation_samples()]
+        """Mean losses of the first call."""
+        rows = []
+        for batch in self.validation_samples():
+            first = batch.noise_std.new_zeros(1)
+            rows.append(self._loss(self._posed(batch), first, first, first)[1])
         return Validation(_means(rows))
+
+
+@dataclass(frozen=True)
+class _Posed:
+    """Samples of the pretraining in the operator's layout: first and true images, true parameters, brain, noise."""
+
+    first: Tensor
+    truth: Tensor
+    parameters: Tensor
+    brain: Tensor
+    noise_std: Tensor
+
+
+def _met(posed: _Posed, tags: Sequence[float], call: Tensor, share: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """Tag and images of one of a network's calls, per sample; ``call``, ``noise`` in [0, 1)."""
+    which = (call * len(tags)).long()
+    later = which > 0
+    share = torch.where(later, share, 0.0)[:, None, None, None]
+    noise = torch.where(later, noise, 0.0) * posed.noise_std
+    images = torch.lerp(posed.first, posed.truth, share.to(posed.truth.dtype))
+    images = images + noise[:, None, None, None] * torch.randn_like(images)
+    return torch.tensor(tags, device=call.device, dtype=share.dtype)[which], images
+
+
+def outside(settings: PinqiSettings, truth: Tensor, weight: float) -> Tensor | float:
+    """The weight of what is not brain. A fit in air is anything, and nothing is to be learned from that: it hardly counts."""
+    if settings.prediction == "direct":
+        return weight
+    return weight * (truth[:, :2].square().sum(1, keepdim=True) > LEAST_DENSITY**2) + 0.001
+
+
+def t1_error(parameters: Tensor, truth: Tensor, brain: Tensor) -> Tensor:
+    """Mean over all pixels of the absolute error of T1 in the brain, in s; of T1 above `LONGEST_T1` none."""
+    found, true = (1 / p[:, 2:].clamp(min=1 / LONGEST_T1) for p in (parameters, truth))
+    return (brain * (found - true).abs()).mean()
 
 
 class EndToEnd(_PinqiTask):
@@ -247,8 +345,14 @@ class EndToEnd(_PinqiTask):
             return weighted_mse(found.images, operator.enter_image(batch.images), 0.9 * brain + 0.1), {}
         truth = batch.parameters.mT
         loss = deep_supervision(
-            found.predictions, truth, brain + 0.01, first=self.recipe.first_weight, others=self.recipe.other_weight
+            found.predictions,
+            truth,
+            brain + outside(self.module.settings, truth, 0.01),
+            first=self.recipe.first_weight,
+            others=self.recipe.other_weight,
         )
+        if self.recipe.t1_weight:
+            loss = loss + self.recipe.t1_weight * t1_error(found.parameters, truth, brain)
         figures = {"rate_error": float((found.parameters.detach()[:, 2:] - truth[:, 2:])[brain > 0].abs().mean())}
         if found.nonlinear:
             figures["unconverged"] = float(sum(r.n_unconverged for r in found.nonlinear))

@@ -8,6 +8,7 @@ for any signal model ``q`` and any linear acquisition ``A``. Both networks are t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -21,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 
 from recon_core.errors import DataError, SettingError
 from recon_core.methods.pinqi.networks import (
+    FITTED_RATES,
+    PREDICTIONS,
     SOFTPLUS_BETA,
     ImageNet,
     ParameterNet,
@@ -40,6 +43,7 @@ PARAMETER_SOLVERS = ("layer", "gradient", "network")
 PRECISIONS = ("float32", "bfloat16")
 STARTS = ("adjoint", "llr")
 FIRST_STEPS = 2  # of CG, unregularised, before anything is learned
+FIT_STEPS = 12  # of the fit to averaged images: enough wherever there is signal
 FIRST_STEP_SIZE = 0.05  # of ablation e, in the units of Eq. 13; below 1 / (largest curvature)
 
 PUBLISHED_BOUNDS = {"m0_real": (-2.0, 2.0), "m0_imag": (-2.0, 2.0), "r1": (-1.0, 20.0)}
@@ -66,6 +70,9 @@ class PinqiSettings:
     start
         ``y_0``: ``"adjoint"``, two steps of conjugate gradients from ``A^H k`` as published, or ``"llr"``, the images of the locally
         low rank reconstruction. With these the networks have only to find what it leaves, which takes far less training.
+    prediction
+        Of the parameter network: ``"direct"`` as published, or ``"kernel"``: it weights each pixel's neighbours, and the model is
+        fitted to the weighted images. See `ParameterNet`.
     precision
         ``"bfloat16"`` lets the networks, and only them, compute in mixed precision.
     recompute
@@ -79,6 +86,7 @@ class PinqiSettings:
     coupled: bool = True
     n_gradient_steps: int = 5
     start: str = "adjoint"
+    prediction: str = "direct"
     precision: str = "float32"
     recompute: bool = False
 
@@ -88,6 +96,7 @@ class PinqiSettings:
             ("parameter_network", HOW_OFTEN),
             ("parameter_solver", PARAMETER_SOLVERS),
             ("start", STARTS),
+            ("prediction", PREDICTIONS),
             ("precision", PRECISIONS),
         ):
             if getattr(self, name) not in known:
@@ -100,6 +109,23 @@ class PinqiSettings:
             raise SettingError(
                 "nothing would find the parameters", where="PINQI", expected="a parameter network or a solver"
             )
+
+    @property
+    def image_tags(self) -> tuple[float, ...]:
+        """What the image network is told in its calls, the first of which sees ``y_0``."""
+        n = self.n_iterations
+        calls = {"each": n, "once": 1, "none": 0}[self.image_network]
+        return tuple((i + 1) / n for i in range(calls))
+
+    @property
+    def parameter_tags(self) -> tuple[float, ...]:
+        """What the parameter network is told in its calls: 0 with ``y_0``, then 1 more than the image network of the iteration."""
+        if self.parameter_network == "none":
+            return ()
+        if not self.coupled:
+            return (2.0,)
+        n = self.n_iterations
+        return (0.0, *((i + 1) / n + 1 for i in range(n if self.parameter_network == "each" else 0)))
 
 
 ABLATIONS: Mapping[str, PinqiSettings] = MappingProxyType(
@@ -120,6 +146,29 @@ ABLATIONS: Mapping[str, PinqiSettings] = MappingProxyType(
 """Section III-D: a no signal function, b no image-space, c no parameter-space regularisation, d no nonlinear solver, e gradient
 descent, f networks applied once, g one or two iterations, h separate and i end-to-end regression (the same network, trained on
 images and on parameters)."""
+
+
+@dataclass(frozen=True)
+class Strengths:
+    """Factors on the learned lambdas: below 1 the data count for more than what was learned.
+
+    Attributes
+    ----------
+    image, signal
+        Of lambda_y and lambda_q (Eq. 12).
+    parameter
+        Of lambda_p (Eq. 13).
+    noise
+        Standard deviation of a complex sample where images are about 1, for a kernel to tell texture from noise; infinite: unknown.
+    """
+
+    image: float = 1.0
+    signal: float = 1.0
+    parameter: float = 1.0
+    noise: float = math.inf
+
+
+AS_LEARNED = Strengths()
 
 
 @dataclass(frozen=True)
@@ -211,7 +260,11 @@ class Pinqi(nn.Module):
         n_solved = n if self.settings.coupled else 1
         if self.settings.parameter_network != "none":
             self.parameter_net = ParameterNet(
-                model.n_states, looked, is_complex=model.is_complex, **networks.get("parameter", {})
+                model.n_states,
+                looked,
+                is_complex=model.is_complex,
+                prediction=self.settings.prediction,
+                **networks.get("parameter", {}),
             )
             self.embedding = new_embedding()
             if self.settings.parameter_solver != "network":
@@ -229,7 +282,7 @@ class Pinqi(nn.Module):
     image_net: ImageNet | None
 
     def forward(
-        self, operator: LinearOperator, rhs: Tensor, start: Tensor | None = None, strength: float = 1.0
+        self, operator: LinearOperator, rhs: Tensor, start: Tensor | None = None, strengths: Strengths = AS_LEARNED
     ) -> PinqiOutput:
         """Reconstruct.
 
@@ -241,8 +294,8 @@ class Pinqi(nn.Module):
             ``A^H k``, ``(batch, state, *plane)`` with two axes in the plane, scaled so that images are about 1.
         start
             ``y_0`` like ``rhs``, see `first_images`.
-        strength
-            Factor on all lambdas: below 1 the data count for more than what was learned.
+        strengths
+            Factors on the lambdas.
 
         Raises
         ------
@@ -259,7 +312,7 @@ class Pinqi(nn.Module):
             )
         y = self.first_images(operator, rhs, start)
         solve = self._coupled if self.settings.coupled else self._decoupled
-        return solve(operator, rhs, y, strength)
+        return solve(operator, rhs, y, strengths)
 
     def first_images(self, operator: LinearOperator, rhs: Tensor, start: Tensor | None = None) -> Tensor:
         """``y_0``, no gradient: two steps of conjugate gradients from ``A^H k``, or what is given where the settings ask for it.
@@ -278,12 +331,29 @@ class Pinqi(nn.Module):
         with torch.no_grad(), record_function("pinqi::linear"):
             return solve_linear(operator, rhs, initial=rhs, settings=steps)[0]
 
-    def predict_parameters(self, images: Tensor, tag: float | Tensor) -> Tensor:
+    def predict_parameters(self, images: Tensor, tag: float | Tensor, noise: float = math.inf) -> Tensor:
         """``P(y, tag)``, ``(batch, parameter, *plane)``; ``tag`` a number or one per sample."""
         assert self.parameter_net is not None and self.embedding is not None
         net, embedding = self.parameter_net, self.embedding
         tags = self._tags(images, tag)
-        return self._network("parameter", lambda y, t: net(y, t, embedding(t)), images, tags)
+        if self.settings.prediction == "direct":
+            return self._network("parameter", lambda y, t: net(y, t, embedding(t)), images, tags)
+        averages = self._network("parameter", lambda y, t: net.averaged(y, t, embedding(t), noise), images, tags)
+        return self._fitted(averages)
+
+    def _fitted(self, images: Tensor) -> Tensor:
+        """The model fitted to each pixel of averaged images, ``(batch, parameter, *plane)``, differentiable."""
+        start = self.middle[:, None, None].expand(len(images), -1, *images.shape[2:]).contiguous()
+        settings = NonlinearSettings(max_iterations=FIT_STEPS)
+        with record_function("pinqi::nonlinear"):
+            fitted, _ = solve_nonlinear(
+                self.model, images, torch.zeros_like(start), 0.0, initial=start, bounds=self.bounds, settings=settings
+            )
+        planes = [
+            plane.clamp(*FITTED_RATES) if name.startswith("r") else plane
+            for name, plane in zip(self.model.parameter_names, fitted.unbind(1), strict=True)
+        ]
+        return torch.stack(planes, dim=1)
 
     def predict_images(self, images: Tensor, tag: float | Tensor) -> Tensor:
         """``y + Y(y, tag)``; ``tag`` a number or one per sample."""
@@ -305,39 +375,44 @@ class Pinqi(nn.Module):
 
     # ------------------------------------------------------------------------------------------------- the two loops
 
-    def _coupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor, strength: float) -> PinqiOutput:
-        n, settings = self.settings.n_iterations, self.settings
+    def _coupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor, strengths: Strengths) -> PinqiOutput:
+        settings = self.settings
+        image_tags, parameter_tags = settings.image_tags, settings.parameter_tags
         predictions, linear, nonlinear = [], [], []
-        y_reg = self.predict_images(y, 1 / n) if settings.image_network == "once" else None
+        y_reg = self.predict_images(y, image_tags[0]) if settings.image_network == "once" else None
         if self.parameter_net is not None:
-            p_reg = p = self.predict_parameters(y, 0.0)
+            p_reg = p = self.predict_parameters(y, parameter_tags[0], strengths.noise)
             predictions.append(p)
         else:
             p_reg = None
-            p, _ = self._solve_parameters(y, None, None, 0, strength)
-        for i in range(n):
+            p, _ = self._solve_parameters(y, None, None, 0, strengths)
+        for i in range(settings.n_iterations):
             if settings.image_network == "each":
-                y_reg = self.predict_images(y, (i + 1) / n)
-            y, solved = self._solve_images(operator, rhs, y, y_reg, self._signal(p), i, strength)
+                y_reg = self.predict_images(y, image_tags[i])
+            y, solved = self._solve_images(operator, rhs, y, y_reg, self._signal(p), i, strengths)
             linear.append(solved)
             if settings.parameter_network == "each":
-                p_reg = self.predict_parameters(y, (i + 1) / n + 1)
-            p, fitted = self._solve_parameters(y, p_reg, p, i, strength)
+                p_reg = self.predict_parameters(y, parameter_tags[i + 1], strengths.noise)
+            p, fitted = self._solve_parameters(y, p_reg, p, i, strengths)
             predictions.append(p)
             nonlinear += [fitted] if fitted is not None else []
         return PinqiOutput(p, y, tuple(predictions), tuple(linear), tuple(nonlinear))
 
-    def _decoupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor, strength: float) -> PinqiOutput:
-        n, settings = self.settings.n_iterations, self.settings
+    def _decoupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor, strengths: Strengths) -> PinqiOutput:
+        settings, image_tags = self.settings, self.settings.image_tags
         linear = []
-        y_reg = self.predict_images(y, 1 / n) if settings.image_network == "once" else None
-        for i in range(n):
+        y_reg = self.predict_images(y, image_tags[0]) if settings.image_network == "once" else None
+        for i in range(settings.n_iterations):
             if settings.image_network == "each":
-                y_reg = self.predict_images(y, (i + 1) / n)
-            y, solved = self._solve_images(operator, rhs, y, y_reg, None, i, strength)
+                y_reg = self.predict_images(y, image_tags[i])
+            y, solved = self._solve_images(operator, rhs, y, y_reg, None, i, strengths)
             linear.append(solved)
-        p_reg = self.predict_parameters(y, 2.0) if self.parameter_net is not None else None
-        p, fitted = self._solve_parameters(y, p_reg, None, 0, strength)
+        p_reg = (
+            self.predict_parameters(y, settings.parameter_tags[0], strengths.noise)
+            if self.parameter_net is not None
+            else None
+        )
+        p, fitted = self._solve_parameters(y, p_reg, None, 0, strengths)
         return PinqiOutput(p, y, (p,), tuple(linear), () if fitted is None else (fitted,))
 
     def _signal(self, parameters: Tensor) -> Tensor:
@@ -353,19 +428,19 @@ class Pinqi(nn.Module):
         y_reg: Tensor | None,
         signal: Tensor | None,
         i: int,
-        strength: float,
+        strengths: Strengths,
     ) -> tuple[Tensor, LinearReport]:
         """Eq. 12 from the previous images ``y``."""
         terms: list[tuple[Tensor | float, Tensor]] = []
         if signal is not None and self.lambda_q is not None:
-            terms.append((strength * self.lambda_q()[i], signal))
+            terms.append((strengths.signal * self.lambda_q()[i], signal))
         if y_reg is not None and self.lambda_y is not None:
-            terms.append((strength * self.lambda_y()[i], y_reg))
+            terms.append((strengths.image * self.lambda_y()[i], y_reg))
         with record_function("pinqi::linear"):
             return solve_linear(operator, rhs, terms, initial=y.detach(), settings=self.linear)
 
     def _solve_parameters(
-        self, y: Tensor, p_reg: Tensor | None, previous: Tensor | None, i: int, strength: float
+        self, y: Tensor, p_reg: Tensor | None, previous: Tensor | None, i: int, strengths: Strengths
     ) -> tuple[Tensor, NonlinearReport | None]:
         """Eq. 13 from the previous parameters, else from the prediction, else from the middle of the expected range."""
         if p_reg is not None and self.settings.parameter_solver == "network":
@@ -374,7 +449,7 @@ class Pinqi(nn.Module):
         if start is None:
             start = self.middle[:, None, None].expand(len(y), -1, *y.shape[2:]).contiguous()
         # without a prediction there is nothing to be near to
-        weight = strength * self.lambda_p()[i] if p_reg is not None and self.lambda_p is not None else 0.0
+        weight = strengths.parameter * self.lambda_p()[i] if p_reg is not None and self.lambda_p is not None else 0.0
         prior = p_reg if p_reg is not None else torch.zeros_like(start)
         with record_function("pinqi::nonlinear"):
             if self.settings.parameter_solver == "gradient":

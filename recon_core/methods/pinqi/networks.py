@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,15 @@ IMAGE_FEATURES = (16, 32, 48, 64, 64)
 PARAMETER_GROUPS, IMAGE_GROUPS = 16, 8
 SOFTPLUS_BETA = 5.0
 RATE_SHIFT = 0.2  # rates leave the network at no less than minus this, in 1/s
+FITTED_RATES = (0.1, 10.0)
+"""1/s; a fitted prediction that ran out of these, where there is no signal, is put back."""
+PREDICTIONS = ("direct", "kernel")
+KERNEL_WIDTH = 7
+PATCH = 3  # pixels: neighbours are compared by the patches around them
+MOST_DISTANCE = 2.0  # of alike neighbours, times twice the variance of the data's noise
+LEAST_NOISE = 0.004  # below, what undersampling left is more than noise
+LEAST_SIGNAL = 0.2
+"""RMS over states of what counts as signal where images are about 1."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +90,9 @@ class ParameterNet(nn.Module):
         As published by default.
     is_complex
         Whether the images are complex: real and imaginary parts are channels of their own.
+    prediction
+        ``"direct"``: parameters, as published. ``"kernel"``: weights of each pixel's neighbours, see `averaged`; the model fitted to
+        the averages is then the prediction.
     """
 
     def __init__(
@@ -91,12 +104,15 @@ class ParameterNet(nn.Module):
         n_groups: int = PARAMETER_GROUPS,
         n_embedding: int = 64,
         is_complex: bool = True,
+        prediction: str = "direct",
     ) -> None:
         super().__init__()
         self.n_states = n_states
         self.is_complex = is_complex
+        self.prediction = prediction
         n_in = (2 if is_complex else 1) * n_states + 1
-        self.unet = ResidualUNet(n_in, len(ranges), features, n_groups=n_groups, n_embedding=n_embedding)
+        n_out = 1 + KERNEL_WIDTH**2 if prediction == "kernel" else len(ranges)
+        self.unet = ResidualUNet(n_in, n_out, features, n_groups=n_groups, n_embedding=n_embedding)
         self._rates = [i for i, r in enumerate(ranges) if r.is_rate]
         column = (1, len(ranges), 1, 1)
         self.register_buffer("offset", torch.tensor([r.offset for r in ranges]).reshape(column), persistent=False)
@@ -125,6 +141,30 @@ class ParameterNet(nn.Module):
         raw = self.unet(torch.cat((parts, _plane(tag, parts)), dim=1), embedding)
         parameters = self.offset + 10 * self.scale * torch.tanh(raw.to(self.offset.dtype))
         return self._bend(parameters)
+
+    def averaged(self, images: Tensor, tag: Tensor, embedding: Tensor, noise: float = math.inf) -> Tensor:
+        """Images, each pixel the mean of its ``KERNEL_WIDTH`` squared neighbourhood with weights of its own, the same in all states.
+
+        The weights are ``softmax_j(b_j - exp(a) max(0, d_j - m))``: ``d_j`` the squared distance of the patches around a pixel and its
+        neighbour ``j`` over all states, in units of ``m``, its median where there is signal, which is twice the noise if most
+        neighbours are alike; ``a`` and ``b_j`` are what the network adds to such non-local means. Where the ``noise`` of a sample is
+        known, ``m`` is at most `MOST_DISTANCE` times what it gives: texture is not noise.
+
+        References
+        ----------
+        Buades et al., non-local means, CVPR 2005; Bako et al., Kernel-predicting convolutional networks, ACM Trans. Graph. 36(4),
+        2017, who report far quicker learning than of direct predictions.
+        """
+        parts = torch.cat((images.real, images.imag), dim=1) if images.is_complex() else images
+        raw = self.unet(torch.cat((parts, _plane(tag, parts)), dim=1), embedding).to(parts.dtype)
+        shifted = _neighbours(parts)  # (batch, neighbour, channel, y, x)
+        with torch.no_grad():
+            distance = _patch_distance(parts.detach(), shifted.detach(), self.n_states * max(noise, LEAST_NOISE) ** 2)
+        weights = torch.softmax(raw[:, 1:] - torch.exp(raw[:, :1].clamp(-6, 6)) * distance, dim=1)
+        mean = (weights[:, :, None] * shifted).sum(1)
+        if not images.is_complex():
+            return mean
+        return torch.complex(*mean.chunk(2, dim=1))
 
     def _bend(self, parameters: Tensor) -> Tensor:
         planes = list(parameters.unbind(1))
@@ -164,3 +204,26 @@ def _plane(tag: Tensor, like: Tensor) -> Tensor:
 def new_embedding() -> ScalarEmbedding:
     """The embedding of the iteration that all blocks of the parameter net share; its 2,112 weights are not in the paper's count."""
     return ScalarEmbedding(64)
+
+
+def _neighbours(planes: Tensor) -> Tensor:
+    """``(batch, channel, y, x)`` to ``(batch, neighbour, channel, y, x)``; borders are repeated."""
+    reach, (height, width) = KERNEL_WIDTH // 2, planes.shape[-2:]
+    wide = functional.pad(planes, (reach,) * 4, mode="replicate")
+    steps = range(KERNEL_WIDTH)
+    return torch.stack([wide[..., i : i + height, j : j + width] for i in steps for j in steps], dim=1)
+
+
+def _patch_distance(planes: Tensor, shifted: Tensor, noise: float) -> Tensor:
+    """``max(0, d / m - 1)``, ``(batch, neighbour, y, x)``; see `ParameterNet.averaged`; ``noise``: variance, all states together."""
+    squared = (shifted - planes[:, None]).square().sum(2)
+    distance = functional.avg_pool2d(squared, PATCH, 1, PATCH // 2, count_include_pad=False)
+    signal = planes.square().sum(1) > LEAST_SIGNAL**2 * planes.shape[1] / 2
+    centre = KERNEL_WIDTH**2 // 2
+    medians = []
+    for one, where in zip(distance, signal, strict=True):  # of the neighbours left and right
+        near = one[[centre - 1, centre + 1]][:, where]
+        medians.append(near.median() if near.numel() else one.new_tensor(1.0))
+    return (distance / torch.stack(medians).clamp(min=1e-12, max=MOST_DISTANCE * 2 * noise)[:, None, None, None] - 1).clamp(
+        min=0
+    )

@@ -8,7 +8,7 @@ import torch
 
 from recon_core.errors import DataError, NumericalError
 from recon_core.methods.pinqi.installed import installed_weights
-from recon_core.methods.pinqi.model import PinqiOutput
+from recon_core.methods.pinqi.model import AS_LEARNED, PinqiOutput, Strengths
 from recon_core.methods.pinqi.parameter_maps import Agreement, agreement, parameter_maps
 from recon_core.methods.pinqi.phase import smooth_phase, turned
 from recon_core.methods.pinqi.settings import Settings
@@ -28,13 +28,6 @@ ROUNDING = 1e-3
 """Solvers stop at a tolerance; where there is no signal their end point is anywhere within it."""
 FIDELITY = 0.2
 """What it has learned stays in images of complete data as well."""
-
-FULL_STRENGTH_NOISE = 0.03
-"""SD of a complex sample, where M0 is about 1, from which on the lambdas count as they were learned; chosen on validation slices and
-not below what they need there."""
-
-LEAST_STRENGTH = 0.05
-"""Undersampling stays when noise goes."""
 
 MOST_EMPTY = 0.2  # part of the pixels with signal without a believable T1 above which the operator is told
 
@@ -160,8 +153,7 @@ def apply_network(
 ) -> Applied:
     """Sort, scale and reconstruct one slice whose k-space and maps have been checked.
 
-    ``regularisation="noise"``: one set of lambdas was learned for noise from 0.1 to 4 % of M0, and is right for the noisy half of it.
-    Below `FULL_STRENGTH_NOISE` all lambdas fall with the noise, so that good data are believed.
+    ``regularisation="noise"``: the lambdas follow the noise by the weights' rule, see `recon_core.methods.pinqi.noise_rule`.
 
     Raises
     ------
@@ -175,12 +167,12 @@ def apply_network(
     assert kspace.coil_maps is not None
     operator = BatchedSense(kspace.coil_maps[None, :, 0], problem.operator.weights[None, :, 0])
     data = operator.enter_data(kspace.data[None, :, :, 0] / scale)
-    strength = max(LEAST_STRENGTH, min(1.0, noise / FULL_STRENGTH_NOISE)) if regularisation == "noise" else 1.0
+    strengths = trained.noise_rule.at(noise) if regularisation == "noise" else AS_LEARNED
     start = None
     if trained.network.settings.start == "llr":
         start = operator.enter_image(low_rank_images(problem)[None] / scale)
     with torch.no_grad():
-        found = _nearly_real(trained, operator, data, start, strength)
+        found = _nearly_real(trained, operator, data, start, strengths)
         signal = trained.network.model.signal(found.parameters.movedim(1, 0)).movedim(0, 1)
     if not bool(torch.isfinite(found.parameters).all() & torch.isfinite(torch.view_as_real(found.images)).all()):
         raise NumericalError("the network's result is not finite", where=where, remedy="The chain's fallback can answer")
@@ -188,17 +180,17 @@ def apply_network(
 
 
 def _nearly_real(
-    trained: TrainedPinqi, operator: BatchedSense, data: Tensor, start: Tensor | None, strength: float
+    trained: TrainedPinqi, operator: BatchedSense, data: Tensor, start: Tensor | None, strengths: Strengths
 ) -> PinqiOutput:
     """The network on images without the coil maps' phase; see `recon_core.methods.pinqi.phase`."""
     network, rhs = trained.network, operator.adjoint(data)
     if not network.model.is_complex:
-        return network(operator, rhs, start, strength)
+        return network(operator, rhs, start, strengths)
     longest = max(range(len(trained.times)), key=trained.times.__getitem__)
     turn = smooth_phase((rhs if start is None else start)[:, longest])  # (1, x, y)
     back = turn.conj()[:, None]
     maps = operator.coil_maps * turn.mT[:, None]
-    found = network(BatchedSense(maps, operator.weights), rhs * back, None if start is None else start * back, strength)
+    found = network(BatchedSense(maps, operator.weights), rhs * back, None if start is None else start * back, strengths)
     return turned(found, turn, network.model.parameter_names)
 
 

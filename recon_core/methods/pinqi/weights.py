@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
+from recon_core.errors import SettingError
 from recon_core.methods.pinqi.model import Pinqi, PinqiSettings
+from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule
 from recon_core.signal_models import SaturationRecovery, SignalModel
 from recon_core.training.checkpoint import WeightError, load_into, read_weights, write_pair
 
@@ -33,12 +35,15 @@ class TrainedPinqi:
         What `recon_core.problem.signal_scale` gives for a typical training sample: a scan must be brought to it.
     facts
         Everything else that the JSON says: recipe, seed, commit, metrics, sha256.
+    noise_rule
+        How the lambdas follow the noise of a scan; chosen for these weights, or the default.
     """
 
     network: Pinqi
     times: tuple[float, ...]
     amplitude: float
     facts: Mapping[str, Any]
+    noise_rule: NoiseRule = DEFAULT_RULE
 
 
 def save_weights(directory: str | Path, name: str, network: Pinqi, times: Sequence[float], facts: Mapping[str, Any]) -> Path:
@@ -79,12 +84,13 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu", precision
     try:
         times, amplitude = tuple(float(t) for t in facts["times"]), float(facts["amplitude"])
         settings = PinqiSettings(**{**facts["network"], "precision": precision})
+        rule = NoiseRule.from_facts(facts["noise_rule"]) if "noise_rule" in facts else DEFAULT_RULE
         model: SignalModel = MODELS[facts["signal_model"]](times, is_complex=bool(facts["is_complex"]))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, SettingError) as error:
         raise WeightError("incomplete description of weights", where=where, got=str(error)) from None
     network = Pinqi(model, settings).to(device).eval()
     load_into(network, tensors, where)
-    return TrainedPinqi(network.requires_grad_(False), times, amplitude, facts)
+    return TrainedPinqi(network.requires_grad_(False), times, amplitude, facts, rule)
 
 
 def check_times(trained: TrainedPinqi, times: Sequence[float]) -> None:

@@ -32,6 +32,38 @@ def test_the_parameter_net_has_the_published_number_of_weights() -> None:
     assert n_weights(ParameterNet(5, RANGES)) == 2_235_308
 
 
+def test_a_kernel_net_differs_in_its_last_layer_alone() -> None:
+    # 1 + 7 x 7 numbers a pixel instead of 3
+    assert n_weights(ParameterNet(5, RANGES, prediction="kernel")) == 2_235_308 + 47 * (32 + 1)
+
+
+def kernel_net() -> tuple[ParameterNet, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    net = ParameterNet(3, RANGES, features=(4, 8, 8), n_groups=2, n_embedding=64, prediction="kernel")
+    return net, torch.zeros(1), torch.zeros(1, 64)
+
+
+def test_averages_keep_what_is_uniform_and_edges_and_lose_noise() -> None:
+    net, tag, embedding = kernel_net()
+    nn.init.zeros_(net.unet.last.weight)
+    truth = torch.ones(1, 3, 32, 32, dtype=torch.complex64)
+    assert torch.allclose(net.averaged(truth, tag, embedding), truth, atol=1e-5)
+    truth[..., 16:] = 0.5j
+    noisy = truth + 0.02 * torch.randn(truth.shape, dtype=truth.dtype)
+    with torch.no_grad():
+        found = net.averaged(noisy, tag, embedding)
+    assert (found - truth).abs().square().mean() < 0.3 * (noisy - truth).abs().square().mean()
+    assert (found - truth)[..., 14:18].abs().max() < 0.1
+
+
+def test_the_kernel_hardly_depends_on_the_amplitude_before_it_is_trained() -> None:
+    net, tag, embedding = kernel_net()
+    nn.init.zeros_(net.unet.last.weight)
+    images = 1 + 0.1 * torch.randn(1, 3, 24, 20, dtype=torch.complex64)
+    with torch.no_grad():
+        assert torch.allclose(2 * net.averaged(images, tag, embedding), net.averaged(2 * images, tag, embedding), atol=1e-5)
+
+
 def test_the_image_net_has_the_published_number_of_weights() -> None:
     assert n_weights(ImageNet()) == 597_323
 

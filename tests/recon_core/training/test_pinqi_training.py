@@ -154,6 +154,57 @@ def test_pretraining_teaches_both_networks_and_nothing_else(atlas: HeadAtlas, tm
     assert sum(f["parameter_loss"] for f in seen[-5:]) < sum(f["parameter_loss"] for f in seen[:5])
 
 
+def test_pretraining_uses_the_tags_and_only_the_tags_of_the_loop(atlas: HeadAtlas, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it tagged mixtures with their share of the truth, 0 to 1, where the loop calls with 0 and 1.2 to 2."""
+    called: dict[str, set[float]] = {"parameter": set(), "image": set()}
+    plain = Pinqi._network
+
+    def noting(self: Pinqi, name: str, net: object, images: torch.Tensor, tags: torch.Tensor) -> torch.Tensor:
+        called[name] |= {round(float(t), 5) for t in tags}
+        return plain(self, name, net, images, tags)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Pinqi, "_network", noting)
+    recipe = replace(TINY, ablation="proposed", reuse=100)
+    network = small_network(recipe)
+    task = Pretraining(network, recipe, atlas, torch.device("cpu"), 0)
+    with torch.no_grad():
+        for step in range(60):
+            task.loss(step)
+        taught, called = called, {"parameter": set(), "image": set()}
+        batch = task.samples.batch(0)
+        operator = batch.operator()
+        network(operator, operator.adjoint(operator.enter_data(batch.kspace)))
+    assert taught == called
+    assert called == {"parameter": {0.0, 1.2, 1.4, 1.6, 1.8, 2.0}, "image": {0.2, 0.4, 0.6, 0.8, 1.0}}
+
+
+def test_one_network_is_pretrained_and_training_left_out_where_asked(atlas: HeadAtlas, tmp_path: Path) -> None:
+    recipe = replace(TINY, epochs=0.0, pretrain_networks="parameter", prediction="kernel", t1_weight=0.1)
+    result, weights = run(recipe, tmp_path, CPU)
+    facts = json.loads(weights.read_text())
+    assert result.finished and facts["finished"] and facts["steps_done"] == {"pretraining": 2, "training": 0}
+    assert facts["network"]["prediction"] == "kernel"
+    torch.manual_seed(0)
+    task = Pretraining(small_network(recipe), recipe, atlas, torch.device("cpu"), 0)
+    assert {g.name for g in task.groups()} == {"parameter_net", "embedding"}
+    with pytest.raises(SettingError, match="pretrain_networks"):
+        replace(TINY, pretrain_networks="none")
+
+
+def test_a_kernel_network_begins_from_a_direct_one(whole: Path, tmp_path: Path) -> None:
+    recipe = replace(TINY, prediction="kernel", pretrain_epochs=0.001, epochs=0.0)
+    _, weights = run(recipe, tmp_path, replace(CPU, initial=str(whole / "pinqi.json"), validate_every=0))
+    assert load_weights(weights).network.settings.prediction == "kernel"
+
+
+def test_a_part_of_the_samples_has_other_rates(atlas: HeadAtlas) -> None:
+    plain = QuantitativeBrains(atlas, TINY.samples)
+    some = plain.with_recipe(rate_spread=2.2, spread_part=0.5)
+    ratios = [(some.batch("train", [i]).parameters[0, 2] / plain.batch("train", [i]).parameters[0, 2]) for i in range(12)]
+    spread = [float(r.median()) for r in ratios]
+    assert 2 <= sum(abs(s - 1) < 1e-6 for s in spread) <= 10 and all(1 / 2.3 < s < 2.3 for s in spread)
+
+
 def test_groups_hold_every_weight_once_at_the_published_rates(atlas: HeadAtlas) -> None:
     for name in ABLATIONS:
         task = EndToEnd(
