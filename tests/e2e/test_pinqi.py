@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from gadgets.meta import read_meta
-from gadgets.service import Service
+from gadgets.service import Service, ServiceOptions
 from gadgets.wire.events import Image
-from recon_core.simulation.tubes import PROTOCOL, compare_tubes
-from tests.e2e.scans import SimulatedScan, ask, complaints, in_memory
+from recon_core.installed_weights import FOLDERS, weight_folders
+from recon_core.simulation.tubes import PROTOCOL, TubeReport, compare_tubes
+from tests.e2e.scans import Batches, SimulatedScan, ask, complaints, encoded, in_memory, is_noise
 from tests.e2e.semi_measured import synthetic_brain
 from tests.strict_client import Answer
 
@@ -65,12 +70,26 @@ def test_maps_arrive_with_units_windows_geometry_and_the_true_t1(service: Servic
     assert error(answer) < min(0.1, 1.05 * error(ask(service, "llr_t1", scan, map_model="saturation_recovery")))
 
 
+def report_of(image: Image, scan: SimulatedScan) -> TubeReport:
+    """A T1 map against what is in the tubes."""
+    values = in_ms(image)[0] * 1e-3
+    return compare_tubes(np.nan_to_num(values), scan.stream.truth.labels[0, 0, 0], np.isfinite(values))
+
+
+def answered_by_llr(answer: Answer, reason: str) -> None:
+    """The operator is told why, and nobody may take an image for the network's."""
+    assert any(reason in text and "llr" in text for text in complaints(answer))
+    for image in answer.images:
+        m = meta(image)
+        assert any("pinqi_t1 failed" in text for text in m["ImageComment"])
+        assert "llr_instead_of_pinqi_t1" in m["SeriesDescriptionAdditional"][0]
+
+
 def test_what_the_network_cannot_explain_is_answered_by_llr_with_a_fit(service: Service, tubes: SimulatedScan) -> None:
     """Whoever answers, the tubes are right; and nobody takes one for the other."""
     answer = ask(service, "pinqi_t1", tubes)
     found = by_role(answer)
-    values = in_ms(found["T1"][0])[0] * 1e-3
-    report = compare_tubes(np.nan_to_num(values), tubes.stream.truth.labels[0, 0, 0], np.isfinite(values))
+    report = report_of(found["T1"][0], tubes)
     assert report.rms_deviation < 0.035 and np.abs(report.relative).max() < 0.07
     assert report.valid.min() > 0.95
     told = any("do not fit the measured data" in text and "llr" in text for text in complaints(answer))
@@ -85,14 +104,10 @@ def test_a_scan_that_the_weights_do_not_know_is_answered_by_llr_with_a_fit(
     service: Service, change: dict[str, str], reason: str, maps: bool
 ) -> None:
     answer = ask(service, "pinqi_t1", in_memory("satrec", **{**SMALL, **change}))
-    assert any(reason in text and "llr" in text for text in complaints(answer))
+    answered_by_llr(answer, reason)
     found = by_role(answer)
     assert len(found["Image"]) == len(change["delays"].split(","))
     assert ("T1" in found) == maps
-    for image in answer.images:  # nobody may take them for the network's
-        m = meta(image)
-        assert any("pinqi_t1 failed" in text for text in m["ImageComment"])
-        assert "llr_instead_of_pinqi_t1" in m["SeriesDescriptionAdditional"][0]
 
 
 def test_without_delay_times_the_images_come_and_the_reason_is_said(service: Service, tubes: SimulatedScan) -> None:
@@ -105,3 +120,89 @@ def test_without_delay_times_the_images_come_and_the_reason_is_said(service: Ser
     assert any("saturation times" in text for text in complaints(answer))
     found = by_role(answer)
     assert len(found["Image"]) == 5 and "T1" not in found
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def thinned(scan: SimulatedScan, shares: dict[int, float]) -> Batches:
+    """The scan without a share of the outer lines of some states."""
+    middle, kept = scan.stream.truth.images.shape[-2] // 2, []
+    for headers, samples in scan.stream.batches:
+        line = headers["idx"]["kspace_encode_step_1"].astype(int)
+        draw = np.random.default_rng(0).random(2 * middle)[line]
+        lost = draw < np.array([shares.get(int(state), 0.0) for state in headers["idx"]["set"]])
+        keep = is_noise(headers) | ~lost | (np.abs(line - middle) <= PROTOCOL["acs"])
+        kept.append((headers[keep], samples[keep]))
+    return kept
+
+
+def test_states_with_different_numbers_of_lines_give_the_true_maps(service: Service, tubes: SimulatedScan) -> None:
+    batches = thinned(tubes, {1: 0.3, 3: 0.5})
+    lines = np.bincount(np.concatenate([h["idx"]["set"][~is_noise(h)] for h, _ in batches]))
+    assert lines.max() - lines.min() >= 4 and len(set(lines.tolist())) >= 3
+    answer = ask(service, "pinqi_t1", tubes, messages=encoded(batches))
+    assert any("fewer lines than expected" in text for text in complaints(answer))
+    found = by_role(answer)
+    assert len(found["Image"]) == 5
+    report = report_of(found["T1"][0], tubes)
+    assert report.rms_deviation < 0.035 and np.abs(report.relative).max() < 0.07 and report.valid.min() > 0.95
+
+
+def test_states_of_which_one_is_a_stump_are_refused_in_words(service: Service, tubes: SimulatedScan) -> None:
+    answer = ask(service, "pinqi_t1", tubes, messages=encoded(thinned(tubes, {3: 1.0})), min_line_fraction=0.9)
+    assert not answer.images and any("SortError" in text and "set 3" in text for text in answer.texts)
+
+
+def test_one_coil_gives_the_true_maps(service: Service) -> None:
+    scan = in_memory("satrec", **{**SMALL, "coils": 1, "acceleration": 2.0})
+    found = by_role(ask(service, "pinqi_t1", scan))
+    assert len(found["Image"]) == 5
+    report = report_of(found["T1"][0], scan)
+    assert report.rms_deviation < 0.035 and np.abs(report.relative).max() < 0.07 and report.valid.min() > 0.95
+
+
+def test_a_slice_that_is_all_zero_costs_the_scan_no_other_slice(service: Service) -> None:
+    """The middle one, which leaves first."""
+    scan = in_memory("satrec", **{**SMALL, "matrix_x": 64, "matrix_y": 64, "acceleration": 2.0, "slices": 3})
+    batches = []
+    for headers, samples in scan.stream.batches:
+        zero = (headers["idx"]["slice"] == 1) & ~is_noise(headers)
+        batches.append((headers, np.where(zero[:, None, None], np.complex64(0), samples)))
+    answer = ask(service, "pinqi_t1", scan, messages=encoded(batches), pixel_type="uint16")
+    assert any("slice 1" in text and "all samples are zero" in text for text in complaints(answer))
+    found = by_role(answer)
+    for role, n in (("Image", 15), ("T1", 3), ("T1SD", 3), ("M0", 3)):
+        assert len(found[role]) == n
+        for image in found[role]:
+            if image.header["slice"] == 1:
+                assert not image.data.any() and any("all samples are zero" in text for text in meta(image)["ImageComment"])
+            else:  # and their scale is not that of nothing
+                assert len(np.unique(image.data)) > 20, role
+    inside = scan.stream.truth.interior
+    for image in found["T1"]:
+        number = int(image.header["slice"])
+        if number != 1:
+            difference = in_ms(image)[0] - 1e3 * scan.stream.truth.maps["t1"][number, 0]
+            assert np.nanmedian(np.abs(difference)[inside[number, 0]]) < 40
+
+
+def test_weights_with_a_wrong_hash_are_answered_by_llr_with_a_fit(
+    tubes: SimulatedScan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once the weights are whole, the same server uses them."""
+    shipped, weights = weight_folders()[-1], tmp_path / "weights"
+    weights.mkdir()
+    shutil.copy(shipped / "pinqi_t1.safetensors", weights)
+    facts = json.loads((shipped / "pinqi_t1.json").read_text(encoding="utf-8"))
+    (weights / "pinqi_t1.json").write_text(json.dumps({**facts, "sha256": "0" * 64}), encoding="utf-8")
+    monkeypatch.setenv(FOLDERS, str(weights))
+    options = ServiceOptions(port=0, workers=1, threads=1, spool=tmp_path / "spool", noise=tmp_path / "noise")
+    with Service(options) as own:
+        answer = ask(own, "pinqi_t1", tubes)
+        answered_by_llr(answer, "sha256")
+        found = by_role(answer)
+        assert len(found["Image"]) == 5 and report_of(found["T1"][0], tubes).rms_deviation < 0.035
+        shutil.copy(shipped / "pinqi_t1.json", weights)
+        again = ask(own, "pinqi_t1", tubes)
+        assert not any("sha256" in text for text in again.texts) and len(by_role(again)["Image"]) == 5
