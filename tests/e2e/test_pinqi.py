@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from gadgets.meta import read_meta
 from gadgets.service import Service, ServiceOptions
 from gadgets.wire.events import Image
 from recon_core.installed_weights import FOLDERS, weight_folders
+from recon_core.simulation.quantitative_brain import BrainBatch
 from recon_core.simulation.tubes import PROTOCOL, TubeReport, compare_tubes
 from tests.e2e.scans import Batches, SimulatedScan, ask, complaints, encoded, in_memory, is_noise
 from tests.e2e.semi_measured import synthetic_brain
@@ -41,24 +43,49 @@ def by_role(answer: Answer) -> dict[str, list[Image]]:
 
 
 def in_ms(image: Image) -> NDArray[np.float64]:
-    """A T1 map in ms, NaN where it is empty."""
+    """A map in its unit (T1: ms), NaN where it is empty."""
     m, pixels = meta(image), image.data[0].astype(float)
     shown = pixels * float(m["RescaleSlope"][0]) + float(m["RescaleIntercept"][0])
     return np.where(pixels == float(m["PixelPaddingValue"][0]), np.nan, shown)
 
 
-def test_maps_arrive_with_units_windows_geometry_and_the_true_t1(service: Service) -> None:
+@pytest.fixture(scope="module")
+def brain_answer(service: Service) -> tuple[SimulatedScan, BrainBatch, Answer]:
+    """A held-out brain, and its answer with phase images."""
     scan, batch = synthetic_brain(192, 1, **BRAIN)
-    answer = ask(service, "pinqi_t1", scan)
+    return scan, batch, ask(service, "pinqi_t1", scan, phase=True)
+
+
+def test_maps_arrive_with_units_windows_and_geometry(brain_answer: tuple[SimulatedScan, BrainBatch, Answer]) -> None:
+    answer = brain_answer[2]
     assert not complaints(answer)
     found = by_role(answer)
-    assert {role: len(images) for role, images in found.items()} == {"Image": 5, "T1": 1, "T1SD": 1, "M0": 1, "M0_PHASE": 1}
-    t1 = found["T1"][0]
-    m = meta(t1)
-    assert m["QuantityUnit"] == ("ms",) and (int(m["WindowCenter"][0]), int(m["WindowWidth"][0])) == (1600, 1600)
-    assert any("weights" in text for text in m["ImageComment"])
-    for name in ("position", "read_dir", "phase_dir", "slice_dir", "field_of_view", "matrix_size"):
-        np.testing.assert_array_equal(t1.header[name], found["Image"][0].header[name], err_msg=name)
+    assert {role: len(images) for role, images in found.items()} == {"Image": 10, "T1": 1, "T1SD": 1, "M0": 1, "M0_PHASE": 1}
+    for role, unit, slope, window in (
+        ("T1", ("ms",), 1.0, (1600, 1600)),
+        ("T1SD", ("ms",), 1.0, (100, 200)),
+        ("M0", None, None, None),  # the images' own unit
+        ("M0_PHASE", ("mrad",), None, None),
+    ):
+        image = found[role][0]
+        m = meta(image)
+        shown, center, width = in_ms(image), int(m["WindowCenter"][0]), int(m["WindowWidth"][0])
+        assert m.get("QuantityUnit") == unit and m["QuantityName"] == (role,) and m["RescaleIntercept"] != ("-0.0",)
+        assert slope is None or float(m["RescaleSlope"][0]) == slope
+        if window is None:  # it shows what there is
+            low, high = np.nanpercentile(shown, (5, 95))
+            assert center - width / 2 <= low and high <= center + width / 2
+            assert width <= (2 * np.pi * 1e3 if role == "M0_PHASE" else 1.5 * np.nanmax(shown))
+        else:
+            assert (center, width) == window
+        assert any("weights" in text for text in m["ImageComment"])
+        for name in ("position", "read_dir", "phase_dir", "slice_dir", "field_of_view", "matrix_size", "slice"):
+            np.testing.assert_array_equal(image.header[name], found["Image"][0].header[name], err_msg=f"{role} {name}")
+        np.testing.assert_array_equal(np.isnan(shown), np.isnan(in_ms(found["T1"][0])), err_msg=role)
+
+
+def test_t1_is_the_true_one(service: Service, brain_answer: tuple[SimulatedScan, BrainBatch, Answer]) -> None:
+    scan, batch, answer = brain_answer
     brain = batch.brain[0].numpy()
 
     def error(answer: Answer) -> float:
@@ -68,6 +95,37 @@ def test_maps_arrive_with_units_windows_geometry_and_the_true_t1(service: Servic
         return float(np.linalg.norm(values[kept] - true[kept]) / np.linalg.norm(true[kept]))
 
     assert error(answer) < min(0.1, 1.05 * error(ask(service, "llr_t1", scan, map_model="saturation_recovery")))
+
+
+def test_m0_and_its_phase_are_those_of_the_object(
+    service: Service, brain_answer: tuple[SimulatedScan, BrainBatch, Answer]
+) -> None:
+    """After 8 s nearly everything has recovered. Estimated coil maps leave a smooth phase; a turn of the whole scan must arrive."""
+    scan, batch, answer = brain_answer
+    brain, true = batch.brain[0].numpy(), scan.stream.truth.images[0, -1, 0]
+
+    def image(answer: Answer, role: str) -> NDArray[np.float64]:
+        return in_ms(by_role(answer)[role][0])[0]
+
+    m0, phase = image(answer, "M0"), 1e-3 * image(answer, "M0_PHASE")
+    inside = brain & np.isfinite(m0)
+    kinds = [int(i.header["image_type"]) for i in by_role(answer)["Image"]]
+    assert kinds == [1] * 5 + [2] * 5  # magnitudes of all delays, then phases
+    magnitude, angle = (by_role(answer)["Image"][i].data[0, 0] for i in (4, 9))
+    recovered = 1 - np.exp(-8.0 / batch.t1[0].numpy())
+    own = float(meta(by_role(answer)["M0"][0]).get("QuantityUnit", ("1",))[0])
+    assert np.median((own * m0 * recovered / magnitude)[inside]) == pytest.approx(1.0, abs=0.02)
+    turn = np.exp(1j * (phase - angle))[inside]
+    assert np.median(np.abs(np.angle(turn))) < 0.03
+
+    left = np.where(inside, np.exp(1j * (phase - np.angle(true))), 0)
+    smooth = ndimage.gaussian_filter(left.real, 8) + 1j * ndimage.gaussian_filter(left.imag, 8)
+    assert np.median(np.abs(np.angle(left * smooth.conj()))[inside]) < 0.03
+
+    batches = [(h, np.where(is_noise(h)[:, None, None], s, s * np.complex64(np.exp(1j)))) for h, s in scan.stream.batches]
+    turned = image(ask(service, "pinqi_t1", scan, messages=encoded(batches)), "M0_PHASE")[inside] * 1e-3 - phase[inside]
+    turned = np.angle(np.exp(1j * turned[np.isfinite(turned)]))
+    assert np.median(turned) == pytest.approx(1.0, abs=0.03) and np.median(np.abs(turned - 1.0)) < 0.03
 
 
 def report_of(image: Image, scan: SimulatedScan) -> TubeReport:
