@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from scipy import ndimage
 
 from gadgets.meta import read_meta
 from gadgets.service import Service, ServiceOptions
+from gadgets.simulate import simulate_kind, stream_of
 from gadgets.wire.events import Image
 from recon_core.installed_weights import FOLDERS, weight_folders
 from recon_core.simulation.quantitative_brain import BrainBatch
@@ -22,6 +24,7 @@ from tests.e2e.semi_measured import synthetic_brain
 from tests.strict_client import Answer
 
 SMALL = {**PROTOCOL, "matrix_x": 96, "matrix_y": 96, "acceleration": 4.0, "coils": 6, "snr": 60.0}
+N_DRAWS = 8
 BRAIN = {"mask": "random", "acceleration": 4.0, "acs": 16, "snr": 50.0}
 
 
@@ -178,6 +181,37 @@ def test_without_delay_times_the_images_come_and_the_reason_is_said(service: Ser
     assert any("saturation times" in text for text in complaints(answer))
     found = by_role(answer)
     assert len(found["Image"]) == 5 and "T1" not in found
+
+
+def test_standard_deviation_is_the_spread_over_repeated_scans(service: Service) -> None:
+    """Complete data, a fit without regularisation: what every scan claims is how far repetitions of it lie apart.
+
+    About a tenth more, in fact: where the residual exceeds the noise, by chance or not, the larger one counts.
+    """
+    once = simulate_kind(
+        "satrec", {**SMALL, "matrix_x": 64, "matrix_y": 64, "coils": 4, "mask": "full", "acceleration": 1.0}
+    )
+    t1, sd = [], []
+    for seed in range(N_DRAWS):
+        again = SimulatedScan(
+            Path("(in memory)"), stream_of(replace(once, settings=replace(once.settings, seed=100 + seed)))
+        )
+        answer = ask(
+            service, "cg_sense", again, maps="t1", map_model="saturation_recovery", weight=0, map_pixel_type="float32"
+        )
+        assert not complaints(answer)
+        found = by_role(answer)
+        t1.append(found["T1"][0].data[0, 0])
+        sd.append(found["T1SD"][0].data[0, 0])
+    labels = once.truth.labels[0, 0, 0]
+    everywhere = np.all(np.array(t1) > 0, axis=0)  # emptied pixels are 0
+    spread, claimed = np.var(t1, axis=0, ddof=1), np.mean(np.square(sd), axis=0)
+    ratios = []
+    for tube in range(1, labels.max() + 1):
+        inside = ndimage.binary_erosion(labels == tube) & everywhere
+        assert inside.sum() >= 9
+        ratios.append(np.sqrt(claimed[inside].mean() / spread[inside].mean()))
+    assert np.median(ratios) == pytest.approx(1.0, abs=0.15)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
