@@ -131,6 +131,7 @@ class ImageWriter:
         self._first_series = first_series
         self._numbers = _Numbers(first_series)
         self._known: dict[tuple[object, ...], Series] = {}
+        self._undecided: set[tuple[object, ...]] = set()  # keys of `_known`: series whose slices so far are all empty
         stated = header.user_long.get("BitsStored")
         if self.settings.bits_stored and not 8 <= self.settings.bits_stored <= 16:
             got = self.settings.bits_stored
@@ -263,7 +264,7 @@ class ImageWriter:
             def begin(number: int) -> Series:
                 return Series(number, label, MAGNITUDE, window=magnitude_window(pixels))
 
-            chosen = self._series("magnitude", name, pixels.shape, pixels.dtype, begin)
+            chosen = self._series("magnitude", name, pixels.shape, pixels.dtype, begin, empty=not pixels.any())
         else:
 
             def begin_scaled(number: int) -> Series:
@@ -271,7 +272,7 @@ class ImageWriter:
                 window = magnitude_window(scaling.encode(data)[0])
                 return Series(number, label, MAGNITUDE, scaling=scaling, window=window, stored_window=window)
 
-            chosen = self._series("magnitude", name, data.shape, self.pixel_type, begin_scaled)
+            chosen = self._series("magnitude", name, data.shape, self.pixel_type, begin_scaled, empty=not data.any())
             assert chosen.scaling is not None
             pixels, saturated = chosen.scaling.encode(data)
             if saturated > MAX_CLIPPED * pixels.size:
@@ -322,7 +323,7 @@ class ImageWriter:
             return Series(number, label, MAGNITUDE, scaling, window, stored, display)
 
         frame = np.empty((1, *values.shape), stored_as)
-        chosen = self._series("map", parameter.name, frame.shape, stored_as, begin)
+        chosen = self._series("map", parameter.name, frame.shape, stored_as, begin, empty=not valid.any())
         assert chosen.display is not None
         shown = np.where(valid, values, 0.0) * chosen.display.factor
         comments: Comments = (map_comment(chosen.display, chosen.scaling), parameter.comment)
@@ -344,11 +345,21 @@ class ImageWriter:
         begin: Callable[[int], Series],
         *,
         fresh: bool = False,
+        empty: bool = False,
     ) -> Series:
-        """The series of images of this meaning, ``(state, z, y, x)`` and pixel type; begun if they are its first."""
+        """The series of images of this meaning, ``(state, z, y, x)`` and pixel type; begun if they are its first.
+
+        An ``empty`` slice shows nothing that could decide on scale and window: the first one that does gives them to the series.
+        """
         key = (kind, name, shape, dtype.str)
         if fresh or key not in self._known:
             self._known[key] = begin(self._numbers.take())
+            if empty:
+                self._undecided.add(key)
+        elif key in self._undecided and not empty:
+            before = self._known[key]
+            self._known[key] = replace(begin(before.number), used=before.used)
+            self._undecided.remove(key)
         chosen = self._known[key]
         if len(chosen.used) + shape[0] > MAX_IMAGE_INDEX:
             chosen = self._known[key] = begin(self._numbers.take())

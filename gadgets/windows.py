@@ -126,7 +126,7 @@ class MapDisplay:
     def scaling(self, bits: int) -> Scaling:
         """Codes ``1 .. 2^bits - 1``; 0 is the padding."""
         middle = 2 ** (bits - 1) if self.signed else 0
-        return Scaling(self.slope, -self.slope * middle, first=1, last=2**bits - 1, padding=0)
+        return Scaling(self.slope, 0.0 - self.slope * middle, first=1, last=2**bits - 1, padding=0)
 
 
 MAP_DISPLAYS = {

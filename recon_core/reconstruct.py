@@ -104,10 +104,16 @@ def reconstruct_images(
         raise DataError("nothing was sampled", where=f"slice {scan.slice_index}")
     if recipe.maps.maps != "none" and recipe.maps.map_failure == "error":
         _require_times(scan, kspace.n_states, recipe.maps)  # known before anything is computed
-    kspace = compress_coils(kspace, recipe.preprocess)
+    empty = not bool((kspace.data != 0).any())
+    if empty:
+        report.warn(f"slice {scan.slice_index}: all samples are zero")
+    else:
+        kspace = compress_coils(kspace, recipe.preprocess)
     extents = extents_of(kspace)
     if needs_coil_maps(method, recipe.settings):
-        if kspace.coil_maps is None:
+        if kspace.coil_maps is None and empty:
+            kspace = replace(kspace, coil_maps=_equal_coils(kspace))
+        elif kspace.coil_maps is None:
             maps = estimate_coil_maps(_calibration(method, kspace, scan, recipe.settings), recipe.coils, report)
             kspace = replace(kspace, coil_maps=maps)
         wanted = kspace if states is None else kspace.part(*states)
@@ -145,6 +151,11 @@ def compress_coils(kspace: KSpace, settings: PreprocessSettings) -> KSpace:
     find = geometric_compression if geometric else compression_matrix
     matrix = find(source, settings.virtual_coils)
     return replace(kspace, data=apply(kspace.data), acs=None if kspace.acs is None else apply(kspace.acs), coil_maps=None)
+
+
+def _equal_coils(kspace: KSpace) -> torch.Tensor:
+    """For data that are all zero: they show no coils, and one such slice must not cost the scan its other slices."""
+    return torch.full_like(kspace.data[0], kspace.n_coils**-0.5)
 
 
 def _calibration(method: Method, kspace: KSpace, scan: ScanInfo, settings: Any) -> KSpace:

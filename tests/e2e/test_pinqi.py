@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from gadgets.meta import read_meta
-from gadgets.service import Service
+from gadgets.service import Service, ServiceOptions
+from gadgets.simulate import simulate_kind, stream_of
 from gadgets.wire.events import Image
-from recon_core.simulation.tubes import PROTOCOL, compare_tubes
-from tests.e2e.scans import SimulatedScan, ask, complaints, in_memory
+from recon_core.installed_weights import FOLDERS, weight_folders
+from recon_core.simulation.quantitative_brain import BrainBatch
+from recon_core.simulation.tubes import PROTOCOL, TubeReport, compare_tubes
+from tests.e2e.scans import Batches, SimulatedScan, ask, complaints, encoded, in_memory, is_noise
 from tests.e2e.semi_measured import synthetic_brain
 from tests.strict_client import Answer
 
 SMALL = {**PROTOCOL, "matrix_x": 96, "matrix_y": 96, "acceleration": 4.0, "coils": 6, "snr": 60.0}
+N_DRAWS = 8
 BRAIN = {"mask": "random", "acceleration": 4.0, "acs": 16, "snr": 50.0}
 
 
@@ -36,24 +46,49 @@ def by_role(answer: Answer) -> dict[str, list[Image]]:
 
 
 def in_ms(image: Image) -> NDArray[np.float64]:
-    """A T1 map in ms, NaN where it is empty."""
+    """A map in its unit (T1: ms), NaN where it is empty."""
     m, pixels = meta(image), image.data[0].astype(float)
     shown = pixels * float(m["RescaleSlope"][0]) + float(m["RescaleIntercept"][0])
     return np.where(pixels == float(m["PixelPaddingValue"][0]), np.nan, shown)
 
 
-def test_maps_arrive_with_units_windows_geometry_and_the_true_t1(service: Service) -> None:
+@pytest.fixture(scope="module")
+def brain_answer(service: Service) -> tuple[SimulatedScan, BrainBatch, Answer]:
+    """A held-out brain, and its answer with phase images."""
     scan, batch = synthetic_brain(192, 1, **BRAIN)
-    answer = ask(service, "pinqi_t1", scan)
+    return scan, batch, ask(service, "pinqi_t1", scan, phase=True)
+
+
+def test_maps_arrive_with_units_windows_and_geometry(brain_answer: tuple[SimulatedScan, BrainBatch, Answer]) -> None:
+    answer = brain_answer[2]
     assert not complaints(answer)
     found = by_role(answer)
-    assert {role: len(images) for role, images in found.items()} == {"Image": 5, "T1": 1, "T1SD": 1, "M0": 1, "M0_PHASE": 1}
-    t1 = found["T1"][0]
-    m = meta(t1)
-    assert m["QuantityUnit"] == ("ms",) and (int(m["WindowCenter"][0]), int(m["WindowWidth"][0])) == (1600, 1600)
-    assert any("weights" in text for text in m["ImageComment"])
-    for name in ("position", "read_dir", "phase_dir", "slice_dir", "field_of_view", "matrix_size"):
-        np.testing.assert_array_equal(t1.header[name], found["Image"][0].header[name], err_msg=name)
+    assert {role: len(images) for role, images in found.items()} == {"Image": 10, "T1": 1, "T1SD": 1, "M0": 1, "M0_PHASE": 1}
+    for role, unit, slope, window in (
+        ("T1", ("ms",), 1.0, (1600, 1600)),
+        ("T1SD", ("ms",), 1.0, (100, 200)),
+        ("M0", None, None, None),  # the images' own unit
+        ("M0_PHASE", ("mrad",), None, None),
+    ):
+        image = found[role][0]
+        m = meta(image)
+        shown, center, width = in_ms(image), int(m["WindowCenter"][0]), int(m["WindowWidth"][0])
+        assert m.get("QuantityUnit") == unit and m["QuantityName"] == (role,) and m["RescaleIntercept"] != ("-0.0",)
+        assert slope is None or float(m["RescaleSlope"][0]) == slope
+        if window is None:  # it shows what there is
+            low, high = np.nanpercentile(shown, (5, 95))
+            assert center - width / 2 <= low and high <= center + width / 2
+            assert width <= (2 * np.pi * 1e3 if role == "M0_PHASE" else 1.5 * np.nanmax(shown))
+        else:
+            assert (center, width) == window
+        assert any("weights" in text for text in m["ImageComment"])
+        for name in ("position", "read_dir", "phase_dir", "slice_dir", "field_of_view", "matrix_size", "slice"):
+            np.testing.assert_array_equal(image.header[name], found["Image"][0].header[name], err_msg=f"{role} {name}")
+        np.testing.assert_array_equal(np.isnan(shown), np.isnan(in_ms(found["T1"][0])), err_msg=role)
+
+
+def test_t1_is_the_true_one(service: Service, brain_answer: tuple[SimulatedScan, BrainBatch, Answer]) -> None:
+    scan, batch, answer = brain_answer
     brain = batch.brain[0].numpy()
 
     def error(answer: Answer) -> float:
@@ -65,12 +100,57 @@ def test_maps_arrive_with_units_windows_geometry_and_the_true_t1(service: Servic
     assert error(answer) < min(0.1, 1.05 * error(ask(service, "llr_t1", scan, map_model="saturation_recovery")))
 
 
+def test_m0_and_its_phase_are_those_of_the_object(
+    service: Service, brain_answer: tuple[SimulatedScan, BrainBatch, Answer]
+) -> None:
+    """After 8 s nearly everything has recovered. Estimated coil maps leave a smooth phase; a turn of the whole scan must arrive."""
+    scan, batch, answer = brain_answer
+    brain, true = batch.brain[0].numpy(), scan.stream.truth.images[0, -1, 0]
+
+    def image(answer: Answer, role: str) -> NDArray[np.float64]:
+        return in_ms(by_role(answer)[role][0])[0]
+
+    m0, phase = image(answer, "M0"), 1e-3 * image(answer, "M0_PHASE")
+    inside = brain & np.isfinite(m0)
+    kinds = [int(i.header["image_type"]) for i in by_role(answer)["Image"]]
+    assert kinds == [1] * 5 + [2] * 5  # magnitudes of all delays, then phases
+    magnitude, angle = (by_role(answer)["Image"][i].data[0, 0] for i in (4, 9))
+    recovered = 1 - np.exp(-8.0 / batch.t1[0].numpy())
+    own = float(meta(by_role(answer)["M0"][0]).get("QuantityUnit", ("1",))[0])
+    assert np.median((own * m0 * recovered / magnitude)[inside]) == pytest.approx(1.0, abs=0.02)
+    turn = np.exp(1j * (phase - angle))[inside]
+    assert np.median(np.abs(np.angle(turn))) < 0.03
+
+    left = np.where(inside, np.exp(1j * (phase - np.angle(true))), 0)
+    smooth = ndimage.gaussian_filter(left.real, 8) + 1j * ndimage.gaussian_filter(left.imag, 8)
+    assert np.median(np.abs(np.angle(left * smooth.conj()))[inside]) < 0.03
+
+    batches = [(h, np.where(is_noise(h)[:, None, None], s, s * np.complex64(np.exp(1j)))) for h, s in scan.stream.batches]
+    turned = image(ask(service, "pinqi_t1", scan, messages=encoded(batches)), "M0_PHASE")[inside] * 1e-3 - phase[inside]
+    turned = np.angle(np.exp(1j * turned[np.isfinite(turned)]))
+    assert np.median(turned) == pytest.approx(1.0, abs=0.03) and np.median(np.abs(turned - 1.0)) < 0.03
+
+
+def report_of(image: Image, scan: SimulatedScan) -> TubeReport:
+    """A T1 map against what is in the tubes."""
+    values = in_ms(image)[0] * 1e-3
+    return compare_tubes(np.nan_to_num(values), scan.stream.truth.labels[0, 0, 0], np.isfinite(values))
+
+
+def answered_by_llr(answer: Answer, reason: str) -> None:
+    """The operator is told why, and nobody may take an image for the network's."""
+    assert any(reason in text and "llr" in text for text in complaints(answer))
+    for image in answer.images:
+        m = meta(image)
+        assert any("pinqi_t1 failed" in text for text in m["ImageComment"])
+        assert "llr_instead_of_pinqi_t1" in m["SeriesDescriptionAdditional"][0]
+
+
 def test_what_the_network_cannot_explain_is_answered_by_llr_with_a_fit(service: Service, tubes: SimulatedScan) -> None:
     """Whoever answers, the tubes are right; and nobody takes one for the other."""
     answer = ask(service, "pinqi_t1", tubes)
     found = by_role(answer)
-    values = in_ms(found["T1"][0])[0] * 1e-3
-    report = compare_tubes(np.nan_to_num(values), tubes.stream.truth.labels[0, 0, 0], np.isfinite(values))
+    report = report_of(found["T1"][0], tubes)
     assert report.rms_deviation < 0.035 and np.abs(report.relative).max() < 0.07
     assert report.valid.min() > 0.95
     told = any("do not fit the measured data" in text and "llr" in text for text in complaints(answer))
@@ -85,14 +165,10 @@ def test_a_scan_that_the_weights_do_not_know_is_answered_by_llr_with_a_fit(
     service: Service, change: dict[str, str], reason: str, maps: bool
 ) -> None:
     answer = ask(service, "pinqi_t1", in_memory("satrec", **{**SMALL, **change}))
-    assert any(reason in text and "llr" in text for text in complaints(answer))
+    answered_by_llr(answer, reason)
     found = by_role(answer)
     assert len(found["Image"]) == len(change["delays"].split(","))
     assert ("T1" in found) == maps
-    for image in answer.images:  # nobody may take them for the network's
-        m = meta(image)
-        assert any("pinqi_t1 failed" in text for text in m["ImageComment"])
-        assert "llr_instead_of_pinqi_t1" in m["SeriesDescriptionAdditional"][0]
 
 
 def test_without_delay_times_the_images_come_and_the_reason_is_said(service: Service, tubes: SimulatedScan) -> None:
@@ -105,3 +181,120 @@ def test_without_delay_times_the_images_come_and_the_reason_is_said(service: Ser
     assert any("saturation times" in text for text in complaints(answer))
     found = by_role(answer)
     assert len(found["Image"]) == 5 and "T1" not in found
+
+
+def test_standard_deviation_is_the_spread_over_repeated_scans(service: Service) -> None:
+    """Complete data, a fit without regularisation: what every scan claims is how far repetitions of it lie apart.
+
+    About a tenth more, in fact: where the residual exceeds the noise, by chance or not, the larger one counts.
+    """
+    once = simulate_kind(
+        "satrec", {**SMALL, "matrix_x": 64, "matrix_y": 64, "coils": 4, "mask": "full", "acceleration": 1.0}
+    )
+    t1, sd = [], []
+    for seed in range(N_DRAWS):
+        again = SimulatedScan(
+            Path("(in memory)"), stream_of(replace(once, settings=replace(once.settings, seed=100 + seed)))
+        )
+        answer = ask(
+            service, "cg_sense", again, maps="t1", map_model="saturation_recovery", weight=0, map_pixel_type="float32"
+        )
+        assert not complaints(answer)
+        found = by_role(answer)
+        t1.append(found["T1"][0].data[0, 0])
+        sd.append(found["T1SD"][0].data[0, 0])
+    labels = once.truth.labels[0, 0, 0]
+    everywhere = np.all(np.array(t1) > 0, axis=0)  # emptied pixels are 0
+    spread, claimed = np.var(t1, axis=0, ddof=1), np.mean(np.square(sd), axis=0)
+    ratios = []
+    for tube in range(1, labels.max() + 1):
+        inside = ndimage.binary_erosion(labels == tube) & everywhere
+        assert inside.sum() >= 9
+        ratios.append(np.sqrt(claimed[inside].mean() / spread[inside].mean()))
+    assert np.median(ratios) == pytest.approx(1.0, abs=0.15)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def thinned(scan: SimulatedScan, shares: dict[int, float]) -> Batches:
+    """The scan without a share of the outer lines of some states."""
+    middle, kept = scan.stream.truth.images.shape[-2] // 2, []
+    for headers, samples in scan.stream.batches:
+        line = headers["idx"]["kspace_encode_step_1"].astype(int)
+        draw = np.random.default_rng(0).random(2 * middle)[line]
+        lost = draw < np.array([shares.get(int(state), 0.0) for state in headers["idx"]["set"]])
+        keep = is_noise(headers) | ~lost | (np.abs(line - middle) <= PROTOCOL["acs"])
+        kept.append((headers[keep], samples[keep]))
+    return kept
+
+
+def test_states_with_different_numbers_of_lines_give_the_true_maps(service: Service, tubes: SimulatedScan) -> None:
+    batches = thinned(tubes, {1: 0.3, 3: 0.5})
+    lines = np.bincount(np.concatenate([h["idx"]["set"][~is_noise(h)] for h, _ in batches]))
+    assert lines.max() - lines.min() >= 4 and len(set(lines.tolist())) >= 3
+    answer = ask(service, "pinqi_t1", tubes, messages=encoded(batches))
+    assert any("fewer lines than expected" in text for text in complaints(answer))
+    found = by_role(answer)
+    assert len(found["Image"]) == 5
+    report = report_of(found["T1"][0], tubes)
+    assert report.rms_deviation < 0.035 and np.abs(report.relative).max() < 0.07 and report.valid.min() > 0.95
+
+
+def test_states_of_which_one_is_a_stump_are_refused_in_words(service: Service, tubes: SimulatedScan) -> None:
+    answer = ask(service, "pinqi_t1", tubes, messages=encoded(thinned(tubes, {3: 1.0})), min_line_fraction=0.9)
+    assert not answer.images and any("SortError" in text and "set 3" in text for text in answer.texts)
+
+
+def test_one_coil_gives_the_true_maps(service: Service) -> None:
+    scan = in_memory("satrec", **{**SMALL, "coils": 1, "acceleration": 2.0})
+    found = by_role(ask(service, "pinqi_t1", scan))
+    assert len(found["Image"]) == 5
+    report = report_of(found["T1"][0], scan)
+    assert report.rms_deviation < 0.035 and np.abs(report.relative).max() < 0.07 and report.valid.min() > 0.95
+
+
+def test_a_slice_that_is_all_zero_costs_the_scan_no_other_slice(service: Service) -> None:
+    """The middle one, which leaves first."""
+    scan = in_memory("satrec", **{**SMALL, "matrix_x": 64, "matrix_y": 64, "acceleration": 2.0, "slices": 3})
+    batches = []
+    for headers, samples in scan.stream.batches:
+        zero = (headers["idx"]["slice"] == 1) & ~is_noise(headers)
+        batches.append((headers, np.where(zero[:, None, None], np.complex64(0), samples)))
+    answer = ask(service, "pinqi_t1", scan, messages=encoded(batches), pixel_type="uint16")
+    assert any("slice 1" in text and "all samples are zero" in text for text in complaints(answer))
+    found = by_role(answer)
+    for role, n in (("Image", 15), ("T1", 3), ("T1SD", 3), ("M0", 3)):
+        assert len(found[role]) == n
+        for image in found[role]:
+            if image.header["slice"] == 1:
+                assert not image.data.any() and any("all samples are zero" in text for text in meta(image)["ImageComment"])
+            else:  # and their scale is not that of nothing
+                assert len(np.unique(image.data)) > 20, role
+    inside = scan.stream.truth.interior
+    for image in found["T1"]:
+        number = int(image.header["slice"])
+        if number != 1:
+            difference = in_ms(image)[0] - 1e3 * scan.stream.truth.maps["t1"][number, 0]
+            assert np.nanmedian(np.abs(difference)[inside[number, 0]]) < 40
+
+
+def test_weights_with_a_wrong_hash_are_answered_by_llr_with_a_fit(
+    tubes: SimulatedScan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once the weights are whole, the same server uses them."""
+    shipped, weights = weight_folders()[-1], tmp_path / "weights"
+    weights.mkdir()
+    shutil.copy(shipped / "pinqi_t1.safetensors", weights)
+    facts = json.loads((shipped / "pinqi_t1.json").read_text(encoding="utf-8"))
+    (weights / "pinqi_t1.json").write_text(json.dumps({**facts, "sha256": "0" * 64}), encoding="utf-8")
+    monkeypatch.setenv(FOLDERS, str(weights))
+    options = ServiceOptions(port=0, workers=1, threads=1, spool=tmp_path / "spool", noise=tmp_path / "noise")
+    with Service(options) as own:
+        answer = ask(own, "pinqi_t1", tubes)
+        answered_by_llr(answer, "sha256")
+        found = by_role(answer)
+        assert len(found["Image"]) == 5 and report_of(found["T1"][0], tubes).rms_deviation < 0.035
+        shutil.copy(shipped / "pinqi_t1.json", weights)
+        again = ask(own, "pinqi_t1", tubes)
+        assert not any("sha256" in text for text in again.texts) and len(by_role(again)["Image"]) == 5

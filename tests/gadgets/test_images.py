@@ -152,6 +152,19 @@ def test_a_much_brighter_slice_is_not_cut_off_but_begins_a_series_with_a_coarser
     assert any("brighter" in comment for comment in values(bright[0].meta, "ImageComments"))
 
 
+def test_an_empty_first_slice_decides_neither_scale_nor_window() -> None:
+    writer, plain = (ImageWriter(mrd_header(), "llr", OutputSettings(pixel_type="uint16")) for _ in range(2))
+    zero = received(writer, result(t1_map(0.0, "M0", "1"), data=torch.zeros_like(cine())), scan_info(1))
+    assert not any(i.data.any() for i in zero)
+    full = result(t1_map(np.linspace(1e-5, 3e-5, MATRIX[-1]), "M0", "1"), data=cine())
+    after, expected = received(writer, full, scan_info(0)), received(plain, full, scan_info(0))
+    for a, b in zip(after, expected, strict=True):
+        np.testing.assert_array_equal(a.data, b.data)
+        keys = ("GADGETRON_ScaleRatio", "WindowCenter", "WindowWidth")
+        assert [a.meta[k] for k in keys] == [b.meta[k] for k in keys] and a.image_series_index == b.image_series_index
+    assert {i.image_series_index for i in zero} == {i.image_series_index for i in after}
+
+
 def test_the_middle_slice_is_sent_first() -> None:
     assert sending_order(1, scaled=True) == (0,) and sending_order(5, scaled=True) == (2, 0, 1, 3, 4)
     assert sorted(sending_order(8, scaled=True)) == list(range(8))

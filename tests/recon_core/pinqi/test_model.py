@@ -221,6 +221,27 @@ def test_the_same_code_serves_other_signal_models(model: SignalModel, ranges: tu
     assert (found.parameters - truth)[:, :2].abs().mean() < (found.predictions[0] - truth)[:, :2].abs().mean()
 
 
+@pytest.mark.parametrize(
+    "model",
+    [InversionRecovery((0.1, 0.4, 1.0, 3.0)), MultiEcho((0.003, 0.006, 0.012, 0.02))],
+    ids=["inversion", "multi-echo"],
+)
+def test_without_networks_complete_data_give_the_true_maps_of_other_signal_models(model: SignalModel) -> None:
+    """R1 of an inversion recovery, R2* and frequency of several echoes."""
+    truth = tissue(2)
+    if isinstance(model, MultiEcho):
+        rate, frequency = 10.0 + 40.0 * (truth[:, 2:] - 0.4) / 1.2, 50.0 * truth[:, 1:2]
+        truth = torch.cat((truth[:, :2], rate, frequency), dim=1)
+    operator, rhs = problem(model, truth, sampled=1.0)
+    ranges = tuple(ParameterRange(float(truth[:, i].mean()), 1.0) for i in range(truth.shape[1]))
+    settings = PinqiSettings(n_iterations=8, image_network="none", parameter_network="none")
+    found = Pinqi(model, settings, ranges=ranges, networks=SMALL)(operator, rhs)
+    for i, name in enumerate(model.parameter_names):
+        scale = float(truth[:, i].abs().max())
+        assert float((found.parameters - truth)[:, i].detach().abs().max()) < 2e-3 * scale, name
+    assert all(r.all_converged for r in found.linear) and all(r.n_unconverged == 0 for r in found.nonlinear)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     operator, rhs = problem(SaturationRecovery(TIMES), tissue())
     with pytest.raises(DataError, match="4 states"):
