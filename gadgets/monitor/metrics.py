@@ -83,8 +83,8 @@ class _Collector(Collector):
 
 
 def _archives(backlogs: Iterable[Backlog]) -> Iterator[Metric]:
-    waiting = GaugeMetricFamily("recon_pacs_waiting", "Hand-overs that wait for an archive.", labels=["archive"])
-    failed = GaugeMetricFamily("recon_pacs_failed", "Hand-overs that were given up.", labels=["archive"])
+    waiting = GaugeMetricFamily("recon_pacs_waiting", "Transfers that wait for an archive.", labels=["archive"])
+    failed = GaugeMetricFamily("recon_pacs_failed", "Transfers that were given up.", labels=["archive"])
     oldest = GaugeMetricFamily("recon_pacs_oldest_seconds", "How long the oldest one has waited.", labels=["archive"])
     for backlog in backlogs:
         waiting.add_metric([backlog.archive], backlog.waiting)

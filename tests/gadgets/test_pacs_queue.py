@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from gadgets.dicom_cli import pacs_app
 from gadgets.pacs import Attempt, Destination, PacsError
 from gadgets.pacs_backlog import OTHER, Backlog, QueueWatch, has_work, key_of
 from gadgets.pacs_queue import FAILED_SECONDS, Job, Pauses, Queue
@@ -153,6 +155,14 @@ def test_what_failed_is_thrown_away_when_somebody_says_so(
     queue.remove(failed.id)
     assert [job.id for job in queue.jobs()] == [waiting.id]
     assert f"event=pacs_removed job={failed.id} left=2 reason=asked" in caplog.text
+
+
+def test_the_command_throws_away_what_failed(image: Path, tmp_path: Path) -> None:
+    job, run = given_up(tmp_path, image), CliRunner()
+    done = run.invoke(pacs_app, ["queue", "--queue", str(tmp_path)], env={"COLUMNS": "200"})
+    assert done.exit_code == 0 and job.id in done.output and "failed" in done.output, done.output
+    done = run.invoke(pacs_app, ["queue", "--queue", str(tmp_path), "--remove", job.id])
+    assert done.exit_code == 0 and job.id not in done.output and not files_left(tmp_path), done.output
 
 
 def test_the_worker_removes_what_is_too_old(image: Path, tmp_path: Path) -> None:
