@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from gadgets.dicom_cli import pacs_app
 from gadgets.pacs import Attempt, Destination, PacsError
 from gadgets.pacs_backlog import OTHER, Backlog, QueueWatch, has_work, key_of
-from gadgets.pacs_queue import FAILED_SECONDS, Job, Pauses, Queue
+from gadgets.pacs_queue import FAILED_SECONDS, Job, Pauses, Queue, QueueBusy
 from tests.monitor.site import until
 
 DEAD, LIVING = Destination("192.0.2.1", 104, "DEAD"), Destination("192.0.2.2", 104, "LIVING")
@@ -126,6 +126,19 @@ def test_files_that_failed_go_by_age_and_it_is_said(image: Path, tmp_path: Path,
     caplog.clear()
     queue.prune(FAILED_SECONDS)
     assert not caplog.records, "once is enough"
+
+
+def test_a_retry_while_the_last_object_is_confirmed_meets_a_busy_queue(image: Path, tmp_path: Path) -> None:
+    queue = Queue(tmp_path)
+    job = queue.put([image], LIVING)
+
+    def confirmed(files: list[Path], destination: Destination, stored: Callable[[Path], None]) -> Attempt:
+        stored(files[0])
+        with pytest.raises(QueueBusy):
+            Queue(tmp_path).retry(job.id)
+        return Attempt(stored=files)
+
+    assert [done.left for done in queue.send_due(confirmed)] == [0]
 
 
 def test_a_record_that_cannot_be_read_keeps_no_patient_data_for_ever(image: Path, tmp_path: Path) -> None:
