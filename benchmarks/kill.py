@@ -4,7 +4,9 @@ Real processes and real signals: the command ``recon serve`` with its workers, a
 its client nor its job folder has every image, bit for bit as in an undisturbed run; or, when the client died before its CLOSE, when
 its capture is not the beginning of the session or no row says that it was cut.
 
-The server is killed after receipt: when its capture holds every byte of the session.
+About half of a scan is receiving and half is computing: the rate is chosen for that on each machine, after a first scan. Half of the
+kills of workers and clients fall into each; that computing has begun is known from the capture, which then holds every byte of the
+session. The server is killed after receipt only: before, the scan would be cut, and its client knows.
 """
 
 from __future__ import annotations
@@ -36,10 +38,21 @@ from gadgets.replay import replay
 from gadgets.simulate import simulate
 from gadgets.wire.events import Image
 
-CHAIN = "cg_sense"
-RATE = 200.0  # readouts/s: sending takes about as long as reconstructing
+CHAIN = "llr"
+SCAN = {
+    "matrix_x": 96,
+    "matrix_y": 96,
+    "coils": 8,
+    "states": 6,
+    "slices": 2,
+    "mask": "vista",
+    "acceleration": 3.0,
+    "waveforms": False,
+}
 DEADLINE = 300.0
 TARGETS = ("worker", "server", "client")
+RECEIVING, COMPUTING, OVER = "receiving", "computing", "over"
+PHASES = {"worker": (RECEIVING, COMPUTING), "server": (COMPUTING,), "client": (RECEIVING, COMPUTING)}
 
 T = TypeVar("T")
 Images = dict[tuple[int, int, int], str]
@@ -47,14 +60,17 @@ Images = dict[tuple[int, int, int], str]
 
 @dataclass
 class Kill:
-    """One kill. ``moment`` is in s after the first readout (worker, client) or after receipt (server).
+    """One kill. ``moment`` is in s after the first readout (receiving) or after the last one has arrived (computing).
 
-    ``recovery`` is in s: how much later than undisturbed the last image came (worker), from the kill until the job was over (server,
-    client); ``restart`` is the part of it in which the server started and warmed its worker.
+    ``phase`` is that in which it was to fall, ``fell`` that in which it did: "receiving", "computing" or "over". ``recovery`` is in s:
+    how much later than undisturbed the last image came (worker), from the kill until the job was over (server, client); ``restart``
+    is the part of it in which the server started and warmed its worker.
     """
 
     target: str
+    phase: str
     moment: float
+    fell: str = ""
     outcome: str = ""
     lost: bool = False
     recovery: float = 0.0
@@ -63,12 +79,17 @@ class Kill:
 
 @dataclass
 class Reference:
-    """The undisturbed scan: its images, its bytes and how long it took in s."""
+    """The undisturbed scan: its images, its bytes, how long it took and was computed for in s, its rate in readouts/s."""
 
     images: Images
     session: bytes
     seconds: float
     computing: float
+    rate: float
+
+    @property
+    def receiving(self) -> float:
+        return self.seconds - self.computing
 
 
 @dataclass
@@ -160,9 +181,10 @@ def until(look: Callable[[], T | None], what: str) -> T:
 class Client(threading.Thread):
     """A scan in a thread of this process: its images, and when they came."""
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: Site, rate: float | None) -> None:
         super().__init__(daemon=True)
-        self.site = site
+        self.site, self.rate = site, rate
+        self.n_readouts = 0
         self.images: Images = {}
         self.begun = threading.Event()
         self.began = self.ended = 0.0
@@ -180,37 +202,57 @@ class Client(threading.Thread):
                 self.images[key(image)] = digest(image)
 
         try:
-            done = replay(self.site.raw, port=self.site.port, config=CHAIN, rate=RATE, progress=progress, on_image=take)
-            self.sent = done.bytes_sent
+            done = replay(self.site.raw, port=self.site.port, config=CHAIN, rate=self.rate, progress=progress, on_image=take)
+            self.sent, self.n_readouts = done.bytes_sent, done.n_readouts
         except ReplayFailed as error:
             self.failure = str(error)
         self.ended = time.monotonic()
 
 
 def undisturbed(site: Site) -> Reference:
-    """The scan as it should be; twice, because the first one pays for starting."""
-    for _ in range(2):
-        client = Client(site)
+    """The scan as it should be, at a rate at which receiving takes as long as computing. The first one pays for starting."""
+    rate, computing, client = None, 0.0, Client(site, None)
+    for again in range(3):
+        client = Client(site, rate)
         client.start()
         client.join()
         if client.failure or not client.images:
             raise SystemExit(f"the undisturbed scan failed: {client.failure}")
-    capture = site.newest()
-    assert capture is not None
-    row = until(lambda: next((r for r in site.rows() if r.capture == capture.name and r.is_over), None), "its row")
-    seconds = client.ended - client.began
-    return Reference(client.images, capture.read_bytes(), seconds, row.timings["last_image"])
+        capture = site.newest()
+        assert capture is not None
+        name = capture.name
+        row = until(lambda name=name: next((r for r in site.rows() if r.capture == name and r.is_over), None), "its row")
+        computing = row.timings["last_image"]
+        rate = client.n_readouts / computing if again < 2 else rate
+    assert rate is not None and capture is not None
+    return Reference(client.images, capture.read_bytes(), client.ended - client.began, computing, rate)
 
 
-def kill_worker(site: Site, reference: Reference, moment: float) -> Kill:
-    kill = Kill("worker", moment)
-    known = {row.id for row in site.rows()}
-    client = Client(site)
+def wait_for(site: Site, reference: Reference, before: Path | None, kill: Kill) -> Path | None:
+    """Until the moment of a kill in a scan whose first readout is out; its capture."""
+    if kill.phase == COMPUTING:
+        until(lambda: arrived(site, before) == len(reference.session), "receipt")
+    time.sleep(kill.moment)
+    have = arrived(site, before)
+    kill.fell = RECEIVING if have < len(reference.session) else COMPUTING
+    return site.newest()
+
+
+def arrived(site: Site, before: Path | None) -> int:
+    """Bytes in the capture that is newer than ``before``."""
+    path = site.newest()
+    return path.stat().st_size if path is not None and path != before else 0
+
+
+def kill_worker(site: Site, reference: Reference, kill: Kill) -> None:
+    known, before = {row.id for row in site.rows()}, site.newest()
+    client = Client(site, reference.rate)
     client.start()
     client.begun.wait(DEADLINE)
-    time.sleep(moment)
+    wait_for(site, reference, before, kill)
     # one that was killed before is replaced when there is work: wait for it, or for the end of the scan
     victim = until(lambda: site.worker() or (None if client.is_alive() else "nobody"), "a worker")
+    kill.fell = kill.fell if client.is_alive() else OVER
     if isinstance(victim, psutil.Process):
         victim.kill()
     client.join(DEADLINE)
@@ -221,22 +263,15 @@ def kill_worker(site: Site, reference: Reference, moment: float) -> Kill:
         row = until(lambda: next((r for r in site.rows() if r.id not in known and r.is_over), None), "the job")
         kill.recovery = time.monotonic() - client.began - reference.seconds
         judge(kill, site, reference, row)
-    return kill
 
 
-def kill_server(site: Site, reference: Reference, moment: float) -> Kill:
-    kill = Kill("server", moment)
+def kill_server(site: Site, reference: Reference, kill: Kill) -> None:
     before = site.newest()
-    client = Client(site)
+    client = Client(site, reference.rate)
     client.start()
-    full = len(reference.session)
-
-    def received() -> Path | None:
-        path = site.newest()
-        return path if path is not None and path != before and path.stat().st_size == full else None
-
-    capture = until(received, "receipt")
-    time.sleep(moment)
+    capture = wait_for(site, reference, before, kill)
+    assert capture is not None
+    kill.fell = kill.fell if client.is_alive() else OVER
     site.kill()
     killed = time.monotonic()
     client.join(DEADLINE)
@@ -250,20 +285,17 @@ def kill_server(site: Site, reference: Reference, moment: float) -> Kill:
         kill.outcome = "client has its images"
     else:
         judge(kill, site, reference, row)
-    return kill
 
 
-def kill_client(site: Site, reference: Reference, moment: float) -> Kill:
-    kill = Kill("client", moment)
-    known = {row.id for row in site.rows()}
+def kill_client(site: Site, reference: Reference, kill: Kill) -> None:
+    known, before = {row.id for row in site.rows()}, site.newest()
+    words = [str(site.port), str(site.raw), str(reference.rate)]
     client = subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.kill", "--client", str(site.port), str(site.raw)],
-        stdout=subprocess.PIPE,
-        text=True,
+        [sys.executable, "-m", "benchmarks.kill", "--client", *words], stdout=subprocess.PIPE, text=True
     )
     assert client.stdout is not None
     client.stdout.readline()  # the first readout is out
-    time.sleep(moment)
+    wait_for(site, reference, before, kill)
     client.kill()
     killed = time.monotonic()
     told = client.stdout.read()
@@ -271,10 +303,9 @@ def kill_client(site: Site, reference: Reference, moment: float) -> Kill:
     row = until(lambda: next((r for r in site.rows() if r.id not in known and r.is_over), None), "the job of a dead client")
     kill.recovery = time.monotonic() - killed
     if "done" in told:
-        kill.outcome = "client has its images"
+        kill.outcome, kill.fell = "client has its images", OVER
     else:
         judge(kill, site, reference, row)
-    return kill
 
 
 def judge(kill: Kill, site: Site, reference: Reference, row: JobRow) -> None:
@@ -291,7 +322,7 @@ def judge(kill: Kill, site: Site, reference: Reference, row: JobRow) -> None:
     kill.outcome = f"cut: {row.n_readouts} readouts kept" if cut else f"failed: {row.why}"
 
 
-KILLS: dict[str, Callable[[Site, Reference, float], Kill]] = {
+KILLS: dict[str, Callable[[Site, Reference, Kill], None]] = {
     "worker": kill_worker,
     "server": kill_server,
     "client": kill_client,
@@ -302,7 +333,7 @@ KILLS: dict[str, Callable[[Site, Reference, float], Kill]] = {
 def site(folder: Path) -> Iterator[Site]:
     """A server with an empty spool, ended at the end."""
     raw = folder / "scan.h5"
-    simulate("cine", raw, {"matrix_x": 40, "matrix_y": 40, "coils": 4, "states": 2, "slices": 2, "waveforms": False})
+    simulate("cine", raw, SCAN)
     running = Site(folder, raw)
     running.start()
     try:
@@ -312,20 +343,22 @@ def site(folder: Path) -> Iterator[Site]:
 
 
 def run(folder: Path, times: int, seed: int) -> tuple[Reference, list[Kill]]:
-    """``times`` kills of each target at moments drawn uniformly over the scan (server: over the time after receipt)."""
+    """``times`` kills of each target, in its phases by turns, at moments drawn uniformly over the phase."""
     draw, kills = random.Random(seed), []
     with site(folder) as running:
         reference = undisturbed(running)
         for target in TARGETS:
-            span = reference.computing if target == "server" else reference.seconds
-            for _ in range(times):
-                kills.append(KILLS[target](running, reference, draw.uniform(0.0, span)))
-                last = kills[-1]
-                print(f"{target:7} at {last.moment:6.2f} s: {last.outcome}, {last.recovery:.2f} s", flush=True)
+            for number in range(times):
+                phase = PHASES[target][number % len(PHASES[target])]
+                span = reference.receiving if phase == RECEIVING else reference.computing
+                last = Kill(target, phase, draw.uniform(0.0, span))
+                KILLS[target](running, reference, last)
+                kills.append(last)
+                print(f"{target:7} {last.fell:9} {last.moment:6.2f} s: {last.outcome}, {last.recovery:.2f} s", flush=True)
     return reference, kills
 
 
-def as_client(port: int, raw: Path) -> None:
+def as_client(port: int, raw: Path, rate: float) -> None:
     """The client that is to be killed."""
 
     def progress(done: int, total: int | None) -> None:
@@ -334,7 +367,7 @@ def as_client(port: int, raw: Path) -> None:
             print("begun", flush=True)
 
     told: list[int] = []
-    replay(raw, port=port, config=CHAIN, rate=RATE, progress=progress)
+    replay(raw, port=port, config=CHAIN, rate=rate, progress=progress)
     print("done", flush=True)
 
 
@@ -342,14 +375,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--times", type=int, default=10, help="kills of each target")
     parser.add_argument("--seed", type=int, default=6)
-    parser.add_argument("--client", nargs=2, metavar=("PORT", "RAW"), help=argparse.SUPPRESS)
+    parser.add_argument("--name", default="kill", help="of the result; none is written without one")
+    parser.add_argument("--client", nargs=3, metavar=("PORT", "RAW", "RATE"), help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.client:
-        return as_client(int(chosen.client[0]), Path(chosen.client[1]))
+        return as_client(int(chosen.client[0]), Path(chosen.client[1]), float(chosen.client[2]))
     with tempfile.TemporaryDirectory() as folder:
         reference, kills = run(Path(folder), chosen.times, chosen.seed)
     columns = [
         "killed",
+        "phase",
         "times",
         "client has images",
         "images in job folder",
@@ -360,23 +395,29 @@ def main() -> None:
         "restart s",
     ]
     rows: list[list[object]] = []
-    for target in TARGETS:
-        own = [kill for kill in kills if kill.target == target]
+    for target, phase in [(target, phase) for target in TARGETS for phase in (RECEIVING, COMPUTING, OVER)]:
+        own = [kill for kill in kills if (kill.target, kill.fell) == (target, phase)]
+        if not own:
+            continue
         counts = [sum(kill.outcome.startswith(word) for kill in own) for word in ("client has", "images in", "cut")]
         recovery = [kill.recovery for kill in own]
         lost = sum(kill.lost for kill in own)
         restart = statistics.median(kill.restart for kill in own)
-        rows.append([target, len(own), *counts, lost, statistics.median(recovery), max(recovery), restart or ""])
-    print_table(f"kill -9 at random moments of a scan of {reference.seconds:.1f} s", columns, rows)
+        rows.append([target, phase, len(own), *counts, lost, statistics.median(recovery), max(recovery), restart or ""])
+    title = f"kill -9 at random moments of a scan: {reference.receiving:.1f} s of receiving, {reference.computing:.1f} s of computing"
+    print_table(title, columns, rows)
     document = {
         "columns": columns,
         "rows": rows,
         "scan_seconds": reference.seconds,
+        "receiving_seconds": reference.receiving,
         "computing_seconds": reference.computing,
+        "readouts_per_second": reference.rate,
         "load": os.getloadavg(),
         "kills": [asdict(kill) for kill in kills],
     }
-    write_result("kill", document)
+    if chosen.name:
+        write_result(chosen.name, document)
     if any(kill.lost for kill in kills):
         raise SystemExit("scans were lost")
 

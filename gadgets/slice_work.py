@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +18,13 @@ from gadgets.previews import AUTO
 from gadgets.progress import RemainingTime, progress_line
 from gadgets.reports import ReportReader
 from gadgets.row_files import RowFiles
+from gadgets.slice_parts import MapsJob, SliceParts, fit_maps, reconstruct_states, shares
 from gadgets.sorted_scan import SortedScan
-from gadgets.tasks import Role, SliceJob, reconstruct_slice, report_tag
+from gadgets.tasks import Role, SliceJob, reconstruct_slice
+from recon_core.methods import is_separable
 from recon_core.preprocess.noise import WHITENED_NOISE_STD
 from recon_core.reconstruct import Recipe
+from recon_core.state_images import StateImages
 from recon_core.types import Result
 
 if TYPE_CHECKING:
@@ -37,7 +40,11 @@ class _Pending:
     chain: Chain
     role: Role
     rung: Rung
-    future: Future[Result]
+    parts: SliceParts
+
+    @property
+    def future(self) -> Future[Result]:
+        return self.parts.whole
 
 
 class SliceWork:
@@ -76,6 +83,9 @@ class SliceWork:
 
     def submit(self, number: int, chain: Chain, *, role: Role = "slice") -> Future[Result]:
         """One slice by ``chain``."""
+        return self._submit(number, chain, role).whole
+
+    def _submit(self, number: int, chain: Chain, role: Role) -> SliceParts:
         rung = self._ladder.rung
         job = SliceJob(
             sorted_scan=self._sorted,
@@ -95,7 +105,26 @@ class SliceWork:
         if role not in self._budgets:
             self._budgets[role] = budget_of(chain.name, chain.compute, self._services.time_limit)
         budget = self._budgets[role]
-        return self._tasks.submit(reconstruct_slice, job, place="remote", budget=budget, alone=rung.alone)
+        cuts = self._cuts(chain, rung)
+        if len(cuts) < 2:
+            future = self._tasks.submit(reconstruct_slice, job, place="remote", budget=budget, alone=rung.alone)
+            return SliceParts.of_one(job.tag, future)
+
+        def maps(images: StateImages) -> Future[Result]:
+            return self._tasks.submit(fit_maps, MapsJob.of(job, images), place="remote", budget=budget)
+
+        # a preview of some of the states would be none of the slice
+        parts = [replace(job, states=states, previews=False) for states in cuts]
+        futures = [self._tasks.submit(reconstruct_states, part, place="remote", budget=budget) for part in parts]
+        return SliceParts([part.tag for part in parts], futures, None if chain.maps.maps == "none" else maps)
+
+    def _cuts(self, chain: Chain, rung: Rung) -> list[tuple[int, int]]:
+        """First and one past the last state of each task: one task for a slice, unless workers would have nothing to do."""
+        for_each = self._services.jobs.capacity // self._sorted.n_slices
+        # each part assembles the whole slice: not where memory is short
+        if for_each < 2 or rung.alone or not is_separable(chain.method):
+            return []
+        return shares(self._sorted.n_states, for_each)
 
     def begin(self, numbers: Sequence[int]) -> None:
         """Submit the final images of slices that are not yet under way."""
@@ -136,11 +165,9 @@ class SliceWork:
         reported = self.reports.fractions()
         fractions = dict.fromkeys(self._taken, 1.0)
         for number, pending in self._pending.items():
-            tag = report_tag(pending.role, number)
-            if pending.future.done() and pending.future.exception() is None:
-                fractions[number] = 1.0
-            elif tag in reported:  # begun: one that waits for a worker has no time yet
-                fractions[number] = reported[tag]
+            fraction = pending.parts.fraction(reported)
+            if fraction is not None:  # begun: one that waits for a worker has no time yet
+                fractions[number] = fraction
         self.remaining.update(now, fractions)
         if now - self._said < PROGRESS_SECONDS:
             return None
@@ -149,4 +176,4 @@ class SliceWork:
 
     def _put(self, number: int, chain: Chain, role: Role) -> None:
         rung = self._ladder.rung
-        self._pending[number] = _Pending(chain, role, rung, self.submit(number, chain, role=role))
+        self._pending[number] = _Pending(chain, role, rung, self._submit(number, chain, role))

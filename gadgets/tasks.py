@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -33,12 +33,15 @@ from recon_core.preprocess.coil_compression import compression_matrix
 from recon_core.preprocess.noise import noise_covariance
 from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.preprocess.readout import finite_readouts, prepare_readouts
-from recon_core.reconstruct import Recipe, reconstruct
+from recon_core.reconstruct import Recipe, finish, reconstruct, reconstruct_images
 from recon_core.sampling.coverage import missing_lines
 from recon_core.settings import parse_settings
+from recon_core.state_images import StateImages
 from recon_core.types import K1, K2, ImageSeries, KSpace, ParameterMap, Result, ScanInfo
 
 log = logging.getLogger(__name__)
+J = TypeVar("J")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -210,6 +213,7 @@ class SliceJob:
     """Reconstruct one slice or slab from prepared readouts.
 
     ``previews``: whether the method's own previews are wanted. ``batch_share`` and ``cpu_only`` are for when memory is short.
+    ``states``: first and one past the last of those that this task computes (`gadgets.slice_parts`); ``None`` for all.
     """
 
     sorted_scan: SortedScan
@@ -224,11 +228,12 @@ class SliceJob:
     device: str = "cpu"
     batch_share: float = 1.0
     cpu_only: bool = False
+    states: tuple[int, int] | None = None
 
     @property
     def tag(self) -> str:
         """Under which name it reports."""
-        return report_tag(self.role, self.slice_index)
+        return report_tag(self.role, self.slice_index, self.states)
 
     def packed(self, device: str) -> SliceJob:
         """The same job with its readouts in memory, for a worker that does not see this machine's files; it chooses ``device`` there."""
@@ -239,8 +244,10 @@ class SliceJob:
         return replace(self, rows=self.rows.picked(np.concatenate(own)), device=device)
 
 
-def report_tag(role: Role, slice_index: int) -> str:
-    return f"{role}-{slice_index:04d}"
+def report_tag(role: Role, slice_index: int, states: tuple[int, int] | None = None) -> str:
+    """Ends with the slice; a task that computes some of its states has a name of its own."""
+    part = "" if states is None else f"-from{states[0]:04d}"
+    return f"{role}{part}-{slice_index:04d}"
 
 
 class SliceReport(FileReport):
@@ -281,8 +288,13 @@ def reconstruct_slice(job: SliceJob) -> Result:
         From sorting, preprocessing or the method; ``JobFailed`` when memory ran out or the GPU failed. A fallback to plain Fourier
         (and a preview by it) is refused for undersampled data: its images would be aliased.
     """
+    return told_of_memory(_reconstruct_slice, job)
+
+
+def told_of_memory(compute: Callable[[J], T], job: J) -> T:
+    """``compute(job)``; where it finds no memory the allocator is emptied and the failure has our words."""
     try:
-        return _reconstruct_slice(job)
+        return compute(job)
     except (MemoryError, RuntimeError) as error:
         told: JobFailed | None = out_of_memory(error) or device_failure(error)
         if told is None:
@@ -296,13 +308,20 @@ def reconstruct_slice(job: SliceJob) -> Result:
 
 def _reconstruct_slice(job: SliceJob) -> Result:
     report = SliceReport(job)
+    images = state_images(job, report)
+    with batch_share(job.batch_share):
+        return portable(finish(images, job.scan, job.recipe.maps, report))
+
+
+def state_images(job: SliceJob, report: SliceReport) -> StateImages:
+    """The images of the states that are asked for, where they were computed."""
     report.progress(0.0)
     kspace = assemble(job.sorted_scan, job.slice_index, job.rows)
     kspace = replace(kspace, noise_std=job.noise_std).to("cpu" if job.cpu_only else device_of_task(job.device))
     if job.role != "slice" and job.recipe.method == "fourier":
         _refuse_aliasing(kspace)
     with batch_share(job.batch_share):
-        return _portable(reconstruct(kspace, job.scan, job.recipe, report))
+        return reconstruct_images(kspace, job.scan, job.recipe, report, job.states)
 
 
 def _refuse_aliasing(kspace: KSpace) -> None:
@@ -316,7 +335,7 @@ def _refuse_aliasing(kspace: KSpace) -> None:
         )
 
 
-def _portable(result: Result) -> Result:
+def portable(result: Result) -> Result:
     """Tensors as numpy arrays, so that they cross the process border as plain bytes."""
 
     def series(s: ImageSeries) -> ImageSeries:

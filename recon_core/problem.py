@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -44,6 +44,11 @@ class Problem:
     scale: float
     noise: float
     noise_measured: bool
+
+    def state(self, index: int) -> Problem:
+        """One of the states by itself, in the same units."""
+        operator = self.operator.with_weights(self.operator.weights[index : index + 1])
+        return replace(self, operator=operator, rhs=self.rhs[index : index + 1])
 
     def leave(self, images: Tensor) -> Tensor:
         """Working images to centred ``(state, z, y, x)`` in measured units, complex64."""
@@ -94,8 +99,43 @@ def check_maps(kspace: KSpace, where: str) -> Tensor:
     return maps
 
 
+@dataclass(frozen=True)
+class Door:
+    """What all states of a slice or slab decide together.
+
+    Attributes
+    ----------
+    scale
+        Measured units per scaled unit, see ``signal_scale``; 0 when all samples are zero.
+    typical
+        Median count of the sampled positions.
+    noise
+        Standard deviation of a complex sample with ``counts`` 1, in measured units.
+    noise_measured
+        False when it had to be estimated from the outer k-space.
+    """
+
+    scale: float
+    typical: float
+    noise: float
+    noise_measured: bool
+
+
+def door(kspace: KSpace) -> Door:
+    """Of a part of the states this is what the whole says: a part by itself would be scaled and weighed otherwise."""
+    whole = kspace.all_states
+    noise, measured = noise_of(whole)
+    return Door(signal_scale(whole), float(whole.counts[whole.counts > 0].median()), noise, measured)
+
+
+def noise_of(kspace: KSpace) -> tuple[float, bool]:
+    """Standard deviation of a complex sample with ``counts`` 1, and whether it was measured (else from the outer k-space)."""
+    measured = kspace.noise_std is not None and kspace.noise_std > 0
+    return (float(kspace.noise_std or 0.0) if measured else outer_noise(kspace)), measured
+
+
 def pose(kspace: KSpace, where: str, report: Report) -> Problem:
-    """Check, scale and weigh one slice or slab.
+    """Check, scale and weigh one slice or slab, or a part of its states (``KSpace.part``).
 
     Raises
     ------
@@ -104,20 +144,17 @@ def pose(kspace: KSpace, where: str, report: Report) -> Problem:
     CalibrationError
         No usable coil maps.
     """
-    check_kspace(kspace, where)
+    check_kspace(kspace.all_states, where)
     maps = check_maps(kspace, where)
-    scale = signal_scale(kspace)
+    common = door(kspace)
+    scale = common.scale
     if scale == 0:
         report.warn("all samples are zero")
         scale = 1.0
-    sampled = kspace.counts[kspace.counts > 0]
-    typical = float(sampled.median())
-    weights = (kspace.counts / typical).clamp(0, MOST_WEIGHT).sqrt()
+    weights = (kspace.counts / common.typical).clamp(0, MOST_WEIGHT).sqrt()
     operator = CartesianSense(maps, weights)
     rhs = operator.project(kspace.data, scale)
-    measured = kspace.noise_std is not None and kspace.noise_std > 0
-    noise = float(kspace.noise_std or 0.0) if measured else outer_noise(kspace)
-    return Problem(operator, rhs, scale, noise / math.sqrt(typical) / scale, measured)
+    return Problem(operator, rhs, scale, common.noise / math.sqrt(common.typical) / scale, common.noise_measured)
 
 
 def signal_scale(kspace: KSpace) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -15,12 +16,13 @@ from recon_core.maps.series import ImageNoise, image_noise
 from recon_core.maps.series_qsm import multi_echo_maps, multi_echo_times
 from recon_core.maps.series_t1 import recovery_times, t1_maps
 from recon_core.maps.settings import MapSettings
-from recon_core.methods import Method, get_method, needs_coil_maps
+from recon_core.methods import Method, get_method, is_separable, needs_coil_maps
 from recon_core.preprocess.coil_compression import compress, compress_geometric, compression_matrix, geometric_compression
 from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.preprocess.partial_fourier import Extent, complete, measured_extent, partial_axes
 from recon_core.preprocess.settings import PreprocessSettings
-from recon_core.problem import outer_noise
+from recon_core.problem import noise_of
+from recon_core.state_images import StateImages
 from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, Report, Result, ScanInfo, X
 
 COIL_IMAGE_AXES = (K2, K1)
@@ -67,23 +69,67 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, recipe: Recipe, report: Report |
     ReconError
         From the stage that failed; nothing is substituted here.
     """
+    return finish(reconstruct_images(kspace, scan, recipe, report), scan, recipe.maps, report)
+
+
+def reconstruct_images(
+    kspace: KSpace,
+    scan: ScanInfo,
+    recipe: Recipe,
+    report: Report | None = None,
+    states: tuple[int, int] | None = None,
+) -> StateImages:
+    """Images of one slice or slab on the console's matrix, without the recipe's maps.
+
+    Parameters
+    ----------
+    kspace, scan, recipe, report
+        As in `reconstruct`: all states.
+    states
+        First and one past the last of the states that are wanted, of a separable method; ``None`` for all. What the states have in
+        common (virtual coils, coil maps, scale, noise, measured extent) is that of the whole slice, so the images are the same bits.
+
+    Raises
+    ------
+    ReconError
+        From the stage that failed; ``DataError`` where some of the states are wanted of a method that reconstructs them together.
+    """
     report = report or Report()
     method = get_method(recipe.method)
+    if states is not None and not is_separable(recipe.method):
+        raise DataError(
+            "reconstructs the states of a slice together", where=recipe.method, got=f"states {states}", expected="all"
+        )
     if not bool((kspace.counts > 0).any()):
         raise DataError("nothing was sampled", where=f"slice {scan.slice_index}")
     if recipe.maps.maps != "none" and recipe.maps.map_failure == "error":
         _require_times(scan, kspace.n_states, recipe.maps)  # known before anything is computed
     kspace = compress_coils(kspace, recipe.preprocess)
+    extents = extents_of(kspace)
     if needs_coil_maps(method, recipe.settings):
         if kspace.coil_maps is None:
             maps = estimate_coil_maps(_calibration(method, kspace, scan, recipe.settings), recipe.coils, report)
             kspace = replace(kspace, coil_maps=maps)
-        result = method.reconstruct(kspace, scan, recipe.settings, report)
-        result = _complete(result, kspace, recipe.preprocess)
+        wanted = kspace if states is None else kspace.part(*states)
+        result = method.reconstruct(wanted, scan, recipe.settings, report)
+        result = _complete(result, extents, recipe.preprocess)
         result = _on_console_matrix(result, scan)
     else:
-        result = _without_coil_maps(kspace, scan, method, recipe, report)
-    return _to_cpu(_with_parameter_maps(result, kspace, scan, recipe.maps, report))
+        wanted = kspace if states is None else kspace.part(*states)
+        result = _without_coil_maps(wanted, extents, scan, method, recipe, report)
+    noise = None if recipe.maps.maps == "none" or result.maps else _noise_of(kspace, scan)
+    return StateImages(result, noise)
+
+
+def finish(images: StateImages, scan: ScanInfo, settings: MapSettings, report: Report | None = None) -> Result:
+    """The images of all states with the maps that the recipe asks for, on the CPU.
+
+    Raises
+    ------
+    ReconError
+        No map can be made, and ``map_failure`` is ``error``.
+    """
+    return _with_parameter_maps(images, scan, settings, report or Report()).to("cpu")
 
 
 def compress_coils(kspace: KSpace, settings: PreprocessSettings) -> KSpace:
@@ -130,28 +176,41 @@ def _to_edge(extent: Extent, sampled: torch.Tensor) -> Extent:
     return (0 if start <= tolerance else start), (n if n - stop <= tolerance else stop)
 
 
-def _without_coil_maps(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe, report: Report) -> Result:
+def _by_state(change: Callable[[torch.Tensor], torch.Tensor], data: torch.Tensor) -> torch.Tensor:
+    """One state at a time: the rounding of a state does not depend on its neighbours, and less memory is needed."""
+    return torch.stack([change(state) for state in data])
+
+
+def _without_coil_maps(
+    kspace: KSpace, extents: tuple[Extent, Extent, Extent], scan: ScanInfo, method: Method, recipe: Recipe, report: Report
+) -> Result:
     """Methods that combine coils by magnitude: phase-sensitive steps have to come first, coil by coil."""
-    extents, how = extents_of(kspace), recipe.preprocess.partial_fourier
+    how = recipe.preprocess.partial_fourier
     completes = how != "zero_fill" and bool(partial_axes(extents, scan.matrix))
     moves_grid = scan.matrix != scan.recon_matrix or scan.fov[1:] != scan.recon_fov[1:]
     if completes or moves_grid:
-        images = complete(ifft_centred(kspace.data, COIL_IMAGE_AXES), extents, how)
-        images = to_recon_matrix(images, scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov)
-        data = fft_centred(images, COIL_IMAGE_AXES)
+
+        def moved(state: torch.Tensor) -> torch.Tensor:
+            images = complete(ifft_centred(state, COIL_IMAGE_AXES), extents, how)
+            images = to_recon_matrix(images, scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov)
+            return fft_centred(images, COIL_IMAGE_AXES)
+
+        data = _by_state(moved, kspace.data)
         counts = torch.ones((data.shape[0], *data.shape[-3:-1]), dtype=torch.float32, device=data.device)
         kspace = KSpace(data, counts, noise_std=kspace.noise_std)
-        scan = replace(scan, matrix=scan.recon_matrix, fov=scan.recon_fov)
+        there = replace(scan, matrix=scan.recon_matrix, fov=scan.recon_fov)
+        return method.reconstruct(kspace, there, recipe.settings, report)
     return method.reconstruct(kspace, scan, recipe.settings, report)
 
 
-def _complete(result: Result, kspace: KSpace, settings: PreprocessSettings) -> Result:
+def _complete(result: Result, extents: tuple[Extent, Extent, Extent], settings: PreprocessSettings) -> Result:
     """Partial Fourier on the combined images of methods that keep the phase."""
-    extents = extents_of(kspace)
+
+    def completed(state: torch.Tensor) -> torch.Tensor:
+        return complete(state, extents, settings.partial_fourier)
+
     images = tuple(
-        replace(series, data=complete(series.data, extents, settings.partial_fourier))
-        if series.data.is_complex()
-        else series
+        replace(series, data=_by_state(completed, series.data)) if series.data.is_complex() else series
         for series in result.images
     )
     return replace(result, images=images)
@@ -165,19 +224,20 @@ def _on_console_matrix(result: Result, scan: ScanInfo) -> Result:
     return replace(result, images=images, maps=tuple(map_on_recon_matrix(m, scan) for m in result.maps))
 
 
-def _move_real(series: ImageSeries, move: Any) -> torch.Tensor:
-    moved: torch.Tensor = move(series.data)
+def _move_real(series: ImageSeries, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    moved = _by_state(move, series.data)
     # interpolating a magnitude rings below zero; a magnitude cannot be negative
     return moved if moved.is_complex() else moved.clamp_min(0.0)
 
 
-def _with_parameter_maps(result: Result, kspace: KSpace, scan: ScanInfo, settings: MapSettings, report: Report) -> Result:
+def _with_parameter_maps(final: StateImages, scan: ScanInfo, settings: MapSettings, report: Report) -> Result:
     """The maps that the recipe asks for, fitted to the final images of the method's first series."""
+    result = final.result
     if settings.maps == "none" or result.maps:
         return result
     make = t1_maps if settings.maps == "t1" else multi_echo_maps
     try:
-        found = make(result.images[0], scan, _noise_of(kspace, scan), settings)
+        found = make(result.images[0], scan, final.noise, settings)
     except ReconError as error:
         if settings.map_failure == "error":
             raise
@@ -201,14 +261,5 @@ def _require_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> None
 
 def _noise_of(kspace: KSpace, scan: ScanInfo) -> ImageNoise | None:
     """Measured, or estimated from outer k-space; ``None`` for data without any noise."""
-    measured = kspace.noise_std is not None and kspace.noise_std > 0
-    noise = float(kspace.noise_std or 0.0) if measured else outer_noise(kspace)
+    noise, measured = noise_of(kspace)
     return image_noise(noise, kspace.counts, scan, measured=measured) if noise > 0 else None
-
-
-def _to_cpu(result: Result) -> Result:
-    return replace(
-        result,
-        images=tuple(replace(s, data=s.data.cpu()) for s in result.images),
-        maps=tuple(replace(m, data=m.data.cpu(), valid=m.valid.cpu()) for m in result.maps),
-    )

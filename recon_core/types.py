@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from recon_core.errors import DataError
+
 STATE, COIL, K2, K1, X = -5, -4, -3, -2, -1
 """Axes of ``KSpace.data``, counted from the end."""
 
@@ -49,6 +51,8 @@ class KSpace:
     readout_range
         First and one past the last *measured* readout sample on the k0 grid of length ``x`` (asymmetric echo); ``(0, n_x)``
         when complete.
+    whole
+        The k-space of all states that this one is a part of, see ``part``; ``None`` for one that is no part.
     """
 
     data: Tensor
@@ -58,6 +62,7 @@ class KSpace:
     coil_maps: Tensor | None = None
     noise_std: float | None = None
     readout_range: tuple[int, int] | None = None
+    whole: KSpace | None = None
 
     @property
     def mask(self) -> Tensor:
@@ -76,6 +81,25 @@ class KSpace:
     def is_3d(self) -> bool:
         return int(self.data.shape[K2]) > 1
 
+    @property
+    def all_states(self) -> KSpace:
+        """What the states have in common (scale, noise, typical count) is taken from here; itself unless it is a part."""
+        return self if self.whole is None else self.whole
+
+    def part(self, first: int, stop: int) -> KSpace:
+        """The states from ``first`` to ``stop`` (not included), a view.
+
+        For methods that treat each state by itself (``SEPARABLE``): their images of a part are those of the whole, bit for bit.
+
+        Raises
+        ------
+        DataError
+            There are no such states.
+        """
+        if not 0 <= first < stop <= self.n_states:
+            raise DataError("no such states", where="k-space", got=(first, stop), expected=f"within 0 to {self.n_states}")
+        return replace(self, data=self.data[first:stop], counts=self.counts[first:stop], whole=self.all_states)
+
     def to(self, device: torch.device | str) -> KSpace:
         """The same k-space on another device."""
 
@@ -89,6 +113,7 @@ class KSpace:
             acs=move(self.acs),
             acs_mask=move(self.acs_mask),
             coil_maps=move(self.coil_maps),
+            whole=None if self.whole is None else self.whole.to(device),
         )
 
 
@@ -171,6 +196,14 @@ class Result:
     quality: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     extras: Mapping[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Result:
+        """The same images and maps on another device."""
+        return replace(
+            self,
+            images=tuple(replace(s, data=s.data.to(device)) for s in self.images),
+            maps=tuple(replace(m, data=m.data.to(device), valid=m.valid.to(device)) for m in self.maps),
+        )
 
 
 class Report:

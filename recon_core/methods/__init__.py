@@ -25,7 +25,9 @@ class Method(Protocol):
     Settings: type
     # optional: SUPPORTS_3D = False where slabs are refused, ROUNDING = the relative change that float32 rounding may cause,
     # REHEARSAL = settings that make a worker's rehearsal short, FIDELITY = the relative change that a learned prior may make of
-    # complete data, calibration(kspace, scan, settings) = the k-space whose calibration lines coil maps are to be estimated from
+    # complete data, calibration(kspace, scan, settings) = the k-space whose calibration lines coil maps are to be estimated from,
+    # SEPARABLE = True where every state is treated by itself: ``kspace.part(...)`` then gives the images of the whole, bit for bit,
+    # figures of merit whose largest value over parts is that of the whole, no maps and no extras
 
     def reconstruct(self, kspace: KSpace, scan: ScanInfo, settings: Any, report: Report) -> Result:
         """Images (and maps) of one slice or slab."""
@@ -47,6 +49,17 @@ def needs_coil_maps(method: Method, settings: Any) -> bool:
     """Whether a method needs coil maps with these settings: its ``needs_coil_maps(settings)`` if it has one, else the constant."""
     decide = getattr(method, "needs_coil_maps", None)
     return bool(decide(settings)) if decide is not None else method.NEEDS_COIL_MAPS
+
+
+def is_separable(name: str) -> bool:
+    """Whether the states of a slice may be reconstructed by different workers.
+
+    Raises
+    ------
+    UnknownMethod
+        As `get_method`.
+    """
+    return bool(getattr(get_method(name), "SEPARABLE", False))
 
 
 def get_method(name: str) -> Method:

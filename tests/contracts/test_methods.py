@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 import torch
 
 from recon_core.errors import CalibrationError, DataError, ReconError, UnknownMethod
-from recon_core.methods import Method, get_method, methods
+from recon_core.methods import Method, get_method, is_separable, methods
 from recon_core.settings import describe, parse_settings
+from recon_core.state_images import StateImages, join_states
 from recon_core.types import KSpace, Report, Result
 from tests.contracts.series_of import series_of
 from tests.recon_core.listener import Listener
@@ -228,3 +230,56 @@ def test_averages_and_their_counts_are_accepted(method: Method) -> None:
     counts[:, :, 8:24] = 4
     image = first(run(method, series, replace(k, counts=counts))).abs()
     assert close(image, torch.from_numpy(abs(series.images)).float(), fidelity(method, 0.02))
+
+
+# ---- states by themselves ---------------------------------------------------------------------------------------------------
+
+SEPARABLE = [
+    (method, settings)
+    for method in methods().values()
+    if is_separable(method.NAME)
+    for settings in ({}, *({"combine": "adaptive"} for _ in range(method.NAME == "fourier")))
+]
+
+
+def test_which_methods_treat_each_state_by_itself() -> None:
+    assert [name for name in methods() if is_separable(name)] == ["cg_sense", "fourier"]
+
+
+@pytest.mark.parametrize("noise", [0.01, None], ids=["noise measured", "noise estimated"])
+@pytest.mark.parametrize("calibration", [True, False], ids=["calibration", "none"])
+@both_geometries
+@pytest.mark.parametrize(("method", "settings"), SEPARABLE, ids=lambda value: getattr(value, "NAME", "") or str(value))
+def test_states_by_themselves_are_those_of_the_whole(
+    method: Method, settings: dict[str, Any], shape: tuple[int, int, int], calibration: bool, noise: float | None
+) -> None:
+    """Bit for bit, also where scale, weights and noise of a part alone would be others: one state is louder, another averaged."""
+    series = series_of(method, shape)
+    counts = series.kspace.counts.clone()
+    counts[4] *= 5
+    counts[5, :, ::3] *= 2
+    data = series.kspace.data.clone()
+    data[2] *= 20
+    k = replace(series.kspace, data=data, counts=counts, noise_std=noise)
+    if not calibration:
+        k = replace(k, acs=None, acs_mask=None)
+    whole = run(method, series, k, **settings)
+    for cuts in ([0, 3, 6], [0, 1, 2, 3, 4, 5, 6], [0, 5, 6]):
+        parts = [run(method, series, k.part(a, b), **settings) for a, b in itertools.pairwise(cuts)]
+        joined = join_states([StateImages(part) for part in parts]).result
+        assert [s.name for s in joined.images] == [s.name for s in whole.images]
+        assert all(torch.equal(a.data, b.data) for a, b in zip(joined.images, whole.images, strict=True))
+        assert joined.quality == whole.quality and joined.notes == whole.notes
+        assert not whole.maps and not whole.extras
+
+
+@pytest.mark.parametrize(("method", "settings"), SEPARABLE, ids=lambda value: getattr(value, "NAME", "") or str(value))
+def test_what_is_wrong_with_one_state_is_said_for_every_part(method: Method, settings: dict[str, Any]) -> None:
+    series = series_of(method)
+    counts = series.kspace.counts.clone()
+    counts[4] = 0
+    k = replace(series.kspace, counts=counts)
+    with pytest.raises(DataError, match=r"states without any sample.*\[4\]"):
+        run(method, series, k.part(0, 2), **settings)
+    with pytest.raises(DataError, match="no such states"):
+        k.part(4, 7)
