@@ -84,6 +84,7 @@ class DaskPool:
         self._sent: dict[str, _Sent] = {}
         self._abandoned: dict[str, float] = {}
         self._capacity = 0
+        self._wanted = local_workers(options.address) or 0
         self._empty_since = time.monotonic()
         self._cluster: Any = None
         self._client: Any = None
@@ -103,6 +104,11 @@ class DaskPool:
     @property
     def capacity(self) -> int:
         return self._capacity
+
+    @property
+    def wanted(self) -> int:
+        """The most that there have been at a time: whoever started the cluster has told nobody how large it should be."""
+        return self._wanted
 
     def free(self) -> bool:
         with self._lock:
@@ -356,6 +362,7 @@ class DaskPool:
         self._give_up_abandoned()
         found = self._run(self._ask(list(self._abandoned)))
         before, self._capacity = self._capacity, found[0]
+        self._wanted = max(self._wanted, self._capacity)
         if before != self._capacity:
             log.info("event=cluster_size tasks=%d before=%d", self._capacity, before)
             self._events.changed()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -67,6 +68,7 @@ class Task:
     begun: bool = False
     stopped: JobFailed | None = None
     give_up_at: float | None = None
+    made: float = field(default_factory=time.monotonic)
 
     @property
     def name(self) -> str:
@@ -118,3 +120,11 @@ class Pool(Protocol):
 
     def close(self) -> None:
         """End all workers; running tasks are not waited for."""
+
+
+class RemotePool(Pool, Protocol):
+    """Workers that others start and end."""
+
+    @property
+    def wanted(self) -> int:
+        """Tasks at a time when all workers are there."""

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from gadgets.compute_pool import Owner, Place, Task
 
 SCAN, REPLAY, HOUSEKEEPING = 0, 1, 2
 """Priorities. A scanner's scan; a replay or a retry, where nobody waits at a console; files that nobody waits for."""
+
+AGEING = 600.0
+"""s of waiting after which files count as a replay, and after as long again as a scan: an archive must get its images also on a day, or in
+a night, when the queue is never empty."""
 
 
 class FairQueue:
@@ -16,10 +21,13 @@ class FairQueue:
 
     Among the scans of the best priority that have a waiting task, the one with the fewest running tasks is next, and of equal ones the one
     that was served longest ago. So a scan of many slices cannot keep another's preview waiting for longer than one task. Within a scan
-    the order is that of submission. Used under the lock of `Jobs`.
+    the order is that of submission. Files that have waited for long take turns with scans, all of them together as one scan: a night's
+    files must not stand before the morning's first preview. Used under the lock of `Jobs`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._files_running = self._files_served = 0
         self._waiting: dict[Owner, dict[Place, deque[Task]]] = {}
         self._running: dict[Owner, int] = {}
         self._served: dict[Owner, int] = {}
@@ -47,9 +55,13 @@ class FairQueue:
         self._turn += 1
         self._served[task.owner] = self._turn
         self._running[task.owner] = self._running.get(task.owner, 0) + 1
+        if task.owner.priority == HOUSEKEEPING:
+            self._files_running += 1
+            self._files_served = self._turn
 
     def ended(self, task: Task) -> None:
         """A task that was taken runs no more."""
+        self._files_running -= task.owner.priority == HOUSEKEEPING
         left = self._running[task.owner] - 1
         if left:
             self._running[task.owner] = left
@@ -67,9 +79,12 @@ class FairQueue:
         self._waiting[task.owner][task.place].remove(task)
         self._forget(task.owner)
 
-    def _rank(self, task: Task) -> tuple[int, int, int]:
+    def _rank(self, task: Task) -> tuple[int, int, int, float]:
         owner = task.owner
-        return owner.priority, self._running.get(owner, 0), self._served.get(owner, 0)
+        if owner.priority < HOUSEKEEPING:
+            return owner.priority, self._running.get(owner, 0), self._served.get(owner, 0), 0.0
+        priority = max(SCAN, HOUSEKEEPING - int((self._now() - task.made) / AGEING))
+        return priority, self._files_running, self._files_served, task.made  # among files, the oldest
 
     def _forget(self, owner: Owner) -> None:
         """Nothing is kept of scans that have neither waiting nor running tasks."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from gadgets.compute_local import LocalPool, ThreadPool, places
-from gadgets.compute_pool import Budget, Events, Place, Pool, Task
+from gadgets.compute_pool import Budget, Events, Place, Pool, RemotePool, Task
 from gadgets.device_errors import device_failure
 from gadgets.errors import JobFailed, TimeLimitReached, WorkerDied, WorkerKilled
 from gadgets.fair_queue import SCAN, FairQueue
@@ -43,7 +43,7 @@ ABANDONED_SECONDS = 60.0
 
 HERE: tuple[Place, ...] = ("local",)
 ELSEWHERE: tuple[Place, ...] = ("remote",)
-MakeRemote = Callable[[Events, int], Pool]
+MakeRemote = Callable[[Events, int], RemotePool]
 Late = tuple[Task, Pool | None, JobFailed]
 """A task that is to be stopped, where it runs (``None``: it still waits), and why."""
 
@@ -54,7 +54,8 @@ SHORT = "Threads or memory of this machine are used up: see the log of the serve
 class State:
     """How busy the workers are: tasks that wait and that run, tasks at a time, and what went wrong since the start.
 
-    ``stalled``: seconds for which tasks have been waiting while none ran and none began; 0 when that is not so.
+    ``stalled``: seconds for which tasks have been waiting while none ran and none began; 0 when that is not so. ``remote`` of
+    ``remote_wanted`` tasks at a time have room on the cluster; without a cluster, both are ``None``.
     """
 
     waiting: int
@@ -63,6 +64,8 @@ class State:
     deaths: int
     stopped: int
     stalled: float = 0.0
+    remote: int | None = None
+    remote_wanted: int | None = None
 
 
 class Jobs:
@@ -106,7 +109,7 @@ class Jobs:
             if workers
             else ThreadPool(self.threads, self, rehearse=rehearse)
         )
-        self._remote: Pool | None = None if remote is None else remote(self, self.threads)
+        self._remote: RemotePool | None = None if remote is None else remote(self, self.threads)
 
     @property
     def capacity(self) -> int:
@@ -123,7 +126,8 @@ class Jobs:
                 self._is_dispatched()
             idle = (waiting or running) and not any(task.begun for task in self._running)
             stalled = time.monotonic() - self._moved if idle else 0.0
-        return State(waiting, running, self.capacity, self._deaths, self._stopped, stalled)
+        there = (None, None) if self._remote is None else (self._remote.capacity, self._remote.wanted)
+        return State(waiting, running, self.capacity, self._deaths, self._stopped, stalled, *there)
 
     def warm(self) -> None:
         """Start every worker now, so that the first scan does not wait for imports."""

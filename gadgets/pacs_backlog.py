@@ -28,7 +28,7 @@ STATES = ("waiting", "failed")
 
 @dataclass(frozen=True)
 class Backlog:
-    """Hand-overs to one archive. ``oldest``: seconds that the oldest of those that wait has been waiting, 0 for none."""
+    """Transfers to one archive. ``oldest``: seconds that the oldest of those that wait has been waiting, 0 for none."""
 
     archive: str
     waiting: int = 0
@@ -39,7 +39,7 @@ class Backlog:
 class QueueWatch:
     """Looks into the folder of a queue again and again; may be used from any thread and never raises for what it finds.
 
-    A hand-over's archive and age do not change, so its record is read once.
+    A transfer's archive and age do not change, so its record is read once.
     """
 
     def __init__(self) -> None:
@@ -83,7 +83,7 @@ def _folders(parent: Path) -> list[Path]:
 
 
 def _record(folder: Path) -> tuple[str, float]:
-    """Archive and beginning of a hand-over; of one that cannot be read, no archive and the folder's time."""
+    """Archive and beginning of a transfer; of one that cannot be read, no archive and the folder's time."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         document: dict[str, Any] = json.loads(_small(folder / "job.json"))
         target = document["destination"]

@@ -143,7 +143,7 @@ class Queue:
         """
         for job in self.jobs():
             if job.id == name:
-                if not job.left:
+                if job.state == "failed" and not job.left:  # one that waits with nothing left has been sent just now
                     remedy = "recon dicom and recon pacs send make and send them again"
                     raise PacsError("its files have been removed", where=f"job {name}", got=job.problem, remedy=remedy)
                 with self._sending():

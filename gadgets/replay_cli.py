@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
 from gadgets.jobs_cli import name_value_pairs
 from gadgets.state_folder import state_folder, torch_cache
 from gadgets.terminal import err, log_from, out
+
+STYLES = {"INF": "green", "WRN": "yellow", "ERR": "red", "ERROR": "red"}
+"""Colours of what a server says, on a terminal."""
 
 
 def replay(
@@ -155,12 +159,17 @@ def reconstruction_bar(bar: Progress) -> Any:
     return tell
 
 
+def show_line(line: str, where: Console) -> None:
+    """One line of the server, in the colour of its kind."""
+    where.print(line.rstrip(), style=STYLES.get(line.split(" ", 1)[0]), markup=False, highlight=False, soft_wrap=True)
+
+
 def _show(result: Any, output: Path, montage: Path | None) -> None:
     from gadgets.progress import read_progress_line
 
     for line in result.texts:
         if read_progress_line(line) is None:  # how far it was is no news now
-            err.print(line.rstrip(), markup=False, highlight=False, soft_wrap=True)
+            show_line(line, err)
     quick = f"; {result.n_previews} previews, first {result.seconds_to_first_preview:.3f} s" if result.n_previews else ""
     out.print(
         f"{result.n_images} images in {output} (group {result.group}); {result.readouts_per_second:.0f} readouts/s, "

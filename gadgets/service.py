@@ -233,6 +233,8 @@ class Service:
             "listening": self.server.is_listening,
             "connections": self.server.n_connections,
             "workers": self.jobs.workers,
+            "cluster": state.remote,
+            "cluster_wanted": state.remote_wanted,
             "device": self.services.device,
             "versions": self.spool.versions,
             "spool_bytes": self.spool.max_bytes,

@@ -34,7 +34,7 @@ class Check:
 
 
 def checks(folder: Folder, status: Status | None = None, jobs: Sequence[Job] | None = None) -> tuple[Check, ...]:
-    """Everything that is looked at: ``server``, ``workers``, ``spool``, ``queue``, ``last``, ``gpu``, ``pacs``."""
+    """Everything that is looked at: ``server``, ``workers``, ``spool``, ``queue``, ``last``, ``gpu``, ``pacs``, ``cluster``."""
     status = folder.status() if status is None else status
     return (
         _server(status),
@@ -44,6 +44,7 @@ def checks(folder: Folder, status: Status | None = None, jobs: Sequence[Job] | N
         _last(folder.jobs(20, status) if jobs is None else jobs),
         _gpu(status),
         _pacs(folder.backlog(status)),
+        _cluster(status),
     )
 
 
@@ -134,6 +135,17 @@ def _pacs(backlogs: Sequence[Backlog]) -> Check:
     late = any(backlog.oldest > LATE_SECONDS for backlog in backlogs)
     failed = any(backlog.failed for backlog in backlogs)
     return Check("pacs", "failing" if failed else "warning" if late else "ok", "; ".join(words) or "nothing waits")
+
+
+def _cluster(status: Status) -> Check:
+    if status.server.get("cluster_wanted") is None:
+        return Check("cluster", "ok", "none; slices are computed on this machine")
+    present, wanted = (int(number(status.server.get(name))) for name in ("cluster", "cluster_wanted"))
+    if not status.exists:
+        return Check("cluster", "failing", "nobody uses it without a server")
+    if present == 0:
+        return Check("cluster", "failing", "no worker of it can be had: slices are computed on this machine")
+    return Check("cluster", "warning" if present < wanted else "ok", f"room for {present} of {plural(wanted, 'task')}")
 
 
 def queue_length(status: Status) -> int:

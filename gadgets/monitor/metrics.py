@@ -67,6 +67,12 @@ class _Collector(Collector):
         yield _gauge("recon_connections", "Open connections.", number(said.get("connections")) if status.alive else 0)
         yield _gauge("recon_workers", "Compute processes that live on this machine.", len(workers))
         yield _gauge("recon_workers_wanted", "Compute processes that there should be.", number(said.get("workers")))
+        if said.get("cluster_wanted") is not None:
+            there = number(said.get("cluster")) if status.alive else 0
+            yield _gauge("recon_cluster_capacity", "Tasks at a time on the Dask cluster.", there)
+            yield _gauge(
+                "recon_cluster_capacity_wanted", "The most that there have been.", number(said.get("cluster_wanted"))
+            )
         deaths = number(said.get("deaths"))
         yield CounterMetricFamily("recon_worker_restarts", "Compute processes that died and were replaced.", value=deaths)
         yield _gauge("recon_start_time_seconds", "When the server started.", number(status.said.get("started")))
@@ -77,8 +83,8 @@ class _Collector(Collector):
 
 
 def _archives(backlogs: Iterable[Backlog]) -> Iterator[Metric]:
-    waiting = GaugeMetricFamily("recon_pacs_waiting", "Hand-overs that wait for an archive.", labels=["archive"])
-    failed = GaugeMetricFamily("recon_pacs_failed", "Hand-overs that were given up.", labels=["archive"])
+    waiting = GaugeMetricFamily("recon_pacs_waiting", "Transfers that wait for an archive.", labels=["archive"])
+    failed = GaugeMetricFamily("recon_pacs_failed", "Transfers that were given up.", labels=["archive"])
     oldest = GaugeMetricFamily("recon_pacs_oldest_seconds", "How long the oldest one has waited.", labels=["archive"])
     for backlog in backlogs:
         waiting.add_metric([backlog.archive], backlog.waiting)

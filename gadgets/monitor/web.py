@@ -37,7 +37,7 @@ KEEP_ALIVE_SECONDS = 15.0
 MAX_STREAMS = 24
 """Open pages that are told news; further ones ask every few seconds instead."""
 
-CHECKS = ("server", "workers", "spool", "queue", "last", "gpu", "pacs")
+CHECKS = ("server", "workers", "spool", "queue", "last", "gpu", "pacs", "cluster")
 
 
 class Pages:

@@ -208,6 +208,18 @@ def test_run_keeps_what_the_method_tells_and_counts_previews_apart(scan: Simulat
         assert {name: len(series["data"]) for name, series in group.items()} == {"image_1": 6, "image_1001": 6}
 
 
+@pytest.mark.parametrize(
+    ("line", "colour"),
+    [("INF llr: 6 images\n", 32), ("WRN thin coils\n", 33), ("ERROR no memory\n", 31), ("DBG [red]x[/]", None)],
+)
+def test_what_a_server_says_is_coloured_by_kind_on_a_terminal(line: str, colour: int | None) -> None:
+    shown, plain = io.StringIO(), io.StringIO()
+    replay_cli.show_line(line, Console(file=shown, force_terminal=True, color_system="standard"))
+    replay_cli.show_line(line, Console(file=plain, force_terminal=False))
+    assert shown.getvalue() == (f"\x1b[{colour}m{line.rstrip()}\x1b[0m\n" if colour else line.rstrip() + "\n")
+    assert plain.getvalue() == line.rstrip() + "\n"
+
+
 def test_the_bar_follows_the_servers_words() -> None:
     shown = io.StringIO()
     console = Console(file=shown, force_terminal=True, width=120, color_system=None)

@@ -15,11 +15,14 @@ import pytest
 
 from gadgets.compute_dask import DaskPool
 from gadgets.errors import JobFailed
+from gadgets.monitor import health
+from gadgets.monitor.folder import Folder
 from gadgets.scheduler_options import SchedulerOptions
 from gadgets.service import Service, ServiceOptions
 from tests.e2e.scans import SimulatedScan, ask, complaints, final_images, in_memory, stack
 from tests.e2e.slow_chain import site_chains
 from tests.gadgets.test_compute_limits import DEADLINE, is_alive, until
+from tests.monitor import spools
 
 
 @pytest.fixture(scope="module")
@@ -131,17 +134,26 @@ def never(job: _Packable) -> None:
         time.sleep(0.05)
 
 
+def cluster_check(service: Service, folder: Path) -> tuple[str, str]:
+    """What /healthz would say now."""
+    spools.put_status(folder / "status", **{**service._describe(), "workers": 0})
+    (check,) = [check for check in health.checks(Folder(folder / "status")) if check.name == "cluster"]
+    return check.level, check.words
+
+
 def test_without_the_scheduler_slices_are_computed_here(scan: SimulatedScan, tmp_path: Path) -> None:
     options = ServiceOptions(
         port=0, workers=1, threads=1, scheduler=SchedulerOptions("local:1"), rehearse=False, configs=site_chains(tmp_path)
     )
     with Service(options) as running:
+        assert cluster_check(running, tmp_path) == ("ok", "room for 1 of 1 task")
         stopper = threading.Thread(target=lambda: (busy_worker(running), pool(running)._cluster.close(timeout=30)))
         stopper.start()
         answer = ask(running, "long", scan)
         stopper.join()
         assert len(final_images(answer)) == 6 and not complaints(answer)
         until(lambda: pool(running).capacity == 0, "the lost cluster still counts")
+        assert cluster_check(running, tmp_path)[0] == "failing"
         assert len(final_images(ask(running, "quick", scan))) == 6
 
 

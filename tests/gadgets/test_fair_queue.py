@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gadgets.compute_pool import Budget, Task
-from gadgets.fair_queue import HOUSEKEEPING, REPLAY, SCAN, FairQueue
+from gadgets.fair_queue import AGEING, HOUSEKEEPING, REPLAY, SCAN, FairQueue
 
 EVERYWHERE = ("local", "remote")
 
@@ -89,6 +89,78 @@ def test_workers_are_shared_evenly() -> None:
 def test_live_scans_come_before_replays_and_those_before_files(order: tuple[int, ...]) -> None:
     queue = filled(*((Scan(str(priority), priority), 2) for priority in order))
     assert [int(name) for name, _ in served(queue)] == [SCAN, SCAN, REPLAY, REPLAY, HOUSEKEEPING, HOUSEKEEPING]
+
+
+def aged(queue: FairQueue, clock: list[float], n: int, seconds: float) -> None:
+    """Files of ``n`` scans, each waiting for so long."""
+    for number in range(n):
+        task = Scan(f"file{number}", HOUSEKEEPING).task()
+        task.made = clock[0] - seconds
+        queue.add(task)
+
+
+@pytest.mark.parametrize(
+    ("others", "seconds", "place"),
+    [
+        (REPLAY, 0, 6),
+        (REPLAY, 0.99 * AGEING, 6),
+        (REPLAY, 1.01 * AGEING, 1),
+        (SCAN, 1.99 * AGEING, 6),
+        (SCAN, 2.01 * AGEING, 1),
+    ],
+)
+def test_files_wait_for_replays_and_scans_but_not_for_ever(others: int, seconds: float, place: int) -> None:
+    """A night of replays, a day of scans: their tasks never end, and the archive gets its images all the same."""
+    clock = [1e6]
+    queue, scan = FairQueue(now=lambda: clock[0]), Scan("scan", others)
+    for _ in range(6):
+        queue.add(scan.task())
+    aged(queue, clock, 1, seconds)
+    assert [task.owner.name for task in drained(queue)].index("file0") == place
+
+
+def test_a_heap_of_old_files_is_as_one_scan() -> None:
+    """What has piled up does not stand before a preview: it is one file, one slice, one file."""
+    clock = [1e6]
+    queue, scan = FairQueue(now=lambda: clock[0]), Scan("scan")
+    aged(queue, clock, 50, 3 * AGEING)
+    for _ in range(4):
+        queue.add(scan.task())
+    names = [name.rstrip("0123456789") for name, _ in served(queue)]
+    assert names[:8].count("scan") == 4 and names[0] != names[1] != names[2]
+
+
+def test_files_do_not_take_every_worker() -> None:
+    clock = [1e6]
+    queue, scan = FairQueue(now=lambda: clock[0]), Scan("scan")
+    aged(queue, clock, 50, 3 * AGEING)
+    for _ in range(50):
+        queue.add(scan.task())
+    taken = []
+    for _ in range(4):
+        taken.append(queue.choose(EVERYWHERE))
+        queue.take(taken[-1])
+    assert [task.owner is scan for task in taken].count(True) == 2
+
+
+def test_of_files_the_oldest_is_next_and_nothing_is_kept_of_them() -> None:
+    clock = [1e6]
+    queue = FairQueue(now=lambda: clock[0])
+    for age in (10, 30, 20):
+        aged(queue, clock, 1, age)
+    ages = [clock[0] - task.made for task in drained(queue)]
+    assert ages == [30, 20, 10]
+    assert not any(vars(queue)[name] for name in ("_waiting", "_running", "_served", "_files_running"))
+
+
+def drained(queue: FairQueue) -> list[Task]:
+    """Tasks in the order in which one worker takes them."""
+    order = []
+    while (task := queue.choose(EVERYWHERE)) is not None:
+        queue.take(task)
+        queue.ended(task)
+        order.append(task)
+    return order
 
 
 def test_a_task_that_is_tried_again_comes_first() -> None:

@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from gadgets.dicom_cli import pacs_app
 from gadgets.pacs import Attempt, Destination, PacsError
 from gadgets.pacs_backlog import OTHER, Backlog, QueueWatch, has_work, key_of
-from gadgets.pacs_queue import FAILED_SECONDS, Job, Pauses, Queue
+from gadgets.pacs_queue import FAILED_SECONDS, Job, Pauses, Queue, QueueBusy
 from tests.monitor.site import until
 
 DEAD, LIVING = Destination("192.0.2.1", 104, "DEAD"), Destination("192.0.2.2", 104, "LIVING")
@@ -126,6 +128,19 @@ def test_files_that_failed_go_by_age_and_it_is_said(image: Path, tmp_path: Path,
     assert not caplog.records, "once is enough"
 
 
+def test_a_retry_while_the_last_object_is_confirmed_meets_a_busy_queue(image: Path, tmp_path: Path) -> None:
+    queue = Queue(tmp_path)
+    job = queue.put([image], LIVING)
+
+    def confirmed(files: list[Path], destination: Destination, stored: Callable[[Path], None]) -> Attempt:
+        stored(files[0])
+        with pytest.raises(QueueBusy):
+            Queue(tmp_path).retry(job.id)
+        return Attempt(stored=files)
+
+    assert [done.left for done in queue.send_due(confirmed)] == [0]
+
+
 def test_a_record_that_cannot_be_read_keeps_no_patient_data_for_ever(image: Path, tmp_path: Path) -> None:
     job = given_up(tmp_path, image)
     record = tmp_path / "failed" / job.id / "job.json"
@@ -153,6 +168,14 @@ def test_what_failed_is_thrown_away_when_somebody_says_so(
     queue.remove(failed.id)
     assert [job.id for job in queue.jobs()] == [waiting.id]
     assert f"event=pacs_removed job={failed.id} left=2 reason=asked" in caplog.text
+
+
+def test_the_command_throws_away_what_failed(image: Path, tmp_path: Path) -> None:
+    job, run = given_up(tmp_path, image), CliRunner()
+    done = run.invoke(pacs_app, ["queue", "--queue", str(tmp_path)], env={"COLUMNS": "200"})
+    assert done.exit_code == 0 and job.id in done.output and "failed" in done.output, done.output
+    done = run.invoke(pacs_app, ["queue", "--queue", str(tmp_path), "--remove", job.id])
+    assert done.exit_code == 0 and job.id not in done.output and not files_left(tmp_path), done.output
 
 
 def test_the_worker_removes_what_is_too_old(image: Path, tmp_path: Path) -> None:

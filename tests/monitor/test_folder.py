@@ -149,6 +149,26 @@ def test_health_says_what_is_wrong(tmp_path: Path) -> None:
     assert last.level == "warning" and "llr" in last.words
 
 
+def test_a_cluster_that_shrinks_or_goes_is_seen(tmp_path: Path) -> None:
+    def cluster() -> tuple[str, str]:
+        return next((check.level, check.words) for check in health.checks(Folder(tmp_path)) if check.name == "cluster")
+
+    spools.put_status(tmp_path)
+    assert cluster() == ("ok", "none; slices are computed on this machine")
+    assert ("recon_cluster_capacity", frozenset()) not in samples(tmp_path)
+    for present, level in ((4, "ok"), (3, "warning"), (0, "failing")):
+        spools.put_status(tmp_path, cluster=present, cluster_wanted=4)
+        assert cluster()[0] == level
+        found = samples(tmp_path)
+        assert found["recon_cluster_capacity", frozenset()] == present
+        assert found["recon_cluster_capacity_wanted", frozenset()] == 4
+        assert found["recon_healthy", frozenset()] == (present > 0)
+    spools.put_status(tmp_path, cluster=0, cluster_wanted=0)  # none has ever come
+    assert cluster()[0] == "failing"
+    spools.put_status(tmp_path, cluster=4, cluster_wanted=4, pid=spools.gone_process())
+    assert cluster()[0] == "failing"
+
+
 def queue_of(root: Path) -> Queue:
     """Beside the spool, as ``recon serve`` has it."""
     return Queue(root.parent / "pacs", Pauses(attempts=1))

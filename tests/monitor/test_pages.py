@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,10 @@ from matplotlib.image import imread
 from playwright.sync_api import Browser
 
 from gadgets.journal import JobRow
+from gadgets.monitor.files import TOLD_FILE, folder_of
+from gadgets.pacs import Attempt, Destination
+from gadgets.pacs_backlog import key_of
+from gadgets.pacs_queue import Pauses, Queue
 from tests.monitor import spools
 from tests.monitor.browser import (
     DESKTOP,
@@ -25,6 +30,8 @@ from tests.monitor.browser import (
 )
 from tests.monitor.site import TOKEN, Site, monitoring
 from tests.monitor.spools import FAILED, GOOD, HOSTILE
+
+COLOUR = "element => getComputedStyle(element).color"
 
 pytestmark = pytest.mark.timeout(900)  # only where the machine has much else to do
 
@@ -138,6 +145,32 @@ def test_pages_that_are_not_there_say_so(site: Site, browser: Browser) -> None:
     assert answer is not None and answer.status == 404
     assert "no such page or job" in shown.locator("main").inner_text()
     context.close()
+
+
+def test_the_line_about_archives_follows_the_queue(browser: Browser, tmp_path: Path) -> None:
+    """Also while the page is open, and while no job changes."""
+    root, image = tmp_path / "spool", tmp_path / "image.dcm"
+    image.write_bytes(b"DICM")
+    archive, queue = Destination("pacs.example", 104, "ARCHIVE"), Queue(tmp_path / "pacs", Pauses(attempts=1))
+    spools.journal(root, spools.row(GOOD))
+    spools.put_log(root, GOOD, "")
+    (folder_of(root, GOOD) / TOLD_FILE).write_text(json.dumps({"words": ["llr: 6 images"]}))
+    spools.put_status(root, age=-3600, archives=[key_of(archive)], archive_queue=str(tmp_path / "pacs"))
+    with monitoring(tmp_path, root) as site, page(browser) as shown:
+        shown.goto(site.url)
+        line = shown.locator(".checks li", has_text="pacs")
+        assert line.inner_text().split() == ["pacs", "ok:", "nothing", "waits"]
+        jobs = [queue.put([image], archive) for _ in range(2)]
+        shown.locator(".checks li.ok", has_text="2 transfers wait, the oldest").wait_for()
+        queue.send_due(lambda files, *_: Attempt(left=files, problem="no association"), only=jobs[0].id)
+        shown.locator(".checks li.failing", has_text="1 transfer failed (recon pacs queue), 1 transfer waits").wait_for()
+        require_fits(shown)
+        require_accessible(shown)
+        assert "ARCHIVE" not in shown.content() and "example" not in shown.content()
+        shown.goto(f"{site.url}/jobs/{GOOD}")
+        require_accessible(shown)
+        words, other = shown.locator(".told"), shown.locator("main")
+        assert words.evaluate(COLOUR) != other.evaluate(COLOUR) and words.inner_text() == "llr: 6 images"
 
 
 def test_without_scripts_the_page_is_all_there(site: Site, browser: Browser) -> None:
