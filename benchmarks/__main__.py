@@ -23,6 +23,7 @@ NAMES = (
     "pinqi_server",
     "scanners",
     "dask_speedup",
+    "slab_shares",
     "hostile",
     "kill",
     "cuda_check",

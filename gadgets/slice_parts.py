@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gadgets.devices import choose_device
+from gadgets.devices import device_of_task
 from gadgets.reports import FileReport
 from gadgets.tasks import Role, SliceJob, SliceReport, from_portable, portable, report_tag, state_images, told_of_memory
 from recon_core.batches import batch_share
@@ -81,7 +81,7 @@ def fit_maps(job: MapsJob) -> Result:
     Raises
     ------
     ReconError
-        No map can be made, and the recipe calls this an error; ``JobFailed`` when memory ran out.
+        No map can be made, and the recipe calls this an error; ``JobFailed`` when memory ran out or the GPU failed.
     """
     return told_of_memory(_fit_maps, job)
 
@@ -89,7 +89,7 @@ def fit_maps(job: MapsJob) -> Result:
 def _fit_maps(job: MapsJob) -> Result:
     report = FileReport(Path(job.report_folder), job.tag)
     # fitted where the images were made: sums are ordered in another way on another device
-    there = from_portable(job.images.result).to("cpu" if job.cpu_only else choose_device(job.device))
+    there = from_portable(job.images.result).to("cpu" if job.cpu_only else device_of_task(job.device))
     with batch_share(job.batch_share):
         return portable(finish(replace(job.images, result=there), job.scan, job.maps, report))
 

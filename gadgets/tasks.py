@@ -292,7 +292,7 @@ def reconstruct_slice(job: SliceJob) -> Result:
 
 
 def told_of_memory(compute: Callable[[J], T], job: J) -> T:
-    """``compute(job)``; where it finds no memory the allocator is emptied and the failure has our words."""
+    """``compute(job)``; where it finds no memory (the allocator is emptied), or the GPU fails, the failure has our words."""
     try:
         return compute(job)
     except (MemoryError, RuntimeError) as error:
