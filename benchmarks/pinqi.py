@@ -114,9 +114,9 @@ def evaluate(options: argparse.Namespace, scores: Scores) -> dict[str, NDArray[A
     shown: dict[str, NDArray[Any]] = {}
     for acceleration in options.accelerations:
         supply = brains.with_recipe(accelerations=(acceleration,))
-        for index in range(options.samples):
+        for index in range(options.first, options.first + options.samples):
             sample = Sample.of(supply.batch("test", [index]), supply.recipe)
-            picture = options.picture is not None and (acceleration, index) == (max(options.accelerations), 0)
+            picture = options.picture is not None and (acceleration, index) == (max(options.accelerations), options.first)
             if picture:
                 shown |= {"truth": sample.t1, "brain": sample.brain}
             for name, method in methods_at(acceleration, methods).items():
@@ -194,6 +194,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--weights", action="append", default=[], metavar="[LABEL=]FILE", help="trained weights (JSON); repeat"
     )
     parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first slice: others than those that choices were made on"
+    )
     parser.add_argument("--accelerations", type=float, nargs="+", default=[1.0, 4.0, 6.0, 8.0])
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--times", type=float, nargs="+", default=list(SATURATION_TIMES), help="s")
