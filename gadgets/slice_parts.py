@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from gadgets.devices import device_of_task
 from gadgets.reports import FileReport
@@ -24,6 +25,11 @@ def shares(n_states: int, n_parts: int) -> list[tuple[int, int]]:
     n_parts = max(1, min(n_parts, n_states))
     edges = [n_states * part // n_parts for part in range(n_parts + 1)]
     return list(itertools.pairwise(edges))
+
+
+def failure_of(done: Future[Any]) -> BaseException | None:
+    """What became of a task that is over; one that was cancelled raises when it is asked, and has failed like any other."""
+    return CancelledError() if done.cancelled() else done.exception()
 
 
 def reconstruct_states(job: SliceJob) -> StateImages:
@@ -141,7 +147,7 @@ class SliceParts:
 
     def _ended(self, number: int, part: Future[StateImages]) -> None:
         """From a thread of whoever computes."""
-        failure = part.exception()
+        failure = failure_of(part)
         with self._lock:
             if failure is None:
                 self._images[number] = part.result()
@@ -159,7 +165,7 @@ class SliceParts:
             self._join(images)
         except (
             BaseException
-        ) as error:  # a callback's exceptions go to a log and nowhere else: the slice would be waited for without end
+        ) as error:  # an exception of a callback is only logged: the slice would be waited for without end
             self.whole.set_exception(error)
 
     def _join(self, images: list[StateImages]) -> None:
@@ -170,7 +176,7 @@ class SliceParts:
             self._maps(joined).add_done_callback(self._mapped)
 
     def _mapped(self, maps: Future[Result]) -> None:
-        failure = maps.exception()
+        failure = failure_of(maps)
         if failure is not None:
             self.whole.set_exception(failure)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -67,6 +67,14 @@ def test_a_part_that_fails_fails_the_slice_when_the_others_are_over() -> None:
     assert not parts.whole.done()
     futures[1].set_exception(OutOfMemory("second"))
     assert isinstance(parts.whole.exception(0), OutOfMemory)
+
+
+def test_a_part_that_was_cancelled_fails_the_slice_like_any_other() -> None:
+    futures = three()
+    parts = SliceParts(TAGS, futures)
+    futures[0].set_result(images(1.0))
+    assert futures[1].cancel() and futures[2].cancel()
+    assert isinstance(parts.whole.exception(0), CancelledError)
 
 
 def test_parts_that_do_not_fit_together_are_a_failure_and_no_silence() -> None:
