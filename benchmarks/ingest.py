@@ -30,7 +30,7 @@ import numpy as np
 from benchmarks.common import print_table, write_result
 from gadgets.buffer import ReadoutIndex
 from gadgets.chain import load_chain
-from gadgets.handlers import ChainRequest, OpenScan, Say
+from gadgets.handlers import ChainRequest, OpenScan, Say, ScanFacts
 from gadgets.jobs import Jobs
 from gadgets.pipeline import Scan, Services
 from gadgets.server import Server
@@ -106,6 +106,7 @@ class IndexOnly:
 
     def __init__(self, request: ChainRequest, header: str, raw: ScanLog, say: Say) -> None:
         self.index = ReadoutIndex()
+        self.facts = ScanFacts()
         IndexOnly.last = self
 
     last: IndexOnly

@@ -23,7 +23,7 @@ from typing import Any
 
 from distributed import WorkerPlugin
 
-from gadgets import __version__
+from gadgets import __version__, process_memory
 from gadgets.compute_local import WORKER_NICENESS, log_python_warnings, places, prepare_process
 from gadgets.device_errors import device_failure
 from gadgets.errors import SchedulerError
@@ -189,6 +189,7 @@ class Prepare(WorkerPlugin):
                 remedy="Install the same lock file on all machines",
             )
         log_python_warnings()
+        process_memory.keep_freed_memory()
         logging.getLogger("distributed.worker").addFilter(_not_a_look)
         prepare_process(self.threads, rehearse=self.rehearse)
         global _yields

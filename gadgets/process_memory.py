@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 TIDY_SECONDS = 60.0
 
-M_ARENA_MAX, M_MMAP_THRESHOLD = -8, -3  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # malloc.h
 ARENAS = 2
 """One is enough where Python's lock lets one thread run at a time; a second for what computes or copies without the lock."""
 
@@ -32,6 +32,20 @@ def bound_allocator() -> bool:
     """Let all threads share few areas, for small things only. To be called before threads are begun; whether glibc was told."""
     tell = _of_glibc("mallopt", ctypes.c_int, ctypes.c_int)
     return tell is not None and tell(M_ARENA_MAX, ARENAS) == 1 and tell(M_MMAP_THRESHOLD, LARGE_BYTES) == 1
+
+
+KEPT_BYTES = 32 << 20
+"""The largest value that glibc takes as M_MMAP_THRESHOLD, and where its own adaptation ends."""
+
+
+def keep_freed_memory() -> bool:
+    """For a process that computes: what it frees it will need again at once. Whether glibc was told.
+
+    This is what glibc does by itself, unless somebody has set one of its thresholds: Dask starts its workers with
+    ``MALLOC_TRIM_THRESHOLD_=65536``, and then every array of 128 KiB or more comes from the system as fresh pages and goes back to it.
+    """
+    tell = _of_glibc("mallopt", ctypes.c_int, ctypes.c_int)
+    return tell is not None and tell(M_MMAP_THRESHOLD, KEPT_BYTES) == 1 and tell(M_TRIM_THRESHOLD, 2 * KEPT_BYTES) == 1
 
 
 def settle() -> None:
