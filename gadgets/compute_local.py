@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import threading
 import time
 import traceback
@@ -311,7 +312,12 @@ def worker_environment(workers: int, number: int, devices: int, environment: Map
 
 
 def start_worker(threads: int, rehearse: bool, server: int) -> None:
-    """The first thing in a worker's process. ``server`` is the process that started it, which may be gone by now."""
+    """The first thing in a worker's process. ``server`` is the process that started it, which may be gone by now.
+
+    Ctrl-C and systemd say their word to every process; the server's alone counts, since it lets workers finish what a scan waits for.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     log_python_warnings()
     threading.Thread(target=_end_with, args=(server,), name="parent", daemon=True).start()
     prepare_process(threads, rehearse=rehearse)

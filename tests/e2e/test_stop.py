@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gadgets.capture import capture_status
@@ -72,18 +73,24 @@ def until(look: Callable[[], object]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_scan_that_is_being_computed_is_answered_first(scan: SimulatedScan, chains: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", ["the server", "every process"])
+def test_a_scan_that_is_being_computed_is_answered_first(told: str, scan: SimulatedScan, chains: Path, tmp_path: Path) -> None:
+    """Docker tells the server to stop, systemd all of its processes (and so does Ctrl-C)."""
     options = ("--workers", "1", "--configs", str(chains), "--stop-seconds", str(DEADLINE))
     with serving(tmp_path / "server", *options) as server:
         answer = asked(server, scan, "late")
-        server.process.send_signal(signal.SIGTERM)
+        process = psutil.Process(server.process.pid)
+        for one in [process] if told == "the server" else [*process.children(recursive=True), process]:
+            one.send_signal(signal.SIGTERM)
         until(lambda: "event=stopping" in server.log.read_text())
         assert len(answer.result(DEADLINE).images) == 2, answer.result().texts
         assert server.process.wait(DEADLINE) == 0
         [row] = rows(server)
         assert row.state == "sent"
         assert capture_status(server.spool / row.capture) == "complete"
-        assert "event=abandoned" not in server.log.read_text()
+        log = server.log.read_text()
+        assert "event=abandoned" not in log
+        assert "event=worker_died" not in log
 
 
 @pytest.mark.slow
