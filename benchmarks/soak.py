@@ -199,8 +199,11 @@ def soak(
     pause: float = 1.0,
     kill_every: float = 60.0,
     keep_log: Path | None = None,
+    full_disk: bool = True,
 ) -> dict[str, Any]:
     """Run it; everything that was counted and measured. ``failures`` is empty when all targets were met.
+
+    ``full_disk``: it counts as a failure when no small disk can be mounted and filled.
 
     ``pause`` stretches the pauses between the connections of each actor: 1 for a machine of its own.
     """
@@ -234,6 +237,7 @@ def soak(
     memory = run.memory.verdict()
     failures = [f"{name}: {len(found)}" for name, found in tally.problems.items()]
     failures += [] if alive else ["the server died"]
+    failures += never_full(disk) if full_disk else []
     failures += [f"{count} log lines say {word}" for word in ("event=crashed", "Traceback") if (count := log.count(word))]
     failures += [f"left behind: {left}"] if left else []
     failures += [f"{len(unfinished)} jobs not over: {unfinished[:5]}"] if unfinished else []
@@ -247,6 +251,11 @@ def soak(
         "examples": {name: found[:20] for name, found in tally.problems.items()}, "load": os.getloadavg(),
         "log_errors": [line for line in log.splitlines() if "level=ERROR" in line][:30],
     }  # fmt: skip
+
+
+def never_full(disk: Disk) -> list[str]:
+    """Why the soak has shown nothing of a full disk."""
+    return [] if disk.mounted else ["the disk was never full: that needs the right to mount (or --without-full-disk)"]
 
 
 def table(result: dict[str, Any]) -> list[list[object]]:
@@ -272,10 +281,16 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=2, help="worker processes of the server")
     parser.add_argument("--keep-log", type=Path, default=None, help="where the server's log shall be kept")
+    parser.add_argument(
+        "--without-full-disk",
+        action="store_true",
+        help="where nothing can be mounted: the spool's own limit instead of a full disk",
+    )
     parser.add_argument("--name", default="soak", help="of the result file; empty for none")
     given = parser.parse_args()
     result = soak(
-        given.minutes, seed=given.seed, scanners=given.scanners, workers=given.workers, pause=given.pause, keep_log=given.keep_log
+        given.minutes, seed=given.seed, scanners=given.scanners, workers=given.workers, pause=given.pause, keep_log=given.keep_log,
+        full_disk=not given.without_full_disk,
     )  # fmt: skip
     columns = ["quantity", "measured", "target"]
     rows = table(result)

@@ -3,11 +3,12 @@
 
     python docker/exercise.py docker/Dockerfile.cpu                  # everything is installed anew, as in a build
     python docker/exercise.py --reuse .venv docker/Dockerfile.cpu    # packages are taken from an environment (short)
+    python docker/exercise.py --context DIR --no-serve DIR/Dockerfile   # what `recon package openrecon` has written
 
 Paths below /opt, /src and /var/lib/recon lie in a scratch folder; its path stays the same from stage to stage, so what one stage
-installs works in the next. ``useradd`` and ``groupadd`` write below it (as root; others only get told). What is left out: the base
-image's own system, and changing the user. Exit code 0: all steps ended with 0, the command listened, the health check passed, and
-SIGTERM ended the command with 0.
+installs works in the next. The base image's Python is an environment of its own there. ``useradd`` and ``groupadd`` write below it (as
+root; others only get told). What is left out: the base image's own system, and changing the user. Exit code 0: all steps ended with 0,
+the command listened, the health check passed, and SIGTERM ended the command with 0.
 """
 
 from __future__ import annotations
@@ -49,11 +50,27 @@ class Build:
         Values for ARG.
     reuse
         Environment whose packages count as installed.
+    context
+        Folder from which COPY takes files.
     """
 
-    def __init__(self, dockerfile: Dockerfile, scratch: Path, arguments: dict[str, str], reuse: Path | None) -> None:
-        self.dockerfile, self.scratch, self.arguments, self.reuse = dockerfile, scratch, arguments, reuse
+    def __init__(
+        self,
+        dockerfile: Dockerfile,
+        scratch: Path,
+        arguments: dict[str, str],
+        reuse: Path | None,
+        context: Path = REPOSITORY,
+    ) -> None:
+        self.dockerfile, self.scratch, self.arguments, self.reuse, self.context = (
+            dockerfile,
+            scratch,
+            arguments,
+            reuse,
+            context,
+        )
         self.root = scratch / "root"
+        self.base = scratch / "base"
         self.tools = scratch / "tools"
         self.n_run = 0
         self._make_tools()
@@ -95,7 +112,7 @@ class Build:
 
     def _copy(self, instruction: Instruction, folder: Path) -> None:
         stage, sources, target = instruction.copied
-        origin = REPOSITORY if stage is None else self.scratch / f"stage-{stage}"
+        origin = self.context if stage is None else self.scratch / f"stage-{stage}"
         for source in sources:
             path = origin / source.lstrip("/")
             into = Path(self.inside(target)) if target.startswith("/") else folder / target
@@ -104,7 +121,9 @@ class Build:
             if path.is_dir():
                 shutil.copytree(path, into, symlinks=True, ignore=shutil.ignore_patterns(*LEFT_OUT), dirs_exist_ok=True)
             else:
-                shutil.copy2(path, into / path.name if target.endswith("/") else into)
+                file = into / path.name if target.endswith("/") else into
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, file)
 
     def _run(self, instruction: Instruction, folder: Path, values: dict[str, str]) -> None:
         self.n_run += 1
@@ -122,14 +141,16 @@ class Build:
         """Let a new environment see the packages of the one that is reused; what pip installs there still goes before them."""
         if self.reuse is None:
             return
-        for site in self.root.glob("opt/*/lib/python3*/site-packages"):
+        for site in (*self.root.glob("opt/*/lib/python3*/site-packages"), *self.base.glob("lib/python3*/site-packages")):
             lender = next((self.reuse / "lib").glob("python3*/site-packages"))
             (site / "lent.pth").write_text(f"{lender}\n", encoding="utf-8")
 
     def _make_tools(self) -> None:
         """Commands of the base image that differ here."""
         self.tools.mkdir()
-        python = f'#!/bin/sh\nexec "{Path(sys._base_executable).resolve()}" "$@"\n'
+        subprocess.run([str(Path(sys._base_executable).resolve()), "-m", "venv", str(self.base)], check=True)
+        self._lend()
+        python = f'#!/bin/sh\nexec "{self.base}/bin/python" "$@"\n'
         writes = os.geteuid() == 0
         for name in ("groupadd", "useradd"):
             real = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
@@ -219,12 +240,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("dockerfiles", nargs="+", type=Path)
     parser.add_argument("--reuse", type=Path, help="environment whose packages count as installed")
     parser.add_argument("--build-arg", action="append", default=[], metavar="NAME=VALUE")
+    parser.add_argument("--context", type=Path, default=REPOSITORY, help="folder from which COPY takes files")
     parser.add_argument("--no-serve", action="store_true", help="do not start the image's command")
     chosen = parser.parse_args(arguments)
     values = dict(pair.split("=", 1) for pair in chosen.build_arg)
     for path in chosen.dockerfiles:
         with tempfile.TemporaryDirectory(prefix="recon-docker-") as scratch:
-            build = Build(read(path), Path(scratch), values, chosen.reuse and chosen.reuse.resolve())
+            build = Build(read(path), Path(scratch), values, chosen.reuse and chosen.reuse.resolve(), chosen.context)
             try:
                 environment = build.run()
                 if not chosen.no_serve:

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.soak import Soak, soak, table
+from benchmarks.soak import Soak, never_full, soak, table
 from benchmarks.soak_disk import Disk
 from benchmarks.soak_memory import Memory, own_bytes
 
@@ -17,13 +17,18 @@ from benchmarks.soak_memory import Memory, own_bytes
 @pytest.mark.slow
 def test_a_minute_of_everything(tmp_path: Path) -> None:
     """Growth of memory is judged by the long form only: caches are not warm after a minute."""
-    result = soak(1.0, workers=1, scanners=1, kill_every=20.0, keep_log=tmp_path / "log")
+    result = soak(1.0, workers=1, scanners=1, kill_every=20.0, keep_log=tmp_path / "log", full_disk=False)
     failures = [text for text in result["failures"] if not text.startswith("memory")]
     assert failures == [], (result["examples"], result["log_errors"])
     counts = result["counts"]
     assert counts["scans_identical"] == counts["scan_connections"] > 0
     assert counts["clients_that_left"] > 0 and counts["hostile_connections"] > 0
     assert ["scans lost", 0, 0] in table(result)
+
+
+def test_a_disk_that_cannot_be_filled_is_a_failure() -> None:
+    assert len(never_full(Disk(Path("unused"), mounted=False))) == 1
+    assert never_full(Disk(Path("unused"), mounted=True)) == []
 
 
 class _Process:

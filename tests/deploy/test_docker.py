@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.util
 import json
 import re
@@ -366,3 +367,21 @@ def test_scripts_are_sound(path: Path) -> None:
     subprocess.run(["bash", "-n", str(path)], check=True, timeout=60)
     subprocess.run(["shellcheck", str(path)], check=True, timeout=60)
     assert path.stat().st_mode & 0o100
+
+
+# ---- without a container --------------------------------------------------------------------------------------------------------
+
+
+def test_the_unit_of_systemd_says_what_recon_understands_and_waits_long_enough() -> None:
+    text = (REPOSITORY / "docs" / "operations.md").read_text(encoding="utf-8")
+    unit = configparser.ConfigParser()
+    unit.optionxform = str  # type: ignore[assignment,method-assign]  # names as they are written
+    unit.read_string(text.split("```ini\n")[1].split("```")[0])
+    service = unit["Service"]
+    program, *arguments = service["ExecStart"].split()
+    assert program.endswith("/recon")
+    options = understood_by_recon(arguments)
+    assert str(options["spool"]).startswith(f"/var/lib/{service['StateDirectory']}/"), "the only place that it may write"
+    assert float(service["TimeoutStopSec"]) > options["stop_seconds"] + 150, (
+        "images are finished and rows written after the scans"
+    )
