@@ -43,7 +43,7 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
         As `reconstruct_with`.
     """
     check_geometry(kspace, scan)
-    trained = installed_weights(settings.weights, kspace.data.device, settings.precision)
+    trained = installed_weights(settings.weights, kspace.data.device, settings.precision, settings.nonlinear_solver)
     return reconstruct_with(trained, kspace, scan, settings, report)
 
 
