@@ -102,9 +102,8 @@ def test_the_published_solver_gives_the_whole_network_the_same_answer() -> None:
         found[solver] = out.parameters.detach()
         grads[solver] = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
         assert sum(r.n_unconverged for r in out.nonlinear) < 0.01 * 5 * 2 * 24**2
-    assert float((found["lm"] - found["lbfgs"]).abs().max()) < 5e-3
-    assert float((found["lm"] - found["lbfgs"]).square().mean().sqrt()) < 5e-4
-    assert float((grads["lm"] - grads["lbfgs"]).norm() / grads["lm"].norm()) < 1e-2
+    assert 0 < float((found["lm"] - found["lbfgs"]).abs().max()) < 1e-4  # not the same solver twice
+    assert float((grads["lm"] - grads["lbfgs"]).norm() / grads["lm"].norm()) < 1e-4
 
 
 @pytest.mark.parametrize("name", ABLATIONS)
