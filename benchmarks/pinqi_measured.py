@@ -1,8 +1,9 @@
 """Question: what does PINQI make of an anatomy that no simulation drew?
 
 Measured inversion recovery of a brain (qMRLab's ``IR_demo``: 9 times, one slice, single coil) gives T1 and M0 by our fit. From these maps,
-a smooth phase, coils (measured arrays, of a head and of a heart, or simulated loops) and noise follow saturation-recovery data at 4x, 6x and 8x, reconstructed
-with coil maps *estimated* from the calibration lines. Judged is T1 inside the brain's mask against the measured map, beside ``llr`` + fit.
+a smooth phase, coils (measured arrays, of a head and of a heart, or simulated loops) and noise follow saturation-recovery data at 4x,
+6x and 8x, reconstructed with coil maps *estimated* from the calibration lines. Judged is T1 inside the brain's mask against the
+measured map, beside ``llr`` + fit.
 
     python -m benchmarks.pinqi_measured --picture maps.png
 """
