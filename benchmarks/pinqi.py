@@ -7,6 +7,8 @@ error and SSIM of T1 inside the brain. The same slices, coils, noise levels and 
 
 Beside them the same slices *fully sampled* with the same noise and a plain fit ("1x"): what noise alone leaves of the truth.
 
+``--switched-off a h`` adds what the weights give when parts of them are not used; `benchmarks.pinqi_ablation` trains the variants.
+
 Scores are kept per sample in ``results/pinqi.json``: a second call with the same recipe only adds what is missing (new weights, more
 samples). ``--fresh`` starts over.
 """
@@ -53,7 +55,11 @@ def methods_for(options: argparse.Namespace) -> dict[str, Callable[[Sample], Ans
             found["BART moba"] = pinqi_methods.bart_moba(options.moba_iterations, options.threads)
     for label, path in named_weights(options.weights).items():
         trained = load_weights(path, options.device)
-        found[f"{label} ({str(trained.facts.get('sha256', ''))[:8]})"] = pinqi_methods.learned(trained)
+        digest = str(trained.facts.get("sha256", ""))[:8]
+        found[f"{label} ({digest})"] = pinqi_methods.learned(trained)
+        for ablation in options.switched_off:
+            without = pinqi_methods.switched_off(trained, ablation)
+            found[f"{label} ({digest}), variant {ablation}, not retrained"] = pinqi_methods.learned(without)
     return found
 
 
@@ -192,6 +198,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--weights", action="append", default=[], metavar="[LABEL=]FILE", help="trained weights (JSON); repeat"
+    )
+    parser.add_argument(
+        "--switched-off",
+        nargs="+",
+        default=[],
+        choices=pinqi_methods.SWITCHED_OFF,
+        help="also the weights without a part of theirs, as in the variants of section III-D, but not trained to do without it",
     )
     parser.add_argument("--samples", type=int, default=4)
     parser.add_argument(

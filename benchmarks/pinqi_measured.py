@@ -1,8 +1,9 @@
 """Question: what does PINQI make of an anatomy that no simulation drew?
 
 Measured inversion recovery of a brain (qMRLab's ``IR_demo``: 9 times, one slice, single coil) gives T1 and M0 by our fit. From these maps,
-a smooth phase, coils (a measured array or simulated loops) and noise follow saturation-recovery data at 4x, 6x and 8x, reconstructed
-with coil maps *estimated* from the calibration lines. Judged is T1 inside the brain's mask against the measured map, beside ``llr`` + fit.
+a smooth phase, coils (measured arrays, of a head and of a heart, or simulated loops) and noise follow saturation-recovery data at 4x,
+6x and 8x, reconstructed with coil maps *estimated* from the calibration lines. Judged is T1 inside the brain's mask against the
+measured map, beside ``llr`` + fit.
 
     python -m benchmarks.pinqi_measured --picture maps.png
 """
@@ -88,6 +89,7 @@ def acquired(found: dict[str, Any], coils: str, acceleration: float, noise: floa
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--accelerations", type=float, nargs="+", default=[4.0, 6.0, 8.0])
+    parser.add_argument("--coils", nargs="+", choices=list(DONORS), default=["brain", "heart", "simulated"])
     parser.add_argument("--noise", type=float, default=0.01, help="of a complex sample; M0 is about 1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--threads", type=int, default=1)
@@ -97,7 +99,7 @@ def main() -> int:
     found = truth()
     rows: list[list[Any]] = []
     shown = {"truth": found["t1"], "brain": found["brain"]}
-    for coils in ("brain", "simulated"):
+    for coils in options.coils:
         for acceleration in options.accelerations:
             for name, maps in METHODS.items():
                 scores = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from benchmarks import bart, series
 from recon_core.fourier import ifft_centred
 from recon_core.methods import get_method
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
+from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
 from recon_core.methods.pinqi.reconstruction import apply_network, state_order
 from recon_core.methods.pinqi.weights import TrainedPinqi
 from recon_core.sampling.masks import centre_block
@@ -153,6 +154,21 @@ def learned(trained: TrainedPinqi) -> Callable[[Sample], Answer]:
         return timed(make)
 
     return run
+
+
+SWITCHED_OFF = ("a", "b", "c", "d", "f", "h")
+"""Variants of section III-D that need nothing that the proposed network has not learned. Without training of its own i is h."""
+
+
+def switched_off(trained: TrainedPinqi, ablation: str) -> TrainedPinqi:
+    """Trained weights in one of the variants `SWITCHED_OFF`: a part of them is not used, and nothing is trained to do without it."""
+    usual, variant = asdict(ABLATIONS["proposed"]), asdict(ABLATIONS[ablation])
+    change = {key: value for key, value in variant.items() if value != usual[key]}
+    network = Pinqi(trained.network.model, replace(trained.network.settings, **change))
+    kept = trained.network.state_dict()
+    network.load_state_dict({key: kept[key] for key in network.state_dict()})
+    device = next(trained.network.parameters()).device
+    return replace(trained, network=network.to(device).eval().requires_grad_(False))
 
 
 def bart_low_rank(iterations: int, threads: int) -> Callable[[Sample], Answer]:

@@ -44,6 +44,7 @@ from gadgets.wire import codec
 from gadgets.wire.events import Readouts, Waveform
 from gadgets.wire.header import MrdHeader
 from recon_core.errors import ReconError
+from recon_core.methods import delivered_maps
 from recon_core.types import Result
 
 log = logging.getLogger(__name__)
@@ -311,6 +312,9 @@ class Scan:
             raise failure from error
         self._tell(f"{failed}; its images come from {fallback.name}")
         self.facts.fallback = fallback.name
+        expected = delivered_maps(self.chain.method)
+        if expected is not None:  # a series of which some slices exist and others do not helps nobody
+            result = replace(result, maps=tuple(m for m in result.maps if m.name in expected) or result.maps)
         return result, fallback.name
 
 

@@ -85,6 +85,9 @@ def pinqi(
             help="Of the parameter network: direct (as published) or kernel (weights of neighbours; learns sooner)."
         ),
     ] = "direct",
+    nonlinear_solver: Annotated[
+        str, typer.Option(help="Of the parameters' subproblem: lm, per pixel, or lbfgs, as published.")
+    ] = "lm",
     initial: Annotated[
         Path | None, typer.Option(help="JSON of weights to begin with, of the same network; random ones otherwise.")
     ] = None,
@@ -154,6 +157,7 @@ def pinqi(
         embedding_rate=embedding_rate,
         warmup_steps=warmup_steps,
         n_validation=n_validation,
+        nonlinear_solver=nonlinear_solver,
         size=size,
         times=tuple(times or default.times),
         n_coils=coils,

@@ -134,6 +134,7 @@ MAP_DISPLAYS = {
     "t1": MapDisplay("T1", "s", "ms", 1e3, 1.0, Window(1300, 1300)),
     "t1sd": MapDisplay("T1SD", "s", "ms", 1e3, 1.0, Window(100, 200)),
     "m0": MapDisplay("M0", "1", "", 1.0, 1.0, Window(1000, 2000), arbitrary=True),
+    "m0phase": MapDisplay("M0_PHASE", "rad", "mrad", 1e3, 2.0, Window(0, 6283), signed=True),  # -pi to pi
     "t1residual": MapDisplay("T1RESIDUAL", "1", "", 1.0, 1.0, Window(50, 100), arbitrary=True),
     "t2": MapDisplay("T2", "s", "ms", 1e3, 0.1, Window(60, 120)),
     "t2star": MapDisplay("T2STAR", "s", "ms", 1e3, 0.1, Window(40, 80)),

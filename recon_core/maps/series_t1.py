@@ -84,8 +84,9 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     Returns
     -------
     SeriesMaps
-        All maps share one ``valid``; values are 0 where it is ``False``. The standard deviation is the larger of what the noise
-        and what the fit's residual say, and the map's comment names the source.
+        T1, its standard deviation, M0, the residual and, of a saturation recovery that kept its phase, M0's phase (rad). All share
+        one ``valid``; values are 0 where it is ``False``. The standard deviation is the larger of what the noise and what the fit's
+        residual say, and the map's comment names the source.
 
     Raises
     ------
@@ -104,7 +105,9 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     notes = [sign_note] if sign_note else []
     if share < 1 - MOST_INVALID:
         notes.append(f"T1: {100 * (1 - share):.0f} % of the object's pixels have no believable T1 and are left empty")
-    return SeriesMaps((t1, maps.t1_sd, maps.m0, maps.residual), tuple(notes), {"t1_valid": share})
+    # of an inversion recovery the series has an axis in the complex plane; that of M0 is only its positive end if the sign is right
+    complete = replace(maps, t1=t1, m0_phase=maps.m0_phase if settings.map_model == "saturation_recovery" else None)
+    return SeriesMaps(complete.maps, tuple(notes), {"t1_valid": share})
 
 
 def _with_sign(images: Tensor, sign: str) -> tuple[Tensor, str]:
@@ -147,6 +150,7 @@ def _honest_deviation(maps: T1Maps, noise: ImageNoise | None, settings: MapSetti
         kept(maps.t1_sd, sd, f"from {noise.source}, or the fit's residual where that is larger"),
         kept(maps.m0, maps.m0.data),
         kept(maps.residual, maps.residual.data),
+        None if maps.m0_phase is None else kept(maps.m0_phase, maps.m0_phase.data),
     )
 
 

@@ -27,7 +27,8 @@ class Method(Protocol):
     # REHEARSAL = settings that make a worker's rehearsal short, FIDELITY = the relative change that a learned prior may make of
     # complete data, calibration(kspace, scan, settings) = the k-space whose calibration lines coil maps are to be estimated from,
     # SEPARABLE = True where every state is treated by itself: ``kspace.part(...)`` then gives the images of the whole, bit for bit,
-    # figures of merit whose largest value over parts is that of the whole, no maps and no extras
+    # figures of merit whose largest value over parts is that of the whole, no maps and no extras,
+    # MAPS = names of the maps that it delivers: a stand-in for it sends no others
 
     def reconstruct(self, kspace: KSpace, scan: ScanInfo, settings: Any, report: Report) -> Result:
         """Images (and maps) of one slice or slab."""
@@ -60,6 +61,18 @@ def is_separable(name: str) -> bool:
         As `get_method`.
     """
     return bool(getattr(get_method(name), "SEPARABLE", False))
+
+
+def delivered_maps(name: str) -> frozenset[str] | None:
+    """Names of the maps that a method itself delivers; ``None`` where it does not say, or leaves them to the recipe.
+
+    Raises
+    ------
+    UnknownMethod
+        As `get_method`.
+    """
+    names = getattr(get_method(name), "MAPS", None)
+    return None if names is None else frozenset(names)
 
 
 def get_method(name: str) -> Method:

@@ -12,11 +12,12 @@ vanishes near a bound and pixels that come close do not return.
 
 A parameter that ended on its bound does not move for small changes of the input: its gradient is zero, and the others of its
 pixel have the gradient of the problem without it. Where ``H`` is not positive definite (a saddle, no signal) Eq. 9 does not hold:
-the pixel's gradient is zero, and it is counted.
+the pixel's gradient is zero, and it is counted. Of this, and of pixels that did not converge, the backward pass warns.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,7 @@ from recon_core.errors import DataError, SettingError
 from recon_core.signal_models import SignalModel
 from recon_core.solvers.lbfgs import LBFGSSettings, lbfgs
 from recon_core.solvers.least_squares import levenberg_marquardt
+from recon_core.solvers.linear_layer import UntrustedGradient
 from recon_core.solvers.normal_equations import normal_equations, packed_curvature
 from recon_core.solvers.small_systems import at, cholesky, quadratic, substitute
 
@@ -36,7 +38,15 @@ Bounds = tuple[Sequence[float] | Tensor, Sequence[float] | Tensor]
 """Lower and upper, one number per parameter; infinite where open."""
 
 WHERE = "nonlinear layer"
+DOUBT = (
+    f"{WHERE}: the gradient of some pixels is not to be trusted: their fit did not converge, or their Hessian is singular and "
+    "they got none; the report counts them. Allow more iterations, or raise the weights"
+)
+"""One text for all counts, so that a training shows it once."""
 SOLVERS = ("lm", "lbfgs")
+LBFGS_TOLERANCE = (
+    1e-3  # of the signal: sums over all pixels in single precision see no further; the default leaves half of them "open"
+)
 NEAR_BOUND = 1e-2  # part of the range: a tanh creeps towards a bound and never arrives
 
 
@@ -63,6 +73,11 @@ class NonlinearSettings:
     tolerance: float = 1e-5
     least_pivot: float = 1e-5
     lbfgs: LBFGSSettings = field(default_factory=LBFGSSettings)
+
+    @classmethod
+    def of(cls, solver: str) -> NonlinearSettings:
+        """A solver with the tolerance that it can keep in single precision."""
+        return cls(solver, tolerance=LBFGS_TOLERANCE) if solver == "lbfgs" else cls(solver)
 
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
@@ -148,6 +163,12 @@ def solve_nonlinear(
     p, report
         Parameters ``(batch, parameter, *pixels)`` and how every pixel ended.
 
+    Warns
+    -----
+    UntrustedGradient
+        In the backward pass, when a pixel's fit did not converge or its Hessian is singular; the report says where. (A parameter on
+        its bound is no reason: its gradient is zero, and that is right.)
+
     Raises
     ------
     DataError
@@ -231,6 +252,8 @@ class _Attached(torch.autograd.Function):
         p, held = _columns(parameters), _columns(ctx.report.at_bound)
         direction, jacobian, singular = problem.implicit(p, _columns(gradient), held, ctx.settings.least_pivot)
         ctx.report.singular = singular.reshape(ctx.report.converged.shape)
+        if bool((ctx.report.singular | ~ctx.report.converged).any()):
+            warnings.warn(DOUBT, UntrustedGradient, stacklevel=2)
         of_data = of_prior = of_weight = None
         if ctx.needs_input_grad[0]:
             of_data = _images((jacobian * direction).sum(1), data)

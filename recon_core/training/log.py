@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,15 +21,23 @@ class TrainingLog:
         self.path = path
 
     def add(self, step: int, figures: Mapping[str, float], validation: Mapping[str, float]) -> None:
-        """Append a row."""
-        new = not self.path.is_file()
+        """Append a row; a file that an earlier version began keeps its columns."""
+        columns = self._columns()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
-            if new:
-                writer.writerow(["step", *figures, "validation"])
+            if columns is None:
+                columns = list(figures)
+                writer.writerow(["step", *columns, "validation"])
             texts = " ".join(f"{name}={value:.6g}" for name, value in validation.items())
-            writer.writerow([step, *(f"{value:.6g}" for value in figures.values()), texts])
+            writer.writerow([step, *(f"{figures.get(name, math.nan):.6g}" for name in columns), texts])
+
+    def _columns(self) -> list[str] | None:
+        """Names of the figures, as the file began; ``None`` if it has not begun."""
+        if not self.path.is_file():
+            return None
+        with open(self.path, newline="", encoding="utf-8") as file:
+            return next(csv.reader(file), ["", ""])[1:-1]
 
     def forget_after(self, step: int) -> None:
         """Drop the rows of later steps: a crash undid them, and they will be written again."""

@@ -38,6 +38,9 @@ from recon_core.training.log import TrainingLog
 Tensor = torch.Tensor
 CHECKPOINT = "checkpoint"
 LOG = "log.csv"
+Figure = float | Callable[[], float]
+"""For the log; what only the backward pass knows is asked for after it."""
+
 LONGEST_STREAK = 50  # skipped steps in a row: by then the training has diverged
 
 
@@ -77,7 +80,7 @@ class Task(Protocol):
     def groups(self) -> list[ParameterGroup]:
         """The parameters, in a fixed order."""
 
-    def loss(self, step: int) -> tuple[Tensor, Mapping[str, float]]:
+    def loss(self, step: int) -> tuple[Tensor, Mapping[str, Figure]]:
         """Of the step's batch, and figures for the log."""
 
     def validate(self, step: int) -> Validation:
@@ -345,7 +348,8 @@ class _Run:
             raise NumericalError(
                 "training diverged", where=f"step {self.step}", got=f"{self.streak} skipped batches in a row"
             )
-        return value, {**figures, "gradient_norm": norm, "rate": rate}
+        known = {name: figure() if callable(figure) else figure for name, figure in figures.items()}
+        return value, {**known, "gradient_norm": norm, "rate": rate}
 
     @torch.no_grad()
     def _follow(self) -> None:

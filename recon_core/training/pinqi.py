@@ -22,6 +22,7 @@ from recon_core.simulation.anatomy import Anatomy
 from recon_core.simulation.brainweb import open_anatomy
 from recon_core.simulation.quantitative_brain import QuantitativeBrains
 from recon_core.simulation.random_fields import sample_seed
+from recon_core.solvers.nonlinear_layer import NonlinearSettings
 from recon_core.training.checkpoint import load_into, read_pair
 from recon_core.training.loop import Progress, Task, TrainingResult, train
 from recon_core.training.pinqi_tasks import EndToEnd, PinqiRecipe, Pretraining, typical_amplitude
@@ -104,7 +105,8 @@ def run(
         precision=recipe.precision,
         recompute=settings.recompute,
     )
-    network = Pinqi(recipe.samples.model, choice).to(device)
+    solver = NonlinearSettings.of(recipe.nonlinear_solver)
+    network = Pinqi(recipe.samples.model, choice, nonlinear=solver).to(device)
     if settings.initial:
         tensors, _ = read_pair(settings.initial, device)
         load_into(

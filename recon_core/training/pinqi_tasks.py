@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from recon_core.operators.batched_sense import BatchedSense
 from recon_core.problem import Problem, pose, signal_scale
 from recon_core.simulation.anatomy import Anatomy
 from recon_core.simulation.quantitative_brain import SATURATION_TIMES, BrainBatch, QuantitativeBrains, SampleRecipe
-from recon_core.training.loop import LoopSettings, ParameterGroup, Validation
+from recon_core.solvers.nonlinear_layer import NonlinearReport, NonlinearSettings
+from recon_core.training.loop import Figure, LoopSettings, ParameterGroup, Validation
 from recon_core.training.losses import deep_supervision, weighted_mse
 from recon_core.training.runs import TrainingRecipe
 from recon_core.types import KSpace, Report
@@ -69,6 +71,8 @@ class PinqiRecipe(TrainingRecipe):
         Images from which the iterations begin, and what the parameter network gives, see `PinqiSettings`.
     pretrain_scale
         Factor on the published learning rates of the pretraining.
+    nonlinear_solver
+        Of Eq. 13, see `NonlinearSettings`: ``"lm"``, or ``"lbfgs"`` as published.
     initial_sha256
         sha256 of the weights from which the networks began; empty: random ones.
     """
@@ -80,6 +84,7 @@ class PinqiRecipe(TrainingRecipe):
     reuse: int = 1
     t1_weight: float = 0.0
     pretrain_scale: float = 1.0
+    nonlinear_solver: str = "lm"
     initial_sha256: str = ""
     size: int = 192
     times: tuple[float, ...] = SATURATION_TIMES
@@ -113,9 +118,17 @@ class PinqiRecipe(TrainingRecipe):
                 raise SettingError(
                     f"unknown {name}", where="PINQI training", got=getattr(self, name), expected=", ".join(known)
                 )
+        NonlinearSettings.of(self.nonlinear_solver)  # raises
         least = min(self.epochs, self.pretrain_epochs, self.n_validation, self.t1_weight)
         if self.batch < 1 or self.reuse < 1 or not least >= 0 or self.epochs + self.pretrain_epochs == 0:
             raise SettingError("impossible recipe", where="PINQI training", got=self)
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON; the usual solver is left out, so that trainings from before there was a choice go on."""
+        facts = super().facts()
+        if self.nonlinear_solver == "lm":
+            del facts["nonlinear_solver"]
+        return facts
 
     @property
     def samples(self) -> SampleRecipe:
@@ -335,7 +348,7 @@ class EndToEnd(_PinqiTask):
         rest = [p for p in net.parameters() if id(p) not in taken]
         return [*groups, ParameterGroup("lambdas", rest, r.lambda_rate, 1e-5)] if rest else groups
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Figure]]:
         """Mean squared error of all parameters, brain 1.01 and elsewhere 0.01, with deep supervision."""
         batch = self.samples.batch(step)
         operator, rhs, start = self.aliased(batch)
@@ -353,9 +366,12 @@ class EndToEnd(_PinqiTask):
         )
         if self.recipe.t1_weight:
             loss = loss + self.recipe.t1_weight * t1_error(found.parameters, truth, brain)
-        figures = {"rate_error": float((found.parameters.detach()[:, 2:] - truth[:, 2:])[brain > 0].abs().mean())}
+        figures: dict[str, Figure] = {
+            "rate_error": float((found.parameters.detach()[:, 2:] - truth[:, 2:])[brain > 0].abs().mean())
+        }
         if found.nonlinear:
             figures["unconverged"] = float(sum(r.n_unconverged for r in found.nonlinear))
+            figures["singular"] = lambda: _singular(found.nonlinear)
         return loss, figures
 
     def validate(self, step: int) -> Validation:
@@ -369,6 +385,12 @@ class EndToEnd(_PinqiTask):
             rows.append(t1_figures(t1, truth, brain))
             pictures[f"t1_{i}"] = _side_by_side(t1, truth, brain)
         return Validation(_means(rows), pictures)
+
+
+def _singular(reports: Sequence[NonlinearReport]) -> float:
+    """Pixels of all iterations without a gradient; NaN where no backward pass has run."""
+    counts = [r.n_singular for r in reports]
+    return float(sum(n for n in counts if n is not None)) if any(n is not None for n in counts) else math.nan
 
 
 def network_groups(

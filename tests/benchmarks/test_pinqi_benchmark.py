@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from benchmarks import common, pinqi, pinqi_phantom, pinqi_speed
-from benchmarks.pinqi_methods import T1_RANGE, Sample, classical, fitted, learned, zero_filled
+from benchmarks.pinqi_methods import (
+    SWITCHED_OFF,
+    T1_RANGE,
+    Sample,
+    classical,
+    fitted,
+    learned,
+    switched_off,
+    zero_filled,
+)
+from recon_core.methods.pinqi.model import PinqiSettings
 from recon_core.methods.pinqi.weights import TrainedPinqi, load_weights
 from recon_core.simulation.head_atlas import HeadAtlas
 from recon_core.simulation.options import settings_for
@@ -43,6 +53,21 @@ def test_complete_data_give_every_method_the_true_map(trained: TrainedPinqi) -> 
         assert s.score(answer.t1)["nrmse"] < 0.01, name
         assert answer.cpu_s > 0 and answer.wall_s > 0
         assert T1_RANGE[0] <= answer.t1.min() and answer.t1.max() <= T1_RANGE[1]
+
+
+def test_a_part_that_is_switched_off_is_not_used_and_the_others_are_what_they_were(tmp_path: Path) -> None:
+    trained = load_weights(save_network(tmp_path, "whole", PinqiSettings(), times=SATURATION_TIMES))
+    s = sample(4.0, 0.02)
+    whole, found = learned(trained)(s).t1, {}
+    for name in SWITCHED_OFF:
+        without = switched_off(trained, name)
+        own = trained.network.state_dict()
+        assert all(torch.equal(value, own[key]) for key, value in without.network.state_dict().items())
+        if name in ("a", "h"):
+            found[name] = learned(without)(s).t1
+            assert not np.array_equal(found[name], whole), name
+    assert switched_off(trained, "h").network.parameter_net is None and switched_off(trained, "b").network.image_net is None
+    assert not np.array_equal(found["a"], found["h"])
 
 
 def test_complete_data_are_fitted_once_for_all_methods(

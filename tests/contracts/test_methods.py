@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from recon_core.errors import CalibrationError, DataError, ReconError, UnknownMethod
-from recon_core.methods import Method, get_method, is_separable, methods
+from recon_core.methods import Method, delivered_maps, get_method, is_separable, methods
 from recon_core.settings import describe, parse_settings
 from recon_core.state_images import StateImages, join_states
 from recon_core.types import KSpace, Report, Result
@@ -86,6 +86,8 @@ def test_shapes_and_types(method: Method, shape: tuple[int, int, int]) -> None:
         assert bool(torch.isfinite(series.data.abs()).all())
     for parameter in result.maps:
         assert tuple(parameter.data.shape) == shape and parameter.data.dtype == torch.float32
+    stated = delivered_maps(method.NAME)
+    assert stated is None or {parameter.name for parameter in result.maps} == stated
     assert all(isinstance(value, float) for value in result.quality.values())
 
 

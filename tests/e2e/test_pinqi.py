@@ -68,7 +68,7 @@ def test_maps_arrive_with_units_windows_and_geometry(brain_answer: tuple[Simulat
         ("T1", ("ms",), 1.0, (1600, 1600)),
         ("T1SD", ("ms",), 1.0, (100, 200)),
         ("M0", None, None, None),  # the images' own unit
-        ("M0_PHASE", ("mrad",), None, None),
+        ("M0_PHASE", ("mrad",), 2.0, (0, 6283)),
     ):
         image = found[role][0]
         m = meta(image)
@@ -78,7 +78,7 @@ def test_maps_arrive_with_units_windows_and_geometry(brain_answer: tuple[Simulat
         if window is None:  # it shows what there is
             low, high = np.nanpercentile(shown, (5, 95))
             assert center - width / 2 <= low and high <= center + width / 2
-            assert width <= (2 * np.pi * 1e3 if role == "M0_PHASE" else 1.5 * np.nanmax(shown))
+            assert width <= 1.5 * np.nanmax(shown)
         else:
             assert (center, width) == window
         assert any("weights" in text for text in m["ImageComment"])
@@ -169,6 +169,11 @@ def test_a_scan_that_the_weights_do_not_know_is_answered_by_llr_with_a_fit(
     found = by_role(answer)
     assert len(found["Image"]) == len(change["delays"].split(","))
     assert ("T1" in found) == maps
+    if maps:  # those that the network would have sent, and no others
+        assert set(found) - {"Image"} == {"T1", "T1SD", "M0", "M0_PHASE"}
+        own = by_role(ask(service, "llr_t1", in_memory("satrec", **{**SMALL, **change}), map_model="saturation_recovery"))
+        np.testing.assert_allclose(in_ms(found["M0_PHASE"][0]), in_ms(own["M0_PHASE"][0]), atol=4.0)
+        assert "T1RESIDUAL" in own
 
 
 def test_without_delay_times_the_images_come_and_the_reason_is_said(service: Service, tubes: SimulatedScan) -> None:

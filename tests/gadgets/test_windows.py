@@ -28,6 +28,18 @@ def test_t1_is_stored_in_milliseconds_with_the_window_of_the_field_strength() ->
     assert map_display("t1", "s", t1, None).window == Window(1300, 1300)
 
 
+def test_a_phase_map_shows_the_whole_circle_in_steps_of_two_milliradians() -> None:
+    phase = np.array([-np.pi, -1.0, 0.0, 1.0, np.pi])
+    display = map_display("M0_phase", "rad", phase, 3.0)
+    assert (display.role, display.unit, display.window) == ("M0_PHASE", "mrad", Window(0, 6283))
+    scaling = display.scaling(12)
+    codes, saturated = scaling.encode(phase * display.factor)
+    assert saturated == 0 and codes[2] == 2048 and scaling.slope == 2.0
+    np.testing.assert_allclose(scaling.decode(codes), 1e3 * phase, atol=1.0)
+    # and a slice that lies on one side only is shown like all the others
+    assert map_display("M0_phase", "rad", phase[3:], 3.0) == display
+
+
 def test_susceptibility_codes_leave_zero_for_the_padding() -> None:
     display = map_display("chi", "ppm", np.array([-1.0, 1.0]), None)
     scaling = display.scaling(12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from recon_core.errors import DataError, SettingError
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.signal_models import InversionRecovery, MultiEcho, SaturationRecovery, SignalModel, ThreeParameterRecovery
 from recon_core.solvers.lbfgs import LBFGSSettings
-from recon_core.solvers.linear_layer import LinearSettings, solve_linear
+from recon_core.solvers.linear_layer import LinearSettings, UntrustedGradient, solve_linear
 from recon_core.solvers.nonlinear_layer import NonlinearReport, NonlinearSettings, solve_nonlinear
 
 Tensor = torch.Tensor
@@ -159,7 +160,9 @@ def test_pixels_without_signal_get_no_gradient_and_are_counted() -> None:
     data[0, :, 1, 2] = 0
     start = prior.clone()
     start[0, :2, 1, 2] = 0
-    _, report, of = gradients(data, prior, torch.tensor(0.0), initial=start)
+    with pytest.warns(UntrustedGradient, match="nonlinear layer: the gradient of some pixels"):
+        _, report, of = gradients(data, prior, torch.tensor(0.0), initial=start)
+    assert report.n_unconverged == 0 or report.n_singular  # the warning is about the singular one
     assert report.singular is not None and report.n_singular == 1 and bool(report.singular[0, 1, 2])
     assert float(of[0][0, :, 1, 2].abs().max()) == 0 and all(
         bool(torch.isfinite(torch.view_as_real(of[0])).all()) for _ in of
@@ -175,11 +178,29 @@ def test_away_from_a_minimum_the_hessian_is_not_trusted() -> None:
     data, prior = single(1, 24, 24, noise=0.1)
     start = torch.tensor([-0.5, 0.5, -0.5]).reshape(1, 3, 1, 1).expand_as(prior)
     settings = NonlinearSettings(max_iterations=1)
-    _, report, of = gradients(data, prior, torch.tensor(0.0), initial=start, settings=settings)
+    with pytest.warns(UntrustedGradient):
+        _, report, of = gradients(data, prior, torch.tensor(0.0), initial=start, settings=settings)
     assert report.singular is not None and report.n_singular is not None and report.n_singular > 10
     assert report.n_unconverged > 500 and int(report.iterations.max()) == 1
     assert float(of[0].abs().sum(1)[report.singular].max()) == 0
     assert report.gradient_trusted is not None and not bool((report.gradient_trusted & report.singular).any())
+
+
+def test_says_when_a_fit_ran_out_of_steps_and_is_silent_otherwise() -> None:
+    """A well-posed pixel that is not at its minimum has a gradient, of another point."""
+    data, prior = single(1, 8, 8)
+    with pytest.warns(UntrustedGradient, match="did not converge"):
+        _, report, of = gradients(
+            data, 1.3 * prior, torch.tensor(0.5), settings=NonlinearSettings(max_iterations=1, tolerance=1e-7)
+        )
+    assert report.n_unconverged > 32 and report.n_singular == 0 and float(of[0].abs().min()) > 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, fine, _ = gradients(data, 1.3 * prior, torch.tensor(0.5), bounds=((-2.0, -2.0, -1.0), (3.0, 2.0, 0.6)))
+        solve_nonlinear(
+            SATURATION, data, prior, 0.5, settings=NonlinearSettings(max_iterations=1)
+        )  # nobody asks for a gradient
+    assert fine.n_unconverged == 0 and fine.n_at_bound > 0  # a bound is no reason to doubt
 
 
 def test_reports_without_backward() -> None:

@@ -235,6 +235,14 @@ def test_other_recoveries_and_limits_are_settings() -> None:
     found = t1_maps(ImageSeries("image", images), scan, None, replace(T1, map_model="saturation_recovery"))
     inside = interior() & found.maps[0].valid[0].numpy()
     np.testing.assert_allclose(found.maps[0].data[0].numpy()[inside], t1[inside], rtol=0.02)
+    turned = ImageSeries("image", images * np.exp(-0.7j))
+    for noise in (None, ImageNoise(1e-4, True)):
+        more = t1_maps(turned, scan, noise, replace(T1, map_model="saturation_recovery")).maps
+        assert [(m.name, m.unit) for m in more[3:]] == [("T1_residual", "1"), ("M0_phase", "rad")]
+        np.testing.assert_allclose(more[4].data[more[4].valid].numpy(), -0.7, atol=1e-3)
+        assert torch.equal(more[4].valid, more[0].valid) and not bool(more[4].data[~more[4].valid].any())
+    magnitudes = t1_maps(ImageSeries("image", images.abs()), scan, None, replace(T1, map_model="saturation_recovery"))
+    assert "M0_phase" not in [m.name for m in magnitudes.maps]
     short = t1_maps(ImageSeries("image", images), scan, None, replace(T1, map_model="saturation_recovery", map_t1_max=1.0))
     assert float(short.maps[0].data.max()) <= 1.0
     with pytest.raises(DataError, match="no saturation times"):

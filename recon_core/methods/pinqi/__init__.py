@@ -2,6 +2,7 @@
 
 from recon_core.methods.pinqi.reconstruction import (
     FIDELITY,
+    MAPS,
     NAME,
     NEEDS_COIL_MAPS,
     ROUNDING,
@@ -14,6 +15,7 @@ from recon_core.methods.pinqi.settings import Settings
 
 __all__ = [
     "FIDELITY",
+    "MAPS",
     "NAME",
     "NEEDS_COIL_MAPS",
     "ROUNDING",

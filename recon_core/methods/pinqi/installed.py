@@ -26,7 +26,7 @@ def find_weights(name: str) -> Path:
     return find_installed(name, "pinqi")
 
 
-def installed_weights(name: str, device: torch.device, precision: str) -> TrainedPinqi:
+def installed_weights(name: str, device: torch.device, precision: str, nonlinear_solver: str = "lm") -> TrainedPinqi:
     """The network called ``name`` on a device; read, and its sha256 checked, once and again when its JSON changes.
 
     Raises
@@ -35,9 +35,9 @@ def installed_weights(name: str, device: torch.device, precision: str) -> Traine
         As `find_weights` and `load_weights`.
     """
     path = find_weights(name)
-    return _load(path, path.stat().st_mtime_ns, str(device), precision)
+    return _load(path, path.stat().st_mtime_ns, str(device), precision, nonlinear_solver)
 
 
 @lru_cache(maxsize=MOST_LOADED)
-def _load(path: Path, changed: int, device: str, precision: str) -> TrainedPinqi:
-    return load_weights(path, device, precision)
+def _load(path: Path, changed: int, device: str, precision: str, nonlinear_solver: str) -> TrainedPinqi:
+    return load_weights(path, device, precision, nonlinear_solver)

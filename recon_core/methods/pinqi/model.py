@@ -185,7 +185,7 @@ class PinqiOutput:
         Everything deep supervision looks at, the last one being ``parameters``: the parameter network's first output, where
         there is one, then the result of every iteration.
     linear, nonlinear
-        How well each subproblem was solved, per iteration.
+        How well each subproblem was solved, per iteration; without a parameter network a first fit comes before them.
     """
 
     parameters: Tensor
@@ -378,14 +378,16 @@ class Pinqi(nn.Module):
     def _coupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor, strengths: Strengths) -> PinqiOutput:
         settings = self.settings
         image_tags, parameter_tags = settings.image_tags, settings.parameter_tags
-        predictions, linear, nonlinear = [], [], []
+        predictions, linear = [], []
+        nonlinear: list[NonlinearReport] = []
         y_reg = self.predict_images(y, image_tags[0]) if settings.image_network == "once" else None
         if self.parameter_net is not None:
             p_reg = p = self.predict_parameters(y, parameter_tags[0], strengths.noise)
             predictions.append(p)
         else:
             p_reg = None
-            p, _ = self._solve_parameters(y, None, None, 0, strengths)
+            p, fitted = self._solve_parameters(y, None, None, 0, strengths)
+            nonlinear += [fitted] if fitted is not None else []
         for i in range(settings.n_iterations):
             if settings.image_network == "each":
                 y_reg = self.predict_images(y, image_tags[i])

@@ -28,6 +28,8 @@ ROUNDING = 1e-3
 """Solvers stop at a tolerance; where there is no signal their end point is anywhere within it."""
 FIDELITY = 0.2
 """What it has learned stays in images of complete data as well."""
+MAPS = {"T1": "s", "T1_SD": "s", "M0": "1", "M0_phase": "rad"}
+"""Names and units."""
 
 MOST_EMPTY = 0.2  # part of the pixels with signal without a believable T1 above which the operator is told
 
@@ -43,7 +45,7 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
         As `reconstruct_with`.
     """
     check_geometry(kspace, scan)
-    trained = installed_weights(settings.weights, kspace.data.device, settings.precision)
+    trained = installed_weights(settings.weights, kspace.data.device, settings.precision, settings.nonlinear_solver)
     return reconstruct_with(trained, kspace, scan, settings, report)
 
 
@@ -299,9 +301,8 @@ def _nothing(kspace: KSpace, report: Report) -> Result:
     zero = torch.zeros(shape, device=kspace.data.device)
     nothing = zero.bool()
     images = torch.zeros((kspace.n_states, *shape), dtype=torch.complex64, device=kspace.data.device)
-    units = {"T1": "s", "T1_SD": "s", "M0": "1", "M0_phase": "rad"}
     return Result(
         images=(ImageSeries("image", images),),
-        maps=tuple(ParameterMap(name, zero, unit, nothing, text) for name, unit in units.items()),
+        maps=tuple(ParameterMap(name, zero, unit, nothing, text) for name, unit in MAPS.items()),
         notes=(text,),
     )

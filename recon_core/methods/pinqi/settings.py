@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from recon_core.methods.pinqi.model import PRECISIONS
 from recon_core.settings import setting
+from recon_core.solvers.nonlinear_layer import SOLVERS
 
 DEFAULT_WEIGHTS = "pinqi_t1"
 FAILURES = ("mark", "error")
@@ -29,6 +30,11 @@ class Settings:
         choices=("noise", "learned"),
     )
     precision: str = setting("float32", "of the networks; bfloat16 is for GPUs", choices=PRECISIONS)
+    nonlinear_solver: str = setting(
+        "lm",
+        "of the parameters' subproblem: Levenberg-Marquardt for every pixel, or one L-BFGS for all as published, slower and less exact",
+        choices=SOLVERS,
+    )
     t1_min: float = setting(0.05, "shortest plausible T1", unit="s", low=0.001, high=1.0)
     t1_max: float = setting(6.0, "longest plausible T1", unit="s", low=1.0, high=60.0)
     signal_floor: float = setting(

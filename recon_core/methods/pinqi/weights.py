@@ -13,6 +13,7 @@ from recon_core.errors import SettingError
 from recon_core.methods.pinqi.model import Pinqi, PinqiSettings
 from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule
 from recon_core.signal_models import SaturationRecovery, SignalModel
+from recon_core.solvers.nonlinear_layer import NonlinearSettings
 from recon_core.training.checkpoint import WeightError, load_into, read_weights, write_pair
 
 METHOD = "pinqi"
@@ -68,8 +69,10 @@ def save_weights(directory: str | Path, name: str, network: Pinqi, times: Sequen
     return write_pair(directory, name, network.state_dict(), stated)
 
 
-def load_weights(path: str | Path, device: torch.device | str = "cpu", precision: str = "float32") -> TrainedPinqi:
-    """The network whose JSON is ``path``.
+def load_weights(
+    path: str | Path, device: torch.device | str = "cpu", precision: str = "float32", nonlinear_solver: str = "lm"
+) -> TrainedPinqi:
+    """The network whose JSON is ``path``, with a solver of Eq. 13 (see `NonlinearSettings.of`): any serves weights of any.
 
     Raises
     ------
@@ -88,7 +91,8 @@ def load_weights(path: str | Path, device: torch.device | str = "cpu", precision
         model: SignalModel = MODELS[facts["signal_model"]](times, is_complex=bool(facts["is_complex"]))
     except (KeyError, TypeError, ValueError, SettingError) as error:
         raise WeightError("incomplete description of weights", where=where, got=str(error)) from None
-    network = Pinqi(model, settings).to(device).eval()
+    solver = NonlinearSettings.of(nonlinear_solver)
+    network = Pinqi(model, settings, nonlinear=solver).to(device).eval()
     load_into(network, tensors, where)
     return TrainedPinqi(network.requires_grad_(False), times, amplitude, facts, rule)
 

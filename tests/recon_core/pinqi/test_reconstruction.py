@@ -260,6 +260,29 @@ def test_damaged_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         reconstruct(s.kspace, s.scan, Settings(weights="site"), Report())
 
 
+def test_the_published_solver_is_a_setting_and_gives_the_same_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped proportions: both networks as published, five iterations."""
+    save_network(tmp_path, "site", PinqiSettings())
+    monkeypatch.setenv(FOLDERS, str(tmp_path))
+    s = saturation_scan((32, 30), keep=0.6, noise=0.01)
+    lm, published = (
+        reconstruct(
+            s.kspace,
+            s.scan,
+            # what random networks say does not fit the data: it is shown all the same
+            Settings(weights="site", nonlinear_solver=solver, max_relative_sd=10.0, quality_noise=1000.0),
+            Report(),
+        )
+        for solver in ("lm", "lbfgs")
+    )
+    t1, other = maps_of(lm)["T1"], maps_of(published)["T1"]
+    valid, also = (result.maps[0].valid[0].numpy() for result in (lm, published))
+    both = valid & also
+    assert not np.array_equal(t1, other)  # another solver, indeed
+    assert valid.sum() > 200 and both.sum() > 0.98 * valid.sum()
+    assert np.linalg.norm((t1 - other)[both]) < 2e-3 * np.linalg.norm(t1[both])
+
+
 def test_what_was_learned_counts_less_where_there_is_less_noise(untrained: TrainedPinqi) -> None:
     s = saturation_scan(noise=1e-3, keep=0.6)
     truth = np.stack([s.m0 * (1 - np.exp(-t / s.t1)) for t in TIMES])

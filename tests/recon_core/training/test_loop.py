@@ -39,12 +39,17 @@ class Regression:
         first, *rest = self.module.parameters()
         return [ParameterGroup("first", [first], 0.01, 0.0), ParameterGroup("rest", rest, 0.02)]
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         self.modes.append(self.module.training)
         x = torch.rand(16, 1, generator=torch.Generator().manual_seed(step)) + 0.1 * torch.randn(16, 1)
         x = x + float(np.random.normal(0, 0.01))  # noqa: NPY002
         loss = (self.module(x) - torch.sin(6 * x)).square().mean()
-        return (loss * 100 if step in self.outliers else loss), {"mean_x": float(x.mean())}
+        weight = next(self.module.parameters())
+        figures = {
+            "mean_x": float(x.mean()),
+            "slope": lambda: math.nan if weight.grad is None else float(weight.grad.norm()),
+        }
+        return (loss * 100 if step in self.outliers else loss), figures
 
     def validate(self, step: int) -> Validation:
         assert not self.module.training and not torch.is_grad_enabled()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
 from recon_core.methods.pinqi.weights import load_weights
 from recon_core.simulation.head_atlas import HeadAtlas
 from recon_core.simulation.quantitative_brain import QuantitativeBrains
+from recon_core.solvers.linear_layer import UntrustedGradient
 from recon_core.training.loop import LoopSettings, Progress, train
 from recon_core.training.pinqi import RunSettings, main, parser, run
 from recon_core.training.pinqi_tasks import EndToEnd, PinqiRecipe, Pretraining, TrainingSamples, typical_amplitude
@@ -105,6 +107,32 @@ def test_a_training_may_begin_from_llr_images_and_from_weights_and_says_so(whole
         after(operator, rhs)
     true = operator.enter_image(batch.images)
     assert not torch.equal(after(operator, rhs, true).parameters, before(operator, rhs).parameters)
+
+
+def test_pixels_without_a_trusted_gradient_are_logged(whole: Path, atlas: HeadAtlas) -> None:
+    with open(whole / "training" / "log.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert all(0 <= float(row["singular"]) < 32**2 and float(row["unconverged"]) >= 0 for row in rows)
+    recipe = replace(TINY, ablation="c")  # nothing but the data holds the parameters: hardly anything in air
+    task = EndToEnd(small_network(recipe), recipe, atlas, torch.device("cpu"), 0)
+    loss, figures = task.loss(0)
+    singular = figures["singular"]
+    assert callable(singular) and math.isnan(singular())  # nobody knows yet
+    with pytest.warns(UntrustedGradient, match="nonlinear"):
+        loss.backward()
+    assert 0 < singular() < 6 * 32**2
+
+
+def test_the_published_solver_can_be_trained_with_and_is_recorded(whole: Path, tmp_path: Path) -> None:
+    recipe = replace(TINY, nonlinear_solver="lbfgs", pretrain_epochs=0.0, epochs=0.001, n_validation=0)
+    _, weights = run(recipe, tmp_path, replace(CPU, validate_every=0))
+    assert json.loads(weights.read_text())["recipe"]["nonlinear_solver"] == "lbfgs"
+    assert PinqiRecipe.from_facts(json.loads((tmp_path / "recipe.json").read_text())) == recipe
+    # trainings from before there was a choice are the same trainings
+    assert "nonlinear_solver" not in json.loads((whole / "recipe.json").read_text())
+    with pytest.raises(SettingError, match="no such solver"):
+        replace(TINY, nonlinear_solver="newton")
+    assert parser().parse_args(["--output", "x", "--nonlinear-solver", "lbfgs"]).nonlinear_solver == "lbfgs"
 
 
 def test_a_folder_with_a_training_is_not_overwritten_or_mixed(whole: Path) -> None:
