@@ -219,7 +219,7 @@ class DaskPool:
         Exception
             Who answers does not trust us, is not to be trusted, or speaks something else.
         """
-        from distributed.comm import CommClosedError, connect
+        from distributed.comm.core import CommClosedError, connect
 
         arguments = (security or self._distributed.Security()).get_connection_args("client")
 

@@ -274,7 +274,7 @@ class _Images(contextlib.ExitStack):
 
 def _session(source: Source) -> BinaryIO:
     """A file's messages as they would come through a pipe."""
-    return io.BufferedReader(_Pieces(source), PIECE_BYTES)  # type: ignore[return-value]
+    return io.BufferedReader(_Pieces(source), PIECE_BYTES)
 
 
 class _Pieces(io.RawIOBase):
