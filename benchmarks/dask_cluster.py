@@ -15,8 +15,8 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "DASK_DISTRIBUTED__WORKER__PROFILE__ENABL
 
 
 @contextmanager
-def dask_cluster(folder: Path, n_workers: int, tls: Sequence[str] = ()) -> Iterator[str]:
-    """The scheduler's address. ``tls`` are the options of both commands: ``--tls-ca-file`` and so on."""
+def dask_cluster(folder: Path, n_workers: int, tls: Sequence[str] = (), port: int = 0) -> Iterator[str]:
+    """The scheduler's address. ``tls`` are the options of both commands: ``--tls-ca-file`` and so on; port 0 is any."""
     folder.mkdir(parents=True, exist_ok=True)
     started: list[subprocess.Popen[bytes]] = []
     log = (folder / "dask.log").open("wb")
@@ -40,7 +40,7 @@ def dask_cluster(folder: Path, n_workers: int, tls: Sequence[str] = ()) -> Itera
 
     try:
         protocol = ["--protocol", "tls"] if tls else []
-        start("scheduler", "--port", "0", "--scheduler-file", str(contact), *protocol)
+        start("scheduler", "--port", str(port), "--scheduler-file", str(contact), *protocol)
         address = _address(contact, started[0], folder)
         for _ in range(n_workers):
             start("worker", address, "--nthreads", "1", "--memory-limit", "0", "--local-directory", str(folder), *protocol)

@@ -3,7 +3,8 @@
 #   sbatch docker/slurm.sh
 #   scancel --batch --signal=TERM JOB     (the end: scans under way are answered first, as when the job's time is over)
 # A plain scancel ends the workers at once and the server 30 s later (KillWait); the next server reconstructs what was left.
-# The first node runs server and scheduler; every task of the job is one worker with one GPU.
+# The first node runs server and scheduler; every task of the job is one worker with one GPU. The server takes scans at once and computes them
+# on its own processors until scheduler and workers are there.
 # RECON_ENV: the environment in which recon-gadgets[dask] is installed, on a file system that all nodes see.
 # RECON_TLS: folder with ca.pem, cert.pem and key.pem (docs/console.md). Who can reach the scheduler can run code on the workers, so
 #            there is no form of this without certificates.

@@ -6,6 +6,7 @@ import contextlib
 import json
 import mmap
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 from gadgets.errors import SpoolError
 
-JOB_SUFFIX = ".job"
+CAPTURE_SUFFIX, JOB_SUFFIX = ".mrd", ".job"
 WINDOW_BYTES = 32 << 20
 
 
@@ -105,6 +106,14 @@ def amend_sidecar(capture: Path, **changes: Any) -> None:
 def job_folder_of(capture: Path) -> Path:
     """The folder of what came of a capture: part of it, in size and in when it is removed."""
     return capture.with_suffix(JOB_SUFFIX)
+
+
+def capture_beside(images: Path) -> Path | None:
+    """Where the capture lies of which a file in a job's folder was made, there or not; ``None`` for a file anywhere else."""
+    folder = images.resolve().parent
+    if re.fullmatch(r"r\d+", folder.name):  # a retry
+        folder = folder.parent
+    return folder.with_suffix(CAPTURE_SUFFIX) if folder.suffix == JOB_SUFFIX else None
 
 
 def windows(path: Path, size: int = WINDOW_BYTES) -> Iterator[memoryview]:

@@ -2,7 +2,8 @@
 
 A slice leaves with its prepared readouts, so that workers need none of the server's files; twice a second the workers are asked for
 what their tasks have said. Everything else of a scan stays on the server's own workers, where its files are. When the cluster is
-gone, has no worker, or cannot be reached, slices are computed here, and the log says so.
+gone, has no worker, or cannot be reached (also when the server starts: no scan must be missed for it), slices are computed here, the
+log says so, and the scheduler is looked for.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ BUSY, IDLE = 0.5, 2.0
 AHEAD = 2  # tasks sent for each one that is computed: the next one has to be there when a worker is free
 PATIENCE = 10.0  # s for an answer of the scheduler
 CONNECT = 10.0  # s to reach it
-AGAIN = 5.0  # s between attempts to reach a scheduler that was lost
+AGAIN = 5.0  # s between attempts to reach a scheduler that was lost, or was not there yet
 DESERTED = 20.0  # s without any worker after which what was sent is computed here
 SPEECHLESS = 60.0  # s that a task of an abandoned scan may be silent before its worker is ended
 
@@ -45,6 +46,10 @@ SETTINGS = {
     # looks at every thread's stack 100 times a second, for a page that nobody opens
     "distributed.worker.profile.enabled": False,
 }
+
+
+class _Away(ConnectionError):
+    """Nobody answers at the scheduler's address: it may still come. Whoever answers and is none, or refuses us, is something else."""
 
 
 @dataclass(eq=False)
@@ -73,7 +78,7 @@ class DaskPool:
     Raises
     ------
     SchedulerError
-        The extra is not installed, the scheduler cannot be reached or refuses us, or a worker has other versions.
+        The extra is not installed, the scheduler refuses us, or a worker has other versions. One that does not answer is no error.
     """
 
     def __init__(
@@ -88,6 +93,7 @@ class DaskPool:
         self._empty_since = time.monotonic()
         self._cluster: Any = None
         self._client: Any = None
+        self._problem = ""  # why there is no client, as the log has it
         self._closed = threading.Event()
         self._look_now = threading.Event()
         self._senders = ThreadPoolExecutor(2, thread_name_prefix="ship")
@@ -95,6 +101,8 @@ class DaskPool:
         try:
             self._connect()
             self._look()
+        except OSError as error:  # after a power cut everything starts at once
+            self._lost(error)
         except BaseException:
             self.close()
             raise
@@ -119,7 +127,8 @@ class DaskPool:
 
     def warm(self) -> None:
         """Workers were made ready when they joined."""
-        log.info("event=cluster_ready tasks=%d threads=%d", self.capacity, self._threads)
+        if self._client is not None:
+            log.info("event=cluster_ready tasks=%d threads=%d", self.capacity, self._threads)
 
     def start(self, task: Task) -> None:
         key = uuid.uuid4().hex
@@ -155,6 +164,15 @@ class DaskPool:
     # ---- the connection ------------------------------------------------------------------------------------------------
 
     def _connect(self) -> None:
+        """A client, and every worker made ready.
+
+        Raises
+        ------
+        _Away
+            Nobody answers.
+        SchedulerError
+            Who answers is of no use.
+        """
         from gadgets.compute_worker import Prepare, versions
 
         options, address = self._options, self._options.address
@@ -172,18 +190,52 @@ class DaskPool:
                     require_encryption=True,
                 )  # fmt: skip
             target = address if self._cluster is None else self._cluster.scheduler_address
+            self._knock(target, security)
+            if self._closed.is_set():
+                raise _Away("not wanted any more")
             self._client = self._distributed.Client(
                 target, security=security, timeout=CONNECT, set_as_default=False, name="recon-gadgets"
             )
             self._client.register_plugin(Prepare(versions(), self._threads, rehearse=self._rehearse))
+        except _Away:
+            raise
         except ReconError:
+            self._disconnect()
             raise
         except Exception as error:
             self._disconnect()
-            remedy = "Is the scheduler running, and are the certificates of its authority?"
+            remedy = "Is it a Dask scheduler of this version, and are the certificates of its authority?"
             raise SchedulerError(
                 "the Dask scheduler cannot be used", where=address, got=_kind(error), remedy=remedy
             ) from error
+
+    def _knock(self, target: str, security: Any) -> None:
+        """Whether anybody answers there, within `CONNECT`: a client waits for ever for one that takes the connection and is silent.
+
+        Raises
+        ------
+        _Away
+            Nobody does.
+        Exception
+            Who answers does not trust us, is not to be trusted, or speaks something else.
+        """
+        from distributed.comm.core import CommClosedError, connect
+
+        arguments = (security or self._distributed.Security()).get_connection_args("client")
+
+        async def knock() -> None:
+            comm = await connect(target, timeout=CONNECT, **arguments)
+            await comm.close()
+
+        async def in_time() -> None:
+            await asyncio.wait_for(knock(), 2 * CONNECT)
+
+        try:
+            asyncio.run(in_time())
+        except CommClosedError:  # is an OSError, too
+            raise
+        except OSError as error:
+            raise _Away("nobody answers") from error
 
     def _disconnect(self) -> None:
         client, self._client = self._client, None
@@ -337,7 +389,8 @@ class DaskPool:
             try:
                 if self._client is None:
                     self._connect()
-                    log.warning("event=scheduler_back")
+                    log.warning("event=scheduler_back address=%s", self._options.address)
+                    self._problem = ""
                 self._look()
             except Exception as error:
                 if not self._closed.is_set():
@@ -345,9 +398,16 @@ class DaskPool:
                     self._closed.wait(AGAIN)
 
     def _lost(self, error: BaseException) -> None:
-        """No scheduler: what it had is computed here."""
+        """No scheduler: what it had is computed here. Said once, until there is something else to say."""
+        problem = str(error) if isinstance(error, ReconError) else _kind(error)
         if self._client is not None:
             log.error("event=scheduler_lost error=%s action=local", _kind(error))
+        elif isinstance(error, _Away):
+            if not self._problem:
+                log.warning("event=scheduler_away address=%s action=local", self._options.address)
+        elif problem != self._problem:
+            log.error("event=scheduler_refused text=%r action=local", problem)
+        self._problem = problem
         self._disconnect()
         self._capacity = 0
         with self._lock:

@@ -31,6 +31,11 @@ from gadgets.wire.events import Image
 
 log = logging.getLogger(__name__)
 
+NO_HEADER = (
+    "no MRD header: patient, study and scanner are EMPTY, nobody can tell whose images these are: --header CAPTURE.mrd"
+)
+NO_PATIENT = "the MRD header names no patient: name and id are EMPTY, nobody can tell whose images these are"
+
 
 @dataclass(frozen=True)
 class Conversion:
@@ -101,7 +106,8 @@ def convert(
         raise
     series = tuple(Counter(path.parent.name for path in itertools.chain.from_iterable(files.values())).items())
     log.info("event=dicom_written series=%d objects=%d", len(series), sum(n for _, n in series))
-    notes = () if header is not None else ("no MRD header: patient, study and scanner are empty",)
+    named = {"PatientName", "PatientID"} & set(identity.patient)
+    notes = () if named else (NO_PATIENT if identity.mrd is not None else NO_HEADER,)
     written = (out / path.relative_to(partial) for path in itertools.chain.from_iterable(files.values()))
     return Conversion(out, tuple(written), series, notes)
 

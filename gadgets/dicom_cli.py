@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gadgets.capture import capture_beside
 from gadgets.log_lines import log_to_stderr
 from recon_core.errors import ReconError
 
@@ -56,7 +57,10 @@ def dicom(
     output: Annotated[Path, typer.Option("--out", "-o", help="New folder for the DICOM files.")] = Path("dicom"),
     header: Annotated[
         Path | None,
-        typer.Option(help="Where patient and study come from: MRD raw file, raw capture or XML. Without: left empty."),
+        typer.Option(
+            help="Where patient and study come from: MRD raw file, raw capture or XML. "
+            "[of images in a job's folder: the capture beside it; of others: left empty]"
+        ),
     ] = None,
     group: Annotated[str | None, typer.Option(help="Run in the image file, if it has several.")] = None,
     previews: Annotated[bool, typer.Option("--previews/--no-previews", help="Convert previews, too.")] = False,
@@ -69,12 +73,25 @@ def dicom(
         from gadgets.dicom import convert
         from gadgets.dicom_identity import read_header_text
 
+        header = _header_beside(source) if header is None else header
         text = None if header is None else read_header_text(header)
         made = convert(source, output, header=text, group=group, previews=previews, parametric_maps=parametric_maps)
     for note in made.notes:
         _say(err, note)
     for name, count in made.series:
         _say(out, f"{count:>6}  {output / name}")
+
+
+def _header_beside(images: Path) -> Path | None:
+    """The capture of a job's images; said, because it decides whose images these are."""
+    capture = capture_beside(images)
+    if capture is None:
+        return None
+    if not capture.is_file():
+        _say(err, f"the raw data of this job are not there any more: {capture}")
+        return None
+    _say(err, f"patient and study from {capture}")
+    return capture
 
 
 HostOption = Annotated[str, typer.Option("--host", "-a", help="The archive's address.")]
@@ -102,15 +119,22 @@ def send(
     tls_key: KeyOption = None,
     tls_name: NameOption = None,
     queue: QueueOption = None,
+    without_patient: Annotated[
+        bool, typer.Option("--without-patient", help="Send also objects that have neither a patient's name nor an id.")
+    ] = False,
 ) -> None:
     """Queue files and try at once. What the archive does not confirm stays queued: recon pacs work (or queue --send) goes on."""
     _quiet()
     with dicom_packages():
+        from gadgets.pacs import require_patient
         from gadgets.pacs_queue import Queue, QueueBusy
 
         destination = make_destination(host, port, aet, calling, tls, tls_ca, tls_certificate, tls_key, tls_name)
+        files = _files(sources)
+        if not without_patient:
+            require_patient(files)
         waiting = Queue(queue or default_queue())
-        job = waiting.put(_files(sources), destination)
+        job = waiting.put(files, destination)
         try:
             finished = waiting.send_due(only=job.id)
         except QueueBusy:

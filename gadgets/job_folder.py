@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gadgets.capture import CAPTURE_SUFFIX
 from gadgets.fair_queue import HOUSEKEEPING
 from gadgets.jobs import Jobs
 from gadgets.spool import JOB_SUFFIX, ScanLog
@@ -139,7 +140,7 @@ class JobFolders:
 
 def remove_orphans(root: Path) -> int:
     """Remove job folders whose capture is gone (the spool keeps to its limits by removing captures); returns how many."""
-    orphans = [folder for folder in root.glob(f"*{JOB_SUFFIX}") if not folder.with_suffix(".mrd").exists()]
+    orphans = [folder for folder in root.glob(f"*{JOB_SUFFIX}") if not folder.with_suffix(CAPTURE_SUFFIX).exists()]
     for folder in orphans:
         shutil.rmtree(folder, ignore_errors=True)
     return len(orphans)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import ssl
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,21 @@ class Destination:
     def __str__(self) -> str:
         return f"{self.aet}@{self.host}:{self.port}" + (" (TLS)" if self.tls is not None else "")
 
+    def options(self) -> str:
+        """As options of ``recon pacs send``."""
+        chosen = ["--host", self.host, "--port", str(self.port), "--aet", self.aet]
+        if self.calling_aet != CALLING_AET:
+            chosen += ["--calling", self.calling_aet]
+        if self.tls is not None:
+            files = {
+                "ca": self.tls.ca,
+                "certificate": self.tls.certificate,
+                "key": self.tls.key,
+                "name": self.tls.server_name,
+            }
+            chosen += ["--tls", *(word for name, value in files.items() if value for word in (f"--tls-{name}", value))]
+        return shlex.join(chosen)
+
 
 def read_address(text: str) -> tuple[str, str, int]:
     """``AET@HOST:PORT`` (``[...]`` around an IPv6 address) as its parts.
@@ -112,6 +128,36 @@ class Attempt:
     left: list[Path] = field(default_factory=list)
     problem: str = ""
     silent: bool = False
+
+
+def require_patient(files: Sequence[Path]) -> None:
+    """What nobody can assign to a patient should not fill an archive. Files that are no DICOM objects are not judged here.
+
+    Raises
+    ------
+    PacsError
+        An object with neither PatientID nor PatientName.
+    """
+    nameless = [path for path in files if _is_nameless(path)]
+    if nameless:
+        raise PacsError(
+            "objects without a patient",
+            where=str(nameless[0]),
+            got=f"{len(nameless)} of {len(files)} files with neither PatientID nor PatientName",
+            remedy="Make them again with recon dicom IMAGES.h5 --header CAPTURE.mrd, or send them as they are: --without-patient",
+        )
+
+
+def _is_nameless(path: Path) -> bool:
+    try:
+        with _broken_files(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = pydicom.dcmread(path, specific_tags=["SOPInstanceUID", "PatientID", "PatientName"])
+            if "SOPInstanceUID" not in found:  # a directory of objects, for one
+                return False
+            return not any(str(found.get(keyword) or "").strip(" ^=") for keyword in ("PatientID", "PatientName"))
+    except PacsError:  # sending it says so
+        return False
 
 
 def echo(destination: Destination) -> None:

@@ -144,8 +144,7 @@ class Queue:
         for job in self.jobs():
             if job.id == name:
                 if job.state == "failed" and not job.left:  # one that waits with nothing left has been sent just now
-                    remedy = "recon dicom and recon pacs send make and send them again"
-                    raise PacsError("its files have been removed", where=f"job {name}", got=job.problem, remedy=remedy)
+                    raise PacsError("its files have been removed", where=f"job {name}", got=job.problem, remedy=_again(job))
                 with self._sending():
                     again = replace(job, attempts=0, next_try=self._now(), state="waiting")
                     folder = self.root / job.state / name
@@ -311,6 +310,14 @@ class Queue:
             except OSError:
                 raise QueueBusy("another process is sending", where=f"queue {self.root}") from None
             yield  # closing the file releases the lock
+
+
+def _again(job: Job) -> str:
+    """The commands that make and send objects whose files are no more; the patient comes from the capture beside the folder."""
+    return (
+        "While the scan's folder is kept: recon dicom SPOOL/ID.job/images.h5 -o DIR; "
+        f"recon pacs send DIR {job.destination.options()}"
+    )
 
 
 def _images(folder: Path) -> list[Path]:

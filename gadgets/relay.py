@@ -50,6 +50,13 @@ QUIET_AFTER_CLOSE, QUIET = 0.5, 3600.0  # s of silence that end a drain: behind 
 CHAIN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
+ONLY_TLS = (
+    "the server there speaks only TLS, which Gadgetron and this process do not. Open a plain port for them on loopback "
+    "(docs/gadgetron.md, beside a server with TLS)"
+)
+"""Said of a server that cannot be used for this reason."""
+
+
 class Failed(Exception):
     """The reconstructing side did not answer as it should; the words are for the operator."""
 
@@ -153,9 +160,33 @@ def find_server(
             return server
         logger.warning("event=other_server address=%s", address)
     except (OSError, Failed) as error:
-        logger.warning("event=other_server address=%s reason=%s", address, type(error).__name__)
+        if secure is None and speaks_tls(address):
+            words = f"{ONLY_TLS}; until then every scan is reconstructed in a process of its own, slowly"
+            logger.warning("event=server_wants_tls address=%s text=%r", address, words)
+        else:
+            logger.warning("event=other_server address=%s reason=%s", address, type(error).__name__)
     server.close()
     return None
+
+
+def speaks_tls(address: str) -> bool:
+    """Whether a TLS server listens there, ours or another: for words, not for trust. No data is sent."""
+    try:
+        import ssl
+    except ImportError:  # a Python that was built without
+        return False
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host or "127.0.0.1", int(port)), timeout=CONNECT_SECONDS) as plain:
+            plain.settimeout(ANSWER_SECONDS)
+            context.wrap_socket(plain).close()
+    except ssl.SSLError as error:
+        return "ALERT" in str(error.reason)  # it wants a certificate of ours, or another version of TLS
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def answers(address: str) -> bool:
@@ -185,9 +216,13 @@ def in_this_process() -> socket.socket:
         # `from gadgets import node` would take it for a chain's name where there is no such module
         node = importlib.import_module("gadgets.node")
     except Exception as error:  # missing, or its libraries cannot be loaded (OSError), or do not fit each other
+        address = os.environ.get(SERVER, DEFAULT_SERVER)
+        alone = f"and this Python cannot reconstruct by itself ({error})"
+        if speaks_tls(address):
+            raise Failed(f"no reconstruction server can be used at {address}, {alone}: {ONLY_TLS}") from None
         raise Failed(
-            f"no reconstruction server answers at {os.environ.get(SERVER, DEFAULT_SERVER)}, and this Python cannot reconstruct "
-            f"by itself ({error}). Start one: recon serve --port {DEFAULT_SERVER.rpartition(':')[2]}"
+            f"no reconstruction server answers at {address}, {alone}. "
+            f"Start one: recon serve --port {DEFAULT_SERVER.rpartition(':')[2]}"
         ) from None
     ours, theirs = socket.socketpair()
 

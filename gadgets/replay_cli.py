@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from gadgets.errors import ImageFileError
 from gadgets.jobs_cli import name_value_pairs
 from gadgets.state_folder import state_folder, torch_cache
 from gadgets.terminal import err, log_from, out
+
+if TYPE_CHECKING:  # it imports torch
+    from gadgets.service import ServiceOptions
+
+STANDARD = "-"
+"""In the place of a file: stdin or stdout."""
 
 STYLES = {"INF": "green", "WRN": "yellow", "ERR": "red", "ERROR": "red"}
 """Colours of what a server says, on a terminal."""
@@ -44,6 +51,10 @@ def replay(
     from gadgets.replay import replay as run_replay
     from gadgets.tls import client_tls
 
+    if STANDARD in (str(source), str(output)):
+        raise ImageFileError(
+            "stdin and stdout are for streams", where="replay", got=STANDARD, remedy="recon run - makes images of one"
+        )
     log_from("warning")
     with _progress() as bar:
         result = run_replay(
@@ -61,8 +72,15 @@ def run(
     config: Annotated[
         str | None, typer.Option("--config", "-c", help="Chain to reconstruct with; a capture brings its own.")
     ] = None,
-    output: Annotated[Path, typer.Option("--out", "-o", help="MRD image file to write.")] = Path("out.h5"),
-    montage: Annotated[Path | None, typer.Option(help="Folder for a PNG of each series.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            "-o",
+            help="MRD image file to write, or -: an MRD stream on stdout. Default: out.h5; of a stream, a stream.",
+        ),
+    ] = None,
+    montage: Annotated[Path | None, typer.Option(help="Folder for a PNG of each series of an image file.")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; repeat for several.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
     configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
@@ -81,10 +99,12 @@ def run(
         bool, typer.Option("--previews/--no-previews", help="Put the chain's previews into the image file as well.")
     ] = False,
 ) -> None:
-    """Reconstruct a file here and now, through the same pipeline as the server, without one."""
+    """Reconstruct a file, or an MRD stream, here and now, through the same pipeline as the server, without one."""
     from gadgets.replay import replay as run_replay
     from gadgets.service import Service, ServiceOptions
 
+    if montage is not None and (str(output) == STANDARD or (output is None and str(source) == STANDARD)):
+        raise ImageFileError("pictures are made of an image file", where="--montage", remedy="Name one: --out FILE.h5")
     torch_cache()
     log_from("error")  # warnings come as the server's words as well
     # the server's own defaults: sums depend on the number of threads in their last bits
@@ -92,12 +112,10 @@ def run(
         port=0, workers=workers, threads=threads, spool=None, configs=configs, device=device, previews=previews,
         job_folder=job_folder, masks=masks or state_folder() / "masks",
     )  # fmt: skip
-    if str(source) == "-":
-        from gadgets.stream import run_files
-
-        # a stream in, a stream out, unless a file was named
-        target = Path("-") if output == Path("out.h5") else output
-        run_files(source, target, config=config, settings=name_value_pairs(settings or []), options=options)
+    piped = str(source) == STANDARD
+    output = output or Path(STANDARD if piped else "out.h5")
+    if piped or str(output) == STANDARD:
+        _run_stream(source, output, montage, config, settings, options)
         return
     with Service(options) as service, _progress() as bar:
         result = run_replay(
@@ -106,7 +124,20 @@ def run(
         )  # fmt: skip
     _show(result, output, montage)
     if job_folder is not None and job_folder.is_dir():
-        out.print(f"what the method tells besides: {job_folder}", markup=False, highlight=False, soft_wrap=True)
+        _tell(f"what the method tells besides: {job_folder}")
+
+
+def _run_stream(
+    source: Path, output: Path, montage: Path | None, config: str | None, settings: list[str] | None, options: ServiceOptions
+) -> None:
+    from gadgets.stream import run_files
+
+    result = run_files(source, output, config=config, settings=name_value_pairs(settings or []), options=options)
+    if str(output) == STANDARD:
+        return
+    if result.group is not None and result.n_images:
+        _tell(f"{result.n_images} images in {output} (group {result.group})")
+        _draw(output, montage, result.group)
 
 
 class Count(MofNCompleteColumn):
@@ -171,15 +202,21 @@ def _show(result: Any, output: Path, montage: Path | None) -> None:
         if read_progress_line(line) is None:  # how far it was is no news now
             show_line(line, err)
     quick = f"; {result.n_previews} previews, first {result.seconds_to_first_preview:.3f} s" if result.n_previews else ""
-    out.print(
+    _tell(
         f"{result.n_images} images in {output} (group {result.group}); {result.readouts_per_second:.0f} readouts/s, "
-        f"first image {result.seconds_to_first_image:.3f} s and last {result.seconds_to_last_image:.3f} s after the last readout{quick}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+        f"first image {result.seconds_to_first_image:.3f} s and last {result.seconds_to_last_image:.3f} s after the last readout{quick}"
     )
-    if montage is not None:
-        from gadgets.montage import write_montages
+    _draw(output, montage, result.group)
 
-        for path in write_montages(output, montage, group=result.group):
-            out.print(str(path), markup=False, highlight=False, soft_wrap=True)
+
+def _draw(images: Path, folder: Path | None, group: str) -> None:
+    if folder is None:
+        return
+    from gadgets.montage import write_montages
+
+    for path in write_montages(images, folder, group=group):
+        _tell(str(path))
+
+
+def _tell(text: str) -> None:
+    out.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -11,6 +11,7 @@ were made.
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import socket
 import struct
@@ -19,19 +20,26 @@ import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 from xml.sax.saxutils import quoteattr
 
 from gadgets.chain import MODULE, chain_from_script
 from gadgets.errors import ConfigRefused, Disconnected, IllegalOrder, Oversized, WireError
+from gadgets.image_file import ImageFile
 from gadgets.progress import read_progress_line
+from gadgets.raw_source import Source, open_source
+from gadgets.replay import fresh_group
 from gadgets.service import Service, ServiceOptions
 from gadgets.wire import codec, events
 from gadgets.wire.framing import CONFIG_NAME_BYTES, FrameParser
 from gadgets.wire.ids import MessageId, message_name
 from gadgets.wire.limits import Limits
+from recon_core.errors import ReconError
 
 logger = logging.getLogger(__name__)
+
+STANDARD = "-"
+"""In the place of a file: stdin or stdout."""
 
 PIECE_BYTES = 1 << 20
 ERROR_WORDS = "ERROR "
@@ -47,16 +55,18 @@ class StreamResult:
 
     n_images: int = 0
     texts: list[str] = field(default_factory=list)
+    group: str | None = None  # in the image file, where there is one
 
 
 def run_stream(
     source: BinaryIO,
-    sink: BinaryIO,
+    sink: BinaryIO | None,
     *,
     config: str | None = None,
     settings: Mapping[str, str] | None = None,
     options: ServiceOptions | None = None,
     on_text: Callable[[str], None] | None = None,
+    on_image: Callable[[events.Image], None] | None = None,
 ) -> StreamResult:
     """Reconstruct one scan from a stream into a stream, by the pipeline of the server.
 
@@ -65,7 +75,7 @@ def run_stream(
     source
         Read to its CLOSE, or to its end.
     sink
-        Header, images and CLOSE; flushed behind each.
+        Header, images and CLOSE; flushed behind each. ``None``: ``on_image`` keeps the images.
     config
         Name of the chain; needed unless the stream holds a configuration.
     settings
@@ -74,6 +84,8 @@ def run_stream(
         Of the service that reconstructs; by default those of ``recon run``.
     on_text
         Called with each line that the reconstruction says.
+    on_image
+        Called with each image.
 
     Raises
     ------
@@ -94,21 +106,28 @@ def run_stream(
     if not start:
         raise ConfigRefused("no chain to reconstruct with", where="stream", remedy="Name one: --config NAME")
     result = StreamResult()
-    sink.write(struct.pack("<HI", MessageId.HEADER, len(header)) + header)
-    sink.flush()
+    _put(sink, struct.pack("<HI", MessageId.HEADER, len(header)) + header)
+    broken: list[ReconError] = []
     with Service(options) as service, socket.create_connection((service.host, service.port)) as connection:
         head = start + struct.pack("<HI", MessageId.HEADER, len(header)) + header
-        sender = threading.Thread(target=_send, args=(source, connection, head), name="stream-send", daemon=True)
+        sender = threading.Thread(target=_send, args=(source, connection, head, broken), name="stream-send", daemon=True)
         sender.start()
-        _receive(connection, sink, result, on_text)
+        _receive(connection, sink, result, on_text, on_image)
+    if broken:
+        raise StreamFailed(f"the source broke off: {broken[0]}", where="stream")
     failures = [text.strip() for text in result.texts if text.startswith(ERROR_WORDS)]
     if failures:
         raise StreamFailed(failures[0].removeprefix(ERROR_WORDS))
     if not result.n_images and not any("noise measurement stored" in text for text in result.texts):
         raise StreamFailed("no image was made", where="stream", got=" | ".join(text.strip() for text in result.texts))
-    sink.write(codec.close())
-    sink.flush()
+    _put(sink, codec.close())
     return result
+
+
+def _put(sink: BinaryIO | None, data: bytes | bytearray) -> None:
+    if sink is not None:
+        sink.write(data)
+        sink.flush()
 
 
 def chain_script(name: str, settings: Mapping[str, str]) -> str:
@@ -154,8 +173,8 @@ def _exactly(source: BinaryIO, n: int, what: str) -> bytes:
     return bytes(got)
 
 
-def _send(source: BinaryIO, connection: socket.socket, head: bytes) -> None:
-    """Everything, then the end: the server itself sees whether a CLOSE came."""
+def _send(source: BinaryIO, connection: socket.socket, head: bytes, broken: list[ReconError]) -> None:
+    """Everything, then the end: the server itself sees whether a CLOSE came. ``broken`` hears why a file could not be read on."""
     read = getattr(source, "read1", source.read)  # what is there already, rather than waiting for a whole piece
     try:
         connection.sendall(head)
@@ -164,12 +183,20 @@ def _send(source: BinaryIO, connection: socket.socket, head: bytes) -> None:
     except (OSError, ValueError) as error:  # ValueError: our caller has closed the source, or it is no stream any more
         # the answer says what became of it: why the server went, or that the scan ends too early
         logger.warning("event=sending_ended error=%s", type(error).__name__)
+    except ReconError as error:
+        broken.append(error)
     finally:
         with contextlib.suppress(OSError):  # else the server would wait for more
             connection.shutdown(socket.SHUT_WR)
 
 
-def _receive(connection: socket.socket, sink: BinaryIO, result: StreamResult, on_text: Callable[[str], None] | None) -> None:
+def _receive(
+    connection: socket.socket,
+    sink: BinaryIO | None,
+    result: StreamResult,
+    on_text: Callable[[str], None] | None,
+    on_image: Callable[[events.Image], None] | None,
+) -> None:
     """Images to the sink until the server's CLOSE."""
     with FrameParser(role="client") as parser:
         while not parser.closed:
@@ -179,8 +206,10 @@ def _receive(connection: socket.socket, sink: BinaryIO, result: StreamResult, on
             for event in parser.feed(chunk):
                 match event:
                     case events.Image():
-                        sink.write(codec.image(event.header, event.attributes, event.data))
-                        sink.flush()
+                        if sink is not None:
+                            _put(sink, codec.image(event.header, event.attributes, event.data))
+                        if on_image is not None:
+                            on_image(event)
                         result.n_images += 1
                     case events.Text():
                         result.texts.append(event.text)
@@ -198,7 +227,15 @@ def run_files(
     settings: Mapping[str, str] | None = None,
     options: ServiceOptions | None = None,
 ) -> StreamResult:
-    """`run_stream` between files, or stdin and stdout for ``-``; what the reconstruction says goes to stderr."""
+    """A scan from a file, or ``-``: an MRD stream on stdin; to an image file, or ``-``: an MRD stream on stdout. Words go to stderr.
+
+    Raises
+    ------
+    ConfigRefused
+        As `run_stream`, or stdout is a terminal.
+    RawFileError, SpoolError, ImageFileError
+        A file cannot be used.
+    """
 
     def tell(text: str) -> None:
         if read_progress_line(text) is None:
@@ -206,7 +243,55 @@ def run_files(
 
     if source.exists() and output.exists() and source.samefile(output):
         raise ConfigRefused("input and output are the same file", where=str(source), remedy="Name another output")
-    with contextlib.ExitStack() as stack:
-        incoming = sys.stdin.buffer if str(source) == "-" else stack.enter_context(source.open("rb"))
-        outgoing = sys.stdout.buffer if str(output) == "-" else stack.enter_context(output.open("wb"))
-        return run_stream(incoming, outgoing, config=config, settings=settings, options=options, on_text=tell)
+    incoming = sys.stdin.buffer if str(source) == STANDARD else _session(open_source(source, config=config))
+    if str(output) == STANDARD:
+        if sys.stdout.isatty():
+            raise ConfigRefused(
+                "a terminal cannot show a stream of images", where="stdout", remedy="Name a file: --out FILE.h5"
+            )
+        return run_stream(incoming, sys.stdout.buffer, config=config, settings=settings, options=options, on_text=tell)
+    with _Images(output) as images:
+        result = run_stream(
+            incoming, None, config=config, settings=settings, options=options, on_text=tell, on_image=images.take
+        )
+    result.group = images.group
+    return result
+
+
+class _Images(contextlib.ExitStack):
+    """An image file that appears with the first image."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.group = path, fresh_group(path, None)
+        self._file: ImageFile | None = None
+
+    def take(self, image: events.Image) -> None:
+        if self._file is None:
+            self._file = self.enter_context(ImageFile(self.path, self.group))
+        self._file.append(image)
+
+
+def _session(source: Source) -> BinaryIO:
+    """A file's messages as they would come through a pipe."""
+    return io.BufferedReader(_Pieces(source), PIECE_BYTES)
+
+
+class _Pieces(io.RawIOBase):
+    def __init__(self, source: Source) -> None:
+        self._pieces = (memoryview(piece.data).cast("B") for piece in source.pieces())
+        self._left = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, room: Any) -> int:
+        while not self._left:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._left = piece
+        n = min(len(room), len(self._left))
+        room[:n] = self._left[:n]
+        self._left = self._left[n:]
+        return n

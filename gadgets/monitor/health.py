@@ -143,6 +143,9 @@ def _cluster(status: Status) -> Check:
     present, wanted = (int(number(status.server.get(name))) for name in ("cluster", "cluster_wanted"))
     if not status.exists:
         return Check("cluster", "failing", "nobody uses it without a server")
+    if wanted == 0:
+        words = "no worker of it has been seen yet (is its scheduler running?): slices are computed on this machine"
+        return Check("cluster", "failing", words)
     if present == 0:
         return Check("cluster", "failing", "no worker of it can be had: slices are computed on this machine")
     return Check("cluster", "warning" if present < wanted else "ok", f"room for {present} of {plural(wanted, 'task')}")

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.dask_cluster import dask_cluster, tls_options
-from gadgets.compute_dask import DaskPool
+from gadgets.compute_dask import DaskPool, _Away
 from gadgets.errors import SchedulerError
 from gadgets.jobs import Jobs
 from gadgets.scheduler_options import SchedulerOptions
 from gadgets.service import Service, ServiceOptions
+from tests.e2e.orthanc import free_ports
 from tests.e2e.scans import ask, complaints, in_memory, stack
+from tests.e2e.test_dask import cluster_check
 from tests.gadgets.certificates import Authority, authority
+from tests.gadgets.test_compute_limits import until
 
 
 @pytest.fixture(scope="module")
@@ -62,10 +70,84 @@ def test_nobody_else_gets_in(
         Jobs(1, remote=lambda events, threads: DaskPool(chosen, threads, "cpu", events))
 
 
-def test_a_scheduler_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def refused(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.message.startswith("event=scheduler_refused")]
+
+
+def test_a_scheduler_that_comes_later_is_used_then(
+    site: Authority, service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """After a power cut everything starts at once: the server must take scans, whoever else is there."""
     monkeypatch.setattr("gadgets.compute_dask.CONNECT", 1.0)
-    with pytest.raises(SchedulerError, match="cannot be used"):
-        Jobs(1, remote=lambda events, threads: DaskPool(SchedulerOptions("tcp://127.0.0.1:1"), threads, "cpu", events))
+    monkeypatch.setattr("gadgets.compute_dask.AGAIN", 0.1)
+    caplog.set_level(logging.INFO)
+    scan = in_memory("cine", matrix_x=48, matrix_y=48, coils=4, states=2, slices=2)
+    expected = stack(ask(service, "cg_sense", scan).images, 2)
+    [port] = free_ports(1)
+    chosen = options(f"tls://127.0.0.1:{port}", site, site, "early")
+    own = ServiceOptions(port=0, workers=1, threads=1, scheduler=chosen, rehearse=False)
+    with Service(own) as running:
+        assert cluster_check(running, tmp_path)[0] == "failing"
+        assert "event=scheduler_away" in caplog.text and "cluster_ready" not in caplog.text
+        alone = ask(running, "cg_sense", scan)
+        assert not complaints(alone) and "event=done_by_cluster" not in caplog.text
+        certificate, key = site.issue("late")
+        with dask_cluster(tmp_path / "late", 1, tls_options(site.certificate, certificate, key), port):
+            until(lambda: cluster_check(running, tmp_path) == ("ok", "room for 1 of 1 task"), "it was not found")
+            together = ask(running, "cg_sense", scan)
+        assert not complaints(together)
+    for answer in (alone, together):
+        np.testing.assert_array_equal(stack(answer.images, 2), expected)
+    assert caplog.text.count("event=done_by_cluster") == 2 and caplog.text.count("event=scheduler_away") == 1
+
+
+def test_whoever_takes_the_connection_and_is_silent_holds_no_server_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gadgets.compute_dask.CONNECT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        jobs = Jobs(0, remote=lambda events, threads: DaskPool(SchedulerOptions(address), threads, "cpu", events))
+        assert jobs.state.remote == 0 and jobs.scope().submit(sum, [1, 2]).result(30) == 3
+        jobs.close()
+
+
+def test_a_stranger_that_comes_later_is_not_let_in(
+    address: str, site: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And it is said once, not every five seconds."""
+    monkeypatch.setattr("gadgets.compute_dask.AGAIN", 0.05)
+    knock, knocks = DaskPool._knock, []
+
+    def nobody_at_first(pool: DaskPool, *where: Any) -> None:
+        knocks.append(where)
+        if len(knocks) == 1:
+            raise _Away("for the test")
+        knock(pool, *where)
+
+    monkeypatch.setattr(DaskPool, "_knock", nobody_at_first)
+    chosen = options(address, authority(tmp_path / "other"), site, "trusts another")
+    jobs = Jobs(0, remote=lambda events, threads: DaskPool(chosen, threads, "cpu", events))
+    until(lambda: len(knocks) > 4, "it is not looked for")
+    assert jobs.state.remote == 0 and jobs.scope().submit(sum, [1, 2]).result(30) == 3
+    jobs.close()
+    (said,) = refused(caplog)
+    assert "cannot be used" in said
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
+def test_what_answers_and_is_no_scheduler_is_refused(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def behave() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection:
+                        connection.sendall(answer)
+
+        threading.Thread(target=behave, daemon=True).start()
+        address = f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(SchedulerError, match="cannot be used"):
+            Jobs(0, remote=lambda events, threads: DaskPool(SchedulerOptions(address), threads, "cpu", events))
 
 
 def test_workers_of_another_version_are_refused(address: str, site: Authority, monkeypatch: pytest.MonkeyPatch) -> None:

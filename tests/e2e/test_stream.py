@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
+import re
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import h5py
@@ -14,17 +17,19 @@ import numpy as np
 import pytest
 from ismrmrd.serialization import ProtocolDeserializer, ProtocolSerializer
 from numpy.typing import NDArray
+from typer.testing import CliRunner
 
+from gadgets.cli import app
 from gadgets.errors import ConfigRefused, IllegalOrder, UnknownChain, WireError
+from gadgets.raw_source import Piece, RawFile
 from gadgets.replay import replay
 from gadgets.service import Service, ServiceOptions
-from gadgets.stream import StreamFailed, run_stream
+from gadgets.stream import StreamFailed, run_files, run_stream
 from gadgets.wire import codec
+from recon_core.errors import ReconError
 from tests.e2e.scans import SimulatedScan, simulated
 
 OPTIONS = ServiceOptions(port=0, workers=0, threads=1, spool=None, previews=False)
-RUN = "import sys; from pathlib import Path; from gadgets.service import ServiceOptions; from gadgets.stream import run_files; "
-RUN += "run_files(Path('-'), Path('-'), config='llr', options=ServiceOptions(port=0, workers=1, threads=1, spool=None, previews=False))"
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +67,110 @@ def pixels(path: Path, group: str) -> dict[str, NDArray[np.floating]]:
         return {name: file[group][name]["data"][:] for name in file[group]}
 
 
-def test_a_pipe_gives_the_server_s_images(service: Service, scan: SimulatedScan, stream: bytes, tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", RUN], input=stream, capture_output=True, timeout=180)
+@pytest.fixture(scope="module")
+def served(scan: SimulatedScan, service: Service, tmp_path_factory: pytest.TempPathFactory) -> NDArray[np.floating]:
+    """The server's images of the same scan."""
+    out = tmp_path_factory.mktemp("served") / "served.h5"
+    answer = replay(scan.path, port=service.port, config="llr", out=out)
+    (found,) = pixels(out, str(answer.group)).values()
+    return found
+
+
+def recon_run(folder: Path, *words: str, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    """The command itself, in an empty folder."""
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "gadgets.cli", "run", *words, "--workers", "0", "--threads", "1"]
+    environment = {**os.environ, "XDG_STATE_HOME": str(folder.parent / "state")}
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=180, cwd=folder, env=environment)
+
+
+def test_a_pipe_gives_the_server_s_images(served: NDArray[np.floating], stream: bytes, tmp_path: Path) -> None:
+    done = recon_run(tmp_path / "here", "-", "-c", "llr", stdin=stream)
     assert done.returncode == 0, done.stderr.decode()
     others, images = read(done.stdout)
     assert [type(item).__name__ for item in others] == ["ismrmrdHeader"]
-    served = replay(scan.path, port=service.port, config="llr", out=tmp_path / "served.h5")
-    (expected,) = pixels(tmp_path / "served.h5", str(served.group)).values()
-    np.testing.assert_array_equal(np.stack([image.data for image in images]), expected)
+    np.testing.assert_array_equal(np.stack([image.data for image in images]), served)
     assert b"INF llr: 6 images" in done.stderr
+    assert not os.listdir(tmp_path / "here"), "no file but what was asked for"
+
+
+def test_a_stream_into_an_image_file(served: NDArray[np.floating], stream: bytes, tmp_path: Path) -> None:
+    """Also into one that is called like the default of files, and with pictures."""
+    here, name = tmp_path / "here", "out.h5"
+    done = recon_run(here, "-", "-c", "llr", "-o", name, "--montage", "pictures", stdin=stream)
+    assert done.returncode == 0, done.stderr.decode()
+    group = re.fullmatch(rf"6 images in {name} \(group (.*)\)\npictures/\S+\.png\n", done.stdout.decode())
+    assert group is not None, done.stdout
+    (found,) = pixels(here / name, group[1]).values()
+    np.testing.assert_array_equal(found, served)
+    assert sorted(os.listdir(here)) == [name, "pictures"] and len(os.listdir(here / "pictures")) == 1
+
+
+@pytest.mark.parametrize("kind", ["raw file", "capture"])
+def test_a_file_into_a_stream(
+    kind: str, scan: SimulatedScan, served: NDArray[np.floating], stream: bytes, tmp_path: Path
+) -> None:
+    source = scan.path
+    if kind == "capture":
+        source = tmp_path / "capture.mrd"
+        source.write_bytes(codec.config_file("fourier.xml") + stream)
+    done = recon_run(tmp_path / "here", str(source), "-c", "llr", "-o", "-")
+    assert done.returncode == 0, done.stderr.decode()
+    others, images = read(done.stdout)
+    assert [type(item).__name__ for item in others] == ["ismrmrdHeader"]
+    np.testing.assert_array_equal(np.stack([image.data for image in images]), served)
+    assert not os.listdir(tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    ("words", "stdin", "said"),
+    [
+        (("-", "-c", "llr", "--montage", "pictures"), b"", "ImageFileError.*--out FILE"),
+        (("raw.h5", "-c", "llr", "-o", "-", "--montage", "pictures"), b"", "ImageFileError.*--out FILE"),
+        (("raw.h5", "-c", "llr", "-o", "-"), b"", "RawFileError.*raw.h5"),
+        (("-", "-c", "llr", "-o", "images.h5"), b"", "Disconnected.*ends in the middle"),
+        (("-", "-c", "llr", "-o", "images.h5"), b"\x89HDF\r\n\x1a\n", "IllegalOrder.*begins with the MRD header"),
+        (("-", "-o", "images.h5"), b"\x03\x00\x00\x00\x00\x00", "ConfigRefused.*--config NAME"),
+    ],
+)
+def test_what_cannot_be_is_said_and_leaves_no_file(
+    words: tuple[str, ...], stdin: bytes, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["run", *words], input=stdin)
+    assert isinstance(done.exception, ReconError) and done.stdout_bytes == b"" and not os.listdir(tmp_path)
+    assert re.match(said, f"{type(done.exception).__name__}: {done.exception}")
+
+
+def test_no_stream_is_written_to_a_terminal(monkeypatch: pytest.MonkeyPatch, scan: SimulatedScan) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    with pytest.raises(ConfigRefused, match="terminal"):
+        run_files(scan.path, Path("-"), config="fourier", options=OPTIONS)
+
+
+def test_a_stream_that_fails_keeps_the_images_it_made(
+    stream: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = stream[: -len(codec.close())]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(cut)))
+    with pytest.raises(StreamFailed, match="before its CLOSE"):
+        run_files(Path("-"), tmp_path / "images.h5", config="fourier", options=OPTIONS)
+    assert not (tmp_path / "images.h5").exists(), "none was made"
+
+
+def test_a_file_that_cannot_be_read_on_is_named(scan: SimulatedScan, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Torn(RawFile):
+        def _data(self) -> Iterator[Piece]:
+            yield next(super()._data())
+            raise KeyError
+
+    monkeypatch.setattr("gadgets.raw_source.RawFile", Torn)
+    out = io.TextIOWrapper(io.BytesIO())
+    monkeypatch.setattr(sys, "stdout", out)
+    with pytest.raises(StreamFailed, match=r"broke off: scan\.h5"):
+        run_files(scan.path, Path("-"), config="fourier", options=OPTIONS)
+    with pytest.raises(EOFError):
+        read(out.buffer.getvalue())  # type: ignore[attr-defined]
 
 
 def test_the_header_is_echoed_and_images_follow(stream: bytes) -> None:

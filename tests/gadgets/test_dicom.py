@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -24,8 +25,11 @@ from gadgets.dicom import convert
 from gadgets.dicom_cli import MissingExtra, dicom
 from gadgets.dicom_identity import DicomError, Identity, make_uid, read_header_text, read_identity
 from gadgets.dicom_pixels import QUANTITIES, UNITS
+from gadgets.errors import SpoolError
 from gadgets.geometry import pixel_to_patient
 from gadgets.image_file import ImageFile, read_images
+from gadgets.pacs import Destination
+from gadgets.results import Archives, queue_images
 from gadgets.wire import codec
 from gadgets.wire.events import Image
 from tests.gadgets.dicom_scan import PATIENT, PATIENT_ID, header_text, scan
@@ -210,6 +214,63 @@ def test_without_a_header_the_patient_is_empty(tmp_path: Path) -> None:
     dataset = pydicom.dcmread(made.files[0])
     assert dataset.PatientName == "" and dataset.PatientID == "" and dataset.StudyDate == ""
     assert made.notes and dataset.StudyInstanceUID.startswith("2.25.")
+
+
+def converted(source: Path, out: Path) -> tuple[set[str], str]:
+    """``recon dicom`` without ``--header``: UIDs of the objects, and what was said on stderr."""
+    app = typer.Typer()
+    app.command()(dicom)
+    done = CliRunner().invoke(app, [str(source), "-o", str(out)], catch_exceptions=False)
+    assert done.exit_code == 0
+    return uids_below(out), done.stderr
+
+
+def uids_below(folder: Path) -> set[str]:
+    return {str(pydicom.dcmread(path).SOPInstanceUID) for path in folder.rglob("*.dcm")}
+
+
+@pytest.mark.parametrize("place", ["", "r1", "r12"])
+def test_images_of_a_job_s_folder_are_those_of_its_patient(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is made by hand and what the server sent by itself are the same objects."""
+    known = scan(maps=())
+    capture, folder = tmp_path / "20260102T101112.5Z-0a.mrd", tmp_path / "20260102T101112.5Z-0a.job" / place
+    capture.write_bytes(codec.config_file("llr_t1.xml") + codec.header(known.header) + codec.close())
+    folder.mkdir(parents=True)
+    known.write(folder / "images.h5")
+    assert not queue_images(folder, capture, Archives((Destination("127.0.0.1", 104, "PACS"),), tmp_path / "pacs"))
+    monkeypatch.chdir(folder)
+    made, said = converted(Path("images.h5"), tmp_path / "out")
+    assert made == uids_below(tmp_path / "pacs") and len(made) == len(known.events)
+    assert pydicom.dcmread(next((tmp_path / "out").rglob("*.dcm"))).PatientID == PATIENT_ID
+    assert f"patient and study from {capture}" in said and "EMPTY" not in said and PATIENT_ID not in said
+
+
+def test_it_is_said_when_nobody_can_tell_whose_images_these_are(tmp_path: Path) -> None:
+    """Copied out of the job's folder; or the capture has gone; or it names no patient."""
+    known = scan(maps=())
+    folder = tmp_path / "a.job"
+    folder.mkdir()
+    known.write(folder / "images.h5")
+    shutil.copy(folder / "images.h5", tmp_path / "copy.h5")
+    _, said = converted(tmp_path / "copy.h5", tmp_path / "copied")
+    assert "EMPTY" in said and "--header CAPTURE.mrd" in said
+    _, said = converted(folder / "images.h5", tmp_path / "gone")
+    assert "not there any more" in said and "a.mrd" in said and "EMPTY" in said
+    nameless = re.sub("<subjectInformation>.*</subjectInformation>", "", known.header)
+    (tmp_path / "a.mrd").write_bytes(codec.config_file("llr_t1.xml") + codec.header(nameless) + codec.close())
+    _, said = converted(folder / "images.h5", tmp_path / "nameless")
+    assert "patient and study from" in said and "the MRD header names no patient" in said
+
+
+def test_a_capture_beside_that_is_none_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.job").mkdir()
+    source = scan(maps=()).write(tmp_path / "a.job" / "images.h5")
+    (tmp_path / "a.mrd").write_bytes(b"nonsense")
+    with pytest.raises(SpoolError, match=r"a\.mrd: .*capture of a session"):
+        converted(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_of_the_patient_is_said_anywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -15,15 +17,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from gadgets.chain import config_directory
 from gadgets.listener import Access
+from gadgets.manifest import manifest
 from gadgets.openrecon_forward import Forwarder, Session, main, tls_client
+from gadgets.openrecon_image import Package, PackageOptions, write_context
 from gadgets.relay import answers
+from gadgets.service import Service, ServiceOptions
 from gadgets.tls import ServerTls
 from gadgets.wire import codec
 from gadgets.wire.events import Image
 from gadgets.wire.framing import FrameParser
+from tests.e2e.scans import in_memory
 from tests.gadgets.certificates import authority
 from tests.gadgets.serving import HEADER, count_image, data, serving
 from tests.strict_client import StrictClient
@@ -305,22 +313,28 @@ def test_the_command_needs_somebody_who_reconstructs(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_container_reconstructs_by_itself_when_no_server_answers(tmp_path: Path) -> None:
-    """The command of a ``--cpu`` image, as a process: its own server is started and answers; SIGTERM ends both."""
-    local = nobody().rpartition(":")[2]
-    command = [
-        sys.executable,
-        "-m",
-        "gadgets.openrecon_forward",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "0",
-        "--server",
-        nobody(),
-        "--local",
-    ]
-    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
-    with subprocess.Popen([*command, "--local-port", local], stdout=subprocess.PIPE, text=True, env=environment) as process:
+    """What is copied into a ``--cpu`` image, started by its command: its own server makes the images of the site's; SIGTERM ends both."""
+    configs, built, local = tmp_path / "configs", tmp_path / "built", nobody().rpartition(":")[2]
+    configs.mkdir()
+    for name in ("cg_sense", "fourier"):
+        shutil.copy(config_directory() / f"{name}.xml", configs)
+    write_context(Package(manifest("cg_sense"), PackageOptions("cpu", server=nobody(), configs=configs)), built)
+    dockerfile = (built / "context" / "Dockerfile").read_text()
+    python, *command = json.loads(dockerfile.split("CMD ")[1])
+    assert python == "python"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(built / "context" / "app"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "XDG_STATE_HOME": str(tmp_path),
+        "XDG_CACHE_HOME": str(tmp_path),
+    }
+    here = ["--host", "127.0.0.1", "--port", "0", "--local-port", local]
+    scan = in_memory("cine", matrix_x=32, matrix_y=32, coils=4, states=2, slices=2, calibration="separate", acs=16)
+    parameters = {"config": "cg_sense", "virtualCoils": "3"}
+    with subprocess.Popen(
+        [sys.executable, *command, *here], stdout=subprocess.PIPE, text=True, env=environment, cwd=built
+    ) as process:
         assert process.stdout is not None
         try:
             port = int(process.stdout.readline().rpartition(":")[2])
@@ -328,11 +342,22 @@ def test_the_container_reconstructs_by_itself_when_no_server_answers(tmp_path: P
             while not answers(f"127.0.0.1:{local}"):  # importing torch takes long on a busy machine
                 assert process.poll() is None and time.monotonic() < until
                 time.sleep(0.2)
-            answer = StrictClient("127.0.0.1", port, dialect="fire", timeout=60.0).scan("no_such_chain", header=HEADER)
+            scanner = StrictClient("127.0.0.1", port, dialect="fire", timeout=60.0)
+            made = scanner.scan("openrecon", header=scan.header, messages=scan.messages, parameters=parameters)
+            unknown = scanner.scan("no_such_chain", header=HEADER)
         finally:
             process.send_signal(signal.SIGTERM)
         assert process.wait(120.0) == 0
-    assert "without GPU" in answer.texts[0]
-    assert answer.texts[1].startswith("ERROR UnknownChain: ") and "llr" in answer.texts[1]
+    assert "without GPU" in made.texts[0] and not [text for text in made.texts if text.startswith("ERROR")]
+    with Service(ServiceOptions(port=0, device="cpu")) as site:  # as many threads: sums depend on their number
+        client = StrictClient(site.host, site.port, dialect="fire", timeout=60.0)
+        expected = client.scan("openrecon", header=scan.header, messages=scan.messages, parameters=parameters)
+    assert len(made.images) == len(expected.images) == 4
+    for one, other in zip(made.images, expected.images, strict=True):
+        assert one.header.tobytes() == other.header.tobytes() and one.attributes == other.attributes
+        np.testing.assert_array_equal(one.data, other.data)
+    # the chains are those of the image, not of this checkout
+    assert unknown.texts[1].startswith("ERROR UnknownChain: ")
+    assert "fourier" in unknown.texts[1] and "llr" not in unknown.texts[1]
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", int(local)), timeout=1.0)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from click.testing import Result
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from typer.testing import CliRunner
 
 from gadgets.dicom_cli import pacs_app
-from gadgets.pacs import Attempt, Destination, PacsError
+from gadgets.pacs import Attempt, Destination, PacsError, Tls
 from gadgets.pacs_backlog import OTHER, Backlog, QueueWatch, has_work, key_of
 from gadgets.pacs_queue import FAILED_SECONDS, Job, Pauses, Queue, QueueBusy
 from tests.monitor.site import until
@@ -120,7 +126,8 @@ def test_files_that_failed_go_by_age_and_it_is_said(image: Path, tmp_path: Path,
     assert record.problem == "2 objects removed unsent after 30 days; no association" and record.n_files == 2
     (said,) = [line for line in caplog.records if "reason=age" in line.message]
     assert said.levelno == logging.ERROR and f"job={old.id} left=2" in said.message
-    with pytest.raises(PacsError, match="its files have been removed"):
+    again = r"its files have been removed.*recon dicom SPOOL/ID\.job/images\.h5 -o DIR; recon pacs send DIR "
+    with pytest.raises(PacsError, match=again + "--host 192.0.2.1 --port 104 --aet DEAD"):
         queue.retry(old.id)
     assert not queue.send_due(Archives(), only=old.id)
     caplog.clear()
@@ -168,6 +175,60 @@ def test_what_failed_is_thrown_away_when_somebody_says_so(
     queue.remove(failed.id)
     assert [job.id for job in queue.jobs()] == [waiting.id]
     assert f"event=pacs_removed job={failed.id} left=2 reason=asked" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "archive",
+    [
+        DEAD,
+        Destination("::1", 11112, "A B", "US", Tls()),
+        replace(DEAD, tls=Tls("/a b/ca.pem", "/c.pem", "/k.pem", "name")),
+    ],
+)
+def test_an_archive_as_options_is_that_archive(
+    archive: Destination, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Queue, "send_due", lambda *_, **__: [])
+    words = ["send", str(dicom_file(tmp_path / "a.dcm", PatientID="7")), "--queue", str(tmp_path / "queue")]
+    done = CliRunner().invoke(pacs_app, [*words, *shlex.split(archive.options())])
+    assert [job.destination for job in Queue(tmp_path / "queue").jobs()] == [archive], done.output
+
+
+def dicom_file(path: Path, **patient: str) -> Path:
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = "1.2.840.10008.5.1.4.1.1.4", generate_uid()
+    for keyword, value in patient.items():
+        setattr(dataset, keyword, value)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_objects_without_a_patient_are_sent_only_when_somebody_says_so(tmp_path: Path, image: Path) -> None:
+    """Nobody listens there: what is accepted stays in the queue."""
+    run, queue = CliRunner(), tmp_path / "queue"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    known = [dicom_file(tmp_path / "id.dcm", PatientID="7"), dicom_file(tmp_path / "name.dcm", PatientName="X^Y")]
+    nameless = [
+        dicom_file(tmp_path / "nobody.dcm"),
+        dicom_file(tmp_path / "empty.dcm", PatientID="", PatientName=""),
+        dicom_file(tmp_path / "blank.dcm", PatientID=" ", PatientName="^^"),
+    ]
+
+    def send(*files: Path, options: tuple[str, ...] = ()) -> Result:
+        target = ["--host", "127.0.0.1", "--port", str(port), "--aet", "PACS", "--queue", str(queue)]
+        return run.invoke(pacs_app, ["send", *map(str, files), *target, *options])
+
+    for one in nameless:
+        error = send(*known, one).exception
+        assert isinstance(error, PacsError) and "objects without a patient" in str(error), one
+        assert "1 of 3 files" in str(error) and "--header" in str(error) and "--without-patient" in str(error)
+    assert not queue.exists()
+    # what is no DICOM object is for the archive's side of the command to say
+    assert "3 of 3 objects stay queued" in send(*known, image).output
+    assert "1 of 1 objects stay queued" in send(nameless[0], options=("--without-patient",)).output
 
 
 def test_the_command_throws_away_what_failed(image: Path, tmp_path: Path) -> None:

@@ -14,10 +14,14 @@ from pathlib import Path
 import pytest
 
 from gadgets import relay
+from gadgets.listener import Access
 from gadgets.node import node_request
+from gadgets.openrecon_forward import Forwarder, tls_client
+from gadgets.tls import ServerTls
 from gadgets.wire import codec
-from tests.gadgetron_stand_in import GadgetronCrashed, Received, session
-from tests.gadgets.serving import HEADER, count_image, data, serving
+from tests.gadgetron_stand_in import GadgetronCrashed, Received, connected, session
+from tests.gadgets.certificates import Authority, authority
+from tests.gadgets.serving import HEADER, Served, count_image, data, serving
 from tests.wire import streams
 
 Core = Callable[[socket.socket], None]
@@ -235,6 +239,64 @@ def test_our_server_is_found_and_used(tmp_path: Path, monkeypatch: pytest.Monkey
         received = session(gadgetron, data(5) + codec.close(), timeout=20.0)
         thread.join(20.0)
     assert received.images[0].data.flat[0] == 5 and served.scans[0].request.name == "fourier"
+
+
+@pytest.fixture(params=["no certificate of ours", "only with one of ours"])
+def tls_server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Served, Authority]]:
+    ours = authority(tmp_path / "ours")
+    client_ca = ours.certificate if request.param.startswith("only") else None
+    access = Access(tls=ServerTls(*ours.issue("server"), client_ca=client_ca))
+    with serving(tmp_path, access=access) as served:
+        yield served, ours
+
+
+def test_a_server_that_speaks_only_tls_is_named_as_such(
+    tls_server: tuple[Served, Authority], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else a site would have a warm server and wonder why every scan takes so long."""
+    served, _ = tls_server
+    monkeypatch.setenv(relay.SERVER, f"127.0.0.1:{served.server.port}")
+    assert relay.find_server() is None
+    (said,) = [record.message for record in caplog.records if record.name == relay.__name__]
+    assert f"event=server_wants_tls address=127.0.0.1:{served.server.port}" in said
+    assert "only TLS" in said and "slowly" in said and "docs/gadgetron.md" in said
+    monkeypatch.setattr(relay.importlib, "import_module", no_such_module)
+    with pytest.raises(relay.Failed, match=r"only TLS.*plain port.*on loopback"):
+        relay.in_this_process()
+
+
+def no_such_module(name: str) -> None:
+    raise ModuleNotFoundError(f"No module named {name!r}")
+
+
+@pytest.mark.parametrize("answer", [b"", b"SSH-2.0-OpenSSH_9.2\r\n"])
+def test_whoever_else_listens_speaks_no_tls(answer: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay, "ANSWER_SECONDS", 1.0)
+    with listening(answer) as port:
+        assert not relay.speaks_tls(f"127.0.0.1:{port}")
+    assert not relay.speaks_tls("127.0.0.1:1") and not relay.speaks_tls("no port")
+
+
+def test_a_forwarder_is_the_plain_port_beside_a_server_with_tls(
+    tls_server: tuple[Served, Authority], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As docs/gadgetron.md says, for ``<execute>`` and for ``<connect>``."""
+    served, ours = tls_server
+    secure = tls_client(ours.certificate, *ours.issue("gadgetron"))
+    with Forwarder("127.0.0.1", 0, [f"127.0.0.1:{served.server.port}"], secure=secure) as forwarder:
+        monkeypatch.setenv(relay.SERVER, f"127.0.0.1:{forwarder.port}")
+        gadgetron, node = socket.socketpair()
+        thread = threading.Thread(
+            target=relay.run, args=(node, "fourier", b"<configuration/>", HEADER.encode()), daemon=True
+        )
+        thread.start()
+        executed = session(gadgetron, data(5) + codec.close(), timeout=20.0)
+        thread.join(20.0)
+        text = '<configuration><property name="chain" value="fourier"/></configuration>'
+        stream = codec.config_script(text) + codec.header(HEADER) + data(7) + codec.close()
+        linked = session(connected(forwarder.port), stream)
+    assert [received.images[0].data.flat[0] for received in (executed, linked)] == [5, 7]
+    assert [scan.request.name for scan in served.scans] == ["fourier", "fourier"]
 
 
 # -- the module that Gadgetron imports ----------------------------------------------------------------------------------------------
