@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import sys
@@ -36,6 +37,13 @@ PacsTls = Annotated[bool, typer.Option("--pacs-tls", help="Encrypted; the archiv
 PacsCa = Annotated[Path | None, typer.Option("--pacs-tls-ca", help="PEM of who signed it. Default: the system's.")]
 PacsCertificate = Annotated[Path | None, typer.Option("--pacs-tls-certificate", help="PEM of our own certificate.")]
 PacsKey = Annotated[Path | None, typer.Option("--pacs-tls-key", help="PEM of our own key.")]
+PacsName = Annotated[str | None, typer.Option("--pacs-tls-name", help="Name in their certificates, if not the host's.")]
+PacsMaps = Annotated[
+    bool,
+    typer.Option(
+        "--pacs-parametric-maps", help="Send each map also as a Parametric Map object, for viewers that know them."
+    ),
+]
 
 
 def jobs(
@@ -103,7 +111,7 @@ def retry(
 
 def archives(
     spool: Path | None, destinations: list[str] | None, calling: str, tls: bool, ca: Path | None, certificate: Path | None,
-    key: Path | None,
+    key: Path | None, name: str | None = None, *, parametric_maps: bool = False,
 ) -> Archives | None:  # fmt: skip
     """What ``--pacs`` and its companions ask for; ``None`` without any.
 
@@ -120,11 +128,13 @@ def archives(
         from gadgets.pacs import read_address
         from gadgets.results import Archives
 
+        if parametric_maps:  # now, and not after the first scan
+            importlib.import_module("highdicom")
         found = []
         for text in destinations:
             aet, host, port = read_address(text)
-            found.append(make_destination(host, port, aet, calling, tls, ca, certificate, key, None))
-        return Archives(tuple(found), _root(spool).parent / "pacs")
+            found.append(make_destination(host, port, aet, calling, tls, ca, certificate, key, name))
+        return Archives(tuple(found), _root(spool).parent / "pacs", parametric_maps)
 
 
 def _root(spool: Path | None) -> Path:
