@@ -239,4 +239,5 @@ class Service:
             "versions": self.spool.versions,
             "spool_bytes": self.spool.max_bytes,
             "min_free_bytes": self.spool.min_free_bytes,
+            "evicted": self.spool.evicted(),
         }

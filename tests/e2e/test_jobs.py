@@ -259,6 +259,8 @@ def test_captures_go_by_age_and_rows_stay(site: Service, scan: SimulatedScan, mo
     site.spool.make_room()
     assert not (root / row.capture).exists() and not (root / row.folder).exists()
     assert site.unattended.books.journal().row(row.id) == row
+    status = Status({"server": site._describe(), "pid": os.getpid()}, time.time())
+    assert ("age", "complete", 1) in status.server["evicted"]
 
 
 # -- to the archive ------------------------------------------------------------------------------------------------------------------
