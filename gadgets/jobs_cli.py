@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -15,7 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gadgets.clock import utc
 from gadgets.journal import JobRow, Journal, State
+from gadgets.log_lines import log_to_stderr
 
 if TYPE_CHECKING:
     from gadgets.results import Archives
@@ -92,7 +92,7 @@ def retry(
     """Reconstruct a scan again from its raw data: by the running server, or here when there is none."""
     from gadgets.retry import retry as run
 
-    logging.basicConfig(level="ERROR", format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s")
+    log_to_stderr("ERROR")
     root = _root(spool)
 
     def here(row: JobRow) -> JobRow:
@@ -167,7 +167,7 @@ def _document(row: JobRow, root: Path) -> dict[str, Any]:
 
 
 def _time(moment: float | None) -> str:
-    return "-" if moment is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+    return "-" if moment is None else utc(moment)
 
 
 def _seconds(row: JobRow) -> str:
