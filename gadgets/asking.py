@@ -33,7 +33,7 @@ class Asked:
     Attributes
     ----------
     request
-        Chain and settings; ``None`` before any configuration, and for noise queries.
+        Chain and settings, as they are reconstructed; ``None`` before any configuration, and for noise queries.
     header_text, header
         The MRD header, as it came and as it is understood.
     pending
@@ -123,6 +123,7 @@ class Asked:
             raise self.pending
 
     def _configure(self, request: ChainRequest, *, node: bool = False) -> None:
+        request = self._handlers.chosen(request)
         self.request, self.pending = request, None
         try:
             self._handlers.check_config(request)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 from xml.etree.ElementTree import Element, ParseError
@@ -24,9 +23,9 @@ from gadgets.errors import ConfigRefused, UnknownChain
 from gadgets.images import OutputSettings
 from gadgets.manifest_ids import by_setting
 from recon_core.coils.estimate import CoilSettings
-from recon_core.errors import SettingError
+from recon_core.errors import SettingError, plain
 from recon_core.maps.settings import MapSettings
-from recon_core.methods import get_method
+from recon_core.methods import get_method, methods
 from recon_core.preprocess.settings import PreprocessSettings
 from recon_core.settings import SettingInfo, describe, parse_settings
 
@@ -119,6 +118,8 @@ def load_chain(name: str, overrides: Mapping[str, Any] | None = None, *, directo
         No such chain file; the installed ones are listed. There is never a substitute.
     SettingError
         An override that does not exist, cannot be parsed or is out of range.
+    ConfigRefused
+        The file, which is read anew each time, is not what it should be.
     """
     folder = directory or config_directory()
     stem = name.removesuffix(".xml")
@@ -210,6 +211,9 @@ def _with_default(info: SettingInfo, value: Any) -> SettingInfo:
 def _build(name: str, properties: dict[str, str], overrides: dict[str, Any]) -> Chain:
     method = properties.get("method", name)
     fallback = properties.get("fallback") or None
+    if method not in methods():
+        known = "one of " + ", ".join(methods())
+        raise ConfigRefused("no such method", where=f"chain {name}", got=repr(plain(method, 64)), expected=known)
     groups: dict[str, type] = {**SHARED_GROUPS, "method": get_method(method).Settings}
     owner = {info.name: group for group, cls in groups.items() for info in describe(cls)}
     own = {key: value for key, value in properties.items() if key not in META_PROPERTIES}
@@ -245,7 +249,6 @@ def _build(name: str, properties: dict[str, str], overrides: dict[str, Any]) -> 
     )
 
 
-@cache
 def _file_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")

@@ -25,6 +25,8 @@ from gadgets.jobs_cli import (
     PacsCalling,
     PacsCertificate,
     PacsKey,
+    PacsMaps,
+    PacsName,
     PacsTls,
     archives,
     jobs,
@@ -129,6 +131,8 @@ def serve(
     pacs_ca: PacsCa = None,
     pacs_certificate: PacsCertificate = None,
     pacs_key: PacsKey = None,
+    pacs_name: PacsName = None,
+    pacs_parametric_maps: PacsMaps = False,
     scheduler: Annotated[
         str | None, typer.Option(help="Dask cluster for the slices: tls://HOST:PORT, tcp://127.0.0.1:PORT or local:N.")
     ] = None,
@@ -181,7 +185,17 @@ def serve(
         keep_images=keep_images,
         keep_days=keep_days,
         min_free_bytes=int(min_free_gb * 1e9),
-        archives=archives(spool, pacs, pacs_calling, pacs_tls, pacs_ca, pacs_certificate, pacs_key),
+        archives=archives(
+            spool,
+            pacs,
+            pacs_calling,
+            pacs_tls,
+            pacs_ca,
+            pacs_certificate,
+            pacs_key,
+            pacs_name,
+            parametric_maps=pacs_parametric_maps,
+        ),
         timing=Timing(idle=idle_seconds, stall=stall_seconds),
         access=Access(tuple(allow or ()), allow_any, tls=server_tls(tls_cert, tls_key, tls_client_ca)),
     )

@@ -6,7 +6,6 @@ import contextlib
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -16,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gadgets.capture import capture_beside
+from gadgets.clock import utc
 from gadgets.log_lines import log_to_stderr
 from recon_core.errors import ReconError
 
@@ -174,7 +174,7 @@ def queue(
     table = Table("job", "state", "destination", "left", "attempts", "next try", "problem")
     table.columns[0].no_wrap = True
     for job in jobs:
-        due = "-" if job.state == "failed" else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(job.next_try))
+        due = "-" if job.state == "failed" else utc(job.next_try)
         left = f"{job.left}/{job.n_files}"
         table.add_row(job.id, job.state, str(job.destination), left, str(job.attempts), due, job.problem)
     out.print(table)

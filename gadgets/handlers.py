@@ -112,6 +112,8 @@ class Handlers:
         The measurement id that a script's NoiseSummaryGadget asks for, or ``None`` for any other script.
     chain_names
         Answers the query ``recon::chains``.
+    chosen
+        What is reconstructed where this is asked for: a retry may have a chain and settings of its own. Applied twice it is as once.
     node_request
         What the configuration of a Gadgetron node asks for.
     entry
@@ -123,6 +125,7 @@ class Handlers:
     noise_store: NoiseStore | None = None
     noise_request: Callable[[str], str | None] = _noise_request
     chain_names: Callable[[], Iterable[str]] = _chain_names
+    chosen: Callable[[ChainRequest], ChainRequest] = lambda request: request
     entry: Callable[[str], Entry] = _no_entry
     node_request: Callable[[str], ChainRequest] = _node_request
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import logging
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
@@ -14,7 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gadgets.clock import utc
 from gadgets.journal import JobRow, Journal, State
+from gadgets.log_lines import log_to_stderr
 
 if TYPE_CHECKING:
     from gadgets.results import Archives
@@ -36,6 +37,13 @@ PacsTls = Annotated[bool, typer.Option("--pacs-tls", help="Encrypted; the archiv
 PacsCa = Annotated[Path | None, typer.Option("--pacs-tls-ca", help="PEM of who signed it. Default: the system's.")]
 PacsCertificate = Annotated[Path | None, typer.Option("--pacs-tls-certificate", help="PEM of our own certificate.")]
 PacsKey = Annotated[Path | None, typer.Option("--pacs-tls-key", help="PEM of our own key.")]
+PacsName = Annotated[str | None, typer.Option("--pacs-tls-name", help="Name in their certificates, if not the host's.")]
+PacsMaps = Annotated[
+    bool,
+    typer.Option(
+        "--pacs-parametric-maps", help="Send each map also as a Parametric Map object, for viewers that know them."
+    ),
+]
 
 
 def jobs(
@@ -84,7 +92,7 @@ def retry(
     """Reconstruct a scan again from its raw data: by the running server, or here when there is none."""
     from gadgets.retry import retry as run
 
-    logging.basicConfig(level="ERROR", format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s")
+    log_to_stderr("ERROR")
     root = _root(spool)
 
     def here(row: JobRow) -> JobRow:
@@ -103,7 +111,7 @@ def retry(
 
 def archives(
     spool: Path | None, destinations: list[str] | None, calling: str, tls: bool, ca: Path | None, certificate: Path | None,
-    key: Path | None,
+    key: Path | None, name: str | None = None, *, parametric_maps: bool = False,
 ) -> Archives | None:  # fmt: skip
     """What ``--pacs`` and its companions ask for; ``None`` without any.
 
@@ -120,11 +128,13 @@ def archives(
         from gadgets.pacs import read_address
         from gadgets.results import Archives
 
+        if parametric_maps:  # now, and not after the first scan
+            importlib.import_module("highdicom")
         found = []
         for text in destinations:
             aet, host, port = read_address(text)
-            found.append(make_destination(host, port, aet, calling, tls, ca, certificate, key, None))
-        return Archives(tuple(found), _root(spool).parent / "pacs")
+            found.append(make_destination(host, port, aet, calling, tls, ca, certificate, key, name))
+        return Archives(tuple(found), _root(spool).parent / "pacs", parametric_maps)
 
 
 def _root(spool: Path | None) -> Path:
@@ -157,7 +167,7 @@ def _document(row: JobRow, root: Path) -> dict[str, Any]:
 
 
 def _time(moment: float | None) -> str:
-    return "-" if moment is None else time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))
+    return "-" if moment is None else utc(moment)
 
 
 def _seconds(row: JobRow) -> str:

@@ -12,7 +12,7 @@ import socket
 import ssl
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from gadgets.admission import AllowList, Place, Places, Quota, is_loopback, require_guarded
@@ -103,6 +103,19 @@ class Listener:
         """Whether connections are accepted: false before `start`, after `stop`, and while there is no socket to accept on."""
         return self._thread is not None and self._thread.is_alive() and not (self._closing or self._broken)
 
+    def claim(self) -> None:
+        """Take the address and let nobody in yet: peers are refused until `start`. So a taken one is known before anything is begun.
+
+        Raises
+        ------
+        WireError
+            The address is taken or not this machine's.
+        """
+        if self._socket is None:
+            with self._errors():
+                self._socket = _bound(self.host, self.port)
+            self.port = int(self._socket.getsockname()[1])
+
     def start(self) -> None:
         """Listen; a thread accepts from now on.
 
@@ -126,15 +139,29 @@ class Listener:
             logger.warning("event=not_encrypted host=%s note='what is sent can be read on the way'", self.host)
 
     def _open(self) -> None:
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        place = f"{self.host}:{self.port}"
+        self.claim()
+        assert self._socket is not None
         try:
-            self._socket = socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
+            with self._errors():
+                self._socket.listen(BACKLOG)
+        except WireError:  # another process that had claimed it as well was faster
+            self._let_go()
+            raise
+        self._socket.setblocking(False)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
         except (OSError, OverflowError, UnicodeError) as error:
             got = getattr(error, "strerror", None) or type(error).__name__
+            place = f"{self.host}:{self.port}"
             raise WireError("cannot listen", where=place, got=got, remedy="Is another server running?") from error
-        self.port = int(self._socket.getsockname()[1])
-        self._socket.setblocking(False)
+
+    def _let_go(self) -> None:
+        if self._socket is not None:
+            self._socket.close()
+        self._socket = None
 
     def wait(self) -> None:
         """Until `stop` is called from elsewhere."""
@@ -147,7 +174,9 @@ class Listener:
         if self._wake is not None:
             with contextlib.suppress(OSError):
                 self._wake[1].send(b"x")
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is None:
+            self._let_go()
+        elif self._thread is not threading.current_thread():
             self._thread.join()
         for end in self._wake or ():
             end.close()
@@ -183,6 +212,7 @@ class Listener:
             if self._closing:
                 return
             try:
+                self._let_go()
                 self._open()
             except WireError as error:
                 logger.error("event=not_listening text=%r", str(error))
@@ -269,3 +299,19 @@ class Listener:
             if not known:
                 self._told[key] = now
         logger.log(logging.DEBUG if known else logging.WARNING, "event=%s address=%s reason=%r", event, address, reason)
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket that has the address and does not listen yet."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # connections of a server that has just ended do not keep its successor from the port; one that listens does
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        made.bind((host, port))
+    except BaseException:
+        made.close()
+        raise
+    return made

@@ -385,6 +385,15 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def log_to_stderr() -> None:
+    """As the server's log (`gadgets.log_lines`, which is not in the container): times are UTC."""
+    line = logging.Formatter("%(asctime)s.%(msecs)03dZ level=%(levelname)s logger=%(name)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    line.converter = time.gmtime
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(line)
+    logging.basicConfig(level="INFO", handlers=[handler])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Until SIGTERM or SIGINT."""
     chosen = parser().parse_args(arguments)
@@ -392,9 +401,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     servers = [address for address in (chosen.server.strip(), local_server) if address]
     if not servers:
         parser().error("neither --server nor --local: nobody would reconstruct")
-    logging.basicConfig(
-        level="INFO", format="%(asctime)s level=%(levelname)s logger=%(name)s %(message)s", stream=sys.stderr
-    )
+    log_to_stderr()
     secure = tls_client(chosen.tls_ca, chosen.tls_cert, chosen.tls_key) if chosen.tls_ca else None
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -24,6 +24,9 @@ from gadgets.dicom_modules import SeriesPlan
 MAP_SERIES = 50
 """Added to the series number of the classic images."""
 
+MOST_COMMENTS = 4000
+"""Characters; the images of a slab may each say something of its own."""
+
 
 def parametric_map(sources: Sequence[Path], plan: SeriesPlan) -> Dataset:
     """The Parametric Map of one map series.
@@ -76,5 +79,8 @@ def parametric_map(sources: Sequence[Path], plan: SeriesPlan) -> Dataset:
         content_label="MAP",
         series_description=f"{plan.description} parametric map"[:64],
     )
+    said = "; ".join(dict.fromkeys(str(image.ImageComments) for image in images if image.get("ImageComments")))
+    if said:
+        made.ImageComments = said[:MOST_COMMENTS]
     made.Laterality = ""  # type 2C: whether the body part is one of a pair is not known
     return made

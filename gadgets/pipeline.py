@@ -298,13 +298,17 @@ class Scan:
         if self.chain.fallback is None:
             raise failure
         log.warning("event=fallback chain=%s to=%s slice=%d reason=%r", self.chain.name, self.chain.fallback, number, reason)
-        fallback = load_chain(self.chain.fallback, directory=self.services.configs)
+        failed = f"{self.chain.name} failed in slice {number} ({reason})"
+        try:
+            fallback = load_chain(self.chain.fallback, directory=self.services.configs)
+        except ReconError as broken:  # somebody is editing its file, or has removed it
+            self._tell(f"{failed}; {self.chain.fallback} cannot stand in for it ({broken})")
+            raise failure from broken
         # what the rows went through, and what the console asked for, holds for the stand-in as well
         fallback = replace(fallback, preprocess=self.chain.preprocess, maps=replace(self.chain.maps, map_failure="warn"))
         work.begin_again(number, fallback)
         result, error = yield from self._await(work, number, previews)
         # said when it is known: an announced image that does not come is worse than none
-        failed = f"{self.chain.name} failed in slice {number} ({reason})"
         if result is None:
             assert error is not None
             why = "either" if _reason(error) == reason else f"({_reason(error)})"

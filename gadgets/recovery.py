@@ -13,18 +13,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from gadgets.bookkeeping import Books, Entry, reason_of
 from gadgets.capture import Capture, amend_sidecar, read_capture, windows
 from gadgets.connection import Connection
 from gadgets.errors import CaptureGone
-from gadgets.handlers import ChainRequest, Handlers, Say, Scan
+from gadgets.handlers import ChainRequest, Handlers
 from gadgets.held_capture import CapturePeer, HeldLog, HeldLogs
 from gadgets.journal import JobRow, Journal
 from gadgets.lookout import Lookout
 from gadgets.results import Results
-from gadgets.spool import ORPHAN_NOTE, ScanLog, Spool
+from gadgets.spool import ORPHAN_NOTE, Spool
 from gadgets.wire import events
 from gadgets.wire.framing import FrameParser, Limits
 from recon_core.errors import ReconError
@@ -267,20 +266,13 @@ class Recovery:
     def _asked(self, row: JobRow, entry: Entry) -> Handlers:
         """The server's handlers, with a retry's own chain and settings in place of those in the capture."""
         config, own = row.ask.get("config"), dict(row.ask.get("set", {}))
-        open_scan, check = self._handlers.open_scan, self._handlers.check_config
 
-        def asked(request: ChainRequest) -> ChainRequest:
+        def chosen(request: ChainRequest) -> ChainRequest:
             if config:
                 return ChainRequest(name=config, overrides=own)
             return replace(request, overrides={**request.overrides, **own})
 
-        def open_asked(request: ChainRequest, header: str, raw: ScanLog, say: Say) -> Scan:
-            return open_scan(asked(request), header, raw, say)
-
-        def check_asked(request: ChainRequest) -> Any:
-            return check(asked(request))
-
-        handlers = replace(self._handlers, open_scan=open_asked, check_config=check_asked, entry=lambda peer: entry)
+        handlers = replace(self._handlers, chosen=chosen, entry=lambda peer: entry)
         return replace(handlers, node_request=lambda text: ChainRequest(name=config)) if config else handlers
 
 

@@ -10,7 +10,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from functools import partial
@@ -38,10 +38,22 @@ MOST_TRIES = 8
 
 @dataclass(frozen=True)
 class Archives:
-    """Where images go by themselves: the archives, and the folder of the queue to them."""
+    """Where images go by themselves: the archives, and the folder of the queue to them.
+
+    With ``parametric_maps`` each map goes there as a Parametric Map object, too, beside the classic images.
+    """
 
     destinations: tuple[Destination, ...]
     queue: Path
+    parametric_maps: bool = False
+
+
+@dataclass(frozen=True)
+class Handed:
+    """What came of a job's images on their way: whether they are in the queue, and what went wrong ("" for nothing)."""
+
+    queued: bool = False
+    problem: str = ""
 
 
 class Results:
@@ -63,7 +75,7 @@ class Results:
         self._root, self._books, self._jobs = root, books, jobs
         self._archives, self._sender = archives, sender
         self._lock = threading.Lock()
-        self._working: dict[str, Future[str] | None] = {}
+        self._working: dict[str, Future[Handed] | None] = {}
         self._tried: dict[str, tuple[int, float]] = {}  # how often in vain, and when again (monotonic)
 
     def over(self, row: JobRow) -> None:
@@ -108,19 +120,21 @@ class Results:
         for path in sorted(self._root.glob(f"*{JOB_SUFFIX}/r*/{MESSAGES}")):
             yield f"{path.parent.parent.stem}.{path.parent.name}"
 
-    def make(self, row: JobRow) -> Future[str]:
-        """The task itself; its result says what went wrong on the way to the archive, "" for nothing."""
+    def make(self, row: JobRow) -> Future[Handed]:
+        """The task itself."""
         archives = self._archives if row.archive == "due" else None
         capture = self._root / row.capture
         return self._jobs.scope(HOUSEKEEPING).submit(finish_job, self._root / row.folder, capture, archives)
 
-    def note(self, row: JobRow, problem: str) -> JobRow:
+    def note(self, row: JobRow, handed: Handed) -> JobRow:
         """The row after its images' way to the archive; the sender is told."""
         if row.archive != "due":
             return row
-        if problem:
-            log.error("event=archive_failed job=%s text=%r", row.id, problem)
-            return replace(row, archive="failed", warnings=(*row.warnings, f"not sent to the archive: {problem}"))
+        if handed.problem:
+            log.error("event=archive_failed job=%s text=%r", row.id, handed.problem)
+            row = replace(row, warnings=(*row.warnings, f"not sent to the archive: {handed.problem}"))
+        if not handed.queued:
+            return replace(row, archive="failed")
         if self._sender is not None:
             self._sender.poke()
         return replace(row, archive="queued")
@@ -137,7 +151,7 @@ class Results:
         if wait(left, timeout=CLOSE_SECONDS).not_done:
             log.warning("event=results_incomplete jobs=%d", len(left))
 
-    def _done(self, row: JobRow, future: Future[str]) -> None:
+    def _done(self, row: JobRow, future: Future[Handed]) -> None:
         error = future.exception()
         with self._lock:
             tries = self._tried.pop(row.id, (0, 0.0))[0] + 1
@@ -150,15 +164,15 @@ class Results:
         if error is not None:
             log.error("event=images_not_kept job=%s error=%r", row.id, reason_of(_plain(error)))
         if row.archive == "due":
-            self._books.put(self.note(row, reason_of(_plain(error)) if error is not None else future.result()))
+            self._books.put(self.note(row, future.result() if error is None else Handed(problem=reason_of(_plain(error)))))
 
 
 def _plain(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
 
 
-def finish_job(folder: Path, capture: Path, archives: Archives | None) -> str:
-    """A worker's task: the image file, then the queue to the archives; returns what went wrong with the latter.
+def finish_job(folder: Path, capture: Path, archives: Archives | None) -> Handed:
+    """A worker's task: the image file, then the queue to the archives.
 
     Raises
     ------
@@ -166,32 +180,44 @@ def finish_job(folder: Path, capture: Path, archives: Archives | None) -> str:
         The image file cannot be made.
     """
     write_image_file(folder)
-    return "" if archives is None else queue_images(folder, capture, archives)
+    return Handed() if archives is None else queue_images(folder, capture, archives)
 
 
-def queue_images(folder: Path, capture: Path, archives: Archives) -> str:
-    """Convert a job's images and put them into the queue once for each archive; what went wrong, "" for nothing.
+def queue_images(folder: Path, capture: Path, archives: Archives) -> Handed:
+    """Convert a job's images and put them into the queue once for each archive.
 
     Run twice, it queues the same objects with the same UIDs, which an archive takes as the same.
     """
-    made = folder / "dicom"
+    made, problem = folder / "dicom", ""
     try:
         from gadgets.dicom import convert
         from gadgets.dicom_identity import read_header_text
         from gadgets.pacs_queue import Queue
 
         shutil.rmtree(made, ignore_errors=True)
-        files: Sequence[Path] = convert(folder / IMAGES, made, header=read_header_text(capture)).files
+        header = read_header_text(capture)
+        try:
+            files = convert(folder / IMAGES, made, header=header, parametric_maps=archives.parametric_maps).files
+        except Exception as error:
+            if not archives.parametric_maps:
+                raise
+            # the classic images go in any case; what stands in their way as well is said instead
+            problem = f"Parametric Maps: {_told(error)}"
+            files = convert(folder / IMAGES, made, header=header).files
         queue = Queue(archives.queue)
         for destination in archives.destinations:
             queue.put(files, destination)
-    except ModuleNotFoundError as error:
-        return f"{error.name} is not installed: pip install 'recon-gadgets[dicom]'"
     except Exception as error:  # DICOM libraries raise many kinds; a scan is none the worse for it
-        return reason_of(error)
+        return Handed(problem=_told(error))
     finally:
         shutil.rmtree(made, ignore_errors=True)
-    return ""
+    return Handed(queued=True, problem=problem)
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed: pip install 'recon-gadgets[dicom]'"
+    return reason_of(error)
 
 
 def check_archives(archives: Archives, spool: Path | None) -> None:

@@ -98,6 +98,16 @@ class Server:
         """Whether connections are being accepted."""
         return self._listener.running
 
+    def claim(self) -> None:
+        """Take the address now, and refuse everybody until `start`.
+
+        Raises
+        ------
+        WireError
+            The address is taken or not this machine's.
+        """
+        self._listener.claim()
+
     def start(self) -> Server:
         """Listen; connections are accepted by a thread from now on.
 

@@ -176,7 +176,14 @@ class Service:
         return self.server.port
 
     def start(self) -> Service:
-        """Warm the workers, then listen."""
+        """Take the port, warm the workers, then listen.
+
+        Raises
+        ------
+        WireError
+            The port is taken: said before the workers are started, which takes a while.
+        """
+        self.server.claim()
         self.jobs.warm()
         self.server.start()
         if self.observer is not None:
@@ -196,7 +203,11 @@ class Service:
             self.observer.close()
 
     def __enter__(self) -> Service:
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:
+            self.close()
+            raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
@@ -239,4 +250,5 @@ class Service:
             "versions": self.spool.versions,
             "spool_bytes": self.spool.max_bytes,
             "min_free_bytes": self.spool.min_free_bytes,
+            "evicted": self.spool.evicted(),
         }

@@ -20,6 +20,7 @@ import shutil
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from gadgets.scan_log import Status as Status
 from gadgets.state_folder import state_folder
 from gadgets.storage_room import free as _free
 from gadgets.storage_room import room
+from recon_core.errors import plain
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,8 @@ ORPHAN_NOTE = "the server ended during this scan"
 
 STALE_SECONDS = 3600.0
 RECOUNT_SECONDS = 60.0
+EARLY_SECONDS = 86400.0
+"""A capture that has to make room sooner than this goes with a warning."""
 
 
 def default_spool_root() -> Path:
@@ -98,6 +102,7 @@ class Spool:
         self._lock = threading.Lock()
         self._owed: dict[Path, dict[str, Any]] = {}  # sidecars that the disk did not take
         self._used, self._counted = 0, -math.inf  # bytes in the folder, and when they were last counted
+        self._evicted: Counter[tuple[str, str]] = Counter()
         self._salt = secrets.token_bytes(16)  # peers are comparable within one run of the server, and not beyond
         if self.root is not None:
             self._make_root(self.root)
@@ -114,6 +119,11 @@ class Spool:
         if self.root is None:
             return []
         return sorted(path for path in self.root.glob("*.mrd") if sidecar(path).exists())
+
+    def evicted(self) -> list[tuple[str, str, int]]:
+        """How many captures this process has removed: why (``age``, ``size``, ``disk``), how their scans had ended, number."""
+        with self._lock:
+            return sorted((reason, status, n) for (reason, status), n in self._evicted.items())
 
     def make_room(self, grown: int = 0) -> bool:
         """Remove the oldest finished captures above the limits; whether the limits hold now.
@@ -152,8 +162,8 @@ class Spool:
         held = self.held()
         if self.max_age is not None:
             oldest = time.time() - self.max_age
-            for path in [path for path in sizes if path.name not in held and _finished_before(path, oldest)]:
-                self._remove(path, sizes.pop(path), "age")
+            for path in [path for path in sizes if path.name not in held and _finished(path) < oldest]:
+                self._remove(path, sizes.pop(path), "age", capture_status(path))
         used = self._used
         if used <= self.max_bytes and _free(root) >= self.min_free_bytes:
             return True
@@ -166,19 +176,29 @@ class Spool:
             complete = [path for path in finished if status[path] == "complete"]
             victim = complete[0] if complete and kept_failed <= self.max_bytes // 2 else finished[0]
             finished.remove(victim)
-            self._remove(victim, sizes[victim], status[victim])
+            self._remove(victim, sizes[victim], "size" if used > self.max_bytes else "disk", status[victim])
             used = self._used
             kept_failed -= sizes[victim] if status[victim] != "complete" else 0
         return _free(root) >= self.min_free_bytes
 
-    def _remove(self, capture: Path, size: int, reason: str) -> None:
-        """A capture, its sidecar and what came of it."""
+    def _remove(self, capture: Path, size: int, reason: str, status: str) -> None:
+        """A capture, its sidecar and what came of it; loudly where that cannot be what anybody wants.
+
+        The raw data of a scan that failed are all that is left of it. One that goes on the day of its scan for want of room is a spool
+        that is too small, or somebody who fills it.
+        """
+        age = time.time() - _finished(capture)
         for path in (capture, sidecar(capture)):
             with contextlib.suppress(OSError):
                 path.unlink()
         shutil.rmtree(job_folder_of(capture), ignore_errors=True)
         self._used -= size
-        logger.info("event=capture_evicted file=%s bytes=%d reason=%s", capture.name, size, reason)
+        self._evicted[reason, status] += 1
+        loud = status != "complete" or (reason != "age" and age < EARLY_SECONDS)
+        logger.log(
+            logging.WARNING if loud else logging.INFO, "event=capture_evicted file=%s bytes=%d reason=%s status=%s hours=%.1f",
+            capture.name, size, reason, plain(status, 16), age / 3600.0,
+        )  # fmt: skip
 
     def place(self, needed: int, tried: set[Path]) -> tuple[Path, bool]:
         """Where a log may go of which ``needed`` bytes are there, and whether it is kept there.
@@ -244,11 +264,12 @@ class Spool:
                         shutil.rmtree(left)
 
 
-def _finished_before(capture: Path, moment: float) -> bool:
+def _finished(capture: Path) -> float:
+    """When its scan was over, in s since the epoch; for one that is not, the end of all times."""
     try:
-        return sidecar(capture).stat().st_mtime < moment
+        return sidecar(capture).stat().st_mtime
     except OSError:
-        return False
+        return math.inf
 
 
 def _temporaries(root: Path | None) -> tuple[Path, ...]:

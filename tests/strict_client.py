@@ -149,7 +149,7 @@ class StrictClient:
 
             def read() -> None:
                 try:
-                    _read_answer(sock, answer, dependency)
+                    read_answer(sock, answer, dependency)
                     sender.join(self.timeout)
                     if sender.is_alive():
                         raise _Abort("the server sent CLOSE but does not read what is left")
@@ -193,7 +193,8 @@ def _unsigned(sock: socket.socket, size: int, what: str) -> int:
     return int.from_bytes(_exactly(sock, size, what), "little")
 
 
-def _read_answer(sock: socket.socket, answer: Answer, dependency: bool) -> None:
+def read_answer(sock: socket.socket, answer: Answer, dependency: bool = False) -> None:
+    """Everything up to the server's CLOSE, into ``answer``."""
     known = {DEPENDENCY, CLOSE} if dependency else {IMAGE, DICOM_WITHNAME, DEPENDENCY, TEXT, RESPONSE, CLOSE}
     first: dict[int, Image] = {}
     while True:

@@ -62,6 +62,7 @@ class _Collector(Collector):
         said, workers = status.server, status.workers()
         yield _gauge("recon_spool_free_bytes", "Free on the spool's disk.", max(0, self._folder.free_bytes()))
         yield _gauge("recon_spool_min_free_bytes", "Below this, raw data are not kept.", number(said.get("min_free_bytes")))
+        yield _evicted(said.get("evicted"))
         yield _gauge("recon_queue_length", "Tasks (slices, files) that wait for a worker.", queue_length(status))
         yield _gauge("recon_active_scans", "Scans being received or reconstructed.", len(status.active))
         yield _gauge("recon_connections", "Open connections.", number(said.get("connections")) if status.alive else 0)
@@ -91,6 +92,19 @@ def _archives(backlogs: Iterable[Backlog]) -> Iterator[Metric]:
         failed.add_metric([backlog.archive], backlog.failed)
         oldest.add_metric([backlog.archive], backlog.oldest)
     yield from (waiting, failed, oldest)
+
+
+def _evicted(rows: Any) -> Metric:
+    found = CounterMetricFamily(
+        "recon_captures_evicted",
+        "Raw data that were removed, by why and how their scan had ended.",
+        labels=["reason", "status"],
+    )
+    counted = {(reason, status): 0.0 for reason in ("age", "disk", "size") for status in ("complete", "failed", "truncated")}
+    counted |= {(str(reason), str(status)): number(n) for reason, status, n in _rows(rows, 3)}
+    for labels, n in sorted(counted.items()):
+        found.add_metric(labels, n)
+    return found
 
 
 def _counted(tallies: Any) -> Iterator[Metric]:

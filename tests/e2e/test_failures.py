@@ -140,6 +140,25 @@ def test_a_site_falls_back_to_its_own_chain(site: Service, scan: SimulatedScan) 
     np.testing.assert_array_equal(stack(stood_in, 2), stack(straight, 2))
 
 
+def test_chain_files_are_edited_while_the_server_runs(site: Service, scan: SimulatedScan) -> None:
+    folder = site.options.configs
+    assert folder is not None
+    write_chain(folder, "edited", "cg_sense", "helper")
+    write_chain(folder, "helper", "fourier")
+    bad = encoded(changed(scan, without_signal_in(0)))
+    assert [text for text in complaints(ask(site, "edited", scan, messages=bad)) if "its images come from helper" in text]
+    (folder / "helper.xml").write_text("<configuration>")
+    answer = ask(site, "edited", scan, messages=bad)
+    said = " ".join(complaints(answer))
+    assert "CalibrationError" in failed(answer), "why the images are missing, not why nobody stood in"
+    assert "helper cannot stand in for it (chain helper: not well-formed XML" in said
+    (folder / "edited.xml").write_text("<configuration>")
+    assert "ConfigRefused: chain edited: not well-formed XML" in failed(ask(site, "edited", scan))
+    write_chain(folder, "edited", "fourier")
+    answer = ask(site, "edited", scan, messages=bad)
+    assert len(answer.images) == 4 and not complaints(answer)
+
+
 def test_what_the_console_asked_for_holds_for_the_stand_in(service: Service) -> None:
     partial = in_memory("cine", matrix_x=48, matrix_y=48, coils=4, states=1, partial_fourier=0.75, calibration="separate")
     messages = encoded(changed(partial, without_signal_in(0)))

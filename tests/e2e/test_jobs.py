@@ -11,15 +11,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pydicom import Dataset, dcmread
+from pydicom.uid import MRImageStorage, ParametricMapStorage
 from typer.testing import CliRunner
 
 from gadgets.cli import app
+from gadgets.dicom_cli import MissingExtra
+from gadgets.dicom_identity import DicomError
 from gadgets.errors import CaptureGone, ImageFileError, RetryFailed
 from gadgets.fair_queue import HOUSEKEEPING, REPLAY, SCAN
 from gadgets.image_file import read_images
@@ -126,13 +130,16 @@ def test_a_retry_by_the_server_gives_the_same_images(site: Service, scan: Simula
         retry(spool_of(site), row.id, output=tmp_path / "o.h5", here=no_server)
 
 
-def test_a_fallback_is_in_the_row(site: Service, scan: SimulatedScan) -> None:
-    def without_calibration() -> Iterator[bytes]:
-        for headers, samples in scan.stream.batches:
-            calibration = (headers["flags"] & np.uint64(1 << 19)) != 0
-            yield bytes(codec.acquisitions(headers, np.where(calibration[:, None, None], 0, samples)))
+def without_calibration(scan: SimulatedScan, slices: tuple[int, ...] = (0, 1)) -> Iterator[bytes]:
+    """The calibration lines are zero: coil maps cannot be had."""
+    for headers, samples in scan.stream.batches:
+        calibration = (headers["flags"] & np.uint64(1 << 19)) != 0
+        calibration &= np.isin(headers["idx"]["slice"], slices)
+        yield bytes(codec.acquisitions(headers, np.where(calibration[:, None, None], 0, samples)))
 
-    answer = ask(site, "cg_sense", scan, messages=without_calibration())
+
+def test_a_fallback_is_in_the_row(site: Service, scan: SimulatedScan) -> None:
+    answer = ask(site, "cg_sense", scan, messages=without_calibration(scan))
     row = newest(site)
     assert (row.state, row.fallback, row.n_images) == ("sent", "fourier", 4)
     assert [f"WRN {warning}" for warning in row.warnings] == [text.strip() for text in complaints(answer)]
@@ -252,6 +259,8 @@ def test_captures_go_by_age_and_rows_stay(site: Service, scan: SimulatedScan, mo
     site.spool.make_room()
     assert not (root / row.capture).exists() and not (root / row.folder).exists()
     assert site.unattended.books.journal().row(row.id) == row
+    status = Status({"server": site._describe(), "pid": os.getpid()}, time.time())
+    assert ("age", "complete", 1) in status.server["evicted"]
 
 
 # -- to the archive ------------------------------------------------------------------------------------------------------------------
@@ -357,6 +366,80 @@ def test_a_queue_that_cannot_be_used_fails_no_scan(archiving: Archiving, scan: S
     assert row.images(spool_of(archiving.service))
 
 
+def queued_by(archiving: Archiving, known: set[str]) -> list[Dataset]:
+    """The objects of the one transfer that is not among ``known``, once it waits."""
+    waiting = archiving.queue / "waiting"
+    [name] = until(lambda: {job.id for job in Queue(archiving.queue).jobs()} - known)
+    return [dcmread(path) for path in sorted((waiting / name).glob("*.dcm"))]
+
+
+def test_images_of_a_stand_in_say_so_in_the_archive(archiving: Archiving, scan: SimulatedScan) -> None:
+    known = {job.id for job in Queue(archiving.queue).jobs()}
+    answer = ask(archiving.service, "cg_sense", scan, messages=without_calibration(scan, (1,)))
+    assert len(answer.images) == 4 and "come from fourier" in complaints(answer)[0]
+    objects = queued_by(archiving, known)
+    series: dict[str, list[Dataset]] = {}
+    for one in objects:
+        series.setdefault(str(one.SeriesInstanceUID), []).append(one)
+    asked, stood_in = sorted(series.values(), key=lambda images: "instead_of" in images[0].SeriesDescription)
+    assert len(asked) == len(stood_in) == 2
+    for one in asked:
+        assert one.SeriesDescription.split()[0] == "cg_sense" and "failed" not in one.get("ImageComments", "")
+    for one in stood_in:
+        assert one.SeriesDescription.startswith("fourier_instead_of_cg_sense")
+        assert "cg_sense failed: image from fourier instead" in one.ImageComments
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_maps_go_to_the_archive_also_as_parametric_maps_where_the_site_wants_it(tmp_path: Path, wanted: bool) -> None:
+    head = in_memory("mgre", matrix_x=24, matrix_y=24, partitions=8, coils=4, states=4)
+    ports = free_ports(2)
+    sent_to = Archives((Destination("127.0.0.1", ports[1], AET),), tmp_path / "pacs", parametric_maps=wanted)
+    options = ServiceOptions(port=0, workers=0, threads=1, spool=tmp_path / "spool", min_free_bytes=0, archives=sent_to)
+    with Service(options) as running:
+        site = Archiving(running, ports, sent_to.queue)
+        answer = ask(running, "fourier", head, maps="r2star", header=named(head))
+        assert answer.images and not complaints(answer)
+        row = site.row("queued", set())
+        objects = queued_by(site, set())
+        with orthanc(tmp_path / "orthanc", ports) as archive:
+            until(lambda: retried(site.queue, Queue(site.queue).jobs()[0].id))
+            until(lambda: not list((site.queue / "waiting").iterdir()))
+            assert set().union(*archive.uids().values()) == {str(one.SOPInstanceUID) for one in objects}
+    maps = [one for one in objects if one.SOPClassUID == ParametricMapStorage]
+    classic = [one for one in objects if one.SOPClassUID == MRImageStorage and one.ImageType[0] == "DERIVED"]
+    assert [one.ImageType[-1] for one in classic].count("R2STAR") == 8 and not row.warnings
+    described = {str(one.SeriesDescription).split()[0] for one in classic}
+    assert sorted(str(one.SeriesDescription) for one in maps) == sorted(f"{d} parametric map" for d in described if wanted)
+    for one in maps:
+        assert one.NumberOfFrames == 8 and one.StudyInstanceUID == classic[0].StudyInstanceUID
+        assert one.PatientName == PATIENT
+    assert bool(maps) is wanted
+
+
+def test_maps_that_cannot_be_converted_keep_no_image_from_the_archive(
+    archiving: Archiving, scan: SimulatedScan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object) -> None:
+        raise DicomError("for the test", where="a map")
+
+    monkeypatch.setattr("gadgets.dicom._add_parametric_maps", broken)
+    monkeypatch.setattr(
+        archiving.service.unattended.results, "_archives", replace(archives_of(archiving), parametric_maps=True)
+    )
+    known, before = archiving.known(), {job.id for job in Queue(archiving.queue).jobs()}
+    assert len(ask(archiving.service, "fourier", scan).images) == 4
+    row = archiving.row("queued", known)
+    assert len(queued_by(archiving, before)) == 4
+    assert row.warnings == ("not sent to the archive: Parametric Maps: DicomError: a map: for the test",)
+
+
+def archives_of(archiving: Archiving) -> Archives:
+    found = archiving.service.options.archives
+    assert found is not None
+    return found
+
+
 def test_what_the_command_line_says_about_archives(tmp_path: Path) -> None:
     assert archives(tmp_path / "spool", None, "RECONGADGETS", False, None, None, None) is None
     found = archives(tmp_path / "spool", ["A@127.0.0.1:104", "B@[::1]:105"], "US", False, tmp_path / "ca.pem", None, None)
@@ -366,8 +449,40 @@ def test_what_the_command_line_says_about_archives(tmp_path: Path) -> None:
         ("B", "::1", 105, "US"),
     ]
     assert all(d.tls is not None and d.tls.ca == str(tmp_path / "ca.pem") for d in found.destinations)
+    assert all(d.tls is not None and d.tls.server_name is None for d in found.destinations) and not found.parametric_maps
+    found = archives(None, ["A@10.0.0.5:104"], "US", True, None, None, None, "pacs.example", parametric_maps=True)
+    assert found is not None and found.parametric_maps
+    assert found.destinations[0].tls is not None and found.destinations[0].tls.server_name == "pacs.example"
     with pytest.raises(PacsError, match="AET@HOST:PORT"):
         archives(None, ["nonsense"], "US", False, None, None, None)
+
+
+def test_serve_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ServiceOptions] = []
+
+    def service(options: ServiceOptions, hurry: object) -> None:
+        seen.append(options)
+        raise SettingError("far enough for the test")
+
+    monkeypatch.setattr("gadgets.service.Service", service)
+    place = ["--spool", str(tmp_path / "spool"), "--pacs", "A@127.0.0.1:104"]
+    for chosen in ([], ["--pacs-parametric-maps", "--pacs-tls-name", "pacs.example"]):
+        done = CliRunner().invoke(app, ["serve", *place, *chosen])
+        assert isinstance(done.exception, SettingError)
+    plain, other = (options.archives for options in seen)
+    assert plain is not None and other is not None
+    assert not plain.parametric_maps and plain.destinations[0].tls is None
+    assert other.parametric_maps and other.destinations[0].tls is not None
+    assert other.destinations[0].tls.server_name == "pacs.example"
+    assert other.queue == plain.queue == tmp_path / "pacs"
+
+
+def test_parametric_maps_need_their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said when the server starts, and not after the first scan."""
+    monkeypatch.setitem(sys.modules, "highdicom", None)
+    with pytest.raises(MissingExtra, match=r"highdicom.*recon-gadgets\[dicom\]"):
+        archives(tmp_path / "spool", ["A@127.0.0.1:104"], "US", False, None, None, None, parametric_maps=True)
+    assert archives(tmp_path / "spool", ["A@127.0.0.1:104"], "US", False, None, None, None)
 
 
 def test_the_sending_process_is_started_again_and_ends_with_its_server(

@@ -72,16 +72,20 @@ def header_text(
 
 def scan(
     *, integers: bool = True, planes: int = 1, slices: int = 2, states: int = 2, seed: int = 0, preview: bool = False,
-    maps: tuple[str, ...] = tuple(SPAN),
+    maps: tuple[str, ...] = tuple(SPAN), asked: str = "llr_t1",
 ) -> Scan:  # fmt: skip
-    """A smooth disc in a dark field, with another brightness in each state, and maps inside it."""
+    """A smooth disc in a dark field, with another brightness in each state, and maps inside it; where another chain was ``asked``
+    for, ``llr_t1`` stood in for it.
+    """
     rng = np.random.default_rng(seed)
     matrix = (planes, 24, 40)
     y, x = np.meshgrid(np.linspace(-1, 1, 24), np.linspace(-1, 1, 40), indexing="ij")
     inside = np.broadcast_to((x - 0.2) ** 2 + y**2 < 0.5, matrix)
     text = header_text(matrix, bits=12 if integers else None)
     pixels = "uint16" if integers else "float32"
-    writer = ImageWriter(parse_header(text), "llr_t1", OutputSettings(phase=True, pixel_type=pixels, map_pixel_type=pixels))
+    writer = ImageWriter(parse_header(text), asked, OutputSettings(phase=True, pixel_type=pixels, map_pixel_type=pixels))
+    if asked != "llr_t1":
+        writer = writer.for_fallback("llr_t1")
     if preview:
         writer = writer.for_previews("llr_t1")
     fov = (0.006 * planes, 0.12, 0.3)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -149,3 +151,51 @@ def test_a_site_can_bring_its_own_chain_files(tmp_path: Path) -> None:
     assert load_chain("our_llr", directory=tmp_path).method == "llr"
     with pytest.raises(UnknownChain):
         load_chain("llr", directory=tmp_path)
+
+
+def site_chain(folder: Path, prewhiten: str) -> Path:
+    """A site's own chain file, with one setting of its own."""
+    end = "</configuration>\n    </external>"
+    text = (config_directory() / "llr.xml").read_text().replace('target="llr"', 'target="our_llr"')
+    assert end in text
+    path = folder / "our_llr.xml"
+    path.write_text(text.replace(end, f'<property name="prewhiten" value="{prewhiten}"/>{end}'))
+    return path
+
+
+def test_an_edited_chain_file_holds_from_the_next_scan_on(tmp_path: Path) -> None:
+    before = site_chain(tmp_path, "yes").stat()
+    assert load_chain("our_llr", directory=tmp_path).preprocess.prewhiten is True
+    path = site_chain(tmp_path, "off")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as old and as long, which some copying leaves behind
+    assert path.stat().st_size == before.st_size
+    assert load_chain("our_llr", directory=tmp_path).preprocess.prewhiten is False
+
+
+@pytest.mark.parametrize(
+    ("edit", "error", "words"),
+    [
+        (lambda text: text[: len(text) // 2], ConfigRefused, "chain our_llr: not well-formed XML"),
+        (lambda text: "", ConfigRefused, "chain our_llr: not well-formed XML"),
+        (lambda text: text.replace('value="yes"', 'value="maybe"'), SettingError, "chain our_llr.*prewhiten"),
+        (lambda text: text.replace('"prewhiten"', '"prewhite"'), SettingError, "chain our_llr.*unknown setting.*prewhite"),
+        (lambda text: text.replace('value="llr"', 'value="lrl"'), ConfigRefused, "chain our_llr: no such method.*'lrl'"),
+        (lambda text: text.replace('target="our_llr"', 'target="llr"'), ConfigRefused, "target is another chain"),
+        (lambda text: text.encode("utf-16"), ConfigRefused, "our_llr.xml: the chain file cannot be read"),
+        (None, UnknownChain, "no such chain"),
+    ],
+)
+def test_a_broken_edit_is_a_clear_error_until_it_is_mended(tmp_path: Path, edit: Any, error: type, words: str) -> None:
+    path = site_chain(tmp_path, "yes")
+    good = path.read_text()
+    loaded = load_chain("our_llr", directory=tmp_path)
+    if edit is None:
+        path.unlink()
+    else:
+        broken = edit(good)
+        assert broken != good
+        path.write_bytes(broken if isinstance(broken, bytes) else broken.encode())
+    with pytest.raises(error, match=words):
+        load_chain("our_llr", directory=tmp_path)
+    path.write_text(good)
+    assert load_chain("our_llr", directory=tmp_path) == loaded

@@ -173,6 +173,19 @@ def test_a_parametric_map_says_the_same_as_the_classic_images(tmp_path: Path) ->
     assert made.PatientName == PATIENT and int(made.NumberOfFrames) == 2 == len(set(places))
 
 
+def test_what_stands_in_says_so_in_every_object(tmp_path: Path) -> None:
+    """Images and maps, classic and Parametric Map; and whole scans that nothing stood in for say nothing."""
+    for asked, chain in (("llr_t1", "llr_t1"), ("moe_dqinr_t1", "llr_t1")):
+        known = scan(maps=("T1",), asked=asked)
+        convert(known.write(tmp_path / f"{asked}.h5"), tmp_path / asked, header=known.header, parametric_maps=True)
+        objects = [pydicom.dcmread(path) for path in sorted((tmp_path / asked).rglob("*.dcm"))]
+        assert sum("NumberOfFrames" in one for one in objects) == 1 and len(objects) == 11
+        for one in objects:
+            said = f"{asked} failed: image from {chain} instead" in one.get("ImageComments", "")
+            assert said == ("instead_of" in one.SeriesDescription) == (asked != chain)
+            assert one.SeriesDescription.startswith(chain if asked == chain else f"{chain}_instead_of_{asked}")
+
+
 def test_patient_study_and_series_come_from_the_header(tmp_path: Path) -> None:
     known = scan(slices=3)
     made = convert(known.write(tmp_path / "images.h5"), tmp_path / "out", header=known.header)

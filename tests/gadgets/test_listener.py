@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import socket
 import time
@@ -13,6 +14,8 @@ import pytest
 
 from gadgets import listener as listening
 from gadgets.admission import Place
+from gadgets.errors import JobFailed, WireError
+from gadgets.jobs import Jobs
 from gadgets.listener import Listener
 from gadgets.service import Service, ServiceOptions
 from tests.gadgets.serving import serving
@@ -40,6 +43,71 @@ def test_a_listener_runs_from_start_to_stop() -> None:
     assert listener.running
     listener.stop()
     assert not listener.running
+
+
+def refused(port: int) -> bool:
+    with contextlib.closing(socket.socket()) as peer:
+        return peer.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
+
+
+def test_a_claimed_address_is_nobody_elses_and_lets_nobody_in() -> None:
+    served: list[Place] = []
+
+    def serve(accepted: socket.socket, place: Place) -> None:
+        served.append(place)
+        accepted.close()
+        place.leave()
+
+    one = Listener("127.0.0.1", 0, serve)
+    one.claim()
+    port = one.port
+    assert port and refused(port) and not one.running
+    other = Listener("127.0.0.1", port, serve)
+    other.claim()  # two that begin at the same moment: the kernel decides when one of them listens
+    one.start()
+    assert one.port == port and not refused(port)
+    with pytest.raises(WireError, match=r"cannot listen.*in use"):
+        other.start()
+    with pytest.raises(WireError, match=r"cannot listen.*in use"):
+        Listener("127.0.0.1", port, serve).claim()
+    until(lambda: served)
+    one.stop()
+    assert refused(port)
+    left = Listener("127.0.0.1", port, serve)
+    left.claim()
+    left.stop()  # without a start
+    with socket.create_server(("127.0.0.1", port)) as free:
+        assert free.getsockname()[1] == port
+
+
+def test_a_taken_port_is_said_before_the_workers_are_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def warm(self: Jobs) -> None:
+        seen.append("refused" if refused(service.port) else "let in")
+
+    monkeypatch.setattr(Jobs, "warm", warm)
+    with other_socket() as taken:
+        service = Service(ServiceOptions(port=taken, workers=0, threads=1, spool=tmp_path / "spool"))
+        with pytest.raises(WireError, match=rf"127.0.0.1:{taken}.*in use"), service:
+            pass
+    assert seen == []
+    service = Service(ServiceOptions(port=taken, workers=0, threads=1, spool=tmp_path / "spool"))
+    with service:
+        assert seen == ["refused"] and not refused(service.port)
+
+
+def test_a_start_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Jobs) -> None:
+        raise JobFailed("no worker", where="the test")
+
+    monkeypatch.setattr(Jobs, "warm", broken)
+    service = Service(ServiceOptions(port=0, workers=0, threads=1))
+    with pytest.raises(JobFailed), service:
+        pass
+    assert service.port and service.jobs._closed
+    with socket.create_server(("127.0.0.1", service.port)) as free:
+        assert free.getsockname()[1] == service.port
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from gadgets.cli import app
 from gadgets.manifest import MAX_PARAMETERS, ManifestError, manifest, tenths
 from gadgets.manifest_formats import DOCS_COMMAND, fire_json, gadgetron_xml, markdown
 from gadgets.manifest_ids import by_setting, console_id
+from gadgets.openrecon_label import label
 from gadgets.wire.session import fire_parameters
 from recon_core.errors import SettingError
 
@@ -21,13 +22,32 @@ DOCS = Path(__file__).parent.parent.parent / "docs" / "chains.md"
 REPOSITORY_CHAINS = chain_names()
 
 
-def published() -> dict[str, dict[str, str]]:
-    found: dict[str, dict[str, str]] = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+Ids = dict[str, dict[str, str | list[str]]]
+"""By chain and parameter: its kind, or the values of a choice."""
+
+
+def published() -> Ids:
+    found: Ids = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     return found
 
 
-def current() -> dict[str, dict[str, str]]:
-    return {name: {p.id: p.kind for p in manifest(name).parameters} for name in REPOSITORY_CHAINS}
+def current() -> Ids:
+    return {
+        name: {p.id: sorted(p.choices) if p.kind == "choice" else p.kind for p in manifest(name).parameters}
+        for name in REPOSITORY_CHAINS
+    }
+
+
+def added(known: Ids, new: Ids) -> Ids:
+    """What is to be kept from now on: nothing that was published is left out."""
+    merged: Ids = {name: dict(parameters) for name, parameters in known.items()}
+    for name, parameters in new.items():
+        kept = merged.setdefault(name, {})
+        for key, kind in parameters.items():
+            before = kept.setdefault(key, kind)
+            if isinstance(before, list) and isinstance(kind, list):
+                kept[key] = sorted({*before, *kind})
+    return merged
 
 
 def typed(chain: Chain) -> tuple[object, ...]:
@@ -48,13 +68,35 @@ def test_every_chain_says_what_a_console_offers(name: str) -> None:
 
 @pytest.mark.parametrize("name", REPOSITORY_CHAINS)
 def test_published_parameters_never_change(name: str) -> None:
-    """Protocols saved on a scanner keep ids: one that vanishes makes the console refuse them.
+    """Protocols saved on a scanner keep ids and chosen values: one that vanishes makes the console refuse them.
 
-    After adding parameters or chains: ``python -m tests.gadgets.test_manifest`` writes the file anew. Never remove or rename one.
+    After adding parameters, values or chains: ``python -m tests.gadgets.test_manifest`` adds them to the file. Never remove or rename one.
     """
     known = published()
     assert name in known, "a new chain: run python -m tests.gadgets.test_manifest"
     assert current()[name] == known[name]
+
+
+@pytest.mark.parametrize("name", REPOSITORY_CHAINS)
+def test_published_values_can_be_chosen_by_every_way(name: str) -> None:
+    """What a saved protocol sends is in the label that consoles read, and the chain takes it."""
+    shown = {entry["id"]: entry for entry in label(manifest(name))["parameters"]}
+    choices = {key: values for key, values in published()[name].items() if isinstance(values, list)}
+    assert choices
+    for key, values in choices.items():
+        assert sorted(value["id"] for value in shown[key]["values"]) == values
+        for value in values:
+            load_chain(name, {key: value})  # raises for a value that is none
+
+
+def test_what_was_published_stays_when_the_file_is_written_anew() -> None:
+    known: Ids = {"a": {"gone": "int", "choice": ["one", "two"], "kind": "int"}, "lost": {"x": "int"}}
+    new: Ids = {"a": {"choice": ["three", "two"], "kind": "double", "new": "boolean"}, "b": {"y": ["z"]}}
+    assert added(known, new) == {
+        "a": {"gone": "int", "choice": ["one", "three", "two"], "kind": "int", "new": "boolean"},
+        "lost": {"x": "int"},
+        "b": {"y": ["z"]},
+    }
 
 
 def test_no_published_chain_vanishes() -> None:
@@ -188,4 +230,4 @@ def test_the_command_prints_each_form() -> None:
 
 if __name__ == "__main__":
     kept = published() if PUBLISHED.exists() else {}
-    PUBLISHED.write_text(json.dumps(kept | current(), indent=1) + "\n", encoding="utf-8")
+    PUBLISHED.write_text(json.dumps(added(kept, current()), indent=1) + "\n", encoding="utf-8")

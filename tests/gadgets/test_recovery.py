@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -368,6 +369,30 @@ def test_a_retry_with_another_chain_has_its_own_settings(site: Site) -> None:
     row, scan = retried(site, FIRE_SESSION, {"config": "cg_sense", "set": {"other": "1"}})
     assert (scan.request.name, dict(scan.request.overrides)) == ("cg_sense", {"other": "1"})
     assert row.chain == "cg_sense" and row.state == "sent"
+
+
+LOGGED = {
+    "another chain": (SESSION, {"config": "cg_sense"}, "cg_sense"),
+    "another chain than FIRE's": (FIRE_SESSION, {"config": "cg_sense", "set": {"other": "1"}}, "cg_sense"),
+    "another chain than Gadgetron's": (
+        (CAPTURES / "gadgetron_node_bucket.bin").read_bytes(),
+        {"config": "cg_sense"},
+        "cg_sense",
+    ),
+    "another setting": (FIRE_SESSION, {"set": {"other": "1"}}, "fourier"),
+}
+
+
+@pytest.mark.parametrize("case", LOGGED)
+def test_the_log_names_the_chain_of_the_retry(site: Site, caplog: pytest.LogCaptureFixture, case: str) -> None:
+    session, ask, chain = LOGGED[case]
+    with caplog.at_level(logging.INFO, "gadgets.connection"):
+        row, _ = retried(site, session, ask)
+    assert (row.state, row.chain) == ("sent", chain)
+    lines = [record.getMessage() for record in caplog.records if record.name == "gadgets.connection"]
+    begun, closed = (next(line for line in lines if f"event={event}" in line) for event in ("scan_started", "closed"))
+    assert f"chain='{chain}'" in begun and f"chain='{chain}'" in closed and row.id in begun
+    assert not any("fourier" in line for line in lines if chain != "fourier")
 
 
 def test_a_scan_with_an_unknown_chain_can_be_rescued(site: Site) -> None:

@@ -296,6 +296,55 @@ def test_captures_go_by_age(tmp_path: Path) -> None:
     assert not job_folder_of(old_good).exists() and not sidecar(old_failed).exists()
 
 
+def evictions(caplog: pytest.LogCaptureFixture) -> dict[str, tuple[int, str]]:
+    """Level and words of what the log says about each capture that was removed."""
+    lines = [record for record in caplog.records if "event=capture_evicted" in record.getMessage()]
+    found = {}
+    for record in lines:
+        _, name, _, words = record.getMessage().split(" ", 3)
+        found[name.removeprefix("file=")] = (record.levelno, words)
+    assert len(found) == len(lines)
+    return found
+
+
+def test_what_is_removed_is_said_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Loudly where raw data of a scan that failed go, or those of today."""
+    spool = make(tmp_path, max_age=10 * 86400.0)
+    aged, aged_failed, full_old, full_today, left = (
+        keep(spool, b"x" * 1000, status) for status in ("complete", "failed", "complete", "complete", "truncated")
+    )
+    for path, days in ((aged, 11), (aged_failed, 11), (full_old, 2), (left, 1)):
+        made_older(path, days * 86400.0)
+    assert spool.evicted() == []
+    with caplog.at_level(logging.INFO, "gadgets.spool"):
+        spool.max_bytes, spool._counted = 1500, float("-inf")
+        spool.make_room()
+    said = evictions(caplog)
+    assert said == {
+        aged.name: (logging.INFO, "reason=age status=complete hours=264.0"),
+        aged_failed.name: (logging.WARNING, "reason=age status=failed hours=264.0"),
+        full_old.name: (logging.INFO, "reason=size status=complete hours=48.0"),
+        full_today.name: (logging.WARNING, "reason=size status=complete hours=0.0"),
+    }
+    assert spool.captures() == [left]
+    expected = [("age", "complete", 1), ("age", "failed", 1), ("size", "complete", 2)]
+    assert spool.evicted() == expected
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "gadgets.spool"):
+        spool.max_bytes, spool._counted = 1, float("-inf")
+        spool.make_room()
+    assert evictions(caplog) == {left.name: (logging.WARNING, "reason=size status=truncated hours=24.0")}
+    assert spool.evicted() == [*expected, ("size", "truncated", 1)]
+
+
+def test_a_disk_that_fills_is_another_reason_than_a_spool_that_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spool = make(tmp_path, min_free_bytes=1500)
+    keep(spool, b"o" * 1000), keep(spool, b"n" * 1000)
+    monkeypatch.setattr("gadgets.spool._free", lambda folder: 3000 - sum(p.stat().st_size for p in folder.glob("*.mrd")))
+    spool.make_room()
+    assert spool.evicted() == [("disk", "complete", 1)]
+
+
 def test_without_an_age_nothing_goes_by_it(tmp_path: Path) -> None:
     path = keep(make(tmp_path), SESSION)
     made_older(path, 1e9)

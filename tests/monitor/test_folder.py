@@ -245,7 +245,8 @@ def test_metrics_are_prometheus_text_with_the_right_numbers(tmp_path: Path) -> N
     tallies.add("bytes", 10**7)
     tallies.event("fallback")
     spools.journal(tmp_path, spools.row(GOOD, weights=64 * "a", chain="pinqi_t1"), spools.row(FAILED, state="failed"))
-    spools.put_status(tmp_path, tallies=tallies, active=[active()], deaths=1)
+    evicted = [["size", "failed", 3], ["age", "unknown", 2]]
+    spools.put_status(tmp_path, tallies=tallies, active=[active()], deaths=1, evicted=evicted)
     found = samples(tmp_path)
 
     def value(name: str, **labels: str) -> float:
@@ -259,6 +260,9 @@ def test_metrics_are_prometheus_text_with_the_right_numbers(tmp_path: Path) -> N
     assert value("recon_jobs", state="sent") == value("recon_jobs", state="failed") == 1
     assert value("recon_memory_bytes", process="server") > 10e6  # this very process
     assert value("recon_spool_free_bytes") > 0
+    assert value("recon_captures_evicted_total", reason="size", status="failed") == 3
+    assert value("recon_captures_evicted_total", reason="age", status="unknown") == 2
+    assert value("recon_captures_evicted_total", reason="disk", status="complete") == 0  # there before the first one
     assert value("recon_weights_info", chain="pinqi_t1", sha256=64 * "a") == 1
     assert value("recon_info", recon_gadgets="0.1.0", torch="2.13.0") == 1
     stage = {"stage": "first_image", "chain": "llr"}

@@ -22,7 +22,7 @@ from tests.gadgets.serving import HEADER, data, serving
 from tests.gadgets.test_server import still_works
 from tests.strict_client import Answer
 
-FORGED = "x\n2026-01-01 00:00:00,000 level=INFO logger=gadgets event=forged"
+FORGED = "x\n2026-01-01 00:00:00.000Z level=INFO logger=gadgets event=forged"
 NASTY = [
     FORGED,
     "a\rb",
@@ -119,7 +119,7 @@ def test_words_of_a_peer(tmp_path: Path) -> None:
         captures = served.captures()
     lines = stream.getvalue().splitlines()
     assert all(line.isprintable() for line in lines)
-    assert not any(line.startswith("2026-01-01 00:00:00,000") for line in lines)
+    assert not any(line.startswith("2026-01-01 00:00:00.000Z") for line in lines)
     assert not any("level=ERROR" in line for line in lines), "no hostile word is an internal error"
     for _, info in captures:
         assert str(info["note"]).isprintable() and str(info["chain"]).isprintable()
