@@ -222,7 +222,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--moba", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--moba-iterations", type=int, default=12)
     parser.add_argument(
-        "--moba-weights", type=float, nargs="+", default=list(pinqi_methods.MOBA_WEIGHTS), help="minutes each; the best counts"
+        "--moba-weights",
+        type=float,
+        nargs="+",
+        default=list(pinqi_methods.MOBA_WEIGHTS),
+        help="minutes each; the best counts",
     )
     parser.add_argument("--picture", type=Path, default=None, help="PNG of the first sample at the highest acceleration")
     parser.add_argument("--fresh", action="store_true", help="forget earlier scores")
