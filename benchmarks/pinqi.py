@@ -52,7 +52,7 @@ def methods_for(options: argparse.Namespace) -> dict[str, Callable[[Sample], Ans
         if options.bart and bart.available():
             found["BART LLR + fit"] = pinqi_methods.bart_low_rank(options.bart_iterations, options.threads)
         if options.moba and bart.available():
-            found["BART moba"] = pinqi_methods.bart_moba(options.moba_iterations, options.threads)
+            found["BART moba"] = pinqi_methods.bart_moba(options.moba_iterations, options.threads, options.moba_weights)
     for label, path in named_weights(options.weights).items():
         trained = load_weights(path, options.device)
         digest = str(trained.facts.get("sha256", ""))[:8]
@@ -221,6 +221,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bart-iterations", type=int, default=100)
     parser.add_argument("--moba", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--moba-iterations", type=int, default=12)
+    parser.add_argument(
+        "--moba-weights",
+        type=float,
+        nargs="+",
+        default=list(pinqi_methods.MOBA_WEIGHTS),
+        help="minutes each; the best counts",
+    )
     parser.add_argument("--picture", type=Path, default=None, help="PNG of the first sample at the highest acceleration")
     parser.add_argument("--fresh", action="store_true", help="forget earlier scores")
     parser.add_argument("--name", default="pinqi", help="of the file in benchmarks/results")

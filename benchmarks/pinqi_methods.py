@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -189,7 +189,7 @@ def bart_low_rank(iterations: int, threads: int) -> Callable[[Sample], Answer]:
     return run
 
 
-def bart_moba(iterations: int, threads: int) -> Callable[[Sample], Answer]:
+def bart_moba(iterations: int, threads: int, weights: Sequence[float] = MOBA_WEIGHTS) -> Callable[[Sample], Answer]:
     """BART's nonlinear model-based reconstruction with its Look-Locker model ``Mss - (Mss + M0) exp(-t R1)``; weight by the truth.
 
     Saturation recovery is its case ``M0 = 0``, which ``moba`` (0.8) has no option for: a complete state of (all but) zeros at ``t = 0``
@@ -209,7 +209,7 @@ def bart_moba(iterations: int, threads: int) -> Callable[[Sample], Answer]:
             rate = done.data[:, :, 0, 0, 0, 0, 2].reshape(done.data.shape[:2]).T.real
             return Answer(held(t1_from_rate(rate)), done.cpu_s, done.wall_s, weight)
 
-        return _best(sample, [once(weight) for weight in MOBA_WEIGHTS])
+        return _best(sample, [once(weight) for weight in weights])
 
     return run
 
