@@ -28,17 +28,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import IO
+from typing import IO, Literal
 
 from gadgets import relay
-from gadgets.relay import CLOSE, CLOSE_BYTES, IMAGE, IMAGE_HEADER_BYTES, RESPONSE, Failed
+from gadgets.relay import CLOSE, CLOSE_BYTES, ERROR, IMAGE, IMAGE_HEADER_BYTES, QUERY, RESPONSE, Failed
 from gadgets.tls import ClientTls, TlsError, connect_tls
+from gadgets.wire.dialect import is_node_configuration
 
 logger = logging.getLogger(__name__)
 
 Secure = Callable[[socket.socket, str], socket.socket]
 CONFIG_SCRIPT, TEXT, DEPENDENCY = 2, 5, 1019
-HEAD_BYTES, FIRST_SECONDS = 1 << 16, 10.0  # looked at for a noise query, and how long its first message may take
+QUERY_BYTES, ERROR_WORDS = 26, "ERROR "
+HEAD_BYTES, FIRST_SECONDS = 1 << 16, 10.0  # looked at for who listens, and how long the first message may take
 VALUE_BYTES = {1: 2, 2: 2, 3: 4, 4: 4, 5: 4, 6: 8, 7: 8, 8: 16}  # of a pixel, by the image header's data type
 LOCAL_HOST, LOCAL_PORT = "127.0.0.1", 18002
 MAX_SCAN_BYTES, MAX_SESSIONS = 40 << 30, 8
@@ -264,7 +266,7 @@ class Session:
             elif number == TEXT:
                 fixed, limit, size = relay.exactly(core, 4), relay.MAX_TEXT, 0
                 (length,) = struct.unpack("<I", fixed)
-            elif number in (RESPONSE, DEPENDENCY):
+            elif number in (RESPONSE, DEPENDENCY) or (number == ERROR and self._listener() == "node"):
                 fixed, limit, size = relay.exactly(core, 16 if number == RESPONSE else 8), relay.MAX_TEXT, 0
                 (length,) = struct.unpack("<Q", fixed[-8:])
             else:
@@ -274,23 +276,37 @@ class Session:
             self._send(head + fixed + relay.exactly(core, length + size))
             self.n_images += number == IMAGE
 
-    def _is_noise_query(self) -> bool | None:
-        """Whether only the query's own answer may be sent; ``None`` as long as too little has come to tell."""
-        if len(self._head) < 6:
-            return False if self._ended else None
-        number, length = struct.unpack_from("<HI", self._head)
+    def _listener(self) -> Literal["scanner", "node", "noise query"] | None:
+        """Who listens, by the configuration behind any queries; ``None`` as long as too little has come to tell.
+
+        Gadgetron, whose node this is then, understands images and ERROR (8) and crashes at texts; a noise query expects nothing but
+        its answer.
+        """
+        head = self._head
+        while len(head) >= QUERY_BYTES and head[:2] == struct.pack("<H", QUERY):
+            head = head[QUERY_BYTES + struct.unpack_from("<Q", head, QUERY_BYTES - 8)[0] :]
+        if len(head) < 6:
+            return "scanner" if self._ended else None
+        number, length = struct.unpack_from("<HI", head)
         if number != CONFIG_SCRIPT:
-            return False
-        whole = self._ended or len(self._head) >= min(6 + length, HEAD_BYTES)
-        return b"NoiseSummaryGadget" in self._head if whole else None
+            return None if number == QUERY and not self._ended else "scanner"
+        script = head[6 : 6 + length]
+        if len(script) < length and len(self._head) < HEAD_BYTES and not self._ended:
+            return None
+        if b"NoiseSummaryGadget" in script:
+            return "noise query"
+        return "node" if is_node_configuration(script.rstrip(b"\0").decode("utf-8", "replace")) else "scanner"
 
     def _say(self, line: str) -> None:
         with self._news:
-            self._news.wait_for(lambda: self._is_noise_query() is not None, FIRST_SECONDS)
-            allowed = self._is_noise_query() is False
-        if allowed:
+            self._news.wait_for(lambda: self._listener() is not None, FIRST_SECONDS)
+            listener = self._listener()
+        if listener == "scanner":
             raw = line.encode() + b"\n\0"  # consoles end their texts with NUL; others print up to it
             self._send(struct.pack("<HI", TEXT, len(raw)) + raw)
+        elif listener == "node" and line.startswith(ERROR_WORDS):
+            raw = line.removeprefix(ERROR_WORDS).encode()
+            self._send(struct.pack("<HQ", ERROR, len(raw)) + raw)
 
     def _send(self, message: bytes) -> None:
         try:

@@ -161,8 +161,8 @@ def find_server(
         logger.warning("event=other_server address=%s", address)
     except (OSError, Failed) as error:
         if secure is None and speaks_tls(address):
-            told = f"{ONLY_TLS}; until then every scan is reconstructed in a process of its own, slowly"
-            logger.warning("event=server_wants_tls address=%s text=%r", address, told)
+            text = f"{ONLY_TLS}; until then every scan is reconstructed in a process of its own, slowly"
+            logger.warning("event=server_wants_tls address=%s text=%r", address, text)
         else:
             logger.warning("event=other_server address=%s reason=%s", address, type(error).__name__)
     server.close()

@@ -151,8 +151,17 @@ def test_a_package_is_the_same_bytes_every_time(tmp_path: Path, options: Package
 
 def test_the_forwarder_needs_nothing_but_the_standard_library(tmp_path: Path) -> None:
     write_context(Package(manifest("llr"), FORWARD), tmp_path)
-    app_files = sorted(p.name for p in (tmp_path / "context" / "app").rglob("*.py"))
-    assert app_files == ["__init__.py", "__init__.py", "errors.py", "openrecon_forward.py", "relay.py", "tls.py"]
+    app = tmp_path / "context" / "app"
+    assert sorted(p.relative_to(app).as_posix() for p in app.rglob("*.py")) == [
+        "gadgets/__init__.py",
+        "gadgets/openrecon_forward.py",
+        "gadgets/relay.py",
+        "gadgets/tls.py",
+        "gadgets/wire/__init__.py",
+        "gadgets/wire/dialect.py",
+        "recon_core/__init__.py",
+        "recon_core/errors.py",
+    ]
     # -S -E: no installed package can help
     command = ["python3", "-S", "-E", "-c", "import sys; sys.path.insert(0, 'app'); import gadgets.openrecon_forward"]
     subprocess.run(command, cwd=tmp_path / "context", check=True, timeout=60)

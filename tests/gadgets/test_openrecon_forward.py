@@ -32,6 +32,8 @@ from gadgets.wire import codec
 from gadgets.wire.events import Image
 from gadgets.wire.framing import FrameParser
 from tests.e2e.scans import in_memory
+from tests.gadgetron_stand_in import connected
+from tests.gadgetron_stand_in import session as asked_by_gadgetron
 from tests.gadgets.certificates import authority
 from tests.gadgets.serving import HEADER, count_image, data, serving
 from tests.strict_client import StrictClient
@@ -236,6 +238,23 @@ def test_on_a_noise_query_nothing_but_close_is_said() -> None:
     script = "<gadgetronStreamConfiguration><gadget><classname>NoiseSummaryGadget</classname></gadget></gadgetronStreamConfiguration>"
     with forwarding(nobody()) as client:
         assert client.scan(script=script, dependency=True).dependencies == []
+
+
+def node_scan(chain: str, *before: bytes) -> bytes:
+    """What Gadgetron sends to a node of its own."""
+    text = f'<configuration><property name="chain" value="{chain}"/></configuration>'
+    return b"".join(before) + codec.config_script(text) + codec.header(HEADER) + data(7) + CLOSE
+
+
+@pytest.mark.parametrize("before", [(), (codec.query("gadgetron::version", 1),)], ids=["connect", "execute"])
+def test_gadgetron_hears_errors_as_it_understands_them(tmp_path: Path, before: tuple[bytes, ...]) -> None:
+    """A TEXT would end its process: with and without a server the way out is ERROR and CLOSE."""
+    with Forwarder("127.0.0.1", 0, [nobody()], retry_seconds=0.3) as forwarder:
+        alone = asked_by_gadgetron(connected(forwarder.port), node_scan("fourier", *before))
+    with serving(tmp_path) as served, Forwarder("127.0.0.1", 0, [f"127.0.0.1:{served.server.port}"]) as forwarder:
+        refused = asked_by_gadgetron(connected(forwarder.port), node_scan("no_such_chain"))
+    assert not alone.images and alone.errors[0].startswith("no reconstruction server answers")
+    assert not refused.images and refused.errors[0].startswith("UnknownChain") and len(refused.errors) == 1
 
 
 def test_words_wait_until_it_is_clear_who_listens() -> None:
