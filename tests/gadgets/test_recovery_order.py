@@ -44,11 +44,12 @@ def long_retry(root: Path, **options: object) -> Iterator[LongRetry]:
 
     site.scan = Slow
     stem = site.left(1, info={})
-    with site.recovery() as (recovery, books):
+    with site.recovery(start=False) as (recovery, books):
         original = JobRow(stem, "fourier", "sent", capture=f"{stem}.mrd")
         books.journal().put(original)
         books.journal().add_retry(original, {"config": "cg_sense"})
-        recovery.wake()
+        books.is_server = True
+        recovery.start()  # only now: a spool that is too small keeps no raw data that nobody waits for
         try:
             assert begun.wait(PATIENCE)
             yield LongRetry(site, recovery, books, begun, end)
