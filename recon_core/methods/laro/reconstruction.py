@@ -88,7 +88,8 @@ def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, setti
     check_kspace(kspace, where)
     check_maps(kspace, where)
     order = echo_order(kspace, scan, where).to(kspace.data.device)
-    kspace = replace(kspace, data=kspace.data[order], counts=kspace.counts[order])
+    if not torch.equal(order, torch.sort(order).values):  # k-space is large: no copy of it where none is needed
+        kspace = replace(kspace, data=kspace.data[order], counts=kspace.counts[order])
     if not bool((kspace.data != 0).any()):
         return _nothing(kspace, report)
     problem = pose(kspace, where, report)

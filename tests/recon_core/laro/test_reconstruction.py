@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from recon_core.batches import batch_share
 from recon_core.errors import DataError, SettingError
 from recon_core.installed_weights import FOLDERS
 from recon_core.methods import get_method, llr
@@ -20,6 +22,7 @@ from recon_core.settings import parse_settings
 from recon_core.training.checkpoint import WeightError
 from recon_core.types import KSpace, Report, ScanInfo
 from tests.recon_core.laro.tiny import sampled, tiny_scan, without
+from tests.recon_core.live_memory import peak_bytes
 
 
 def idle(unrolls: int = 3, start: str = "cg_sense") -> TrainedLaro:
@@ -102,6 +105,21 @@ def test_groups_of_planes_change_nothing() -> None:
     kspace, info = sampled(tiny_scan())
     whole, small = (images(busy(), kspace, info, memory_mb=mb) for mb in (512.0, 1.0))
     assert torch.allclose(whole, small, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_memory_grows_with_the_slab_by_its_images_only() -> None:
+    """Not by another k-space (four coils: four times the images), nor by the network's features."""
+    kspace, info = sampled(tiny_scan())
+    assert kspace.coil_maps is not None
+    peaks = []
+    for times in (4, 8):
+        longer = replace(
+            kspace, data=kspace.data.repeat(1, 1, 1, 1, times), coil_maps=kspace.coil_maps.repeat(1, 1, 1, times), acs=None
+        )
+        with batch_share(1 / 256):
+            peaks.append(peak_bytes(partial(images, busy(), longer, info, start="llr", memory_mb=1.0)))
+    slab = kspace.data[:, 0].numel() * kspace.data.element_size()
+    assert peaks[1] - peaks[0] < 11 * 4 * slab
 
 
 def test_echoes_are_fused_in_the_order_of_their_times() -> None:
