@@ -75,11 +75,14 @@ def solve(
     initial: torch.Tensor,
     settings: Settings,
     report: Report,
+    *,
+    start_noise: float = START_NOISE,
 ) -> ProximalResult:
     """``min_c |A lift(c) - b|^2 / 2 + weight sum_b |B_b c|_p`` by FISTA over randomly displaced block grids.
 
     ``lift`` and its adjoint ``lower`` lead from coefficient images to states; both are the identity for plain LLR. For an
     orthonormal basis a block of coefficients has the singular values of the block of states, so the thresholds agree.
+    Thresholds begin as if ``start_noise`` were the noise; with 0 they are the final ones from the first iteration on.
     """
     operator = problem.operator
     side = settings.block_3d if initial.shape[-2] > 1 else settings.block
@@ -90,7 +93,7 @@ def solve(
     noise = max(problem.noise, LEAST_NOISE)
     step = 1.0 / operator.norm_bound
     final = settings.weight * WEIGHT * noise * regulariser.noise_threshold(spatial, len(initial)) * step
-    first = final * max(1.0, START_NOISE / noise)
+    first = final * max(1.0, start_noise / noise)
     power = settings.power or shrinkage_power(noise)
     target = lower(problem.rhs)
     grids = np.random.default_rng(SEED)
@@ -169,6 +172,11 @@ def estimate(problem: Problem, settings: Settings, report: Report) -> ProximalRe
         one = problem.state(state)
         into.copy_(cg_sense.solve(one, WARM_START_WEIGHT, WARM_START_ITERATIONS, 1e-3, Report()).solution[0])
     return solve(problem, _same, _same, start, settings, report)
+
+
+def refine(problem: Problem, images: torch.Tensor, iterations: int, report: Report) -> ProximalResult:
+    """A few steps of the method, with its defaults, from images that are good already: working images, scaled units."""
+    return solve(problem, _same, _same, images, Settings(iterations=iterations), report, start_noise=0.0)
 
 
 def finish(name: str, problem: Problem, images: torch.Tensor, solved: ProximalResult, report: Report) -> Result:

@@ -42,8 +42,17 @@ def busy() -> TrainedLaro:
     )
 
 
+class Fading(torch.nn.Module):
+    """Takes a third of the last echo away."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat((torch.zeros_like(images[:, :-1]), images[:, -1:] / 3), dim=1)
+
+
 def images(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, **settings: Any) -> torch.Tensor:
-    return reconstruct_with(trained, kspace, scan, replace(Settings(), **settings), Report()).images[0].data
+    """Of the network alone, unless ``low_rank_steps`` are asked for."""
+    chosen = replace(Settings(), **{"low_rank_steps": 0, **settings})
+    return reconstruct_with(trained, kspace, scan, chosen, Report()).images[0].data
 
 
 def error(found: torch.Tensor, truth: torch.Tensor, where: torch.Tensor) -> float:
@@ -82,6 +91,34 @@ def test_a_plane_of_air_keeps_its_first_images() -> None:
     ]
     assert own[0] < 0.3 and own[1] > 0.3
     assert float((changed - first)[..., 3:].norm() / first[..., 3:].norm()) > 0.02
+
+
+def test_low_rank_steps_give_back_what_the_network_took() -> None:
+    """A network that pulls the last echo towards another: R2* would be too low, and unsampled k-space cannot say no."""
+    scan = tiny_scan()
+    kspace, info = sampled(scan)
+    off = busy()
+    off.network.denoiser = Fading()
+    took = []
+    for steps in (0, 2, 8):
+        with_it, honest = (
+            error(images(network, kspace, info, start="llr", low_rank_steps=steps), scan.images, scan.brain)
+            for network in (off, idle(1))
+        )
+        took.append(with_it - honest)
+    assert took[0] > 0.01 and took[1] < 0.9 * took[0] and took[2] < 0.65 * took[0]
+
+
+def test_low_rank_steps_leave_planes_of_air_and_single_echoes_alone() -> None:
+    scan = tiny_scan()
+    beside = torch.ones(scan.images.shape[-1])
+    beside[:3] = 0.0
+    kspace, info = sampled(replace(scan, images=scan.images * beside))
+    without_steps, with_steps = (images(busy(), kspace, info, low_rank_steps=n) for n in (0, 4))
+    torch.testing.assert_close(with_steps[..., :3], without_steps[..., :3])
+    assert error(with_steps[..., 3:], without_steps[..., 3:], scan.brain[..., 3:]) > 0.01
+    one, info = replace(kspace, data=kspace.data[:1], counts=kspace.counts[:1]), replace(info, echo_times=())
+    assert torch.equal(images(busy(), one, info, low_rank_steps=4), images(busy(), one, info))
 
 
 def test_where_nothing_stands_out_from_the_noise_somebody_is_told() -> None:
