@@ -182,8 +182,9 @@ def v_sharp(
     filtered = torch.zeros_like(data)
     valid = torch.zeros_like(inside)
     outermost: SphericalMean | None = None
-    n_radii = int((largest - step) / step + 1e-6)
-    for radius in [largest - i * step for i in range(n_radii + 1)]:
+    # always down to one voxel: how thick a layer is lost must not depend on what is left over when radii are counted from the largest
+    smaller = [k * step for k in range(int(largest / step + 1e-6), 0, -1)]
+    for radius in [largest, *(r for r in smaller if r < largest - 1e-6 * step)]:
         sphere = SphericalMean(field.shape, voxel, radius, data)
         outermost = outermost or sphere
         fits = (depth > radius) & ~valid  # the nearest voxel outside is out of reach
