@@ -35,7 +35,7 @@ class BackgroundSettings:
         1.2, "PDF: sources lie farther than this from the mask, in units of the mean voxel side", low=0.0, high=10.0
     )
     pdf_shell: float = setting(4.0, "PDF: and no farther than this, in the same unit", low=1.0, high=100.0)
-    vsharp_radius: float = setting(0.012, "V-SHARP: radius of the largest sphere", unit="m", low=0.001, high=0.05)
+    vsharp_radius: float = setting(0.014, "V-SHARP: radius of the largest sphere", unit="m", low=0.001, high=0.05)
     vsharp_threshold: float = setting(0.05, "V-SHARP: truncation of the inverse filter", low=0.0, high=1.0)
     resharp_radius: float = setting(0.006, "RESHARP: radius of the sphere", unit="m", low=0.001, high=0.05)
     resharp_weight: float = setting(1e-3, "RESHARP: Tikhonov weight", low=0.0, high=1.0)
