@@ -155,7 +155,7 @@ class CartesianSense:
         Operators act on the states one by one: ``x`` must have all of them.
         """
         weights = self._weights_squared
-        if x.requires_grad:
+        if any(t.requires_grad for t in (x, self._maps, weights)):
             return torch.stack([torch.cat(list(self._normal_parts(image, w))) for image, w in zip(x, weights, strict=True)])
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         for image, w, into in zip(x, weights, out, strict=True):
