@@ -41,6 +41,9 @@ Row = dict[str, Any]
 TEST = ScanRecipe(first_echo=(0.002, 0.002), echo_spacing=(0.0045, 0.0045), flip_angle=(15.0, 15.0), noise=(0.01, 0.01))
 """Like the training's matrix; echoes at 2 to 24.5 ms."""
 
+SHOWN_SIDE = 128
+"""Pixels of a map in a picture, about."""
+
 GENERAL: dict[str, dict[str, Any]] = {
     "as trained": {},
     "7 echoes": {"n_echoes": 7, "echo_spacing": (0.0038, 0.0038)},
@@ -114,13 +117,16 @@ def regions(scans: Sequence[BrainScan], kept: Mapping[tuple[str, str], list[Maps
     return rows
 
 
-def general(methods: Mapping[str, Method], tell: Callable[[list[Row]], object] = lambda rows: None) -> list[Row]:
+def general(
+    methods: Mapping[str, Method], pictures: Path | None = None, tell: Callable[[list[Row]], object] = lambda rows: None
+) -> list[Row]:
     """Scans that differ from the training's in one thing each; R = 8, SPO = 2, masks interpolated or cut as the paper does."""
     rows = []
     for label, changes in GENERAL.items():
         scan = held_out(replace(TEST, **changes), 1)[0]
         case = _case(scan, 8.0, 2, 0)
         truth = maps_of(scan.images, scan)
+        shown = {}
         for name, method in methods.items():
             try:
                 images, _ = method(case)
@@ -128,17 +134,21 @@ def general(methods: Mapping[str, Method], tell: Callable[[list[Row]], object] =
                 rows.append({"scan": label, "method": name, "error": str(error)})
                 print(label, name, error, flush=True)
                 continue
-            figures = scores(maps_of(images, scan), truth, scan)
+            shown[name] = maps_of(images, scan)
+            figures = scores(shown[name], truth, scan)
             row: Row = {"scan": label, "method": name, **figures}
             rows.append(row)
             print(label, name, {k: round(v, 4) for k, v in figures.items()}, flush=True)
             tell(rows)
+        if pictures is not None:
+            write_png(pictures / f"laro_{label.replace(' ', '_')}.png", montage(truth, shown))
     return rows
 
 
 def montage(truth: Maps, found: Mapping[str, Maps]) -> np.ndarray:
     """Columns: reference, then every method; rows: magnitude, its error x 5, R2*, QSM, its error x 3; middle slice."""
     z = truth.magnitude.shape[0] // 2
+    zoom = max(1, round(SHOWN_SIDE / truth.magnitude.shape[-1]))
     peak = float(truth.magnitude.max())
     columns = []
     for maps in (truth, *found.values()):
@@ -150,7 +160,7 @@ def montage(truth: Maps, found: Mapping[str, Maps]) -> np.ndarray:
             3 * np.abs(maps.chi[z] - truth.chi[z]) / 0.3,
         ]
         columns.append(np.concatenate(rows))
-    return np.clip(np.concatenate(columns, axis=1), 0, 1).repeat(3, 0).repeat(3, 1)
+    return np.clip(np.concatenate(columns, axis=1), 0, 1).repeat(zoom, 0).repeat(zoom, 1)
 
 
 def _case(scan: BrainScan, acceleration: float, spo: int, seed: int, own_maps: bool = False) -> Case:
@@ -209,7 +219,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_table("Susceptibility", columns, [[row[c] for c in columns] for row in result["regions"]])
     if "general" in parts:
         others = {k: v for k, v in methods.items() if k not in ("bart_llr", "cg_sense")}
-        result["general"] = general(others, lambda rows: write_result(options.name, {**result, "general": rows}))
+        result["general"] = general(
+            others, options.pictures, lambda rows: write_result(options.name, {**result, "general": rows})
+        )
     write_result(options.name, result)
     return 0
 

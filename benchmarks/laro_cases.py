@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 import recon_core
 from benchmarks import bart
 from recon_core.coils.estimate import CoilSettings, estimate_coil_maps
+from recon_core.errors import SettingError
 from recon_core.fourier import fft_centred
 from recon_core.methods import cg_sense, laro, llr
 from recon_core.methods.laro.weights import TrainedLaro, load_weights
@@ -109,20 +110,43 @@ def with_estimated_maps(case: Case) -> Case:
 
 
 def available(weights: Sequence[Path]) -> dict[str, Callable[[Case], Images]]:
-    """Methods by name: the classical ones, and a network per weight file (named by the file)."""
+    """Methods by name: the classical ones, a network per weight file (named by the file), and ``modl``: MoDL's networks together, each
+    for the masks that it was trained with (`by_mask`)."""
     found: dict[str, Callable[[Case], Images]] = {
         "cg_sense": lambda case: _timed(cg_sense, cg_sense.Settings(), case),
         "llr": lambda case: _timed(llr, llr.Settings(), case),
     }
     if bart.available():
         found["bart_llr"] = _bart_llr
+    modl: dict[str, TrainedLaro] = {}
     for path in weights:
         trained = load_weights(path)
+        if trained.network.settings.kind == "modl":
+            modl |= dict.fromkeys(trained.facts["recipe"]["patterns"], trained)
+            continue
         found[path.stem] = partial(network, trained=trained)
         trained_with = int(trained.facts.get("recipe", {}).get("second_unrolls", 0))
         if trained_with > trained.network.settings.unrolls:
             found[f"{path.stem} {trained_with} iterations"] = partial(network, trained=trained, unrolls=trained_with)
+    if modl:
+        found["modl"] = partial(by_mask, networks=modl)
     return found
+
+
+def by_mask(case: Case, networks: Mapping[str, TrainedLaro]) -> Images:
+    """Images by the network that was trained with the case's kind of mask, ``"R/SPO"``.
+
+    Raises
+    ------
+    SettingError
+        There is none.
+    """
+    kind = f"{case.acceleration:g}/{case.spo}"
+    if kind not in networks:
+        raise SettingError(
+            "no network was trained with such masks", where="MoDL", got=kind, expected=" ".join(sorted(networks))
+        )
+    return network(case, networks[kind])
 
 
 def network(case: Case, trained: TrainedLaro, **settings: Any) -> Images:

@@ -12,6 +12,7 @@ white matter at 3 T lie between 12 and 25 1/s.
 from __future__ import annotations
 
 import argparse
+import io
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +35,8 @@ BRAIN_TIMES = (0.004, 0.008, 0.012)  # stated where the data are published, not 
 REVERSED = np.uint64(1 << 21)
 SIGNAL = 0.2  # of the 99.9th percentile: what is darker is air or plastic
 BLOCK = 16  # pixels: R2* of 10 1/s is noisy within 15 ms, blocks of this side are compared
+
+GREYS = 32
 
 Image = NDArray[np.floating]
 
@@ -164,6 +167,7 @@ def draw(pictures: dict[str, Image], path: Path, limits: dict[str, tuple[float, 
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from PIL import Image as Picture
 
     columns = min(4, len(pictures))
     rows = -(-len(pictures) // columns)
@@ -178,8 +182,11 @@ def draw(pictures: dict[str, Image], path: Path, limits: dict[str, tuple[float, 
         figure.colorbar(shown, ax=place, fraction=0.046)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
-    figure.savefig(path, dpi=90)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=70)
     plt.close(figure)
+    # grey, and few of them: a document's picture
+    Picture.open(drawn).convert("L").quantize(GREYS).save(path, optimize=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

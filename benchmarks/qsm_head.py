@@ -127,7 +127,11 @@ def simulated_head(
 
 
 CHALLENGE = {"field": "Frequency", "chi": "Chi", "mask": "MaskBrainExtracted"}
-"""Names of the 2019 challenge's files (``.nii`` or ``.nii.gz``); ``magnitude`` (first echo) and ``segmentation`` are optional."""
+OPTIONAL = {"magnitude": "Magnitude", "segmentation": "Segmentation"}
+"""Names of the 2019 challenge's files (``.nii`` or ``.nii.gz``); magnitude (first echo) and segmentation may be missing."""
+
+DEEP_LABELS = (1, 2, 3, 4, 5, 6)
+"""The challenge's deep grey matter."""
 
 CHALLENGE_ECHO = 0.004  # s; only the unwrapping-tolerant data term of MEDI uses it
 
@@ -149,18 +153,17 @@ def challenge_head(folder: Path, *, field_strength: float = 7.0, side: float = 1
                 "no such file", where="QSM challenge", got=f"{stem}.nii", expected="the challenge's data in the folder"
             )
         read[name] = read_volume(path).astype(np.float32)
+    for name, stem in OPTIONAL.items():
+        if (path := _file(folder, stem)) is not None:
+            read[name] = read_volume(path).astype(np.float32)
     sizes = {array.shape for array in read.values()}
     if len(sizes) > 1:
         raise DataError("volumes differ in size", where="QSM challenge", got=sorted(sizes))
     mask = read["mask"] > 0.5
-    magnitude = np.ones(mask.shape, np.float32)
-    if (path := _file(folder, "Magnitude")) is not None:
-        magnitude = read_volume(path).astype(np.float32)
+    magnitude = read.get("magnitude", np.ones(mask.shape, np.float32))
     ppm_to_hz = 1 / ppm_per_hz(field_strength)
     field = np.where(mask, read["field"] / ppm_to_hz, 0).astype(np.float32)
-    deep = np.zeros_like(mask)
-    if (path := _file(folder, "Segmentation")) is not None:
-        deep = np.isin(read_volume(path), (1, 2, 3, 4, 5, 6)) & mask  # the challenge's deep grey labels
+    deep = np.isin(read.get("segmentation", np.zeros(mask.shape)), DEEP_LABELS) & mask
     return Head(
         "2019 challenge",
         torch.from_numpy(field),

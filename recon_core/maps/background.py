@@ -35,7 +35,7 @@ class BackgroundSettings:
         1.2, "PDF: sources lie farther than this from the mask, in units of the mean voxel side", low=0.0, high=10.0
     )
     pdf_shell: float = setting(4.0, "PDF: and no farther than this, in the same unit", low=1.0, high=100.0)
-    vsharp_radius: float = setting(0.012, "V-SHARP: radius of the largest sphere", unit="m", low=0.001, high=0.05)
+    vsharp_radius: float = setting(0.014, "V-SHARP: radius of the largest sphere", unit="m", low=0.001, high=0.05)
     vsharp_threshold: float = setting(0.05, "V-SHARP: truncation of the inverse filter", low=0.0, high=1.0)
     resharp_radius: float = setting(0.006, "RESHARP: radius of the sphere", unit="m", low=0.001, high=0.05)
     resharp_weight: float = setting(1e-3, "RESHARP: Tikhonov weight", low=0.0, high=1.0)
@@ -182,8 +182,9 @@ def v_sharp(
     filtered = torch.zeros_like(data)
     valid = torch.zeros_like(inside)
     outermost: SphericalMean | None = None
-    n_radii = int((largest - step) / step + 1e-6)
-    for radius in [largest - i * step for i in range(n_radii + 1)]:
+    # always down to one voxel: how thick a layer is lost must not depend on what is left over when radii are counted from the largest
+    smaller = [k * step for k in range(int(largest / step + 1e-6), 0, -1)]
+    for radius in [largest, *(r for r in smaller if r < largest - 1e-6 * step)]:
         sphere = SphericalMean(field.shape, voxel, radius, data)
         outermost = outermost or sphere
         fits = (depth > radius) & ~valid  # the nearest voxel outside is out of reach

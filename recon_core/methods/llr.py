@@ -75,11 +75,14 @@ def solve(
     initial: torch.Tensor,
     settings: Settings,
     report: Report,
+    *,
+    start_noise: float = START_NOISE,
 ) -> ProximalResult:
     """``min_c |A lift(c) - b|^2 / 2 + weight sum_b |B_b c|_p`` by FISTA over randomly displaced block grids.
 
     ``lift`` and its adjoint ``lower`` lead from coefficient images to states; both are the identity for plain LLR. For an
     orthonormal basis a block of coefficients has the singular values of the block of states, so the thresholds agree.
+    Thresholds begin as if ``start_noise`` were the noise; with 0 they are the final ones from the first iteration on.
     """
     operator = problem.operator
     side = settings.block_3d if initial.shape[-2] > 1 else settings.block
@@ -90,7 +93,7 @@ def solve(
     noise = max(problem.noise, LEAST_NOISE)
     step = 1.0 / operator.norm_bound
     final = settings.weight * WEIGHT * noise * regulariser.noise_threshold(spatial, len(initial)) * step
-    first = final * max(1.0, START_NOISE / noise)
+    first = final * max(1.0, start_noise / noise)
     power = settings.power or shrinkage_power(noise)
     target = lower(problem.rhs)
     grids = np.random.default_rng(SEED)
@@ -105,13 +108,13 @@ def solve(
         threshold = final * (first / final) ** (1 - part) if final > 0 else 0.0
         now = 1.0 + (power - 1.0) * part
         n_grids = FINAL_GRIDS if iteration == settings.iterations - 1 else 1
-        total = None
-        for _ in range(n_grids):
-            shift = tuple(int(grids.integers(n)) for n in sides)
-            shrunk = regulariser.shrink(z, shift, threshold, now)
-            total = shrunk if total is None else total + shrunk
-        assert total is not None
-        return total if n_grids == 1 else total / n_grids
+        shifts = [tuple(int(grids.integers(n)) for n in sides) for _ in range(n_grids)]
+        if n_grids == 1:
+            return regulariser.shrink(z, shifts[0], threshold, now, out=z)
+        total = regulariser.shrink(z, shifts[0], threshold, now)
+        for shift in shifts[1:]:
+            regulariser.shrink(z, shift, threshold, now, out=total, add=True)
+        return total.div_(n_grids)
 
     return proximal_gradient(
         gradient,
@@ -159,9 +162,21 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
 
 
 def estimate(problem: Problem, settings: Settings, report: Report) -> ProximalResult:
-    """The method on a posed problem of two or more states: working images, scaled units."""
-    start = cg_sense.solve(problem, WARM_START_WEIGHT, WARM_START_ITERATIONS, 1e-3, Report())
-    return solve(problem, _same, _same, start.solution, settings, report)
+    """The method on a posed problem of two or more states: working images, scaled units.
+
+    Beside the problem five arrays of the images' size are held at most; everything else is done for a part of the readout positions
+    or of the states at a time.
+    """
+    start = torch.empty_like(problem.rhs)
+    for state, into in enumerate(start):
+        one = problem.state(state)
+        into.copy_(cg_sense.solve(one, WARM_START_WEIGHT, WARM_START_ITERATIONS, 1e-3, Report()).solution[0])
+    return solve(problem, _same, _same, start, settings, report)
+
+
+def refine(problem: Problem, images: torch.Tensor, iterations: int, report: Report) -> ProximalResult:
+    """A few steps of the method, with its defaults, from images that are good already: working images, scaled units."""
+    return solve(problem, _same, _same, images, Settings(iterations=iterations), report, start_noise=0.0)
 
 
 def finish(name: str, problem: Problem, images: torch.Tensor, solved: ProximalResult, report: Report) -> Result:

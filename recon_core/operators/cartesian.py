@@ -12,6 +12,7 @@ y is contiguous, so the FFT runs along memory. ``CartesianSense.enter_image`` an
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import torch
 
@@ -154,15 +155,19 @@ class CartesianSense:
         Operators act on the states one by one: ``x`` must have all of them.
         """
         weights = self._weights_squared
-        return torch.stack([self._normal_state(x[state], weights[state]) for state in range(x.shape[0])])
+        if any(t.requires_grad for t in (x, self._maps, weights)):
+            return torch.stack([torch.cat(list(self._normal_parts(image, w))) for image, w in zip(x, weights, strict=True)])
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for image, w, into in zip(x, weights, out, strict=True):
+            for columns, part in zip(self._columns, self._normal_parts(image, w), strict=True):
+                into[columns] = part
+        return out
 
-    def _normal_state(self, image: Tensor, weights: Tensor) -> Tensor:
-        parts = []
+    def _normal_parts(self, image: Tensor, weights: Tensor) -> Iterator[Tensor]:
         for columns in self._columns:
             y = torch.fft.fftn(image[columns] * self._maps[:, columns], dim=self._axes)
             # in place where autograd need not look back
             y = y * weights if y.requires_grad else y.mul_(weights)
             y = torch.fft.ifftn(y, dim=self._axes)
             y = y * self._maps_conj[:, columns] if y.requires_grad else y.mul_(self._maps_conj[:, columns])
-            parts.append(y.sum(0))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            yield y.sum(0)

@@ -6,9 +6,13 @@ import math
 
 import torch
 
+from recon_core.batches import batch
 from recon_core.errors import DataError
 
 Tensor = torch.Tensor
+
+CPU_BLOCK, ACCELERATOR_BLOCK = 1 << 20, 1 << 26
+"""Elements of the images whose blocks are shrunk at a time; some six arrays of this size exist meanwhile."""
 
 
 def shrink_singular_values(blocks: Tensor, threshold: float, power: float = 1.0) -> Tensor:
@@ -67,15 +71,50 @@ class LocallyLowRank:
         """
         return math.sqrt(math.prod(self.sides(spatial))) + math.sqrt(n_states)
 
-    def shrink(self, images: Tensor, shift: tuple[int, ...], threshold: float, power: float) -> Tensor:
+    def shrink(
+        self,
+        images: Tensor,
+        shift: tuple[int, ...],
+        threshold: float,
+        power: float,
+        *,
+        out: Tensor | None = None,
+        add: bool = False,
+    ) -> Tensor:
         """Shrink all blocks of the grid displaced by ``shift``; images wrap around, missing pixels count as zero.
 
-        ``images`` is ``(state, *spatial)``.
+        ``images`` is ``(state, *spatial)``. Layers of blocks along the first spatial axis are done a few at a time, so that what is
+        held beside the result does not grow with that axis.
+
+        Parameters
+        ----------
+        out
+            Where the result goes; ``images`` themselves are allowed.
+        add
+            Add it to what ``out`` holds.
         """
         spatial = tuple(images.shape[1:])
-        sides = self.sides(spatial)
+        side, n = self.sides(spatial)[0], spatial[0]
+        result = torch.empty_like(images, memory_format=torch.contiguous_format) if out is None else out
+        block = CPU_BLOCK if images.device.type == "cpu" else ACCELERATOR_BLOCK
+        layers = max(1, batch(block) // max(1, side * images[:, 0].numel()))
+        for first in range(0, n, layers * side):
+            wanted = torch.arange(first, min(first + layers * side, n), device=images.device)
+            wanted = (wanted - shift[0]) % n
+            piece = self._shrink_layers(images.index_select(1, wanted), side, shift[1:], threshold, power)
+            # layers share no voxel: what is read later has not been written yet
+            if add:
+                result.index_add_(1, wanted, piece)
+            else:
+                result.index_copy_(1, wanted, piece)
+        return result
+
+    def _shrink_layers(self, images: Tensor, side: int, shift: tuple[int, ...], threshold: float, power: float) -> Tensor:
+        """Layers of blocks, ``side`` thick, from the first plane of the first axis on; ``shift`` is along the others."""
+        spatial = tuple(images.shape[1:])
+        sides = (side, *self.sides(spatial)[1:])
         # torch copies once for each axis, also when it does not move
-        turned = [(by, axis) for axis, (by, n) in enumerate(zip(shift, spatial, strict=True), 1) if by % n]
+        turned = [(by, axis) for axis, (by, n) in enumerate(zip(shift, spatial[1:], strict=True), 2) if by % n]
         moved = images
         if turned:
             moved = torch.roll(images, tuple(by for by, _ in turned), tuple(axis for _, axis in turned))

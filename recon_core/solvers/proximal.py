@@ -8,9 +8,13 @@ from dataclasses import dataclass
 
 import torch
 
+from recon_core.batches import batch
 from recon_core.errors import NumericalError
 
 Tensor = torch.Tensor
+
+BLOCK = 1 << 20
+"""Elements of the differences that exist at a time, where only their inner products are asked for."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,9 @@ def proximal_gradient(
     Parameters
     ----------
     gradient
-        ``grad f``, Lipschitz with a constant of at most ``1 / step``.
+        ``grad f``, Lipschitz with a constant of at most ``1 / step``; gives a new array, which is edited.
     prox
-        ``prox(z, iteration)`` of ``step * g``; sees the iteration's number (from 0) so that block grids may move.
+        ``prox(z, iteration)`` of ``step * g``; sees the iteration's number (from 0) so that block grids may move. May edit ``z``.
     initial
         First guess; never edited.
     tolerance
@@ -89,24 +93,21 @@ def proximal_gradient(
     Beck & Teboulle, SIAM J. Imaging Sci. 2 (2009) 183, eqs 4.1-4.3; O'Donoghue & Candes, Found. Comput. Math. 15 (2015) 715,
     section 3.2.
     """
-    x = initial
-    y = initial
+    x = y = initial
     t, change, restarts, done = 1.0, math.inf, 0, 0
     for iteration in range(max_iterations):
-        new = prox(y - step * gradient(y), iteration)
-        moved = new - x
-        against = float(_real_inner(y - new, moved)) > 0
+        # three arrays of the unknowns' size are held: x, y, and what becomes z and then the new x
+        new = prox(gradient(y).mul_(-step).add_(y), iteration)
+        against, moved = _against_and_moved(y, new, x)
         size = _norm(new)
         if not math.isfinite(size):
             raise NumericalError("not finite", where="proximal gradient", got=f"iteration {iteration + 1}")
-        change = _norm(moved) / size if size > 0 else 0.0
-        if against:
-            restarts += 1
-            t, y = 1.0, new
-        else:
-            t_new = (1 + math.sqrt(1 + 4 * t * t)) / 2
-            y = new + ((t - 1) / t_new) * moved
-            t = t_new
+        change = moved / size if size > 0 else 0.0
+        restarts += against
+        t_new = 1.0 if against else (1 + math.sqrt(1 + 4 * t * t)) / 2
+        # without momentum y is the new x; the first step is such a one, so that what was given is never edited
+        y = new if against or t == 1 else x.sub_(new).mul_((1 - t) / t_new).add_(new)
+        t = t_new
         x, done = new, iteration + 1
         if on_iteration is not None:
             on_iteration(done)
@@ -115,10 +116,18 @@ def proximal_gradient(
     return ProximalResult(x, done, change, change <= tolerance, restarts)
 
 
-def _real_inner(a: Tensor, b: Tensor) -> Tensor:
-    if a.is_complex():
-        a, b = torch.view_as_real(a), torch.view_as_real(b)
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+def _against_and_moved(y: Tensor, new: Tensor, x: Tensor) -> tuple[bool, float]:
+    """Whether ``Re <y - new, new - x> > 0``, and ``|new - x|``; a block at a time."""
+    inner, square = 0.0, 0.0
+    for parts in zip(*(_reals(a).split(batch(BLOCK)) for a in (y, new, x)), strict=True):
+        moved = parts[1] - parts[2]
+        inner += float(torch.dot(parts[0] - parts[1], moved))
+        square += _norm(moved) ** 2
+    return inner > 0, math.sqrt(square)
+
+
+def _reals(a: Tensor) -> Tensor:
+    return (torch.view_as_real(a) if a.is_complex() else a).reshape(-1)
 
 
 def _norm(a: Tensor) -> float:

@@ -12,8 +12,9 @@ import torch
 from benchmarks.laro_cases import acquire, acs_block, available, held_out, pattern, with_estimated_maps
 from benchmarks.laro_gpu import large_scan, speed
 from benchmarks.laro_scores import Maps, maps_of, regional, regression, scores, true_regional
+from recon_core.errors import SettingError
 from recon_core.methods.laro.model import Laro, LaroSettings
-from recon_core.methods.laro.weights import TrainedLaro
+from recon_core.methods.laro.weights import TrainedLaro, save_weights
 from recon_core.sampling.mask_files import MaskError
 from recon_core.simulation.multi_echo_brain import BrainScan, ScanRecipe
 
@@ -112,3 +113,22 @@ def test_the_networks_that_are_installed_are_methods() -> None:
 
     names = set(available(sorted(WEIGHTS.glob("laro*.json"))))
     assert {"cg_sense", "llr", "laro", "laro 3 iterations"} <= names
+
+
+def test_every_kind_of_mask_has_the_modl_that_was_trained_with_it(tmp_path: Path) -> None:
+    scan, files = head(), []
+    for spo in (0, 2):
+        torch.manual_seed(spo)
+        network = Laro(LaroSettings(kind="modl", features=(4,), unrolls=1, n_echoes=4))
+        torch.nn.init.normal_(network.denoiser.layers[-1].weight, std=0.1)  # type: ignore[index,union-attr]
+        facts = {"amplitude": 1.0, "recipe": {"patterns": [f"8/{spo}"], "second_unrolls": 1}}
+        files.append(save_weights(tmp_path, f"laro_modl_spo{spo}", network, "cg_sense", facts))
+    methods = available(files)
+    assert set(methods) - {"cg_sense", "llr", "bart_llr"} == {"modl"}
+    mask = pattern((16, 40), 4, 8.0, 0)
+    found = [methods["modl"](acquire(scan, mask, 8.0, spo))[0] for spo in (0, 2)]
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+    alone = available(files[1:])["modl"](acquire(scan, mask, 8.0, 2))[0]
+    assert torch.equal(alone, found[1])
+    with pytest.raises(SettingError, match="8/1"):
+        methods["modl"](acquire(scan, mask, 8.0, 1))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from recon_core.batches import batch_share
 from recon_core.errors import DataError
 from recon_core.methods import cg_sense, llr
-from recon_core.problem import outer_noise
+from recon_core.problem import outer_noise, pose
 from recon_core.solvers.low_rank import LocallyLowRank, shrink_singular_values
 from recon_core.types import ImageSeries, Report
+from tests.recon_core.live_memory import peak_bytes
 from tests.recon_core.small_series import small_series
 
 
@@ -61,6 +64,34 @@ def test_blocks_tile_the_image(spatial: tuple[int, int, int]) -> None:
                 matrix = moved[part].reshape(3, -1).T
                 expected[part] = shrink_singular_values(matrix[None], 2.0, 1.0)[0].T.reshape(moved[part].shape)
     torch.testing.assert_close(found, torch.roll(expected, tuple(-s for s in shift), (1, 2, 3)))
+
+
+@pytest.mark.parametrize("spatial", [(9, 1, 11), (13, 5, 6), (3, 6, 6)], ids=["2D", "3D", "thin"])
+@pytest.mark.parametrize("first", [0, 2, -1])
+def test_a_few_layers_at_a_time_give_the_same(spatial: tuple[int, int, int], first: int) -> None:
+    images, shift, regulariser = random(3, *spatial), (first, 0, 1), LocallyLowRank((4, 4, 4))
+    whole = regulariser.shrink(images, shift, 2.0, 0.7)
+    with batch_share(1e-9):
+        torch.testing.assert_close(regulariser.shrink(images, shift, 2.0, 0.7), whole)
+        assert not torch.equal(images, whole)
+        into = images.clone()
+        assert regulariser.shrink(into, shift, 2.0, 0.7, out=into) is into
+        torch.testing.assert_close(into, whole)
+        regulariser.shrink(images, shift, 2.0, 0.7, out=into, add=True)
+        torch.testing.assert_close(into, 2 * whole)
+
+
+def test_memory_grows_with_the_slab_by_no_more_than_five_images() -> None:
+    """Start, x, y, z and the mean over grids; all else is done for a part of the readout positions at a time."""
+    peaks, sizes = [], []
+    with batch_share(1 / 64):
+        for n_x in (32, 96):
+            series = small_series((8, 16, n_x), n_states=6, keep=0.4, noise=0.01)
+            problem = pose(series.kspace, "here", Report())
+            peaks.append(peak_bytes(partial(llr.estimate, problem, llr.Settings(iterations=5), Report())))
+            sizes.append(problem.rhs.numel() * problem.rhs.element_size())
+    assert peaks[1] - peaks[0] < 6 * (sizes[1] - sizes[0])
+    assert peaks[0] > 3 * sizes[0]  # it does see them
 
 
 def test_noise_threshold_is_the_edge_of_pure_noise() -> None:

@@ -88,7 +88,8 @@ def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, setti
     check_kspace(kspace, where)
     check_maps(kspace, where)
     order = echo_order(kspace, scan, where).to(kspace.data.device)
-    kspace = replace(kspace, data=kspace.data[order], counts=kspace.counts[order])
+    if not torch.equal(order, torch.sort(order).values):  # k-space is large: no copy of it where none is needed
+        kspace = replace(kspace, data=kspace.data[order], counts=kspace.counts[order])
     if not bool((kspace.data != 0).any()):
         return _nothing(kspace, report)
     problem = pose(kspace, where, report)
@@ -96,7 +97,6 @@ def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, setti
     planes = _planes(problem, kspace, trained.amplitude)
     first = _first_images(start, problem, planes, trained.amplitude, report)
     images = torch.empty_like(planes.rhs)
-    change = torch.zeros((), dtype=torch.float64, device=images.device)
     factor = rho_factor(problem.noise * trained.amplitude, trained.noise)
     air = planes_of_air(first / trained.amplitude, problem.noise) & planes.is_3d
     notes: tuple[str, ...] = ()
@@ -108,22 +108,43 @@ def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, setti
         with torch.no_grad():
             found = trained.network(operator, planes.rhs[chosen], first[chosen], settings.unrolls, factor)[-1]
             images[chosen] = torch.where(air[chosen, None, None, None], first[chosen], found)
-            change += (planes.rhs[chosen] - operator.normal(images[chosen])).abs().double().square().sum()
-        report.progress(0.5 + 0.5 * chosen.stop / len(images), NAME)
+        report.progress(0.5 + 0.4 * chosen.stop / len(images), NAME)
     if not bool(torch.isfinite(torch.view_as_real(images)).all()):
         raise NumericalError("the network's result is not finite", where=where, remedy="The chain's fallback can answer")
-    size = planes.rhs.abs().double().square().sum()
-    series = planes.leave(images)[torch.argsort(order)] * (problem.scale / trained.amplitude)
+    del first
+    working = problem.operator.enter_image(planes.leave(images)).div_(trained.amplitude)
+    del images, planes
+    if settings.low_rank_steps and kspace.n_states > 1 and not bool(air.all()):
+        working = _given_back(problem, working, air, settings.low_rank_steps, report)
+    residual, size = (
+        float(torch.linalg.vector_norm(torch.view_as_real(x)))
+        for x in (problem.operator.normal(working).sub_(problem.rhs), problem.rhs)
+    )
+    series = problem.leave(working)[torch.argsort(order)]
     report.progress(1.0)
     return Result(
-        images=(ImageSeries("image", series.to(torch.complex64), _origin(trained)),),
+        images=(ImageSeries("image", series, _origin(trained)),),
         quality={
             "iterations": float(settings.unrolls or trained.network.settings.unrolls),
-            "residual": float((change / size).sqrt()) if float(size) > 0 else 0.0,
+            "residual": residual / size if size > 0 else 0.0,
             "noise": problem.noise,
         },
         notes=notes,
     )
+
+
+def _given_back(problem: Problem, working: Tensor, air: Tensor, steps: int, report: Report) -> Tensor:
+    """A few steps of locally low rank from the network's images: they give back what it smoothed away.
+
+    The network sees a plane, pulls what is small and unlike its surroundings towards them, most of all in late echoes, and
+    data consistency cannot say no to it where nothing was sampled. Low rank sees blocks of all three axes, and does not know what heads
+    look like. Planes of air keep what they had.
+    """
+    calm = working[:, air] if len(air) == working.shape[1] else None
+    found = llr.refine(problem, working, steps, _Share(report, 0.9, 1.0)).solution
+    if calm is not None:
+        found[:, air] = calm
+    return found
 
 
 def rho_factor(noise: float, trained: float) -> float:
@@ -215,7 +236,7 @@ def _first_images(start: str, problem: Problem, planes: _PlaneProblems, amplitud
     if start == "zero_filled":
         return planes.rhs
     if start == "llr" and problem.rhs.shape[0] > 1:
-        images = llr.estimate(problem, llr.Settings(), _FirstHalf(report)).solution
+        images = llr.estimate(problem, llr.Settings(), _Share(report, 0.0, 0.5)).solution
     else:
         images = cg_sense.solve(
             problem, LEAST_SQUARES_WEIGHT, LEAST_SQUARES_STEPS, LEAST_SQUARES_TOLERANCE, Report()
@@ -223,14 +244,14 @@ def _first_images(start: str, problem: Problem, planes: _PlaneProblems, amplitud
     return planes.enter(problem.operator.leave_image(images) * amplitude).contiguous()
 
 
-class _FirstHalf(Report):
-    """Progress of the first images is half of the method's."""
+class _Share(Report):
+    """Progress of a part of the method."""
 
-    def __init__(self, report: Report) -> None:
-        self._report = report
+    def __init__(self, report: Report, first: float, last: float) -> None:
+        self._report, self._first, self._last = report, first, last
 
     def progress(self, fraction: float, message: str = "") -> None:
-        self._report.progress(0.5 * fraction, message)
+        self._report.progress(self._first + (self._last - self._first) * fraction, message)
 
     def warn(self, message: str) -> None:
         self._report.warn(message)

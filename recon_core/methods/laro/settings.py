@@ -21,6 +21,9 @@ class Settings:
         choices=("weights", *STARTS),
     )
     unrolls: int = setting(0, "unrolled iterations; 0: as many as the weights were trained with", low=0, high=100)
+    low_rank_steps: int = setting(
+        4, "steps of locally low rank that follow the network and give back what it smoothed away; 0: none", low=0, high=1000
+    )
     precision: str = setting("float32", "of the networks; bfloat16 is for GPUs", choices=PRECISIONS)
     memory_mb: float = setting(
         512.0,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from recon_core.batches import batch_share
 from recon_core.errors import DataError, SettingError
 from recon_core.installed_weights import FOLDERS
 from recon_core.methods import get_method, llr
@@ -20,6 +22,7 @@ from recon_core.settings import parse_settings
 from recon_core.training.checkpoint import WeightError
 from recon_core.types import KSpace, Report, ScanInfo
 from tests.recon_core.laro.tiny import sampled, tiny_scan, without
+from tests.recon_core.live_memory import peak_bytes
 
 
 def idle(unrolls: int = 3, start: str = "cg_sense") -> TrainedLaro:
@@ -39,8 +42,17 @@ def busy() -> TrainedLaro:
     )
 
 
+class Fading(torch.nn.Module):
+    """Takes a third of the last echo away."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat((torch.zeros_like(images[:, :-1]), images[:, -1:] / 3), dim=1)
+
+
 def images(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, **settings: Any) -> torch.Tensor:
-    return reconstruct_with(trained, kspace, scan, replace(Settings(), **settings), Report()).images[0].data
+    """Of the network alone, unless ``low_rank_steps`` are asked for."""
+    chosen = replace(Settings(), **{"low_rank_steps": 0, **settings})
+    return reconstruct_with(trained, kspace, scan, chosen, Report()).images[0].data
 
 
 def error(found: torch.Tensor, truth: torch.Tensor, where: torch.Tensor) -> float:
@@ -81,6 +93,34 @@ def test_a_plane_of_air_keeps_its_first_images() -> None:
     assert float((changed - first)[..., 3:].norm() / first[..., 3:].norm()) > 0.02
 
 
+def test_low_rank_steps_give_back_what_the_network_took() -> None:
+    """A network that pulls the last echo towards another: R2* would be too low, and unsampled k-space cannot say no."""
+    scan = tiny_scan()
+    kspace, info = sampled(scan)
+    off = busy()
+    off.network.denoiser = Fading()
+    took = []
+    for steps in (0, 2, 8):
+        with_it, honest = (
+            error(images(network, kspace, info, start="llr", low_rank_steps=steps), scan.images, scan.brain)
+            for network in (off, idle(1))
+        )
+        took.append(with_it - honest)
+    assert took[0] > 0.01 and took[1] < 0.9 * took[0] and took[2] < 0.65 * took[0]
+
+
+def test_low_rank_steps_leave_planes_of_air_and_single_echoes_alone() -> None:
+    scan = tiny_scan()
+    beside = torch.ones(scan.images.shape[-1])
+    beside[:3] = 0.0
+    kspace, info = sampled(replace(scan, images=scan.images * beside))
+    without_steps, with_steps = (images(busy(), kspace, info, low_rank_steps=n) for n in (0, 4))
+    torch.testing.assert_close(with_steps[..., :3], without_steps[..., :3])
+    assert error(with_steps[..., 3:], without_steps[..., 3:], scan.brain[..., 3:]) > 0.01
+    one, info = replace(kspace, data=kspace.data[:1], counts=kspace.counts[:1]), replace(info, echo_times=())
+    assert torch.equal(images(busy(), one, info, low_rank_steps=4), images(busy(), one, info))
+
+
 def test_where_nothing_stands_out_from_the_noise_somebody_is_told() -> None:
     kspace, info = sampled(tiny_scan())
     loud = replace(kspace, noise_std=0.5)
@@ -102,6 +142,21 @@ def test_groups_of_planes_change_nothing() -> None:
     kspace, info = sampled(tiny_scan())
     whole, small = (images(busy(), kspace, info, memory_mb=mb) for mb in (512.0, 1.0))
     assert torch.allclose(whole, small, atol=1e-4 * float(whole.abs().max()))
+
+
+def test_memory_grows_with_the_slab_by_its_images_only() -> None:
+    """Not by another k-space (four coils: four times the images), nor by the network's features."""
+    kspace, info = sampled(tiny_scan())
+    assert kspace.coil_maps is not None
+    peaks = []
+    for times in (4, 8):
+        longer = replace(
+            kspace, data=kspace.data.repeat(1, 1, 1, 1, times), coil_maps=kspace.coil_maps.repeat(1, 1, 1, times), acs=None
+        )
+        with batch_share(1 / 256):
+            peaks.append(peak_bytes(partial(images, busy(), longer, info, start="llr", memory_mb=1.0)))
+    slab = kspace.data[:, 0].numel() * kspace.data.element_size()
+    assert peaks[1] - peaks[0] < 11 * 4 * slab
 
 
 def test_echoes_are_fused_in_the_order_of_their_times() -> None:
@@ -151,7 +206,7 @@ def test_weights_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.Monk
     kspace, info = sampled(tiny_scan())
     assert torch.equal(images(again, kspace, info), images(trained, kspace, info))
     monkeypatch.setenv(FOLDERS, str(tmp_path))
-    found = reconstruct(kspace, info, replace(Settings(), weights="mine"), Report())
+    found = reconstruct(kspace, info, replace(Settings(), weights="mine", low_rank_steps=0), Report())
     assert torch.equal(found.images[0].data, images(trained, kspace, info))
     with pytest.raises(WeightError, match="mine"):
         reconstruct(kspace, info, replace(Settings(), weights="other"), Report())
