@@ -74,7 +74,9 @@ def until(look: Callable[[], object]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("told", ["the server", "every process"])
-def test_a_scan_that_is_being_computed_is_answered_first(told: str, scan: SimulatedScan, chains: Path, tmp_path: Path) -> None:
+def test_a_scan_that_is_being_computed_is_answered_first(
+    told: str, scan: SimulatedScan, chains: Path, tmp_path: Path
+) -> None:
     """Docker tells the server to stop, systemd all of its processes (and so does Ctrl-C)."""
     options = ("--workers", "1", "--configs", str(chains), "--stop-seconds", str(DEADLINE))
     with serving(tmp_path / "server", *options) as server:
