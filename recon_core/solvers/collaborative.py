@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch.nn import functional
 
 from recon_core.errors import DataError
 
@@ -48,6 +49,9 @@ class PatchGroups:
     ----------
     guide
         complex ``(state, row, column)``. Images wrap around at their borders.
+    support
+        bool ``(row, column)``: patches that touch none of it are no references, so that air costs nothing. Pixels that no patch
+        covers stay what they are.
 
     Raises
     ------
@@ -55,7 +59,7 @@ class PatchGroups:
         The group is not a power of two, or patches are larger than the image.
     """
 
-    def __init__(self, guide: Tensor, settings: PatchSettings) -> None:
+    def __init__(self, guide: Tensor, settings: PatchSettings, support: Tensor | None = None) -> None:
         side, group = settings.side, settings.group
         n_rows, n_columns = guide.shape[-2:]
         if group < 1 or group & (group - 1):
@@ -70,16 +74,18 @@ class PatchGroups:
             group //= 2
         self.settings, self.group, self.shape = settings, group, (n_rows, n_columns)
         device = guide.device
-        images = principal_images(guide, GUIDE_COMPONENTS)
-        rows = torch.arange(0, n_rows, settings.stride, device=device)
-        columns = torch.arange(0, n_columns, settings.stride, device=device)
         steps = [(dy, dx) for dy in range(-reach, reach + 1) for dx in range(-reach, reach + 1)]
-        distances = torch.stack([_patch_distance(images, step, side)[rows][:, columns].flatten() for step in steps], 1)
+        distances = _patch_distances(principal_images(guide, GUIDE_COMPONENTS), steps, settings)
         # a patch is its own first partner, whatever rounding says
         distances[:, steps.index((0, 0))] = -1.0
+        rows = torch.arange(0, n_rows, settings.stride, device=device)
+        columns = torch.arange(0, n_columns, settings.stride, device=device)
+        row, column = (axis.reshape(-1, 1) for axis in torch.meshgrid(rows, columns, indexing="ij"))
+        if support is not None:
+            wanted = _patches_touching(support, side)[row[:, 0], column[:, 0]]
+            row, column, distances = row[wanted], column[wanted], distances[wanted]
         chosen = distances.topk(group, dim=1, largest=False).indices
         moves = torch.tensor(steps, device=device)[chosen]  # (reference, partner, 2)
-        row, column = (axis.reshape(-1, 1) for axis in torch.meshgrid(rows, columns, indexing="ij"))
         inside = torch.arange(side, device=device)
         patch_rows = ((row + moves[..., 0])[:, :, None, None] + inside[:, None]) % n_rows
         patch_columns = ((column + moves[..., 1])[:, :, None, None] + inside[None, :]) % n_columns
@@ -102,31 +108,42 @@ class PatchGroups:
             Same shape and dtype.
         """
         n_states = images.shape[0]
-        pixels = images.reshape(n_states, -1).T.contiguous()  # (pixel, state)
+        flat = images.reshape(n_states, -1)
+        pixels = torch.cat([flat.real, flat.imag]).T.contiguous()  # (pixel, Re or Im of a state)
         total = torch.zeros_like(pixels)
-        weight = torch.zeros(pixels.shape[0], dtype=pixels.real.dtype, device=images.device)
+        weight = torch.zeros(pixels.shape[0], dtype=pixels.dtype, device=images.device)
         at_a_time = CPU_GROUPS if images.device.type == "cpu" else ACCELERATOR_GROUPS
         for index in self.pixels.split(at_a_time):
-            filtered, sparsity = self._filter_groups(pixels[index], sigma * threshold)
+            filtered, sparsity = self._filter_groups(pixels[index].mT.contiguous(), sigma * threshold)
             where = index.reshape(-1)
-            total.index_add_(0, where, filtered.reshape(-1, n_states))
+            total.index_add_(0, where, filtered.mT.reshape(-1, 2 * n_states))
             weight.index_add_(0, where, sparsity[:, None].expand(index.shape).reshape(-1))
-        return (total / weight[:, None]).T.reshape(images.shape)
+        covered = (weight > 0)[:, None]
+        found = torch.where(covered, total / weight.clamp(min=torch.finfo(weight.dtype).tiny)[:, None], pixels).T
+        return torch.complex(found[:n_states], found[n_states:]).reshape(images.shape)
 
     def _filter_groups(self, groups: Tensor, level: float) -> tuple[Tensor, Tensor]:
-        """Thresholded groups ``(group, patch pixel, state)`` times their weight, and the weights."""
-        _, vectors = torch.linalg.eigh(groups.mH @ groups)  # strongest last
-        decorrelated = groups @ vectors
-        # real transform on real and imaginary parts together
-        parts = torch.view_as_real(decorrelated).flatten(-2)
-        transformed = torch.matmul(self.transform, parts).unflatten(-1, (-1, 2))
-        keep = transformed.square().sum(-1) > level * level
-        keep[:, 0, -1] = True  # the mean of the strongest component
-        weight = 1.0 / keep.sum((1, 2)).to(parts.dtype)
+        """Thresholded groups times their weight, and the weights.
+
+        ``groups`` are real, ``(group, Re of all states and then Im, patch pixel)``: complex products are written as real ones, so that
+        the transform of all groups is a single matrix product.
+        """
+        n_states = groups.shape[1] // 2
+        products = groups @ groups.mT
+        same = products[:, :n_states, :n_states] + products[:, n_states:, n_states:]
+        mixed = products[:, :n_states, n_states:] - products[:, n_states:, :n_states]
+        # eigenvectors of sum_p conj(g_q) g_r, strongest last; components are g @ vectors
+        _, vectors = torch.linalg.eigh(torch.complex(same, mixed))
+        real, imaginary = vectors.real.mT, vectors.imag.mT
+        turn = torch.cat([torch.cat([real, -imaginary], 2), torch.cat([imaginary, real], 2)], 1)
+        decorrelated = turn @ groups
+        transformed = torch.matmul(decorrelated, self.transform.T)
+        keep = transformed[:, :n_states].square() + transformed[:, n_states:].square() > level * level
+        keep[:, -1, 0] = True  # the mean of the strongest component
+        weight = 1.0 / keep.sum((1, 2)).to(groups.dtype)
         # the weight rides along: a scalar per group commutes with the transforms
-        kept = (transformed * (keep * weight[:, None, None])[..., None]).flatten(-2)
-        back = torch.matmul(self.transform.T, kept).unflatten(-1, (-1, 2)).contiguous()
-        return torch.view_as_complex(back) @ vectors.mH, weight
+        kept = transformed * (keep * weight[:, None, None]).repeat(1, 2, 1)
+        return turn.mT @ torch.matmul(kept, self.transform), weight
 
 
 def principal_images(series: Tensor, most: int) -> Tensor:
@@ -137,12 +154,26 @@ def principal_images(series: Tensor, most: int) -> Tensor:
     return (strongest.mH @ flat).reshape(-1, *series.shape[1:])
 
 
-def _patch_distance(images: Tensor, step: tuple[int, int], side: int) -> Tensor:
-    """Squared distance of the patch at every pixel to the patch that is ``step`` away, ``(row, column)``."""
-    moved = torch.roll(images, (-step[0], -step[1]), (1, 2))
-    difference = torch.view_as_real(images - moved).square().sum((0, -1))
-    padded = torch.nn.functional.pad(difference[None, None], (0, side - 1, 0, side - 1), mode="circular")
-    return torch.nn.functional.avg_pool2d(padded, side, 1)[0, 0]
+def _patch_distances(images: Tensor, steps: list[tuple[int, int]], settings: PatchSettings) -> Tensor:
+    """Mean squared distance of the reference patches to the patches that are ``steps`` away, ``(reference, step)``."""
+    side, stride = settings.side, settings.stride
+    n_rows, n_columns = images.shape[1:]
+    reach = max(abs(dy) for dy, _ in steps)
+    near = torch.cat([images.real, images.imag])
+    far = functional.pad(near[None], (reach, reach, reach, reach), mode="circular")[0]
+    found = []
+    for dy, dx in steps:
+        rows, columns = reach + dy, reach + dx
+        difference = (near - far[:, rows : rows + n_rows, columns : columns + n_columns]).square_().sum(0)
+        padded = functional.pad(difference[None, None], (0, side - 1, 0, side - 1), mode="circular")
+        found.append(functional.avg_pool2d(padded, side, stride)[0, 0].flatten())
+    return torch.stack(found, 1)
+
+
+def _patches_touching(support: Tensor, side: int) -> Tensor:
+    """Bool ``(row, column)``: whether the patch that begins there touches the support."""
+    padded = functional.pad(support[None, None].float(), (0, side - 1, 0, side - 1), mode="circular")
+    return functional.max_pool2d(padded, side, 1)[0, 0] > 0
 
 
 @cache

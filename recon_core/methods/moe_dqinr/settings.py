@@ -15,7 +15,7 @@ from recon_core.methods.moe_dqinr.configurations import (
 from recon_core.methods.moe_dqinr.fit import FitSettings
 from recon_core.methods.moe_dqinr.gradients import PRECISIONS
 from recon_core.methods.moe_dqinr.model import VARIANTS
-from recon_core.methods.moe_dqinr.refine import RefineSettings
+from recon_core.solvers.refinement import RefineSettings
 from recon_core.settings import setting
 
 PRESETS = ("auto", "paper", "default", "cpu")

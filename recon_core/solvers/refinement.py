@@ -7,13 +7,15 @@ Half-quadratic splitting of ``|A x - b|^2 / 2 + R(x)``:
 
 ``sigma_k`` falls geometrically from what undersampling artefacts look like down to the noise. The answer is the last ``z``,
 averaged with the start where there is little noise: the errors of a filtered and of a low-rank image are not the same.
+
+A slab is filtered in planes, across another axis in every iteration: patches of all three orientations take part.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -48,7 +50,7 @@ class RefineSettings:
     start_part
         Part of the start in the answer for little noise (see ``QUIET``); with more noise it falls as its inverse.
     regroup
-        Iterations after which similar patches are looked for again.
+        Iterations after which similar patches are looked for again (of a slab: iterations across the same axis).
     cg_iterations
         Of each data consistency step.
     patches
@@ -90,8 +92,9 @@ def refine(
     start: Tensor,
     settings: RefineSettings,
     on_iteration: Callable[[int, Tensor], None] | None = None,
+    support: Tensor | None = None,
 ) -> Tensor:
-    """Refined working images ``(state, x, 1, y)``, scaled units.
+    """Refined working images ``(state, x, z, y)``, scaled units; z is 1 for a slice.
 
     Parameters
     ----------
@@ -103,21 +106,64 @@ def refine(
         First estimate, working images.
     on_iteration
         Called with the number of the iteration and its ``z``.
+    support
+        bool ``(x, z, y)``: only patches that touch it are filtered (`object_of`). Air costs time and needs none.
     """
     x, before = start, start
     z = start
-    groups: PatchGroups | None = None
+    axes = _plane_axes(start)
+    groups: dict[int, list[PatchGroups | None]] = {}
     for iteration in range(settings.iterations):
         sigma = settings.sigma(iteration, noise)
-        if groups is None or iteration % settings.regroup == 0:
-            groups = PatchGroups(x[:, :, 0], settings.patches)
+        axis = axes[iteration % len(axes)]
+        if axis not in groups or iteration // len(axes) % settings.regroup == 0:
+            groups[axis] = _grouped(x, axis, settings.patches, support)
         moved = x + settings.momentum * (x - before)
-        z = groups.filter(moved[:, :, 0], sigma, settings.threshold)[:, :, None]
+        z = _filtered(moved, axis, groups[axis], sigma, settings.threshold)
         if on_iteration is not None:
             on_iteration(iteration, z)
         before = x
         x = consistent(operator, rhs, z, settings.weight(iteration, noise), settings.cg_iterations)
     return z
+
+
+def object_of(images: Tensor, level: float, margin: int) -> Tensor:
+    """Where a series has signal: bool ``(x, z, y)`` of working images, grown by ``margin`` voxels along every axis longer than 1.
+
+    A voxel has signal where the root mean square over states exceeds ``level``.
+    """
+    found = (images.abs().square().mean(0).sqrt() > level).float()[None, None]
+    sides = [2 * margin + 1 if n > 1 else 1 for n in found.shape[2:]]
+    grown = torch.nn.functional.max_pool3d(found, sides, 1, [side // 2 for side in sides])
+    return grown[0, 0] > 0
+
+
+def _plane_axes(images: Tensor) -> tuple[int, ...]:
+    """Axes of working images ``(state, x, z, y)`` across which planes are cut: all of a slab, the short one of a slice."""
+    short = tuple(axis for axis in (1, 2, 3) if images.shape[axis] == 1)
+    return short[:1] or (1, 2, 3)
+
+
+def _grouped(images: Tensor, axis: int, settings: PatchSettings, support: Tensor | None) -> list[PatchGroups | None]:
+    """The groups of every plane; ``None`` for a plane without support."""
+    side = min(settings.side, *(n for i, n in enumerate(images.shape) if i not in (0, axis)))
+    chosen = replace(settings, side=side)
+    planes = images.movedim(axis, 0)
+    if support is None:
+        return [PatchGroups(plane, chosen) for plane in planes]
+    return [
+        PatchGroups(plane, chosen, where) if bool(where.any()) else None
+        for plane, where in zip(planes, support.movedim(axis - 1, 0), strict=True)
+    ]
+
+
+def _filtered(images: Tensor, axis: int, groups: list[PatchGroups | None], sigma: float, threshold: float) -> Tensor:
+    planes = images.movedim(axis, 0)
+    found = [
+        plane if group is None else group.filter(plane, sigma, threshold)
+        for group, plane in zip(groups, planes, strict=True)
+    ]
+    return torch.stack(found).movedim(0, axis).contiguous()
 
 
 def consistent(operator: CartesianSense, rhs: Tensor, prior: Tensor, weight: float, iterations: int) -> Tensor:
