@@ -14,10 +14,10 @@ from recon_core.methods.moe_dqinr.diagnostics import casorati_singular_values, d
 from recon_core.methods.moe_dqinr.fit import FitResult, FitSettings, IterationReport, fit
 from recon_core.methods.moe_dqinr.model import MoeField
 from recon_core.methods.moe_dqinr.objective import Objective, make_objective
-from recon_core.solvers.refinement import consistent, refine
 from recon_core.methods.moe_dqinr.settings import Plan, Settings, plan_for
 from recon_core.methods.moe_dqinr.warm_start import prefit
 from recon_core.problem import Problem, pose
+from recon_core.solvers.refinement import consistent, refine
 from recon_core.types import ImageSeries, KSpace, Report, Result, ScanInfo
 
 Tensor = torch.Tensor

@@ -15,8 +15,8 @@ from recon_core.methods.moe_dqinr.configurations import (
 from recon_core.methods.moe_dqinr.fit import FitSettings
 from recon_core.methods.moe_dqinr.gradients import PRECISIONS
 from recon_core.methods.moe_dqinr.model import VARIANTS
-from recon_core.solvers.refinement import RefineSettings
 from recon_core.settings import setting
+from recon_core.solvers.refinement import RefineSettings
 
 PRESETS = ("auto", "paper", "default", "cpu")
 CONFIGURATIONS = ("dynamic", "quantitative")

@@ -12,9 +12,9 @@ import torch
 from recon_core.errors import DataError
 from recon_core.methods import get_method
 from recon_core.methods.moe_dqinr.reconstruction import in_order, state_order
-from recon_core.solvers.refinement import RefineSettings, consistent, refine
 from recon_core.methods.moe_dqinr.settings import Settings, plan_for
 from recon_core.problem import pose
+from recon_core.solvers.refinement import RefineSettings, consistent, refine
 from recon_core.types import Report, Result
 from tests.recon_core.listener import Listener
 from tests.recon_core.small_series import SmallSeries, small_series
