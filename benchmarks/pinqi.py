@@ -41,6 +41,8 @@ GOALS = {4.0: (0.073, 0.042, 0.961), 8.0: (0.10, 0.05, 0.939)}
 """nRMSE, MAE in s and SSIM that the published method reaches."""
 
 FULLY_SAMPLED = "fully sampled + fit"
+REFINED = "moe_dqinr without its network + fit"
+"""`llr` refined by a collaborative filter in turn with data consistency: the best images that need no training."""
 
 
 def methods_for(options: argparse.Namespace) -> dict[str, Callable[[Sample], Answer]]:
@@ -49,6 +51,7 @@ def methods_for(options: argparse.Namespace) -> dict[str, Callable[[Sample], Ans
     if not options.only_weights:
         found |= {"zero-filled + fit": pinqi_methods.zero_filled}
         found |= {f"{name} + fit": pinqi_methods.classical(name) for name in ("cg_sense", "llr")}
+        found |= {REFINED: pinqi_methods.classical("moe_dqinr", network=False)}
         if options.bart and bart.available():
             found["BART LLR + fit"] = pinqi_methods.bart_low_rank(options.bart_iterations, options.threads)
         if options.moba and bart.available():

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -127,13 +128,13 @@ def zero_filled(sample: Sample) -> Answer:
     return timed(make)
 
 
-def classical(name: str) -> Callable[[Sample], Answer]:
-    """One of our methods with its default settings, then the fit."""
+def classical(name: str, **settings: Any) -> Callable[[Sample], Answer]:
+    """One of our methods with its default settings but for those that are given, then the fit."""
     method = get_method(name)
 
     def run(sample: Sample) -> Answer:
         def make() -> T1Map:
-            result = method.reconstruct(sample.kspace, sample.scan, method.Settings(), Report())
+            result = method.reconstruct(sample.kspace, sample.scan, method.Settings(**settings), Report())
             return fitted(result.images[0].data[:, 0], sample.times)
 
         return timed(make)

@@ -17,7 +17,7 @@ from recon_core.errors import SettingError
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
 from recon_core.methods.pinqi.model import ABLATIONS, STARTS, Pinqi, PinqiSettings
 from recon_core.methods.pinqi.networks import PREDICTIONS
-from recon_core.methods.pinqi.start import low_rank_images
+from recon_core.methods.pinqi.start import first_images
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.problem import Problem, pose, signal_scale
 from recon_core.simulation.anatomy import Anatomy
@@ -409,9 +409,10 @@ def posed(batch: BrainBatch, start: str) -> tuple[BatchedSense, Tensor, Tensor |
     """Operator, ``A^H k``, and the images to begin with where the network does not make them from these."""
     operator = batch.operator()
     rhs = operator.adjoint(operator.enter_data(batch.kspace))
-    if start != "llr":
+    if start == "adjoint":
         return operator, rhs, None
-    return operator, rhs, operator.enter_image(torch.stack([low_rank_images(problem) for problem in _problems(batch)]))
+    found = torch.stack([first_images(problem, start) for problem in _problems(batch)])
+    return operator, rhs, operator.enter_image(found)
 
 
 def _problems(batch: BrainBatch) -> Iterator[Problem]:

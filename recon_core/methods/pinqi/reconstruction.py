@@ -12,7 +12,7 @@ from recon_core.methods.pinqi.model import AS_LEARNED, PinqiOutput, Strengths
 from recon_core.methods.pinqi.parameter_maps import Agreement, agreement, parameter_maps
 from recon_core.methods.pinqi.phase import smooth_phase, turned
 from recon_core.methods.pinqi.settings import Settings
-from recon_core.methods.pinqi.start import low_rank_images
+from recon_core.methods.pinqi.start import first_images
 from recon_core.methods.pinqi.weights import TrainedPinqi, check_times
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.problem import check_kspace, check_maps, pose
@@ -170,9 +170,9 @@ def apply_network(
     operator = BatchedSense(kspace.coil_maps[None, :, 0], problem.operator.weights[None, :, 0])
     data = operator.enter_data(kspace.data[None, :, :, 0] / scale)
     strengths = trained.noise_rule.at(noise) if regularisation == "noise" else AS_LEARNED
-    start = None
-    if trained.network.settings.start == "llr":
-        start = operator.enter_image(low_rank_images(problem)[None] / scale)
+    start, kind = None, trained.network.settings.start
+    if kind != "adjoint":
+        start = operator.enter_image(first_images(problem, kind)[None] / scale)
     with torch.no_grad():
         found = _nearly_real(trained, operator, data, start, strengths)
         signal = trained.network.model.signal(found.parameters.movedim(1, 0)).movedim(0, 1)
