@@ -98,6 +98,8 @@ def described(path: Path) -> dict[str, Any]:
         "commit",
         "validation",
         "recipe",
+        "network",
+        "noise_rule",
     )
     return {key: facts[key] for key in kept if key in facts}
 

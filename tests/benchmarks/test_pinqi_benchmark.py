@@ -105,7 +105,7 @@ def test_scores_are_kept_and_only_what_is_missing_is_added(
     words = ["--size", "32", "--accelerations", "2", "--no-bart", "--samples"]
     pinqi.main([*words, "1"])
     first = json.loads((tmp_path / "pinqi.json").read_text())
-    assert set(first["scores"]) == {"zero-filled + fit", "cg_sense + fit", "llr + fit"}
+    assert set(first["scores"]) == {"zero-filled + fit", "cg_sense + fit", "llr + fit", pinqi.REFINED}
     capsys.readouterr()
     pinqi.main([*words, "1", "--weights", f"physics={weights}", "--picture", str(tmp_path / "p.png")])
     second = json.loads((tmp_path / "pinqi.json").read_text())
