@@ -8,14 +8,11 @@ from recon_core.errors import SettingError
 from recon_core.methods import llr
 from recon_core.methods.pinqi.model import STARTS
 from recon_core.problem import Problem
-from recon_core.solvers.refinement import RefineSettings, object_of, refine
+from recon_core.solvers.refinement import RefineSettings, refine
 from recon_core.types import Report
 
-REFINEMENT = RefineSettings(iterations=8, momentum=1.0)
-"""Of ``refined``: half as many iterations as `moe_dqinr` has, with more momentum (chosen on validation slices)."""
-
-OBJECT_LEVEL, OBJECT_MARGIN = 0.04, 3
-"""Where the collaborative filter looks: RMS over delays against the brightest tissue, and pixels around it."""
+REFINEMENT = RefineSettings()
+"""Of ``refined``: as `moe_dqinr` has it. Air is filtered too (no ``support``): aliasing that stays there is missing in the object."""
 
 
 def first_images(problem: Problem, start: str) -> torch.Tensor:
@@ -34,7 +31,6 @@ def first_images(problem: Problem, start: str) -> torch.Tensor:
         raise SettingError("unknown start", where="PINQI", got=start, expected=", ".join(STARTS[1:]))
     images = llr.estimate(problem, llr.Settings(), Report()).solution
     if start == "refined":
-        where = object_of(images, OBJECT_LEVEL, OBJECT_MARGIN)
-        refined = refine(problem.operator, problem.rhs, problem.noise, images, REFINEMENT, support=where)
+        refined = refine(problem.operator, problem.rhs, problem.noise, images, REFINEMENT)
         images = torch.lerp(refined, images, REFINEMENT.part_of_start(problem.noise))
     return problem.leave(images)[:, 0].to(torch.complex64)
