@@ -16,7 +16,7 @@ from recon_core.installed_weights import FOLDERS
 from recon_core.methods import get_method, llr
 from recon_core.methods.laro import Settings, reconstruct, reconstruct_with
 from recon_core.methods.laro.model import Laro, LaroSettings
-from recon_core.methods.laro.reconstruction import planes_of_air
+from recon_core.methods.laro.starts import planes_of_air
 from recon_core.methods.laro.weights import TrainedLaro, load_weights, save_weights
 from recon_core.settings import parse_settings
 from recon_core.training.checkpoint import WeightError
