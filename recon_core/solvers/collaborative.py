@@ -20,6 +20,7 @@ from functools import cache
 import torch
 from torch.nn import functional
 
+from recon_core.batches import batch
 from recon_core.errors import DataError
 
 Tensor = torch.Tensor
@@ -110,7 +111,7 @@ class PatchGroups:
         pixels = torch.cat([flat.real, flat.imag]).T.contiguous()  # (pixel, Re or Im of a state)
         total = torch.zeros_like(pixels)
         weight = torch.zeros(pixels.shape[0], dtype=pixels.dtype, device=images.device)
-        at_a_time = CPU_GROUPS if images.device.type == "cpu" else ACCELERATOR_GROUPS
+        at_a_time = batch(CPU_GROUPS if images.device.type == "cpu" else ACCELERATOR_GROUPS)
         for corners in self.corners.split(at_a_time):
             index = self._pixels(corners)
             filtered, sparsity = self._filter_groups(pixels[index].mT.contiguous(), sigma * threshold)
