@@ -19,8 +19,10 @@ from recon_core.coils.estimate import CoilSettings, estimate_coil_maps
 from recon_core.errors import SettingError
 from recon_core.fourier import fft_centred
 from recon_core.methods import cg_sense, laro, llr
+from recon_core.methods.laro.starts import low_rank_or_refined
 from recon_core.methods.laro.weights import TrainedLaro, load_weights
 from recon_core.operators.planes import Planes
+from recon_core.problem import pose
 from recon_core.sampling.learned import draw_mask, interpolate_probability, multilevel_density, samples_for
 from recon_core.sampling.mask_files import read_mask
 from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe, sampled_kspace
@@ -110,11 +112,12 @@ def with_estimated_maps(case: Case) -> Case:
 
 
 def available(weights: Sequence[Path]) -> dict[str, Callable[[Case], Images]]:
-    """Methods by name: the classical ones, a network per weight file (named by the file), and ``modl``: MoDL's networks together, each
-    for the masks that it was trained with (`by_mask`)."""
+    """Methods by name: the classical ones, with ``refined`` (LARO's first images by themselves); a network per weight file, named by the
+    file; and ``modl``: MoDL's networks together, each for the masks that it was trained with (`by_mask`)."""
     found: dict[str, Callable[[Case], Images]] = {
         "cg_sense": lambda case: _timed(cg_sense, cg_sense.Settings(), case),
         "llr": lambda case: _timed(llr, llr.Settings(), case),
+        "refined": _refined,
     }
     if bart.available():
         found["bart_llr"] = _bart_llr
@@ -160,6 +163,13 @@ def network(case: Case, trained: TrainedLaro, **settings: Any) -> Images:
 def _timed(method: Any, settings: Any, case: Case) -> Images:
     begun = time.process_time()
     images = method.reconstruct(case.kspace, case.info, settings, Report()).images[0].data
+    return images, time.process_time() - begun
+
+
+def _refined(case: Case) -> Images:
+    begun = time.process_time()
+    problem = pose(case.kspace, "refined", Report())
+    images = problem.leave(low_rank_or_refined("refined", problem, Report()))
     return images, time.process_time() - begun
 
 

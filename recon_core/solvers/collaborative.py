@@ -20,6 +20,7 @@ from functools import cache
 import torch
 from torch.nn import functional
 
+from recon_core.batches import batch
 from recon_core.errors import DataError
 
 Tensor = torch.Tensor
@@ -86,10 +87,8 @@ class PatchGroups:
             row, column, distances = row[wanted], column[wanted], distances[wanted]
         chosen = distances.topk(group, dim=1, largest=False).indices
         moves = torch.tensor(steps, device=device)[chosen]  # (reference, partner, 2)
-        inside = torch.arange(side, device=device)
-        patch_rows = ((row + moves[..., 0])[:, :, None, None] + inside[:, None]) % n_rows
-        patch_columns = ((column + moves[..., 1])[:, :, None, None] + inside[None, :]) % n_columns
-        self.pixels = (patch_rows * n_columns + patch_columns).reshape(len(row), group * side * side)
+        # where each patch begins: of all its pixels, a slab's groups would be larger than its images
+        self.corners = ((row + moves[..., 0]) % n_rows * n_columns + (column + moves[..., 1]) % n_columns).int()
         self.transform = _group_transform(group, side).to(device)
 
     def filter(self, images: Tensor, sigma: float, threshold: float) -> Tensor:
@@ -112,8 +111,9 @@ class PatchGroups:
         pixels = torch.cat([flat.real, flat.imag]).T.contiguous()  # (pixel, Re or Im of a state)
         total = torch.zeros_like(pixels)
         weight = torch.zeros(pixels.shape[0], dtype=pixels.dtype, device=images.device)
-        at_a_time = CPU_GROUPS if images.device.type == "cpu" else ACCELERATOR_GROUPS
-        for index in self.pixels.split(at_a_time):
+        at_a_time = batch(CPU_GROUPS if images.device.type == "cpu" else ACCELERATOR_GROUPS)
+        for corners in self.corners.split(at_a_time):
+            index = self._pixels(corners)
             filtered, sparsity = self._filter_groups(pixels[index].mT.contiguous(), sigma * threshold)
             where = index.reshape(-1)
             total.index_add_(0, where, filtered.mT.reshape(-1, 2 * n_states))
@@ -121,6 +121,14 @@ class PatchGroups:
         covered = (weight > 0)[:, None]
         found = torch.where(covered, total / weight.clamp(min=torch.finfo(weight.dtype).tiny)[:, None], pixels).T
         return torch.complex(found[:n_states], found[n_states:]).reshape(images.shape)
+
+    def _pixels(self, corners: Tensor) -> Tensor:
+        """Of patches ``(group, partner)`` that begin at ``corners``: ``(group, partner * pixel)``."""
+        n_rows, n_columns = self.shape
+        inside = torch.arange(self.settings.side, device=corners.device)
+        rows = (corners[..., None] // n_columns + inside) % n_rows
+        columns = (corners[..., None] % n_columns + inside) % n_columns
+        return (rows[..., :, None] * n_columns + columns[..., None, :]).flatten(1)
 
     def _filter_groups(self, groups: Tensor, level: float) -> tuple[Tensor, Tensor]:
         """Thresholded groups times their weight, and the weights.

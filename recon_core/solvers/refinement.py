@@ -19,11 +19,15 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from recon_core.batches import batch
 from recon_core.operators.cartesian import CartesianSense
 from recon_core.solvers.cg import conjugate_gradient
 from recon_core.solvers.collaborative import PatchGroups, PatchSettings
 
 Tensor = torch.Tensor
+
+SLAB_BLOCK = 1 << 20
+"""Elements of an image series that data consistency of a slab takes at a time."""
 
 LEAST_NOISE = 1e-3
 """Noise, relative to the peak, below which undersampling artefacts and float32 matter more."""
@@ -108,6 +112,8 @@ def refine(
         Called with the number of the iteration and its ``z``.
     support
         bool ``(x, z, y)``: only patches that touch it are filtered (`object_of`). Air costs time and needs none.
+
+    Beside the problem and the start, three arrays of the images' size are held for a slab, and where the groups begin.
     """
     x, before = start, start
     z = start
@@ -118,8 +124,8 @@ def refine(
         axis = axes[iteration % len(axes)]
         if axis not in groups or iteration // len(axes) % settings.regroup == 0:
             groups[axis] = _grouped(x, axis, settings.patches, support)
-        moved = x + settings.momentum * (x - before)
-        z = _filtered(moved, axis, groups[axis], sigma, settings.threshold)
+        z = torch.lerp(before, x, 1 + settings.momentum)
+        _filter(z, axis, groups[axis], sigma, settings.threshold)
         if on_iteration is not None:
             on_iteration(iteration, z)
         before = x
@@ -157,22 +163,43 @@ def _grouped(images: Tensor, axis: int, settings: PatchSettings, support: Tensor
     ]
 
 
-def _filtered(images: Tensor, axis: int, groups: list[PatchGroups | None], sigma: float, threshold: float) -> Tensor:
-    planes = images.movedim(axis, 0)
-    found = [
-        plane if group is None else group.filter(plane, sigma, threshold)
-        for group, plane in zip(groups, planes, strict=True)
-    ]
-    return torch.stack(found).movedim(0, axis).contiguous()
+def _filter(images: Tensor, axis: int, groups: list[PatchGroups | None], sigma: float, threshold: float) -> None:
+    """In place."""
+    for group, plane in zip(groups, images.movedim(axis, 0), strict=True):
+        if group is not None:
+            plane.copy_(group.filter(plane, sigma, threshold))
 
 
 def consistent(operator: CartesianSense, rhs: Tensor, prior: Tensor, weight: float, iterations: int) -> Tensor:
-    """``argmin_x |A x - b|^2 / 2 + weight |x - prior|^2 / 2`` by conjugate gradients from the prior."""
-    return conjugate_gradient(
-        lambda c: operator.normal(c).add_(c, alpha=weight),
-        rhs + weight * prior,
-        initial=prior.contiguous(),
+    """``argmin_x |A x - b|^2 / 2 + weight |x - prior|^2 / 2`` by conjugate gradients from the prior.
+
+    Readout positions are problems of their own. Those of a slab are solved as such, a part of them at a time; a slice is one system.
+    """
+    if min(prior.shape[1:]) == 1:
+        return _solved(operator, rhs, prior, weight, iterations, 0)
+    found = torch.empty_like(prior)
+    step = max(1, batch(SLAB_BLOCK) // prior[:, 0].numel())
+    for first in range(0, prior.shape[1], step):
+        part = slice(first, first + step)
+        found[:, part] = _solved(operator.with_columns(part), rhs[:, part], prior[:, part], weight, iterations, 1)
+    return found
+
+
+def _solved(
+    operator: CartesianSense, rhs: Tensor, prior: Tensor, weight: float, iterations: int, n_batch_axes: int
+) -> Tensor:
+    def swapped(images: Tensor) -> Tensor:
+        return images.movedim(1, 0) if n_batch_axes else images
+
+    def normal(images: Tensor) -> Tensor:
+        return swapped(operator.normal(swapped(images)).add_(swapped(images), alpha=weight))
+
+    solution = conjugate_gradient(
+        normal,
+        swapped(rhs + weight * prior),
+        initial=swapped(prior).contiguous(),
         max_iterations=iterations,
         tolerance=1e-4,
-        n_batch_axes=0,
+        n_batch_axes=n_batch_axes,
     ).solution
+    return swapped(solution)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from recon_core.methods.laro.weights import save_weights
 from recon_core.sampling.learned import FIXED
 from recon_core.sampling.mask_files import SamplingMask, read_mask, write_mask
 from recon_core.simulation.random_fields import sample_seed
+from recon_core.training.checkpoint import load_into, read_pair
 from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, scan_supply, typical_amplitude, typical_noise
 from recon_core.training.loop import Progress, TrainingResult, train
 from recon_core.training.png import write_png
@@ -28,6 +29,7 @@ from recon_core.training.runs import (
     PlainReport,
     be_deterministic,
     code_facts,
+    initial_digest,
     option_parser,
     parsed_options,
     settle_recipe,
@@ -94,14 +96,18 @@ class RunSettings(CarryOut):
     masks
         Folder with the mask files of an earlier training, whose probabilities are taken over: phase one goes on from them, or is left
         out (``first_steps = 0``).
+    initial
+        JSON of weights of the same network to begin with; recorded by its sha256.
     """
 
     scans: str | None = None
     masks: str | None = None
+    initial: str | None = None
 
 
 class _Training:
     def __init__(self, recipe: LaroRecipe, output: Path, settings: RunSettings, progress: Tell | None) -> None:
+        recipe = replace(recipe, initial_sha256=initial_digest(settings.initial, output, settings.resume))
         self.recipe, self.output, self.settings, self.progress = recipe, output, settings, progress
         self.device = training_device(settings.device)
         be_deterministic(self.device)
@@ -109,6 +115,9 @@ class _Training:
         self.supply = scan_supply(recipe, settings.scans)
         torch.manual_seed(sample_seed(recipe.seed, "weights"))
         self.module = LaroModule(recipe, recompute=settings.recompute).to(self.device)
+        if settings.initial:  # a resumed phase replaces them by its checkpoint's
+            tensors, _ = read_pair(settings.initial, self.device)
+            load_into(self.module.network, tensors, Path(settings.initial).name)
         self._take_over()
         self.deadline = time.monotonic() + 60 * settings.max_minutes
         self.reached = {"phase1": 0, "phase2": 0}

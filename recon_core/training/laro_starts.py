@@ -1,8 +1,8 @@
-"""Training scans as the chain meets them: sampled once by a mask, with LLR's images to start from, and every other one with coil maps
-that were estimated from its own calibration block.
+"""Training scans as the chain meets them: sampled once by a mask, with first images of the whole slab (`STARTS`), and every other one
+with coil maps that were estimated from its own calibration block.
 
-LLR looks at a whole slab, so a training from its images cannot draw noise and masks anew for every plane. Here a scan's noise belongs
-to the scan, the pattern and the plane; what was made once is held.
+Since such images are of a whole slab, a training from them cannot draw noise and masks anew for every plane. Here a scan's noise
+belongs to the scan, the pattern and the plane; what was made once is held.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from recon_core.coils.estimate import CoilSettings, estimate_coil_maps
 from recon_core.errors import CalibrationError
-from recon_core.methods import llr
+from recon_core.methods.laro.starts import low_rank_or_refined
 from recon_core.operators.planes import Planes
 from recon_core.problem import pose
 from recon_core.simulation.multi_echo_brain import BrainScan, sampled_kspace
@@ -27,6 +27,9 @@ from recon_core.types import Report
 
 Tensor = torch.Tensor
 BoolArray = NDArray[np.bool_]
+
+STARTS = ("llr", "refined")
+"""First images that take a whole slab."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class MeasuredScan:
     mask
         float ``(echo, k2, k1)``.
     start
-        complex ``(echo, z, y, x)``: LLR's images.
+        complex ``(echo, z, y, x)``: first images.
     seed
         Of the noise.
     """
@@ -89,7 +92,9 @@ class MeasuredScans:
     keep
         Measured scans held in memory.
     device
-        On which LLR computes.
+        On which the first images are computed.
+    start
+        Which first images, one of `STARTS`.
     """
 
     def __init__(
@@ -102,7 +107,9 @@ class MeasuredScans:
         seed: int,
         keep: int,
         device: torch.device,
+        start: str = "llr",
     ) -> None:
+        self._start = start
         self._supply, self._draw, self._acs, self._draws = supply, draw, acs, draws
         self._seed, self._keep, self._device = seed, keep, device
         self._held: OrderedDict[tuple[str, tuple[str, int], str], MeasuredScan] = OrderedDict()
@@ -114,7 +121,8 @@ class MeasuredScans:
         if key not in self._held:
             seed = sample_seed(self._seed, "measured", split, *scan.key, pattern)
             mask = torch.from_numpy(self._draw(pattern, scan.key[1] % self._draws)).float()
-            self._held[key] = measure(scan, mask, self._acs, seed, self._device, own_maps=scan.key[1] % 2 == 1)
+            own_maps = scan.key[1] % 2 == 1
+            self._held[key] = measure(scan, mask, self._acs, seed, self._device, own_maps=own_maps, start=self._start)
             while len(self._held) > self._keep:
                 self._held.popitem(last=False)
         self._held.move_to_end(key)
@@ -122,9 +130,16 @@ class MeasuredScans:
 
 
 def measure(
-    scan: BrainScan, mask: Tensor, acs: tuple[int, int], seed: int, device: torch.device, *, own_maps: bool
+    scan: BrainScan,
+    mask: Tensor,
+    acs: tuple[int, int],
+    seed: int,
+    device: torch.device,
+    *,
+    own_maps: bool,
+    start: str = "llr",
 ) -> MeasuredScan:
-    """Sample a scan by a mask ``(echo, k2, k1)`` and reconstruct it by LLR.
+    """Sample a scan by a mask ``(echo, k2, k1)`` and make its first images.
 
     With ``own_maps`` the coil maps are estimated from the calibration block; where that fails the true ones serve.
     """
@@ -142,5 +157,5 @@ def measure(
         images = images * (found.conj() * maps).sum(0) * inside
         maps = found
     problem = pose(replace(kspace, coil_maps=maps), "training scan", Report())
-    start = problem.leave(llr.estimate(problem, llr.Settings(), Report()).solution)
-    return MeasuredScan(scan, images.cpu(), maps.cpu(), mask, start.cpu(), seed)
+    first = problem.leave(low_rank_or_refined(start, problem, Report()))
+    return MeasuredScan(scan, images.cpu(), maps.cpu(), mask, first.cpu(), seed)

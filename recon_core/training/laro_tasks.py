@@ -20,7 +20,7 @@ from recon_core.sampling.learned import FIXED, LearnedSampling, SamplingSettings
 from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe
 from recon_core.simulation.random_fields import sample_seed
 from recon_core.simulation.scan_folder import ScanFolder, ScanSupply
-from recon_core.training.laro_starts import MeasuredScan, MeasuredScans
+from recon_core.training.laro_starts import STARTS, MeasuredScan, MeasuredScans
 from recon_core.training.loop import LoopSettings, ParameterGroup, Validation
 from recon_core.training.losses import channel_ssim
 from recon_core.training.runs import TrainingRecipe
@@ -54,11 +54,13 @@ class LaroRecipe(TrainingRecipe):
     second_steps, second_unrolls
         Phase two: masks drawn once and kept.
     second_start
-        First images of phase two: ``"cg_sense"``, or ``"llr"`` (`recon_core.training.laro_starts`).
+        First images of phase two: ``"cg_sense"``, or ``"llr"`` or ``"refined"`` (`recon_core.training.laro_starts`).
     mask_draws
-        How many masks are drawn of each pattern for a phase two that starts from ``"llr"``; 1 in the paper.
+        How many masks are drawn of each pattern for a phase two that starts from those; 1 in the paper.
     measured_held
-        Scans sampled by one mask, with their LLR images, that are held in memory.
+        Scans sampled by one mask, with their first images, that are held in memory.
+    initial_sha256
+        sha256 of the weights from which the network began; empty: random ones.
     batch
         Planes of one scan per step.
     scans_held, steps_per_scan
@@ -86,6 +88,7 @@ class LaroRecipe(TrainingRecipe):
     second_steps: int = 160_000
     second_unrolls: int = 10
     second_start: str = "cg_sense"
+    initial_sha256: str = ""
     mask_draws: int = 1
     measured_held: int = 64
     batch: int = 1
@@ -103,11 +106,18 @@ class LaroRecipe(TrainingRecipe):
         counts = (
             self.second_steps, self.batch, self.scans_held, self.steps_per_scan, self.mask_draws, self.measured_held,
         )  # fmt: skip
-        known = self.mask_start in ("density", "uniform") and self.second_start in ("cg_sense", "llr")
+        known = self.mask_start in ("density", "uniform") and self.second_start in ("cg_sense", *STARTS)
         if self.first_steps < 0 or min(counts) < 1 or not self.patterns or not known:
             raise SettingError("impossible recipe", where="LARO training", got=self)
         for name in self.patterns:
             self.sampling(name)
+
+    def facts(self) -> dict[str, Any]:
+        """As JSON; random first weights are left out, so that trainings from before there was a choice go on."""
+        facts = super().facts()
+        if not self.initial_sha256:
+            del facts["initial_sha256"]
+        return facts
 
     def sampling(self, pattern: str) -> SamplingSettings:
         """What ``"R/SPO"`` means for this matrix.
@@ -273,18 +283,18 @@ class LaroTask:
         self.module = module
         self.recipe, self.phase, self._masks, self._device = recipe, phase, masks, device
         brains = supply or scan_supply(recipe)
-        self._from_llr = phase == 2 and recipe.second_start == "llr"
-        self.samples = PlaneSamples(brains, recipe, device, phase, self._measured(brains) if self._from_llr else None)
+        of_slabs = phase == 2 and recipe.second_start in STARTS
+        self.samples = PlaneSamples(brains, recipe, device, phase, self._measured(brains) if of_slabs else None)
         evaluation = MultiEchoBrains(recipe.scans, seed=EVALUATION_SEED, keep=max(1, recipe.n_validation))
         self._evaluation: ScanSupply = supply if isinstance(supply, ScanFolder) else evaluation
-        self._validation = self._measured(self._evaluation) if self._from_llr else None
+        self._validation = self._measured(self._evaluation) if of_slabs else None
         self.unrolls = recipe.first_unrolls if phase == 1 else recipe.second_unrolls
 
     def _measured(self, supply: ScanSupply) -> MeasuredScans:
         r = self.recipe
         return MeasuredScans(
             supply, lambda pattern, number: self.module.pattern(pattern).draw(number),
-            acs=r.acs, draws=r.mask_draws, seed=r.seed, keep=r.measured_held, device=self._device,
+            acs=r.acs, draws=r.mask_draws, seed=r.seed, keep=r.measured_held, device=self._device, start=r.second_start,
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:

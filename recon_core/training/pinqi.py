@@ -7,7 +7,6 @@ validation; and, whenever a call ends, ``pinqi.safetensors`` with ``pinqi.json``
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -28,11 +27,11 @@ from recon_core.training.loop import Progress, Task, TrainingResult, train
 from recon_core.training.pinqi_tasks import EndToEnd, PinqiRecipe, Pretraining, typical_amplitude
 from recon_core.training.png import write_png
 from recon_core.training.runs import (
-    RECIPE,
     CarryOut,
     PlainReport,
     be_deterministic,
     code_facts,
+    initial_digest,
     option_parser,
     parsed_options,
     settle_recipe,
@@ -94,7 +93,7 @@ def run(
     output = Path(output)
     device = training_device(settings.device)
     be_deterministic(device)
-    recipe = replace(recipe, initial_sha256=_initial_digest(settings.initial, output, settings.resume))
+    recipe = replace(recipe, initial_sha256=initial_digest(settings.initial, output, settings.resume))
     settle_recipe(recipe, output, settings.resume)
     anatomy = open_anatomy(settings.brainweb, device, atlas=settings.atlas)
     torch.manual_seed(sample_seed(recipe.seed, "weights"))
@@ -184,14 +183,6 @@ def fitting(tensors: dict[str, Tensor], network: Pinqi) -> dict[str, Tensor]:
         if key in own and key in found and found[key].shape != own[key].shape:
             found[key] = torch.zeros_like(own[key])
     return found
-
-
-def _initial_digest(initial: str | None, output: Path, resume: bool) -> str:
-    """sha256 of the weights that a training begins, or has begun, with; empty for random ones."""
-    if initial:
-        return str(read_pair(initial)[1]["sha256"])
-    path = output / RECIPE
-    return str(json.loads(path.read_text(encoding="utf-8")).get("initial_sha256", "")) if resume and path.is_file() else ""
 
 
 # -------------------------------------------------------------------------------------------------------- command line

@@ -16,6 +16,7 @@ import torch
 
 import recon_core
 from recon_core.errors import SettingError
+from recon_core.training.checkpoint import read_pair
 from recon_core.training.loop import Progress
 
 RECIPE = "recipe.json"
@@ -85,6 +86,20 @@ def settle_recipe(recipe: TrainingRecipe, output: Path, resume: bool) -> None:
             different = "; ".join(f"{k}: {theirs[k]}, not {own[k]}" for k in own if own[k] != theirs[k])
             raise SettingError("the folder holds another training", where=output.name, got=different)
     path.write_text(json.dumps(recipe.facts(), indent=1) + "\n", encoding="utf-8")
+
+
+def initial_digest(initial: str | None, output: Path, resume: bool) -> str:
+    """sha256 of the weights that a training begins, or has begun, with; empty for random ones.
+
+    Raises
+    ------
+    WeightError
+        ``initial`` is no pair of weights.
+    """
+    if initial:
+        return str(read_pair(initial)[1]["sha256"])
+    path = output / RECIPE
+    return str(json.loads(path.read_text(encoding="utf-8")).get("initial_sha256", "")) if resume and path.is_file() else ""
 
 
 def training_device(name: str) -> torch.device:

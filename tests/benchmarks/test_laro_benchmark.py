@@ -112,7 +112,7 @@ def test_the_networks_that_are_installed_are_methods() -> None:
     from benchmarks.laro_cases import WEIGHTS
 
     names = set(available(sorted(WEIGHTS.glob("laro*.json"))))
-    assert {"cg_sense", "llr", "laro", "laro 3 iterations"} <= names
+    assert {"cg_sense", "llr", "refined", "laro"} <= names
 
 
 def test_every_kind_of_mask_has_the_modl_that_was_trained_with_it(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_every_kind_of_mask_has_the_modl_that_was_trained_with_it(tmp_path: Path
         facts = {"amplitude": 1.0, "recipe": {"patterns": [f"8/{spo}"], "second_unrolls": 1}}
         files.append(save_weights(tmp_path, f"laro_modl_spo{spo}", network, "cg_sense", facts))
     methods = available(files)
-    assert set(methods) - {"cg_sense", "llr", "bart_llr"} == {"modl"}
+    assert set(methods) - {"cg_sense", "llr", "refined", "bart_llr"} == {"modl"}
     mask = pattern((16, 40), 4, 8.0, 0)
     found = [methods["modl"](acquire(scan, mask, 8.0, spo))[0] for spo in (0, 2)]
     assert not torch.allclose(found[0], found[1], atol=1e-3)

@@ -62,7 +62,7 @@ def test_similar_patches_are_found() -> None:
     row = torch.tensor([0.0, 3.0, 1.0, 7.0, 2.0, 9.0, 4.0, 5.0]).repeat(4)
     images = (row[None, None, :] * torch.linspace(1, 2, 32)[None, :, None]).to(torch.complex64)
     groups = PatchGroups(images, PatchSettings(group=2, reach=8, stride=4))
-    origin = groups.pixels.reshape(-1, 2, 16)[:, :, 0]
+    origin = groups.corners
     rows, columns = origin // 32, origin % 32
     assert bool(((columns[:, 1] - columns[:, 0]) % 8 == 0).all())
     assert bool((rows[:, 1] == rows[:, 0]).all())

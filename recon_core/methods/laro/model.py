@@ -33,7 +33,7 @@ DIRECTIONS = ("both", "forward")
 KINDS = ("laro", "modl")
 FIRST_RHO = 0.1
 FIRST_BLOCK_WEIGHT = 0.3
-STARTS = ("llr", "cg_sense", "zero_filled")
+STARTS = ("refined", "llr", "cg_sense", "zero_filled")
 PRECISIONS = ("float32", "bfloat16")
 LEAST_SQUARES_WEIGHT, LEAST_SQUARES_STEPS, LEAST_SQUARES_TOLERANCE = 0.03, 24, 2e-2
 """Of the first images ``cg_sense``."""

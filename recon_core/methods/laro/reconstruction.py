@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from recon_core.errors import DataError, NumericalError
-from recon_core.methods import cg_sense, llr
-from recon_core.methods.laro.model import LEAST_SQUARES_STEPS, LEAST_SQUARES_TOLERANCE, LEAST_SQUARES_WEIGHT
+from recon_core.methods import llr
 from recon_core.methods.laro.settings import Settings
+from recon_core.methods.laro.starts import Share, least_squares, low_rank_or_refined, planes_of_air
 from recon_core.methods.laro.weights import TrainedLaro, installed_weights
 from recon_core.operators.planes import Planes
 from recon_core.problem import Problem, check_kspace, check_maps, pose
@@ -24,9 +24,6 @@ ROUNDING = 2e-3
 """Normalisation inside the network and solvers that stop at a tolerance amplify float32's last bit where there is no signal."""
 FIDELITY = 0.2
 """What it has learned stays in images of complete data as well."""
-LEAST_OBJECT = 0.05
-"""RMS of a plane against the brightest tissue: one in a hundred of its pixels at half brightness."""
-
 LEAST_FACTOR = 0.01
 """Below it nothing changes any more, and conjugate gradients take longer."""
 
@@ -141,7 +138,7 @@ def _given_back(problem: Problem, working: Tensor, air: Tensor, steps: int, repo
     look like. Planes of air keep what they had.
     """
     calm = working[:, air] if len(air) == working.shape[1] else None
-    found = llr.refine(problem, working, steps, _Share(report, 0.9, 1.0)).solution
+    found = llr.refine(problem, working, steps, Share(report, 0.9, 1.0)).solution
     if calm is not None:
         found[:, air] = calm
     return found
@@ -154,23 +151,6 @@ def rho_factor(noise: float, trained: float) -> float:
     with 7 % less R2*. Noise above the training's changes nothing: its range was learned.
     """
     return min(1.0, max(LEAST_FACTOR, (noise / trained) ** 2)) if trained > 0 else 1.0
-
-
-def planes_of_air(images: Tensor, noise: float) -> Tensor:
-    """Which planes ``(plane, echo, z, y)`` hold no object: bool ``(plane,)``.
-
-    The network's normalisation lifts whatever is in a plane to full size, and it has learned on planes with an object: of noise alone it
-    makes stripes. Such planes keep their first images.
-
-    Parameters
-    ----------
-    images
-        First images; the brightest tissue of the scan is near 1.
-    noise
-        Standard deviation of a complex sample, in these units.
-    """
-    rms = images.abs().square().mean((1, 2, 3)).sqrt()
-    return rms < max(LEAST_OBJECT, 2 * noise)
 
 
 def echo_order(kspace: KSpace, scan: ScanInfo, where: str) -> Tensor:
@@ -235,26 +215,9 @@ def _first_images(start: str, problem: Problem, planes: _PlaneProblems, amplitud
     """First images in the network's units."""
     if start == "zero_filled":
         return planes.rhs
-    if start == "llr" and problem.rhs.shape[0] > 1:
-        images = llr.estimate(problem, llr.Settings(), _Share(report, 0.0, 0.5)).solution
-    else:
-        images = cg_sense.solve(
-            problem, LEAST_SQUARES_WEIGHT, LEAST_SQUARES_STEPS, LEAST_SQUARES_TOLERANCE, Report()
-        ).solution
+    own = Share(report, 0.0, 0.5)
+    images = least_squares(problem) if start == "cg_sense" else low_rank_or_refined(start, problem, own)
     return planes.enter(problem.operator.leave_image(images) * amplitude).contiguous()
-
-
-class _Share(Report):
-    """Progress of a part of the method."""
-
-    def __init__(self, report: Report, first: float, last: float) -> None:
-        self._report, self._first, self._last = report, first, last
-
-    def progress(self, fraction: float, message: str = "") -> None:
-        self._report.progress(self._first + (self._last - self._first) * fraction, message)
-
-    def warn(self, message: str) -> None:
-        self._report.warn(message)
 
 
 def _origin(trained: TrainedLaro) -> str:

@@ -17,7 +17,8 @@ class Settings:
     weights: str = setting(DEFAULT_WEIGHTS, "name of the installed weights, see docs/laro.md; never a path")
     start: str = setting(
         "weights",
-        "first images: as the weights were trained ('weights'), locally low rank, a few steps of CG-SENSE, or zero-filled",
+        "first images: as the weights were trained ('weights'), locally low rank refined by a collaborative filter, locally low rank, "
+        "a few steps of CG-SENSE, or zero-filled",
         choices=("weights", *STARTS),
     )
     unrolls: int = setting(0, "unrolled iterations; 0: as many as the weights were trained with", low=0, high=100)

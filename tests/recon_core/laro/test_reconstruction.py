@@ -14,11 +14,12 @@ from recon_core.batches import batch_share
 from recon_core.errors import DataError, SettingError
 from recon_core.installed_weights import FOLDERS
 from recon_core.methods import get_method, llr
-from recon_core.methods.laro import Settings, reconstruct, reconstruct_with
+from recon_core.methods.laro import Settings, reconstruct, reconstruct_with, starts
 from recon_core.methods.laro.model import Laro, LaroSettings
-from recon_core.methods.laro.reconstruction import planes_of_air
+from recon_core.methods.laro.starts import planes_of_air
 from recon_core.methods.laro.weights import TrainedLaro, load_weights, save_weights
 from recon_core.settings import parse_settings
+from recon_core.solvers.collaborative import PatchSettings
 from recon_core.training.checkpoint import WeightError
 from recon_core.types import KSpace, Report, ScanInfo
 from tests.recon_core.laro.tiny import sampled, tiny_scan, without
@@ -59,7 +60,7 @@ def error(found: torch.Tensor, truth: torch.Tensor, where: torch.Tensor) -> floa
     return float((found - truth)[:, where].norm() / truth[:, where].norm())
 
 
-@pytest.mark.parametrize("start", ["cg_sense", "llr", "zero_filled", "weights"])
+@pytest.mark.parametrize("start", ["cg_sense", "llr", "refined", "zero_filled", "weights"])
 def test_complete_data_give_the_true_images(start: str) -> None:
     scan = tiny_scan()
     kspace, info = sampled(scan, noise=0.0, full=True)
@@ -144,19 +145,21 @@ def test_groups_of_planes_change_nothing() -> None:
     assert torch.allclose(whole, small, atol=1e-4 * float(whole.abs().max()))
 
 
-def test_memory_grows_with_the_slab_by_its_images_only() -> None:
-    """Not by another k-space (four coils: four times the images), nor by the network's features."""
+@pytest.mark.parametrize("start", ["llr", "refined"])
+def test_memory_grows_with_the_slab_by_its_images_only(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by another k-space (four coils: four times the images), nor by the network's features, nor by patches."""
+    monkeypatch.setattr(starts, "REFINEMENT", replace(starts.REFINEMENT, iterations=3, patches=PatchSettings(reach=1)))
     kspace, info = sampled(tiny_scan())
     assert kspace.coil_maps is not None
     peaks = []
-    for times in (4, 8):
+    for times in (2, 4):
         longer = replace(
             kspace, data=kspace.data.repeat(1, 1, 1, 1, times), coil_maps=kspace.coil_maps.repeat(1, 1, 1, times), acs=None
         )
-        with batch_share(1 / 256):
-            peaks.append(peak_bytes(partial(images, busy(), longer, info, start="llr", memory_mb=1.0)))
+        with batch_share(1 / 64):
+            peaks.append(peak_bytes(partial(images, busy(), longer, info, start=start, memory_mb=1.0)))
     slab = kspace.data[:, 0].numel() * kspace.data.element_size()
-    assert peaks[1] - peaks[0] < 11 * 4 * slab
+    assert peaks[1] - peaks[0] < 11 * 2 * slab
 
 
 def test_echoes_are_fused_in_the_order_of_their_times() -> None:

@@ -160,6 +160,43 @@ def test_a_training_from_llr_images_in_parts_equals_one_in_one(folder: str, tmp_
         assert (sides > 0.05).all() and (np.diff(sides) > 0.02).all() == (pattern == "3/2")
 
 
+def test_a_training_from_refined_images_goes_on_from_given_weights(folder: str, tmp_path: Path) -> None:
+    _, earlier = run(replace(FROM_LLR, second_steps=1, n_validation=0), tmp_path / "earlier", RunSettings(scans=folder))
+    recipe = replace(FROM_LLR, second_start="refined", patterns=("3/2",), n_validation=0)
+    settings = RunSettings(scans=folder, initial=str(earlier), checkpoint_minutes=0)
+    # no time at all: what is exported is what it began with
+    stopped, path = run(recipe, tmp_path / "out", replace(settings, max_minutes=1e-6))
+    (first, facts), (given, theirs) = read_pair(path), read_pair(earlier)
+    assert stopped.step < recipe.second_steps
+    if stopped.step == 0:
+        assert all(torch.equal(first[k], given[k]) for k in given)
+    assert facts["start"] == "refined" and facts["recipe"]["initial_sha256"] == theirs["sha256"]
+    # the folder knows what it began with: nobody has to name it again
+    result, path = run(recipe, tmp_path / "out", replace(settings, initial=None, resume=True))
+    assert result.finished
+    whole, _ = read_pair(run(recipe, tmp_path / "whole", settings)[1])
+    assert all(torch.equal(whole[k], value) for k, value in read_pair(path)[0].items())
+    with pytest.raises(SettingError, match="initial_sha256"):
+        run(recipe, tmp_path / "out", replace(settings, initial=str(path), resume=True))
+
+
+def test_recipes_from_before_there_were_given_weights_go_on() -> None:
+    facts = TINY.facts()
+    assert "initial_sha256" not in facts and LaroRecipe.from_facts(facts) == TINY
+    given = replace(TINY, initial_sha256="ab")
+    assert LaroRecipe.from_facts(given.facts()) == given
+
+
+def test_refined_starts_of_a_training_are_nearer_to_the_truth(folder: str) -> None:
+    mask = torch.from_numpy(LaroModule(FROM_LLR).pattern("3/2").draw(0)).float()
+    scan, cpu = scans()[0], torch.device("cpu")
+    errors = []
+    for start in ("llr", "refined"):
+        measured = measure(scan, mask, FROM_LLR.acs, 5, cpu, own_maps=False, start=start)
+        errors.append(float((scan.brain * (measured.start - measured.images)).norm()))
+    assert errors[1] < 0.97 * errors[0]
+
+
 def test_a_scan_is_measured_once_and_starts_near_the_truth(folder: str) -> None:
     module = LaroModule(FROM_LLR)
     supply = MeasuredScans(
