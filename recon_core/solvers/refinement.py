@@ -111,7 +111,8 @@ def refine(
     on_iteration
         Called with the number of the iteration and its ``z``.
     support
-        bool ``(x, z, y)``: only patches that touch it are filtered (`object_of`). Air costs time and needs none.
+        bool ``(x, z, y)``: only patches that touch it are filtered (`object_of`). Saves time; but aliasing that stays in air is
+        missing in the object, which with one phase-encoded axis costs a lot (`recon_core.methods.pinqi.start`).
 
     Beside the problem and the start, three arrays of the images' size are held for a slab, and where the groups begin.
     """

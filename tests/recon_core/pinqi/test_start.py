@@ -43,7 +43,7 @@ def test_images_that_nobody_makes_are_refused(scan: SaturationScan, start: str) 
 
 
 def test_the_weights_say_which_images_their_network_begins_with(scan: SaturationScan, tmp_path: Path) -> None:
-    """Without iterations the answer's images are the first ones."""
+    """Each network is given the images of its start."""
     found = {}
     for start in ("llr", "refined"):
         trained = saved_network(tmp_path / start, replace(PHYSICS_ALONE, start=start, n_iterations=1))
