@@ -145,7 +145,7 @@ def test_groups_of_planes_change_nothing() -> None:
     assert torch.allclose(whole, small, atol=1e-4 * float(whole.abs().max()))
 
 
-@pytest.mark.parametrize("start", ["llr", "refined"])
+@pytest.mark.parametrize("start", ["refined"])  # which begins with llr
 def test_memory_grows_with_the_slab_by_its_images_only(start: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by another k-space (four coils: four times the images), nor by the network's features, nor by patches."""
     monkeypatch.setattr(starts, "REFINEMENT", replace(starts.REFINEMENT, iterations=3, patches=PatchSettings(reach=1)))
