@@ -66,7 +66,7 @@ def pixels(books: Books, row: JobRow) -> list[complex]:
 
 def caught_up(results: Results, books: Books, row: JobRow) -> None:
     deadline = time.monotonic() + 60.0
-    while not (folder_of(books, row) / IMAGES).exists():
+    while results._working or not (folder_of(books, row) / IMAGES).exists():  # the file is there before its task has ended
         assert time.monotonic() < deadline, "no image file was made"
         results.catch_up(books.journal())
         time.sleep(0.01)
