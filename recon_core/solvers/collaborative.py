@@ -22,11 +22,15 @@ from torch.nn import functional
 
 from recon_core.batches import batch
 from recon_core.errors import DataError
+from recon_core.solvers import compiled
 
 Tensor = torch.Tensor
 
 CPU_GROUPS, ACCELERATOR_GROUPS = 512, 1 << 16
 """Groups that are transformed at a time: on the CPU they stay in the cache."""
+
+CPU_PARTS = 4
+"""Parts of a plane that threads may take; each sums for itself, so that the result does not depend on how many threads there are."""
 
 GUIDE_COMPONENTS = 4
 """Patches are compared in so many principal images of the series; the rest is mostly noise."""
@@ -90,6 +94,7 @@ class PatchGroups:
         # where each patch begins: of all its pixels, a slab's groups would be larger than its images
         self.corners = ((row + moves[..., 0]) % n_rows * n_columns + (column + moves[..., 1]) % n_columns).int()
         self.transform = _group_transform(group, side).to(device)
+        self.cosine = _cosine_transform(side).float()
 
     def filter(self, images: Tensor, sigma: float, threshold: float) -> Tensor:
         """Hard-threshold all groups at ``threshold * sigma`` and put the patches back, weighted by how sparse their group was.
@@ -106,21 +111,52 @@ class PatchGroups:
         Tensor
             Same shape and dtype.
         """
-        n_states = images.shape[0]
-        flat = images.reshape(n_states, -1)
-        pixels = torch.cat([flat.real, flat.imag]).T.contiguous()  # (pixel, Re or Im of a state)
+        if images.device.type == "cpu" and images.dtype == torch.complex64 and compiled.is_there():
+            total, weight, pixels = self._filter_compiled(images, sigma * threshold)
+        else:
+            total, weight, pixels = self._filter_tensors(images, sigma * threshold)
+        covered = (weight > 0)[:, None]
+        found = torch.where(covered, total / weight.clamp(min=torch.finfo(weight.dtype).tiny)[:, None], pixels).T
+        n_states = len(images)
+        return torch.complex(found[:n_states], found[n_states:]).reshape(images.shape)
+
+    def _filter_compiled(self, images: Tensor, level: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The sum of all weighted patches and of their weights, and the images' ``(pixel, Re or Im of a state)``."""
+        pixels = _real_pixels(images)
+        grid = pixels.reshape(*self.shape, -1)
+        parts = self.corners.tensor_split(CPU_PARTS)
+        steps = batch(CPU_GROUPS)
+
+        def of(corners: Tensor) -> tuple[Tensor, Tensor]:
+            total, weight = torch.zeros_like(grid), torch.zeros(self.shape)
+            for some in corners.split(steps):
+                products = torch.zeros(len(some), len(images), len(images), 2)
+                compiled.grams(grid, some, self.settings.side, products)
+                _, vectors = torch.linalg.eigh(torch.view_as_complex(products))
+                compiled.filter_groups(grid, some, vectors.contiguous(), self.cosine, level, total, weight)
+            return total, weight
+
+        sums = compiled.side_by_side(of, parts)
+        total, weight = sums[0]
+        for other, its_weight in sums[1:]:
+            total += other
+            weight += its_weight
+        return total.reshape(pixels.shape), weight.reshape(-1), pixels
+
+    def _filter_tensors(self, images: Tensor, level: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The same as tensor operations, for any device."""
+        pixels = _real_pixels(images)
+        n_channels = pixels.shape[1]
         total = torch.zeros_like(pixels)
         weight = torch.zeros(pixels.shape[0], dtype=pixels.dtype, device=images.device)
         at_a_time = batch(CPU_GROUPS if images.device.type == "cpu" else ACCELERATOR_GROUPS)
         for corners in self.corners.split(at_a_time):
             index = self._pixels(corners)
-            filtered, sparsity = self._filter_groups(pixels[index].mT.contiguous(), sigma * threshold)
+            filtered, sparsity = self._filter_groups(pixels[index].mT.contiguous(), level)
             where = index.reshape(-1)
-            total.index_add_(0, where, filtered.mT.reshape(-1, 2 * n_states))
+            total.index_add_(0, where, filtered.mT.reshape(-1, n_channels))
             weight.index_add_(0, where, sparsity[:, None].expand(index.shape).reshape(-1))
-        covered = (weight > 0)[:, None]
-        found = torch.where(covered, total / weight.clamp(min=torch.finfo(weight.dtype).tiny)[:, None], pixels).T
-        return torch.complex(found[:n_states], found[n_states:]).reshape(images.shape)
+        return total, weight, pixels
 
     def _pixels(self, corners: Tensor) -> Tensor:
         """Of patches ``(group, partner)`` that begin at ``corners``: ``(group, partner * pixel)``."""
@@ -178,10 +214,24 @@ def _patch_distances(images: Tensor, steps: list[tuple[int, int]], settings: Pat
     return torch.stack(found, 1)
 
 
+def _real_pixels(images: Tensor) -> Tensor:
+    """``(state, row, column)`` complex to ``(pixel, Re of all states and then Im)``."""
+    flat = images.reshape(len(images), -1)
+    return torch.cat([flat.real, flat.imag]).T.contiguous()
+
+
 def _patches_touching(support: Tensor, side: int) -> Tensor:
     """Bool ``(row, column)``: whether the patch that begins there touches the support."""
     padded = functional.pad(support[None, None].float(), (0, side - 1, 0, side - 1), mode="circular")
     return functional.max_pool2d(padded, side, 1)[0, 0] > 0
+
+
+def _cosine_transform(side: int) -> Tensor:
+    """Orthonormal, float64 ``(coefficient, pixel)``."""
+    k = torch.arange(side, dtype=torch.float64)
+    cosine = torch.cos(math.pi * (k[None] + 0.5) * k[:, None] / side) * math.sqrt(2 / side)
+    cosine[0] /= math.sqrt(2)
+    return cosine
 
 
 @cache
@@ -191,7 +241,5 @@ def _group_transform(group: int, side: int) -> Tensor:
     while haar.shape[0] < group:
         fine = torch.kron(torch.eye(haar.shape[0]), torch.tensor([[1.0, -1.0]]))
         haar = torch.cat([torch.kron(haar, torch.tensor([[1.0, 1.0]])), fine]) / math.sqrt(2)
-    k = torch.arange(side, dtype=torch.float64)
-    cosine = torch.cos(math.pi * (k[None] + 0.5) * k[:, None] / side) * math.sqrt(2 / side)
-    cosine[0] /= math.sqrt(2)
+    cosine = _cosine_transform(side)
     return torch.kron(haar.double(), torch.kron(cosine, cosine)).float()

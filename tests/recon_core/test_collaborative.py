@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
+import recon_core.solvers
 from recon_core.errors import DataError
+from recon_core.solvers import compiled
 from recon_core.solvers.collaborative import PatchGroups, PatchSettings, principal_images
 
 
@@ -80,6 +84,73 @@ def test_every_pixel_is_covered_whatever_the_stride() -> None:
     images = torch.ones(2, 21, 19, dtype=torch.complex64)
     filtered = PatchGroups(images, PatchSettings(side=4, stride=4)).filter(images, 0.01, 2.0)
     assert torch.allclose(filtered, images, atol=1e-5)
+
+
+def by_tensors(groups: PatchGroups, images: torch.Tensor, sigma: float, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    with monkeypatch.context() as patched:
+        patched.setattr(compiled, "is_there", lambda: False)
+        return groups.filter(images, sigma, 2.0)
+
+
+@pytest.mark.parametrize(
+    "n_states, shape, settings",
+    [
+        (5, (40, 36), PatchSettings()),
+        (1, (9, 31), PatchSettings(side=3, group=4)),
+        (4, (5, 5), PatchSettings()),
+        (12, (30, 7), PatchSettings(side=5, group=16, stride=3)),
+        (3, (16, 16), PatchSettings(group=1)),
+    ],
+)
+def test_the_compiled_filter_is_the_tensors_filter(
+    n_states: int, shape: tuple[int, int], settings: PatchSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compiled.is_there()
+    images = noisy(series(n_states, shape), 0.1)
+    support = torch.zeros(shape, dtype=torch.bool)
+    support[: shape[0] // 2, : shape[1] // 2] = True
+    for groups in (PatchGroups(images, settings), PatchGroups(images, settings, support)):
+        found, expected = groups.filter(images, 0.1, 2.0), by_tensors(groups, images, 0.1, monkeypatch)
+        difference = (found - expected).abs()
+        # a coefficient at the threshold may fall on either side of it
+        assert float(difference.median()) < 1e-6 and float(difference.square().mean().sqrt()) < 1e-3
+        assert not torch.equal(found, images)
+
+
+def test_the_number_of_threads_changes_no_bit() -> None:
+    images, before = noisy(series(), 0.1), torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            groups = PatchGroups(images, PatchSettings(), torch.ones(40, 36, dtype=torch.bool))
+            found.append(groups.filter(images, 0.1, 2.0))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_double_precision_stays_double() -> None:
+    images = noisy(series(), 0.1).to(torch.complex128)
+    groups = PatchGroups(images.to(torch.complex64), PatchSettings())
+    groups.transform = groups.transform.double()
+    assert groups.filter(images, 0.1, 2.0).dtype == torch.complex128
+
+
+def test_without_numba_it_is_said_and_computed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    images = noisy(series(), 0.1)
+    groups = PatchGroups(images, PatchSettings())
+    expected = by_tensors(groups, images, 0.1, monkeypatch)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.delitem(sys.modules, "recon_core.solvers.patch_kernels", raising=False)
+    monkeypatch.delattr(recon_core.solvers, "patch_kernels", raising=False)
+    compiled.is_there.cache_clear()
+    try:
+        assert torch.equal(groups.filter(images, 0.1, 2.0), expected)
+        assert torch.equal(groups.filter(images, 0.1, 2.0), expected)
+    finally:
+        compiled.is_there.cache_clear()
+    assert caplog.text.count("event=not_compiled") == 1
 
 
 def test_groups_that_cannot_be_transformed_are_refused() -> None:

@@ -157,11 +157,15 @@ class ParameterNet(nn.Module):
         """
         parts = torch.cat((images.real, images.imag), dim=1) if images.is_complex() else images
         raw = self.unet(torch.cat((parts, _plane(tag, parts)), dim=1), embedding).to(parts.dtype)
-        shifted = _neighbours(parts)  # (batch, neighbour, channel, y, x)
         with torch.no_grad():
-            distance = _patch_distance(parts.detach(), shifted.detach(), self.n_states * max(noise, LEAST_NOISE) ** 2)
+            distance = _patch_distance(parts.detach(), self.n_states * max(noise, LEAST_NOISE) ** 2)
         weights = torch.softmax(raw[:, 1:] - torch.exp(raw[:, :1].clamp(-6, 6)) * distance, dim=1)
-        mean = (weights[:, :, None] * shifted).sum(1)
+        if torch.is_grad_enabled():
+            mean = (weights[:, :, None] * torch.stack(_neighbours(parts), dim=1)).sum(1)
+        else:  # one after the other: all neighbours together do not fit a cache
+            mean = torch.zeros_like(parts)
+            for weight, neighbour in zip(weights.unbind(1), _neighbours(parts), strict=True):
+                mean.addcmul_(weight[:, None], neighbour)
         if not images.is_complex():
             return mean
         return torch.complex(*mean.chunk(2, dim=1))
@@ -206,17 +210,17 @@ def new_embedding() -> ScalarEmbedding:
     return ScalarEmbedding(64)
 
 
-def _neighbours(planes: Tensor) -> Tensor:
-    """``(batch, channel, y, x)`` to ``(batch, neighbour, channel, y, x)``; borders are repeated."""
+def _neighbours(planes: Tensor) -> list[Tensor]:
+    """``(batch, channel, y, x)``, moved to every place of the neighbourhood; borders are repeated."""
     reach, (height, width) = KERNEL_WIDTH // 2, planes.shape[-2:]
     wide = functional.pad(planes, (reach,) * 4, mode="replicate")
     steps = range(KERNEL_WIDTH)
-    return torch.stack([wide[..., i : i + height, j : j + width] for i in steps for j in steps], dim=1)
+    return [wide[..., i : i + height, j : j + width] for i in steps for j in steps]
 
 
-def _patch_distance(planes: Tensor, shifted: Tensor, noise: float) -> Tensor:
+def _patch_distance(planes: Tensor, noise: float) -> Tensor:
     """``max(0, d / m - 1)``, ``(batch, neighbour, y, x)``; see `ParameterNet.averaged`; ``noise``: variance, all states together."""
-    squared = (shifted - planes[:, None]).square().sum(2)
+    squared = torch.stack([(shifted - planes).square_().sum(1) for shifted in _neighbours(planes)], dim=1)
     distance = functional.avg_pool2d(squared, PATCH, 1, PATCH // 2, count_include_pad=False)
     signal = planes.square().sum(1) > LEAST_SIGNAL**2 * planes.shape[1] / 2
     centre = KERNEL_WIDTH**2 // 2
@@ -224,6 +228,5 @@ def _patch_distance(planes: Tensor, shifted: Tensor, noise: float) -> Tensor:
     for one, where in zip(distance, signal, strict=True):  # of the neighbours left and right
         near = one[[centre - 1, centre + 1]][:, where]
         medians.append(near.median() if near.numel() else one.new_tensor(1.0))
-    return (distance / torch.stack(medians).clamp(min=1e-12, max=MOST_DISTANCE * 2 * noise)[:, None, None, None] - 1).clamp(
-        min=0
-    )
+    most = torch.stack(medians).clamp(min=1e-12, max=MOST_DISTANCE * 2 * noise)
+    return (distance / most[:, None, None, None] - 1).clamp_(min=0)
