@@ -6,6 +6,7 @@ On a GPU also the memory of a training step.
 
     python -m benchmarks.pinqi_speed --device cuda --slices 8          # on a GPU
     python -m benchmarks.pinqi_speed --slices 1 --threads 2            # CPU seconds a slice
+    python -m benchmarks.pinqi_speed --slices 1 --processes 2          # and a slice in each of two processes at once
 
 Without ``--weights`` the networks have their initial values: the UNets cost the same, the solvers may need other numbers of steps.
 """
@@ -13,6 +14,7 @@ Without ``--weights`` the networks have their initial values: the UNets cost the
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -104,6 +106,45 @@ def through_network(trained: TrainedPinqi, batch: BrainBatch) -> Callable[[], An
     return call
 
 
+def whole_method(trained: TrainedPinqi, batch: BrainBatch, recipe: SampleRecipe) -> Callable[[], Any]:
+    """Scaling, first images, network, maps and quality check of the first slice."""
+    sample = Sample.of(batch, recipe)
+    return lambda: reconstruct_with(trained, sample.kspace, sample.scan, Settings(), Report())
+
+
+def test_slices(options: argparse.Namespace) -> tuple[BrainBatch, SampleRecipe, QuantitativeBrains]:
+    recipe = SampleRecipe(size=options.size, accelerations=(8.0,))
+    brains = QuantitativeBrains(open_anatomy(None, options.device), recipe, seed=EVALUATION_SEED, device=options.device)
+    return brains.batch("test", range(options.slices)), recipe, brains
+
+
+def _one_of_many(options: argparse.Namespace, precision: str, ready: Any, seconds: Any) -> None:
+    """A process of `side_by_side`: begins when all are ready."""
+    torch.set_num_threads(options.threads)
+    batch, recipe, _ = test_slices(options)
+    call = whole_method(network_for(options, precision), batch, recipe)
+    call()
+    ready.wait()
+    for _ in range(options.repeats):
+        start = time.perf_counter()
+        call()
+        seconds.put(time.perf_counter() - start)
+
+
+def side_by_side(options: argparse.Namespace, precision: str) -> float:
+    """Seconds a slice where every one of ``--processes`` is at a slice of its own, as a server's workers are."""
+    context = multiprocessing.get_context("spawn")
+    ready, seconds = context.Barrier(options.processes), context.Queue()
+    arguments = (options, precision, ready, seconds)
+    processes = [context.Process(target=_one_of_many, args=arguments) for _ in range(options.processes)]
+    for process in processes:
+        process.start()
+    found = [seconds.get(timeout=600) for _ in range(options.processes * options.repeats)]
+    for process in processes:
+        process.join()
+    return statistics.median(found) / options.processes
+
+
 def training_memory(batch: BrainBatch, precision: str, recompute: bool) -> tuple[float, float]:
     """GiB at the peak, and seconds, of one step forwards and backwards; GPU only."""
     torch.manual_seed(0)
@@ -124,9 +165,7 @@ def training_memory(batch: BrainBatch, precision: str, recompute: bool) -> tuple
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one device, as a document."""
-    recipe = SampleRecipe(size=options.size, accelerations=(8.0,))
-    brains = QuantitativeBrains(open_anatomy(None, options.device), recipe, seed=EVALUATION_SEED, device=options.device)
-    batch = brains.batch("test", range(options.slices))
+    batch, recipe, brains = test_slices(options)
     document: dict[str, Any] = {
         "slices": options.slices,
         "size": options.size,
@@ -138,12 +177,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         call = through_network(trained, batch)
         wall, cpu = timed(call, options.device, options.repeats)
         found = call()
-        sample = Sample.of(batch, recipe)
-
-        def whole(trained: TrainedPinqi = trained, sample: Sample = sample) -> Any:
-            return reconstruct_with(trained, sample.kspace, sample.scan, Settings(), Report())
-
-        one_wall, one_cpu = timed(whole, options.device, options.repeats)
+        one_wall, one_cpu = timed(whole_method(trained, batch, recipe), options.device, options.repeats)
         begin = partial(posed, batch, trained.network.settings.start)
         start_wall, start_cpu = timed(begin, options.device, options.repeats)
         document[precision] = {
@@ -155,6 +189,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "nonlinear_steps": [int(r.iterations.max()) for r in found.nonlinear],
             "weights": str(trained.facts.get("sha256", ""))[:8],
         }
+        if options.processes > 1:
+            document[precision]["processes"] = {"number": options.processes, "s_a_slice": side_by_side(options, precision)}
         if options.device.startswith("cuda"):
             eight = brains.batch("train", range(8))
             for recompute in (False, True):
@@ -175,6 +211,8 @@ def show(document: dict[str, Any], precisions: Sequence[str]) -> None:
         rows.append([precision, f"its first images, {n} slices", *d["start"].values(), d["start"]["cpu_s"] / n])
         rows += [[precision, f"  {name}", seconds, "", ""] for name, seconds in d["parts_s"].items()]
         rows.append([precision, "whole method, 1 slice", *d["method_one_slice"].values(), d["method_one_slice"]["cpu_s"]])
+        if many := d.get("processes"):
+            rows.append([precision, f"whole method, in each of {many['number']} processes", "", "", many["s_a_slice"]])
         rows += [
             [precision, name.replace("_", " "), d[name]["step_s"], f"{d[name]['peak_gib']:.1f} GiB", ""]
             for name in d
@@ -190,6 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--slices", type=int, default=8)
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="slices at once, each in a process of --threads threads")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--precisions", nargs="+", default=["float32"], choices=("float32", "bfloat16"))
     parser.add_argument("--name", default="pinqi_speed", help="of the file in benchmarks/results")

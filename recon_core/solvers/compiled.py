@@ -22,15 +22,36 @@ Found = TypeVar("Found")
 
 @cache
 def is_there() -> bool:
-    """Whether kernels can be compiled here; why not is said once."""
+    """Whether kernels can be compiled here; if not, why is said once.
+
+    They are tried, so that nothing of the compiler (not installed, not for this Python or processor, no room for its files) comes up
+    within a scan.
+    """
     try:
-        from recon_core.solvers import patch_kernels  # noqa: F401
-    except ImportError as error:  # not installed, or not for this Python or NumPy
+        _try()
+    except Exception as error:
         log.warning(
             "event=not_compiled error=%r text='the collaborative filter takes two to three times as long'", str(error)
         )
         return False
     return True
+
+
+def _try() -> None:
+    """One patch that is the whole image, and nothing to take off.
+
+    Raises
+    ------
+    RuntimeError
+        The answer is wrong.
+    """
+    pixels, corners = torch.rand(2, 2, 2), torch.zeros(1, 1, dtype=torch.int32)
+    products, total, weights = torch.zeros(1, 1, 1, 2), torch.zeros(2, 2, 2), torch.zeros(2, 2)
+    grams(pixels, corners, 2, products)
+    cosine = torch.tensor([[1.0, 1.0], [1.0, -1.0]]) * 0.5**0.5
+    filter_groups(pixels, corners, torch.ones(1, 1, 1, dtype=torch.complex64), cosine, 0.0, total, weights)
+    if not torch.allclose(total / weights[..., None], pixels) or not torch.allclose(products.sum(), pixels.square().sum()):
+        raise RuntimeError("the kernels were compiled to something else")
 
 
 def grams(pixels: Tensor, corners: Tensor, side: int, products: Tensor) -> None:

@@ -122,8 +122,11 @@ def test_scores_are_kept_and_only_what_is_missing_is_added(
 
 def test_parts_of_the_time_are_found(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "RESULTS", tmp_path)
-    pinqi_speed.main(["--size", "64", "--slices", "1", "--repeats", "1", "--weights", str(weights)])
-    parts = json.loads((tmp_path / "pinqi_speed.json").read_text())["float32"]["parts_s"]
+    words = ["--size", "64", "--slices", "1", "--repeats", "1", "--weights", str(weights), "--processes", "2"]
+    pinqi_speed.main(words)
+    found = json.loads((tmp_path / "pinqi_speed.json").read_text())["float32"]
+    assert found["processes"]["number"] == 2 and found["processes"]["s_a_slice"] > 0
+    parts = found["parts_s"]
     assert parts["conjugate gradients"] > 0 and parts["per-pixel solver"] > 0
     assert parts["UNet of images"] == 0  # these weights have none
 

@@ -9,7 +9,7 @@ import torch
 
 import recon_core.solvers
 from recon_core.errors import DataError
-from recon_core.solvers import compiled
+from recon_core.solvers import compiled, patch_kernels
 from recon_core.solvers.collaborative import PatchGroups, PatchSettings, principal_images
 
 
@@ -151,6 +151,35 @@ def test_without_numba_it_is_said_and_computed(monkeypatch: pytest.MonkeyPatch, 
     finally:
         compiled.is_there.cache_clear()
     assert caplog.text.count("event=not_compiled") == 1
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("LLVM")])
+def test_a_compiler_that_fails_costs_no_scan(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = noisy(series(), 0.1)
+    groups = PatchGroups(images, PatchSettings())
+    expected = by_tensors(groups, images, 0.1, monkeypatch)
+
+    def fails(*arguments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(patch_kernels, "filter_groups", fails)
+    compiled.is_there.cache_clear()
+    try:
+        assert torch.equal(groups.filter(images, 0.1, 2.0), expected)
+    finally:
+        compiled.is_there.cache_clear()
+    assert f"error={str(error)!r}" in caplog.text
+
+
+def test_kernels_that_answer_wrongly_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patch_kernels, "filter_groups", lambda *arguments: arguments[-1].fill(1.0))
+    compiled.is_there.cache_clear()
+    try:
+        assert not compiled.is_there()
+    finally:
+        compiled.is_there.cache_clear()
 
 
 def test_groups_that_cannot_be_transformed_are_refused() -> None:

@@ -8,14 +8,15 @@ import torch
 
 from recon_core.errors import DataError, NumericalError
 from recon_core.methods.pinqi.installed import installed_weights
-from recon_core.methods.pinqi.model import AS_LEARNED, PinqiOutput, Strengths
+from recon_core.methods.pinqi.model import AS_LEARNED, Pinqi, PinqiOutput, Strengths
 from recon_core.methods.pinqi.parameter_maps import Agreement, agreement, parameter_maps
 from recon_core.methods.pinqi.phase import smooth_phase, turned
 from recon_core.methods.pinqi.settings import Settings
-from recon_core.methods.pinqi.start import first_images
+from recon_core.methods.pinqi.start import first_images_and_object
 from recon_core.methods.pinqi.weights import TrainedPinqi, check_times
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.problem import check_kspace, check_maps, pose
+from recon_core.solvers.nonlinear_layer import NonlinearReport
 from recon_core.types import ImageSeries, KSpace, ParameterMap, Report, Result, ScanInfo
 
 Tensor = torch.Tensor
@@ -170,11 +171,12 @@ def apply_network(
     operator = BatchedSense(kspace.coil_maps[None, :, 0], problem.operator.weights[None, :, 0])
     data = operator.enter_data(kspace.data[None, :, :, 0] / scale)
     strengths = trained.noise_rule.at(noise) if regularisation == "noise" else AS_LEARNED
-    start, kind = None, trained.network.settings.start
+    start, columns, kind = None, slice(None), trained.network.settings.start
     if kind != "adjoint":
-        start = operator.enter_image(first_images(problem, kind)[None] / scale)
+        images, columns = first_images_and_object(problem, kind)
+        start = operator.enter_image(images[None] / scale)
     with torch.no_grad():
-        found = _nearly_real(trained, operator, data, start, strengths)
+        found = _nearly_real(trained, operator, data, start, strengths, columns)
         signal = trained.network.model.signal(found.parameters.movedim(1, 0)).movedim(0, 1)
     if not bool(torch.isfinite(found.parameters).all() & torch.isfinite(torch.view_as_real(found.images)).all()):
         raise NumericalError("the network's result is not finite", where=where, remedy="The chain's fallback can answer")
@@ -182,18 +184,68 @@ def apply_network(
 
 
 def _nearly_real(
-    trained: TrainedPinqi, operator: BatchedSense, data: Tensor, start: Tensor | None, strengths: Strengths
+    trained: TrainedPinqi,
+    operator: BatchedSense,
+    data: Tensor,
+    start: Tensor | None,
+    strengths: Strengths,
+    columns: slice,
 ) -> PinqiOutput:
-    """The network on images without the coil maps' phase; see `recon_core.methods.pinqi.phase`."""
+    """The network on images without the coil maps' phase; see `recon_core.methods.pinqi.phase`.
+
+    Readout positions outside ``columns`` keep the images of the start; their parameters are those of no signal.
+    """
     network, rhs = trained.network, operator.adjoint(data)
+
+    def inside(maps: Tensor, rhs: Tensor, start: Tensor | None) -> PinqiOutput:
+        if start is None:
+            return network(BatchedSense(maps, operator.weights), rhs, None, strengths)
+        begun = start[:, :, columns]
+        found = network(BatchedSense(maps[..., columns], operator.weights), rhs[:, :, columns], begun, strengths)
+        return replace(
+            found,
+            parameters=_put(found.parameters, columns, _no_signal(network, start)),
+            images=_put(found.images, columns, start),
+            nonlinear=tuple(_wider(report, columns, start) for report in found.nonlinear),
+        )
+
     if not network.model.is_complex:
-        return network(operator, rhs, start, strengths)
+        return inside(operator.coil_maps, rhs, start)
     longest = max(range(len(trained.times)), key=trained.times.__getitem__)
     turn = smooth_phase((rhs if start is None else start)[:, longest])  # (1, x, y)
     back = turn.conj()[:, None]
     maps = operator.coil_maps * turn.mT[:, None]
-    found = network(BatchedSense(maps, operator.weights), rhs * back, None if start is None else start * back, strengths)
+    found = inside(maps, rhs * back, None if start is None else start * back)
     return turned(found, turn, network.model.parameter_names)
+
+
+def _no_signal(network: Pinqi, images: Tensor) -> Tensor:
+    """Parameters ``(batch, parameter, x, y)`` like the images: amplitudes of zero, rates from the middle of what is expected."""
+    middle = [
+        value if name.startswith("r") else 0.0
+        for name, value in zip(network.model.parameter_names, network.middle.tolist(), strict=True)
+    ]
+    column = torch.tensor(middle, dtype=network.middle.dtype, device=images.device)[:, None, None]
+    return column.expand(len(images), -1, *images.shape[2:]).contiguous()
+
+
+def _wider(report: NonlinearReport, columns: slice, images: Tensor) -> NonlinearReport:
+    """The report of a fit for all of the images' pixels: where there was none, nothing is wrong."""
+    pixels = (len(images), *images.shape[2:])
+    none = torch.zeros(pixels, dtype=torch.bool, device=images.device)
+    at_bound = none[:, None].expand(-1, report.at_bound.shape[1], -1, -1)
+    return NonlinearReport(
+        _put(report.iterations[:, None], columns, none[:, None].to(report.iterations.dtype))[:, 0],
+        _put(report.converged[:, None], columns, ~none[:, None])[:, 0],
+        _put(report.at_bound, columns, at_bound),
+    )
+
+
+def _put(part: Tensor, columns: slice, whole: Tensor) -> Tensor:
+    """A copy of ``whole`` ``(batch, axis, x, y)`` with ``part`` at the readout positions ``columns``."""
+    result = whole.clone(memory_format=torch.contiguous_format)
+    result[:, :, columns] = part
+    return result
 
 
 def check_geometry(kspace: KSpace, scan: ScanInfo) -> str:
