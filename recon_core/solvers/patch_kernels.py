@@ -110,6 +110,20 @@ def _gather(pixels: Array, corners: Array, side: int, patches: Array) -> None:
 
 
 @_compiled
+def _gather_channels(pixels: Array, corners: Array, side: int, channels: Array) -> None:
+    """The same as ``(channel, patch and pixel)``."""
+    n_rows, n_columns, n = pixels.shape
+    for k in range(len(corners)):
+        top, left = corners[k] // n_columns, corners[k] % n_columns
+        for i in range(side):
+            row = (top + i) % n_rows
+            for j in range(side):
+                pixel = pixels[row, (left + j) % n_columns]
+                for m in range(n):
+                    channels[m, (k * side + i) * side + j] = pixel[m]
+
+
+@_compiled
 def _add(patches: Array, weight: float, corners: Array, side: int, total: Array, weights: Array) -> None:
     """Put patches back where `_gather` found them."""
     n_rows, n_columns, n = total.shape
@@ -195,14 +209,9 @@ def grams(pixels: Array, corners: Array, side: int, products: Array) -> None:
     """
     n = pixels.shape[2]
     n_states, n_patches, n_pixels = n // 2, corners.shape[1], side * side
-    patches = np.empty((n_patches, n_pixels * n), np.float32)
     channels = np.empty((n, n_patches * n_pixels), np.float32)
     for g in range(len(corners)):
-        _gather(pixels, corners[g], side, patches)
-        together = patches.reshape(n_patches * n_pixels, n)
-        for m in range(n):
-            for x in range(n_patches * n_pixels):
-                channels[m, x] = together[x, m]
+        _gather_channels(pixels, corners[g], side, channels)
         for q in range(n_states):
             for r in range(q + 1):
                 real, imaginary = np.float32(0), np.float32(0)

@@ -59,8 +59,6 @@ class RefineSettings:
         Of each data consistency step.
     patches
         Size and reach of the patch groups.
-    coarse_iterations, coarse_stride
-        In so many iterations at the beginning, when artefacts are far above what is to be told apart, the reference patches' grid.
     """
 
     iterations: int = 16
@@ -73,12 +71,6 @@ class RefineSettings:
     regroup: int = 5
     cg_iterations: int = 2
     patches: PatchSettings = PatchSettings()
-    coarse_iterations: int = 0
-    coarse_stride: int = 3
-
-    def patches_of(self, iteration: int) -> PatchSettings:
-        """Those of an iteration."""
-        return replace(self.patches, stride=self.coarse_stride) if iteration < self.coarse_iterations else self.patches
 
     def sigma(self, iteration: int, noise: float) -> float:
         """``sigma_k``, never rising: with more noise than ``first_sigma`` it is the noise from the beginning."""
@@ -128,13 +120,11 @@ def refine(
     z = start
     axes = _plane_axes(start)
     groups: dict[int, list[PatchGroups | None]] = {}
-    grids: dict[int, PatchSettings] = {}
     for iteration in range(settings.iterations):
         sigma = settings.sigma(iteration, noise)
         axis = axes[iteration % len(axes)]
-        patches = settings.patches_of(iteration)
-        if grids.get(axis) != patches or iteration // len(axes) % settings.regroup == 0:
-            groups[axis], grids[axis] = _grouped(x, axis, patches, support), patches
+        if axis not in groups or iteration // len(axes) % settings.regroup == 0:
+            groups[axis] = _grouped(x, axis, settings.patches, support)
         z = torch.lerp(before, x, 1 + settings.momentum)
         _filter(z, axis, groups[axis], sigma, settings.threshold)
         if on_iteration is not None:

@@ -44,6 +44,7 @@ PRECISIONS = ("float32", "bfloat16")
 STARTS = ("adjoint", "llr", "refined")
 FIRST_STEPS = 2  # of CG, unregularised, before anything is learned
 FIT_STEPS = 12  # of the fit to averaged images: enough wherever there is signal
+LEAST_FITTED = 0.03  # RMS over states of averaged images of which a fit says something, where images are about 1
 FIRST_STEP_SIZE = 0.05  # of ablation e, in the units of Eq. 13; below 1 / (largest curvature)
 
 PUBLISHED_BOUNDS = {"m0_real": (-2.0, 2.0), "m0_imag": (-2.0, 2.0), "r1": (-1.0, 20.0)}
@@ -342,18 +343,31 @@ class Pinqi(nn.Module):
         return self._fitted(averages)
 
     def _fitted(self, images: Tensor) -> Tensor:
-        """The model fitted to each pixel of averaged images, ``(batch, parameter, *plane)``, differentiable."""
-        start = self.middle[:, None, None].expand(len(images), -1, *images.shape[2:]).contiguous()
+        """The model fitted to each pixel of averaged images, ``(batch, parameter, *plane)``, differentiable; see `no_signal`."""
+        result = self.no_signal(images)
+        where = images.detach().abs().square().mean(1) > LEAST_FITTED**2
+        if not bool(where.any()):
+            return result
+        pixels = images.movedim(1, 0)[:, where][None]  # (1, state, pixel)
+        start = self.middle[:, None].expand(-1, pixels.shape[-1])[None].contiguous()
         settings = NonlinearSettings(max_iterations=FIT_STEPS)
         with record_function("pinqi::nonlinear"):
             fitted, _ = solve_nonlinear(
-                self.model, images, torch.zeros_like(start), 0.0, initial=start, bounds=self.bounds, settings=settings
+                self.model, pixels, torch.zeros_like(start), 0.0, initial=start, bounds=self.bounds, settings=settings
             )
         planes = [
-            plane.clamp(*FITTED_RATES) if name.startswith("r") else plane
-            for name, plane in zip(self.model.parameter_names, fitted.unbind(1), strict=True)
+            plane.clamp(*FITTED_RATES) if is_rate else plane for is_rate, plane in zip(self._rates, fitted[0], strict=True)
         ]
-        return torch.stack(planes, dim=1)
+        return result.movedim(1, 0).masked_scatter(where, torch.stack(planes)).movedim(0, 1).contiguous()
+
+    @property
+    def _rates(self) -> list[bool]:
+        return [name.startswith("r") for name in self.model.parameter_names]
+
+    def no_signal(self, images: Tensor) -> Tensor:
+        """Parameters like ``images`` ``(batch, state, *plane)`` where there is no signal: amplitudes of zero, rates as expected."""
+        middle = torch.where(torch.tensor(self._rates, device=images.device), self.middle, 0.0)
+        return middle[:, None, None].expand(len(images), -1, *images.shape[2:]).contiguous()
 
     def predict_images(self, images: Tensor, tag: float | Tensor) -> Tensor:
         """``y + Y(y, tag)``; ``tag`` a number or one per sample."""

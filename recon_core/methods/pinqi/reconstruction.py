@@ -8,7 +8,7 @@ import torch
 
 from recon_core.errors import DataError, NumericalError
 from recon_core.methods.pinqi.installed import installed_weights
-from recon_core.methods.pinqi.model import AS_LEARNED, Pinqi, PinqiOutput, Strengths
+from recon_core.methods.pinqi.model import AS_LEARNED, PinqiOutput, Strengths
 from recon_core.methods.pinqi.parameter_maps import Agreement, agreement, parameter_maps
 from recon_core.methods.pinqi.phase import smooth_phase, turned
 from recon_core.methods.pinqi.settings import Settings
@@ -204,7 +204,7 @@ def _nearly_real(
         found = network(BatchedSense(maps[..., columns], operator.weights), rhs[:, :, columns], begun, strengths)
         return replace(
             found,
-            parameters=_put(found.parameters, columns, _no_signal(network, start)),
+            parameters=_put(found.parameters, columns, network.no_signal(start)),
             images=_put(found.images, columns, start),
             nonlinear=tuple(_wider(report, columns, start) for report in found.nonlinear),
         )
@@ -217,16 +217,6 @@ def _nearly_real(
     maps = operator.coil_maps * turn.mT[:, None]
     found = inside(maps, rhs * back, None if start is None else start * back)
     return turned(found, turn, network.model.parameter_names)
-
-
-def _no_signal(network: Pinqi, images: Tensor) -> Tensor:
-    """Parameters ``(batch, parameter, x, y)`` like the images: amplitudes of zero, rates from the middle of what is expected."""
-    middle = [
-        value if name.startswith("r") else 0.0
-        for name, value in zip(network.model.parameter_names, network.middle.tolist(), strict=True)
-    ]
-    column = torch.tensor(middle, dtype=network.middle.dtype, device=images.device)[:, None, None]
-    return column.expand(len(images), -1, *images.shape[2:]).contiguous()
 
 
 def _wider(report: NonlinearReport, columns: slice, images: Tensor) -> NonlinearReport:

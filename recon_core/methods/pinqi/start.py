@@ -13,9 +13,9 @@ from recon_core.types import Report
 
 Tensor = torch.Tensor
 
-REFINEMENT = RefineSettings(coarse_iterations=10)
-"""Of ``refined``: as `moe_dqinr` has it, with a coarse grid at first (docs/pinqi.md). Air beside the object is filtered too (no
-``support``): aliasing that stays there is missing in the object."""
+REFINEMENT = RefineSettings()
+"""Of ``refined``: as `moe_dqinr` has it. Air before and behind the object is filtered too (no ``support``): aliasing that stays there
+is missing in the object."""
 
 OBJECT_LEVEL, OBJECT_NOISE = 0.05, 5.0
 """A pixel belongs to the object from this part of the peak and this many times the noise on."""
