@@ -36,7 +36,7 @@ from gadgets.mask_cli import app as mask_app
 from gadgets.monitor.command import monitor
 from gadgets.package_cli import manifest, package_app
 from gadgets.replay_cli import replay, run
-from gadgets.state_folder import state_folder, torch_cache
+from gadgets.state_folder import compiler_caches, state_folder
 from gadgets.terminal import err, log_from
 from gadgets.train_cli import app as train_app
 from recon_core.errors import ReconError
@@ -162,7 +162,7 @@ def serve(
     from gadgets.tls import server_tls
 
     log_from(log_level)
-    torch_cache()
+    compiler_caches()
     cluster = None
     if scheduler is not None:
         cluster = SchedulerOptions(scheduler, scheduler_ca, scheduler_cert, scheduler_key, scheduler_insecure)

@@ -16,6 +16,7 @@ from rich.table import Table
 from gadgets.clock import utc
 from gadgets.journal import JobRow, Journal, State
 from gadgets.log_lines import log_to_stderr
+from recon_core.errors import SettingError
 
 if TYPE_CHECKING:
     from gadgets.results import Archives
@@ -119,8 +120,23 @@ def archives(
     ------
     MissingExtra, PacsError
         DICOM's packages are not installed, or a destination that is none.
+    SettingError
+        Companions without a destination.
     """
     if not destinations:
+        values = {
+            "tls": tls,
+            "ca": ca,
+            "certificate": certificate,
+            "key": key,
+            "name": name,
+            "parametric-maps": parametric_maps,
+        }
+        alone = [f"--pacs-{option}" for option, value in values.items() if value]
+        if alone:
+            raise SettingError(
+                "no archive to send to", where="pacs", got=", ".join(alone), remedy="Name it: --pacs AET@host:port"
+            )
         return None
     from gadgets.dicom_cli import dicom_packages, make_destination
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from gadgets.errors import ImageFileError
 from gadgets.jobs_cli import name_value_pairs
-from gadgets.state_folder import state_folder, torch_cache
+from gadgets.state_folder import compiler_caches, state_folder
 from gadgets.terminal import err, log_from, out
 
 if TYPE_CHECKING:  # it imports torch
@@ -105,7 +105,7 @@ def run(
 
     if montage is not None and (str(output) == STANDARD or (output is None and str(source) == STANDARD)):
         raise ImageFileError("pictures are made of an image file", where="--montage", remedy="Name one: --out FILE.h5")
-    torch_cache()
+    compiler_caches()
     log_from("error")  # warnings come as the server's words as well
     # the server's own defaults: sums depend on the number of threads in their last bits
     options = ServiceOptions(

@@ -13,9 +13,13 @@ def state_folder() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "recon-gadgets"
 
 
-def torch_cache() -> None:
-    """Where torch's compiler keeps things: importing it (every optimiser does) makes a folder, by default in temporary storage."""
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recon-gadgets" / "torch"
-    with contextlib.suppress(OSError):  # a home that cannot be written: temporary storage it is
-        base.mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(base))  # the workers inherit it
+def compiler_caches() -> None:
+    """Where compilers keep things that the workers, who inherit this, use again.
+
+    Importing torch's (every optimiser does) makes a folder, by default in temporary storage; Numba's would be beside the package.
+    """
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recon-gadgets"
+    for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "torch"), ("NUMBA_CACHE_DIR", "numba")):
+        with contextlib.suppress(OSError):  # a home that cannot be written: what they choose themselves
+            (base / name).mkdir(parents=True, exist_ok=True)
+            os.environ.setdefault(variable, str(base / name))

@@ -457,6 +457,13 @@ def test_what_the_command_line_says_about_archives(tmp_path: Path) -> None:
         archives(None, ["nonsense"], "US", False, None, None, None)
 
 
+def test_what_belongs_to_an_archive_needs_one(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"no archive to send to.*--pacs-tls, --pacs-ca.*--pacs AET@host:port"):
+        archives(tmp_path / "spool", None, "US", True, tmp_path / "ca.pem", None, None)
+    with pytest.raises(SettingError, match="--pacs-parametric-maps"):
+        archives(tmp_path / "spool", [], "US", False, None, None, None, parametric_maps=True)
+
+
 def test_serve_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[ServiceOptions] = []
 
