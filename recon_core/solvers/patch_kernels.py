@@ -22,7 +22,9 @@ HALF = np.float32(math.sqrt(0.5))
 
 
 def _compiled(function: Any) -> Any:
-    options: dict[str, Any] = {"nogil": True, "fastmath": True, "error_model": "numpy"}
+    # sums in any order, but a value that is not finite stays one
+    fast = {"reassoc", "contract", "arcp", "nsz"}
+    options: dict[str, Any] = {"nogil": True, "fastmath": fast, "error_model": "numpy"}
     try:
         return njit(cache=True, **options)(function)
     except RuntimeError:  # no folder that can be written: every process compiles for itself

@@ -117,6 +117,19 @@ def test_the_compiled_filter_is_the_tensors_filter(
         assert not torch.equal(found, images)
 
 
+def test_a_value_that_is_not_finite_stays_one() -> None:
+    images = noisy(series(), 0.1)
+    groups = PatchGroups(images, PatchSettings())
+    for value in (float("nan"), float("inf")):
+        spoilt = images.clone()
+        spoilt[2, 20, 20] = value
+        try:
+            found = groups.filter(spoilt, 0.1, 2.0)
+        except RuntimeError:  # no principal components
+            continue
+        assert not bool(torch.isfinite(found[:, 20, 20].abs()).all())
+
+
 def test_the_number_of_threads_changes_no_bit() -> None:
     images, before = noisy(series(), 0.1), torch.get_num_threads()
     found = []
