@@ -89,8 +89,8 @@ def test_less_memory_changes_nothing() -> None:
     usual = starts(kspace)["refined"]
     with batch_share(1 / 256):
         short = starts(kspace)["refined"]
-    # thresholds are steps: a coefficient beside one can fall either way
-    assert float((usual - short).norm() / usual.norm()) < 1e-3
+    # thresholds are steps: a coefficient beside one can fall either way, and nine iterations carry it on
+    assert float((usual - short).norm() / usual.norm()) < 3e-3
 
 
 def test_the_weights_say_which_first_images(tmp_path: Path) -> None:
