@@ -25,8 +25,9 @@ Posed = tuple[BatchedSense, Tensor, Tensor | None]
 class HeldBatches:
     """A few batches with their first images, made when first asked for, then used in turn: such images take longer than a step.
 
-    Batches with hardly any brain are passed over. Each pass has an order of its own, and at random a batch is mirrored along the readout, of which every position is an acquisition
-    of its own. Order and mirroring depend on seed and step alone, so that a resumed training sees the same.
+    Batches with hardly any brain are passed over. Each pass has an order of its own, and at random a batch is mirrored along the
+    readout, of which every position is an acquisition of its own. Order and mirroring depend on seed and step alone, so that a resumed
+    training sees the same.
 
     Parameters
     ----------
