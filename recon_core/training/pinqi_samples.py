@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from recon_core.methods.pinqi.model import Strengths
-from recon_core.methods.pinqi.noise_rule import NoiseRule
+from recon_core.methods.pinqi.noise_rule import TRAINED_ACCELERATIONS, NoiseRule
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.simulation.quantitative_brain import BrainBatch
 from recon_core.simulation.random_fields import sample_seed
@@ -98,6 +98,7 @@ class NoiseFactors(nn.Module):
 
     def __init__(self, rule: NoiseRule, learned: bool) -> None:
         super().__init__()
+        self._rule = rule
         self.register_buffer("noise", torch.tensor(rule.noise).log())
         for name in ("image", "signal", "parameter"):
             logarithm = torch.tensor(getattr(rule, name)).log()
@@ -105,7 +106,7 @@ class NoiseFactors(nn.Module):
 
     noise: Tensor
 
-    def at(self, noise: float) -> Strengths:
+    def at(self, noise: float, acceleration: float = TRAINED_ACCELERATIONS[0]) -> Strengths:
         """As `NoiseRule.at`, differentiable in the factors."""
         where = self.noise.new_tensor(max(noise, 1e-12)).log().clamp(self.noise[0], self.noise[-1])
         last = max(len(self.noise) - 2, 0)
@@ -114,11 +115,13 @@ class NoiseFactors(nn.Module):
         width = self.noise[right] - self.noise[left]
         part = (where - self.noise[left]) / width if right > left else where.new_zeros(())
         image, signal, parameter = (torch.lerp(row[left], row[right], part).exp() for row in self._rows())
-        return Strengths(image, signal, parameter, noise)
+        less = self._rule.part_at(acceleration)
+        return Strengths(image * less, signal * less, parameter, noise)
 
     def rule(self) -> NoiseRule:
         """The rule as it is now."""
-        return NoiseRule(*(_rounded(row.detach().exp()) for row in (self.noise, *self._rows())))
+        noise, image, signal, parameter = (_rounded(row.detach().exp()) for row in (self.noise, *self._rows()))
+        return NoiseRule(noise, image, signal, parameter, self._rule.acceleration_power)
 
     def _rows(self) -> Sequence[Tensor]:
         return self.get_parameter("image"), self.get_parameter("signal"), self.get_parameter("parameter")

@@ -17,7 +17,7 @@ from recon_core.errors import SettingError
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
 from recon_core.methods.pinqi.model import ABLATIONS, AS_LEARNED, STARTS, Pinqi, PinqiSettings, Strengths
 from recon_core.methods.pinqi.networks import PREDICTIONS
-from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule
+from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule, acceleration_of
 from recon_core.methods.pinqi.start import first_images
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.problem import Problem, pose, signal_scale
@@ -390,7 +390,9 @@ class EndToEnd(_PinqiTask):
         self._validation: list[tuple[BrainBatch, Posed]] = []
 
     def _strengths(self, batch: BrainBatch) -> Strengths:
-        return AS_LEARNED if self.factors is None else self.factors.at(float(batch.noise_std[0]))
+        if self.factors is None:
+            return AS_LEARNED
+        return self.factors.at(float(batch.noise_std[0]), acceleration_of(batch.mask))
 
     def groups(self) -> list[ParameterGroup]:
         """Networks, embedding, lambdas."""

@@ -319,12 +319,13 @@ def test_held_batches_come_once_a_pass_and_mirrored_ones_are_the_same_problem(at
 @pytest.mark.parametrize("noise", [1e-4, 0.002, 0.01, 0.3])
 def test_factors_begin_as_the_rule_says_and_can_be_learned(noise: float) -> None:
     rule = NoiseRule((0.001, 0.01, 0.04), (0.1, 0.3, 2.0), (1.0, 3.0, 9.0), (1.0, 1.0, 2.0))
-    for one in (rule, NoiseRule((0.01,), (0.1,), (1.0,), (2.0,))):
-        factors, stated = NoiseFactors(one, learned=True), one.at(noise)
-        found = factors.at(noise)
+    for one in (replace(rule, acceleration_power=1.5), NoiseRule((0.01,), (0.1,), (1.0,), (2.0,))):
+        factors, stated = NoiseFactors(one, learned=True), one.at(noise, 7.0)
+        found = factors.at(noise, 7.0)
         for name in ("image", "signal", "parameter"):
             assert getattr(found, name).item() == pytest.approx(getattr(stated, name), rel=1e-4)
         assert found.noise == noise and factors.rule().image == pytest.approx(one.image, rel=1e-5)
+        assert factors.rule().acceleration_power == one.acceleration_power
         assert isinstance(found.image, torch.Tensor)
         found.image.backward()
         assert factors.get_parameter("image").grad is not None
