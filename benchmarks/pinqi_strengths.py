@@ -6,7 +6,8 @@ times factors: nRMSE, MAE and SSIM of T1 for each. What is best at each level is
     python -m benchmarks.pinqi_strengths --weights DIR/pinqi.json --factors 1,1,1 3,3,1 1,1,10
 
 Strips of ``columns`` readout positions stand for slices: in hybrid space each position is an acquisition of its own. Every level has
-slices of its own. ``--lambda-p`` replaces the learned values first. Scores of earlier calls with the same weights are kept.
+slices of its own. The factor ``rule`` stands for the weights' own. ``--lambda-p`` replaces the learned values first. Scores of earlier
+calls with the same weights are kept.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from benchmarks.common import RESULTS, print_table, write_result
 from benchmarks.pinqi_methods import fitted, held
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
 from recon_core.methods.pinqi.model import PositiveValues, Strengths
+from recon_core.methods.pinqi.noise_rule import acceleration_of
 from recon_core.methods.pinqi.weights import TrainedPinqi, load_weights
 from recon_core.simulation.brainweb import open_anatomy
 from recon_core.simulation.quantitative_brain import BrainBatch, QuantitativeBrains, SampleRecipe
 from recon_core.training.pinqi_tasks import EVALUATION_SEED, posed
 
 FIGURES = ("nrmse", "mae", "ssim")
+RULE = "rule"
 LEAST_BRAIN = 2000  # pixels: strips with less say little
 
 
@@ -52,6 +55,13 @@ def strips(options: argparse.Namespace) -> list[tuple[str, BrainBatch]]:
     return found
 
 
+def factors_of(text: str, trained: TrainedPinqi, batch: BrainBatch) -> Strengths:
+    """Three numbers, or the rule of the weights at this noise and acceleration."""
+    if text == RULE:
+        return trained.noise_rule.at(float(batch.noise_std[0]), acceleration_of(batch.mask))
+    return Strengths(*map(float, text.split(",")))
+
+
 def score(trained: TrainedPinqi, batch: BrainBatch, factors: Sequence[Strengths]) -> list[dict[str, float]]:
     """The figures with each set of factors, and last those of a plain fit of the images it begins with."""
     operator, rhs, start = posed(batch, trained.network.settings.start)
@@ -70,7 +80,9 @@ def score(trained: TrainedPinqi, batch: BrainBatch, factors: Sequence[Strengths]
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--factors", nargs="+", default=["1,1,1"], metavar="Y,Q,P", help="on lambda_y, lambda_q, lambda_p")
+    parser.add_argument(
+        "--factors", nargs="+", default=["1,1,1"], metavar="Y,Q,P", help="on lambda_y, lambda_q, lambda_p; or rule"
+    )
     parser.add_argument("--lambda-p", type=float, nargs="+", default=None, help="one per iteration, or one for all")
     parser.add_argument("--noise", type=float, nargs="+", default=[0.003, 0.01, 0.02, 0.04])
     parser.add_argument("--slices", type=int, default=4, help="at each level")
@@ -107,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scores: dict[str, dict[str, dict[str, float]]] = kept["scores"] if kept.get("settings") == settings else {}
     todo = [text for text in options.factors if text not in scores]
     for i, (key, batch) in enumerate(strips(options)):
-        rows = score(trained, batch, [Strengths(*map(float, text.split(","))) for text in todo])
+        rows = score(trained, batch, [factors_of(text, trained, batch) for text in todo])
         for text, row in zip([*todo, "start + fit"], rows, strict=False):
             scores.setdefault(text, {})[key] = {name: round(row[name], 5) for name in FIGURES}
         print(f"{i + 1}: {key}", file=sys.stderr, flush=True)

@@ -77,8 +77,18 @@ def pinqi(
     coils: Annotated[int, typer.Option(help="Receive coils of the samples.", min=1)] = 8,
     ablation: Annotated[str, typer.Option(help="proposed, or a to i of the paper's section III-D (g1, g2).")] = "proposed",
     start: Annotated[
-        str, typer.Option(help="Images that the iterations begin with: adjoint (as published) or llr (needs less training).")
+        str,
+        typer.Option(
+            help="Images that the iterations begin with: adjoint (as published), llr or refined (need less training)."
+        ),
     ] = "adjoint",
+    iterations: Annotated[int, typer.Option(help="Of the unrolled network; 0: the ablation's, 5 as published.", min=0)] = 0,
+    held: Annotated[
+        int, typer.Option(help="Batches made once, with their first images, and used in turn; 0: always new ones.", min=0)
+    ] = 0,
+    noise_factors: Annotated[
+        str, typer.Option(help="On the lambdas, by a sample's noise, end to end: none (as published), fixed or learned.")
+    ] = "none",
     prediction: Annotated[
         str,
         typer.Option(
@@ -103,9 +113,15 @@ def pinqi(
     t1_weight: Annotated[
         float, typer.Option(help="Of the mean absolute error of T1 beside the published loss.", min=0.0)
     ] = 0.0,
+    image_weight: Annotated[
+        float, typer.Option(help="Of the image network's own error beside the published loss, end to end.", min=0.0)
+    ] = 0.0,
     first_weight: Annotated[float, typer.Option(help="Deep supervision: of the first prediction.", min=0.0)] = 0.1,
     other_weight: Annotated[float, typer.Option(help="Of the others but the last.", min=0.0)] = 0.05,
     network_rate: Annotated[float, typer.Option(help="Learning rate of the networks.", min=1e-7)] = 0.004,
+    image_rate: Annotated[
+        float, typer.Option(help="Of the image network alone, end to end; 0: that of the networks.", min=0.0)
+    ] = 0.0,
     lambda_rate: Annotated[float, typer.Option(help="Learning rate of the lambdas.", min=1e-7)] = 0.001,
     embedding_rate: Annotated[float, typer.Option(help="Learning rate of the tags' embedding.", min=1e-7)] = 0.002,
     warmup_steps: Annotated[int, typer.Option(help="Of the learning rate; at most a fifth of the steps.", min=0)] = 1500,
@@ -152,6 +168,11 @@ def pinqi(
         rate_spread=rate_spread,
         spread_part=spread_part,
         t1_weight=t1_weight,
+        n_iterations=iterations,
+        held=held,
+        noise_factors=noise_factors,
+        image_weight=image_weight,
+        image_rate=image_rate,
         first_weight=first_weight,
         other_weight=other_weight,
         embedding_rate=embedding_rate,

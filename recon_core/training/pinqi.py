@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
+from recon_core.errors import SettingError
 from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
+from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule
 from recon_core.methods.pinqi.weights import save_weights
 from recon_core.simulation.anatomy import Anatomy
 from recon_core.simulation.brainweb import open_anatomy
@@ -103,11 +105,18 @@ def run(
         prediction=recipe.prediction,
         precision=recipe.precision,
         recompute=settings.recompute,
+        n_iterations=recipe.n_iterations or ABLATIONS[recipe.ablation].n_iterations,
     )
     solver = NonlinearSettings.of(recipe.nonlinear_solver)
     network = Pinqi(recipe.samples.model, choice, nonlinear=solver).to(device)
+    rule = DEFAULT_RULE
+    if recipe.noise_factors != "none" and recipe.initial_sha256 and not settings.initial:
+        raise SettingError(
+            "the factors for the noise begin with those of the initial weights", where=output.name, remedy="add --initial"
+        )
     if settings.initial:
-        tensors, _ = read_pair(settings.initial, device)
+        tensors, stated = read_pair(settings.initial, device)
+        rule = NoiseRule.from_facts(stated["noise_rule"]) if "noise_rule" in stated else rule
         load_into(
             network, fitting(tensors, network), Path(settings.initial).name
         )  # a resumed phase replaces them by its checkpoint's
@@ -142,10 +151,13 @@ def run(
     reached = {"pretraining": 0 if result is None else result.step, "training": 0}
     if recipe.n_training and (result is None or result.finished):
         first = recipe.n_pretraining * recipe.batch
-        result = phase(EndToEnd(network, recipe, anatomy, device, first=first), "training", recipe.epochs)
+        task = EndToEnd(network, recipe, anatomy, device, first=first, rule=rule)
+        result = phase(task, "training", recipe.epochs)
         reached["training"] = result.step
+        rule = rule if task.factors is None else task.factors.rule()
     assert result is not None
-    return result, _export(network, recipe, output, anatomy, device, result, reached)
+    stated = {} if recipe.noise_factors == "none" else {"noise_rule": rule.facts()}
+    return result, _export(network, recipe, output, anatomy, device, result, reached, stated)
 
 
 def _export(
@@ -156,6 +168,7 @@ def _export(
     device: torch.device,
     result: TrainingResult,
     reached: dict[str, int],
+    stated: dict[str, Any],
 ) -> Path:
     brains = QuantitativeBrains(anatomy, recipe.samples, seed=recipe.seed, device=device)
     facts: dict[str, Any] = {
@@ -171,14 +184,21 @@ def _export(
         "minutes": round(result.minutes, 2),
         "skipped_steps": result.skipped,
         "validation": dict(result.figures),
+        **stated,
     }
     return save_weights(output, NAME, network, recipe.times, facts)
 
 
 def fitting(tensors: dict[str, Tensor], network: Pinqi) -> dict[str, Tensor]:
-    """Weights for a network that predicts another thing than the one they are of: a last layer of zeros instead of theirs."""
+    """Weights for a network that predicts another thing, or has fewer iterations, than the one they are of.
+
+    A last layer of zeros instead of theirs; of the lambdas those of the same parts of the way.
+    """
     found = dict(tensors)
     own = network.state_dict()
+    for key in ("lambda_y.raw", "lambda_q.raw", "lambda_p.raw"):
+        if key in own and key in found and len(own[key]) < len(found[key]):
+            found[key] = found[key][torch.linspace(0, len(found[key]) - 1, len(own[key])).round().long()]
     for key in ("parameter_net.unet.last.weight", "parameter_net.unet.last.bias"):
         if key in own and key in found and found[key].shape != own[key].shape:
             found[key] = torch.zeros_like(own[key])

@@ -15,8 +15,9 @@ from torch import nn
 
 from recon_core.errors import SettingError
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
-from recon_core.methods.pinqi.model import ABLATIONS, STARTS, Pinqi, PinqiSettings
+from recon_core.methods.pinqi.model import ABLATIONS, AS_LEARNED, STARTS, Pinqi, PinqiSettings, Strengths
 from recon_core.methods.pinqi.networks import PREDICTIONS
+from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule, acceleration_of
 from recon_core.methods.pinqi.start import first_images
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.problem import Problem, pose, signal_scale
@@ -25,12 +26,14 @@ from recon_core.simulation.quantitative_brain import SATURATION_TIMES, BrainBatc
 from recon_core.solvers.nonlinear_layer import NonlinearReport, NonlinearSettings
 from recon_core.training.loop import Figure, LoopSettings, ParameterGroup, Validation
 from recon_core.training.losses import deep_supervision, weighted_mse
+from recon_core.training.pinqi_samples import HeldBatches, NoiseFactors, Posed
 from recon_core.training.runs import TrainingRecipe
 from recon_core.types import KSpace, Report
 
 Tensor = torch.Tensor
 
 PRETRAINED = ("both", "parameter", "image")
+NOISE_FACTORS = ("none", "fixed", "learned")
 LONGEST_T1 = 5.0  # s: how wrong a longer one is does not matter to the loss
 LEAST_DENSITY = 0.05  # of what is not air
 EVALUATION_SEED = 20240415  # of validation and test samples, whatever the training's seed is
@@ -63,6 +66,11 @@ class PinqiRecipe(TrainingRecipe):
         a step are made once.
     t1_weight
         Added to the published losses: mean absolute error of T1 (s, up to `LONGEST_T1` of either) in the brain, times this. 0 as published.
+    image_weight
+        Added to the published losses of the training end to end: mean squared error of what the image network gives in its calls, brain 1,
+        elsewhere 0.1, times this. 0 as published.
+    image_rate
+        Learning rate of the image network in the training end to end; 0: that of both, ``network_rate``.
     first_weight, other_weight
         Deep supervision: of the first prediction, and of the others but the last.
     ema_decay
@@ -71,6 +79,14 @@ class PinqiRecipe(TrainingRecipe):
         Images from which the iterations begin, and what the parameter network gives, see `PinqiSettings`.
     pretrain_scale
         Factor on the published learning rates of the pretraining.
+    held
+        Batches of the training end to end that are made once, with their first images, and used in turn, see `HeldBatches`; 0: always
+        new ones.
+    noise_factors
+        In the training end to end, lambdas count with factors that follow the noise of the sample, as they do in use: those of the
+        initial weights (``"fixed"``), or ``"learned"`` from there on. ``"none"`` as published.
+    n_iterations
+        T of Eq. 12 and 13; 0: the ablation's, 5 as published.
     nonlinear_solver
         Of Eq. 13, see `NonlinearSettings`: ``"lm"``, or ``"lbfgs"`` as published.
     initial_sha256
@@ -84,6 +100,11 @@ class PinqiRecipe(TrainingRecipe):
     reuse: int = 1
     t1_weight: float = 0.0
     pretrain_scale: float = 1.0
+    held: int = 0
+    noise_factors: str = "none"
+    n_iterations: int = 0
+    image_weight: float = 0.0
+    image_rate: float = 0.0
     nonlinear_solver: str = "lm"
     initial_sha256: str = ""
     size: int = 192
@@ -113,22 +134,34 @@ class PinqiRecipe(TrainingRecipe):
             raise SettingError("unknown ablation", where="PINQI training", got=self.ablation, expected=", ".join(ABLATIONS))
         if self.start not in STARTS:
             raise SettingError("unknown start", where="PINQI training", got=self.start, expected=", ".join(STARTS))
-        for name, known in (("prediction", PREDICTIONS), ("pretrain_networks", PRETRAINED)):
+        for name, known in (
+            ("prediction", PREDICTIONS),
+            ("pretrain_networks", PRETRAINED),
+            ("noise_factors", NOISE_FACTORS),
+        ):
             if getattr(self, name) not in known:
                 raise SettingError(
                     f"unknown {name}", where="PINQI training", got=getattr(self, name), expected=", ".join(known)
                 )
         NonlinearSettings.of(self.nonlinear_solver)  # raises
-        least = min(self.epochs, self.pretrain_epochs, self.n_validation, self.t1_weight)
+        if self.noise_factors != "none" and self.batch != 1:
+            raise SettingError(
+                "factors follow the noise of one sample",
+                where="PINQI training",
+                got=f"batch {self.batch}",
+                expected="batch 1",
+            )
+        counts = (self.n_validation, self.held, self.n_iterations)
+        least = min(self.epochs, self.pretrain_epochs, self.t1_weight, self.image_weight, self.image_rate, *counts)
         if self.batch < 1 or self.reuse < 1 or not least >= 0 or self.epochs + self.pretrain_epochs == 0:
             raise SettingError("impossible recipe", where="PINQI training", got=self)
 
     def facts(self) -> dict[str, Any]:
-        """As JSON; the usual solver is left out, so that trainings from before there was a choice go on."""
+        """As JSON; later choices are left out where they are the usual ones, so that trainings from before there was a choice go on."""
         facts = super().facts()
-        if self.nonlinear_solver == "lm":
-            del facts["nonlinear_solver"]
-        return facts
+        usual: dict[str, Any] = {"nonlinear_solver": "lm", "held": 0, "noise_factors": "none"}
+        usual |= {"n_iterations": 0, "image_weight": 0.0, "image_rate": 0.0}
+        return {key: value for key, value in facts.items() if key not in usual or value != usual[key]}
 
     @property
     def samples(self) -> SampleRecipe:
@@ -198,9 +231,10 @@ class _PinqiTask:
     """What pretraining and training share."""
 
     phase: str
+    module: nn.Module
 
     def __init__(self, network: Pinqi, recipe: PinqiRecipe, anatomy: Anatomy, device: torch.device, first: int) -> None:
-        self.module: Pinqi = network
+        self.module = self.network = network
         self.recipe = recipe
         brains = QuantitativeBrains(anatomy, recipe.samples, seed=recipe.seed, device=device)
         self.samples = TrainingSamples(
@@ -219,7 +253,7 @@ class _PinqiTask:
         for i in range(self.recipe.n_validation):
             yield self._evaluation.batch("validation", [i])
 
-    def aliased(self, batch: BrainBatch) -> tuple[BatchedSense, Tensor, Tensor | None]:
+    def aliased(self, batch: BrainBatch) -> Posed:
         """`posed` as the recipe says."""
         return posed(batch, self.recipe.start)
 
@@ -247,7 +281,7 @@ class Pretraining(_PinqiTask):
         """The networks that are taught; lambdas keep their first values."""
         factor = self.recipe.pretrain_scale
         groups = network_groups(
-            self.module, parameter_rate=3e-4 * factor, image_rate=3e-3 * factor, embedding_rate=1e-4 * factor
+            self.network, parameter_rate=3e-4 * factor, image_rate=3e-3 * factor, embedding_rate=1e-4 * factor
         )
         left = {"both": (), "parameter": ("image_net",), "image": ("parameter_net", "embedding")}
         return [g for g in groups if g.name not in left[self.recipe.pretrain_networks]]
@@ -263,17 +297,17 @@ class Pretraining(_PinqiTask):
 
     def _posed(self, batch: BrainBatch) -> _Posed:
         operator, rhs, start = self.aliased(batch)
-        first = self.module.first_images(operator, rhs, start)
+        first = self.network.first_images(operator, rhs, start)
         return _Posed(first, operator.enter_image(batch.images), batch.parameters.mT, batch.brain.mT, batch.noise_std)
 
     def _loss(self, posed: _Posed, call: Tensor, share: Tensor, noise: Tensor) -> tuple[Tensor, dict[str, float]]:
         brain = posed.brain[:, None].to(share.dtype)
         total = share.new_zeros(())
         figures: dict[str, float] = {}
-        settings = self.module.settings
+        settings = self.network.settings
         if self._parameters:
             tags, images = _met(posed, settings.parameter_tags, call, share, noise)
-            predicted = self.module.predict_parameters(images, tags)
+            predicted = self.network.predict_parameters(images, tags)
             part = weighted_mse(
                 predicted, posed.parameters, torch.clamp(brain + outside(settings, posed.parameters, 0.05), max=1.0)
             )
@@ -285,7 +319,7 @@ class Pretraining(_PinqiTask):
             }
         if self._images:
             tags, images = _met(posed, settings.image_tags, call, share, noise)
-            part = 2 * weighted_mse(self.module.predict_images(images, tags), posed.truth, 0.9 * brain + 0.1)
+            part = 2 * weighted_mse(self.network.predict_images(images, tags), posed.truth, 0.9 * brain + 0.1)
             total, figures["image_loss"] = total + part, float(part.detach())
         return total, figures
 
@@ -338,21 +372,46 @@ class EndToEnd(_PinqiTask):
 
     phase = "training"
 
+    def __init__(
+        self,
+        network: Pinqi,
+        recipe: PinqiRecipe,
+        anatomy: Anatomy,
+        device: torch.device,
+        first: int,
+        rule: NoiseRule = DEFAULT_RULE,
+    ) -> None:
+        super().__init__(network, recipe, anatomy, device, first)
+        self.factors = None
+        if recipe.noise_factors != "none":
+            self.factors = NoiseFactors(rule, recipe.noise_factors == "learned").to(device)
+            self.module = nn.ModuleDict({"network": network, "factors": self.factors})
+        self._held = HeldBatches(self.samples.batch, self.aliased, recipe.held, recipe.seed) if recipe.held else None
+        self._validation: list[tuple[BrainBatch, Posed]] = []
+
+    def _strengths(self, batch: BrainBatch) -> Strengths:
+        if self.factors is None:
+            return AS_LEARNED
+        return self.factors.at(float(batch.noise_std[0]), acceleration_of(batch.mask))
+
     def groups(self) -> list[ParameterGroup]:
         """Networks, embedding, lambdas."""
-        r, net = self.recipe, self.module
+        r, net = self.recipe, self.network
         groups = network_groups(
-            net, parameter_rate=r.network_rate, image_rate=r.network_rate, embedding_rate=r.embedding_rate
+            net, parameter_rate=r.network_rate, image_rate=r.image_rate or r.network_rate, embedding_rate=r.embedding_rate
         )
         taken = {id(p) for g in groups for p in g.parameters}
-        rest = [p for p in net.parameters() if id(p) not in taken]
+        rest = [p for p in self.module.parameters() if p.requires_grad and id(p) not in taken]
         return [*groups, ParameterGroup("lambdas", rest, r.lambda_rate, 1e-5)] if rest else groups
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Figure]]:
         """Mean squared error of all parameters, brain 1.01 and elsewhere 0.01, with deep supervision."""
-        batch = self.samples.batch(step)
-        operator, rhs, start = self.aliased(batch)
-        found = self.module(operator, rhs, start)
+        if self._held is None:
+            batch = self.samples.batch(step)
+            operator, rhs, start = self.aliased(batch)
+        else:
+            batch, (operator, rhs, start) = self._held.at(step)
+        found = self.network(operator, rhs, start, self._strengths(batch))
         brain = batch.brain.mT[:, None].to(batch.noise_std.dtype)
         if self.recipe.ablation == "h":
             return weighted_mse(found.images, operator.enter_image(batch.images), 0.9 * brain + 0.1), {}
@@ -360,12 +419,16 @@ class EndToEnd(_PinqiTask):
         loss = deep_supervision(
             found.predictions,
             truth,
-            brain + outside(self.module.settings, truth, 0.01),
+            brain + outside(self.network.settings, truth, 0.01),
             first=self.recipe.first_weight,
             others=self.recipe.other_weight,
         )
         if self.recipe.t1_weight:
             loss = loss + self.recipe.t1_weight * t1_error(found.parameters, truth, brain)
+        if self.recipe.image_weight and found.image_predictions:
+            true = operator.enter_image(batch.images)
+            parts = [weighted_mse(images, true, 0.9 * brain + 0.1) for images in found.image_predictions]
+            loss = loss + self.recipe.image_weight * torch.stack(parts).mean()
         figures: dict[str, Figure] = {
             "rate_error": float((found.parameters.detach()[:, 2:] - truth[:, 2:])[brain > 0].abs().mean())
         }
@@ -377,14 +440,21 @@ class EndToEnd(_PinqiTask):
     def validate(self, step: int) -> Validation:
         """nRMSE, MAE and SSIM of T1 in the brain, and maps beside the truth and their difference."""
         rows, pictures = [], {}
-        for i, batch in enumerate(self.validation_samples()):
-            operator, rhs, start = self.aliased(batch)
-            found = operator.leave_image(self.module(operator, rhs, start).parameters)
+        for i, (batch, (operator, rhs, start)) in enumerate(self._posed_validation()):
+            found = operator.leave_image(self.network(operator, rhs, start, self._strengths(batch)).parameters)
             t1 = t1_from_rate(found[0, 2].cpu().numpy())
             truth, brain = batch.t1[0].cpu().numpy(), batch.brain[0].cpu().numpy()
             rows.append(t1_figures(t1, truth, brain))
             pictures[f"t1_{i}"] = _side_by_side(t1, truth, brain)
         return Validation(_means(rows), pictures)
+
+    def _posed_validation(self) -> Iterator[tuple[BrainBatch, Posed]]:
+        """Validation samples as problems; held where training samples are."""
+        if self._held is None:
+            yield from ((batch, self.aliased(batch)) for batch in self.validation_samples())
+            return
+        self._validation = self._validation or [(batch, self.aliased(batch)) for batch in self.validation_samples()]
+        yield from self._validation
 
 
 def _singular(reports: Sequence[NonlinearReport]) -> float:

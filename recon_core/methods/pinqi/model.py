@@ -156,16 +156,16 @@ class Strengths:
     Attributes
     ----------
     image, signal
-        Of lambda_y and lambda_q (Eq. 12).
+        Of lambda_y and lambda_q (Eq. 12); numbers or scalars.
     parameter
         Of lambda_p (Eq. 13).
     noise
         Standard deviation of a complex sample where images are about 1, for a kernel to tell texture from noise; infinite: unknown.
     """
 
-    image: float = 1.0
-    signal: float = 1.0
-    parameter: float = 1.0
+    image: float | Tensor = 1.0
+    signal: float | Tensor = 1.0
+    parameter: float | Tensor = 1.0
     noise: float = math.inf
 
 
@@ -187,6 +187,8 @@ class PinqiOutput:
         there is one, then the result of every iteration.
     linear, nonlinear
         How well each subproblem was solved, per iteration; without a parameter network a first fit comes before them.
+    image_predictions
+        What the image network gave, in order of its calls.
     """
 
     parameters: Tensor
@@ -194,6 +196,7 @@ class PinqiOutput:
     predictions: tuple[Tensor, ...]
     linear: tuple[LinearReport, ...] = ()
     nonlinear: tuple[NonlinearReport, ...] = ()
+    image_predictions: tuple[Tensor, ...] = ()
 
 
 class PositiveValues(nn.Module):
@@ -393,8 +396,10 @@ class Pinqi(nn.Module):
         settings = self.settings
         image_tags, parameter_tags = settings.image_tags, settings.parameter_tags
         predictions, linear = [], []
+        imagined: list[Tensor] = []
         nonlinear: list[NonlinearReport] = []
         y_reg = self.predict_images(y, image_tags[0]) if settings.image_network == "once" else None
+        imagined += [y_reg] if y_reg is not None else []
         if self.parameter_net is not None:
             p_reg = p = self.predict_parameters(y, parameter_tags[0], strengths.noise)
             predictions.append(p)
@@ -405,6 +410,7 @@ class Pinqi(nn.Module):
         for i in range(settings.n_iterations):
             if settings.image_network == "each":
                 y_reg = self.predict_images(y, image_tags[i])
+                imagined.append(y_reg)
             y, solved = self._solve_images(operator, rhs, y, y_reg, self._signal(p), i, strengths)
             linear.append(solved)
             if settings.parameter_network == "each":
@@ -412,7 +418,7 @@ class Pinqi(nn.Module):
             p, fitted = self._solve_parameters(y, p_reg, p, i, strengths)
             predictions.append(p)
             nonlinear += [fitted] if fitted is not None else []
-        return PinqiOutput(p, y, tuple(predictions), tuple(linear), tuple(nonlinear))
+        return PinqiOutput(p, y, tuple(predictions), tuple(linear), tuple(nonlinear), tuple(imagined))
 
     def _decoupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor, strengths: Strengths) -> PinqiOutput:
         settings, image_tags = self.settings, self.settings.image_tags

@@ -9,6 +9,7 @@ import torch
 from recon_core.errors import DataError, NumericalError
 from recon_core.methods.pinqi.installed import installed_weights
 from recon_core.methods.pinqi.model import AS_LEARNED, PinqiOutput, Strengths
+from recon_core.methods.pinqi.noise_rule import acceleration_of
 from recon_core.methods.pinqi.parameter_maps import Agreement, agreement, parameter_maps
 from recon_core.methods.pinqi.phase import smooth_phase, turned
 from recon_core.methods.pinqi.settings import Settings
@@ -156,7 +157,7 @@ def apply_network(
 ) -> Applied:
     """Sort, scale and reconstruct one slice whose k-space and maps have been checked.
 
-    ``regularisation="noise"``: the lambdas follow the noise by the weights' rule, see `recon_core.methods.pinqi.noise_rule`.
+    ``regularisation="noise"``: the lambdas follow noise and acceleration by the weights' rule, see `recon_core.methods.pinqi.noise_rule`.
 
     Raises
     ------
@@ -170,7 +171,8 @@ def apply_network(
     assert kspace.coil_maps is not None
     operator = BatchedSense(kspace.coil_maps[None, :, 0], problem.operator.weights[None, :, 0])
     data = operator.enter_data(kspace.data[None, :, :, 0] / scale)
-    strengths = trained.noise_rule.at(noise) if regularisation == "noise" else AS_LEARNED
+    acceleration = acceleration_of(operator.weights)
+    strengths = trained.noise_rule.at(noise, acceleration) if regularisation == "noise" else AS_LEARNED
     start, columns, kind = None, slice(None), trained.network.settings.start
     if kind != "adjoint":
         images, columns = first_images_and_object(problem, kind)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from recon_core.errors import SettingError
 from recon_core.methods.pinqi.installed import installed_weights
 from recon_core.methods.pinqi.model import PinqiSettings
-from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule
+from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule, acceleration_of
 from recon_core.methods.pinqi.reconstruction import reconstruct_with
 from recon_core.methods.pinqi.settings import DEFAULT_WEIGHTS, Settings
 from recon_core.methods.pinqi.weights import load_weights
@@ -26,6 +27,17 @@ def test_factors_are_straight_in_logarithms_and_constant_beyond() -> None:
     assert (middle.image, middle.signal, middle.parameter) == pytest.approx((1.0, 1.0, 1.0))
     assert RULE.at(0.0).parameter == RULE.at(0.01).parameter and RULE.at(1.0).image == RULE.at(0.04).image
     assert RULE.at(1.0).parameter == pytest.approx(10.0) and RULE.at(0.0).image == pytest.approx(0.5)
+
+
+def test_factors_fall_with_the_acceleration_where_the_rule_says_so() -> None:
+    falling = replace(RULE, acceleration_power=2.0)
+    least, high, beyond, low = (falling.at(0.02, a) for a in (4.0, 8.0, 9.0, 3.0))
+    assert (least.image, least.signal) == pytest.approx((1.0, 1.0)) and low == least
+    assert (high.image, high.signal, high.parameter) == pytest.approx((0.25, 0.25, 1.0)) and beyond == high
+    assert RULE.at(0.02, 8.0) == RULE.at(0.02) and NoiseRule.from_facts(falling.facts()) == falling
+    mask = torch.zeros(2, 12)
+    mask[:, ::4] = 1.4
+    assert acceleration_of(mask) == 4.0 and acceleration_of(mask > 0) == 4.0
 
 
 def test_weights_without_a_rule_are_at_full_strength_from_three_per_cent() -> None:

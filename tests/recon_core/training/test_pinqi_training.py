@@ -15,18 +15,30 @@ import torch
 
 from recon_core.errors import DataError, SettingError
 from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
+from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule
 from recon_core.methods.pinqi.weights import load_weights
 from recon_core.simulation.head_atlas import HeadAtlas
-from recon_core.simulation.quantitative_brain import QuantitativeBrains
+from recon_core.simulation.quantitative_brain import BrainBatch, QuantitativeBrains
 from recon_core.solvers.linear_layer import UntrustedGradient
 from recon_core.training.loop import LoopSettings, Progress, train
 from recon_core.training.pinqi import RunSettings, main, parser, run
-from recon_core.training.pinqi_tasks import EndToEnd, PinqiRecipe, Pretraining, TrainingSamples, typical_amplitude
+from recon_core.training.pinqi_samples import HeldBatches, NoiseFactors
+from recon_core.training.pinqi_tasks import (
+    EndToEnd,
+    PinqiRecipe,
+    Pretraining,
+    TrainingSamples,
+    posed,
+    typical_amplitude,
+)
 
 TINY = PinqiRecipe(
     ablation="g1", size=32, times=(0.5, 1.5, 8.0), n_coils=3, accelerations=(2.0,), batch=1, epochs=0.004, pretrain_epochs=0.002,
     samples_per_epoch=1000, n_validation=1,
 )  # fmt: skip
+JOINT = replace(
+    TINY, pretrain_epochs=0.0, start="llr", held=2, columns=16, noise_factors="learned", image_weight=10.0, image_rate=1e-3
+)  # as the shipped weights were trained end to end
 CPU = RunSettings(device="cpu", validate_every=2)
 SMALL = {"parameter": {"features": (16, 16), "n_groups": 4}, "image": {"features": (8, 8), "n_groups": 4}}
 
@@ -275,3 +287,98 @@ def test_the_plain_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (tmp_path / "out" / "pinqi.safetensors").is_file() and not (tmp_path / "out" / "pretraining").exists()
     given = parser().parse_args(["--output", "x", "--resume", "--max-minutes", "3"])
     assert given.resume and given.max_minutes == 3.0 and given.seed == 0
+
+
+def test_held_batches_come_once_a_pass_and_mirrored_ones_are_the_same_problem(atlas: HeadAtlas) -> None:
+    samples = TrainingSamples(QuantitativeBrains(atlas, TINY.samples).with_recipe(columns=16), 1)
+    made: list[int] = []
+
+    def make(number: int) -> BrainBatch:
+        made.append(number)
+        return samples.batch(number)
+
+    held = HeldBatches(make, lambda batch: posed(batch, "llr"), 3, seed=1)
+    seen = [held.at(step) for step in range(12)]
+    assert len(set(made)) == len(made)  # each once, whatever was passed over
+    amounts = [round(float(batch.images.abs().sum()), 3) for batch, _ in seen]
+    assert all(len(set(amounts[i : i + 3])) == 3 and set(amounts[i : i + 3]) == set(amounts[:3]) for i in (3, 6, 9))
+    again = HeldBatches(samples.batch, lambda batch: posed(batch, "llr"), 3, seed=1)  # as a resumed training
+    assert torch.equal(again.at(7)[0].images, seen[7][0].images)
+    same = [i for i in range(12) if amounts[i] == amounts[0]]
+    images = [seen[i][0].images for i in same]
+    assert any(torch.equal(images[0], other.flip(-1)) for other in images)
+    for batch, (operator, rhs, start) in seen:
+        measured = operator.forward(operator.enter_image(batch.images))
+        noise = operator.enter_data(batch.kspace) - measured
+        assert float(noise.abs().max()) < 6 * float(batch.noise_std[0])
+        assert torch.allclose(rhs, operator.adjoint(operator.enter_data(batch.kspace)), atol=1e-5)
+        assert start is not None and start.shape == rhs.shape
+        assert float((start - operator.enter_image(batch.images)).abs().mean()) < 0.1
+
+
+@pytest.mark.parametrize("noise", [1e-4, 0.002, 0.01, 0.3])
+def test_factors_begin_as_the_rule_says_and_can_be_learned(noise: float) -> None:
+    rule = NoiseRule((0.001, 0.01, 0.04), (0.1, 0.3, 2.0), (1.0, 3.0, 9.0), (1.0, 1.0, 2.0))
+    for one in (replace(rule, acceleration_power=1.5), NoiseRule((0.01,), (0.1,), (1.0,), (2.0,))):
+        factors, stated = NoiseFactors(one, learned=True), one.at(noise, 7.0)
+        found = factors.at(noise, 7.0)
+        for name in ("image", "signal", "parameter"):
+            assert getattr(found, name).item() == pytest.approx(getattr(stated, name), rel=1e-4)
+        assert found.noise == noise and factors.rule().image == pytest.approx(one.image, rel=1e-5)
+        assert factors.rule().acceleration_power == one.acceleration_power
+        assert isinstance(found.image, torch.Tensor)
+        found.image.backward()
+        assert factors.get_parameter("image").grad is not None
+    assert not list(p for p in NoiseFactors(rule, learned=False).parameters() if p.requires_grad)
+
+
+def test_a_joint_training_states_its_rule_and_resumes_to_the_bit(tmp_path: Path) -> None:
+    _, whole = run(JOINT, tmp_path / "whole", CPU)
+
+    def stop(name: str, p: Progress) -> None:
+        if p.step == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    run(JOINT, tmp_path / "parts", CPU, stop)
+    _, parts = run(JOINT, tmp_path / "parts", replace(CPU, resume=True))
+    assert parts.with_suffix(".safetensors").read_bytes() == whole.with_suffix(".safetensors").read_bytes()
+    facts, again = json.loads(whole.read_text()), json.loads(parts.read_text())
+    assert facts["noise_rule"] == again["noise_rule"] and facts["recipe"]["held"] == 2
+    trained = load_weights(whole)
+    assert trained.noise_rule.facts() == facts["noise_rule"] and trained.noise_rule.image != DEFAULT_RULE.image
+    # the next one begins with what this one learned
+    kept = replace(JOINT, lambda_rate=1e-12, epochs=0.001)
+    _, later = run(kept, tmp_path / "next", replace(CPU, initial=str(whole)))
+    assert load_weights(later).noise_rule.image == pytest.approx(trained.noise_rule.image, rel=1e-5)
+    with pytest.raises(SettingError, match="initial"):
+        run(kept, tmp_path / "next", replace(CPU, resume=True))
+
+
+def test_fixed_factors_stay_and_need_one_sample_a_step(tmp_path: Path) -> None:
+    _, weights = run(replace(JOINT, noise_factors="fixed", epochs=0.001), tmp_path, CPU)
+    assert load_weights(weights).noise_rule.image == pytest.approx(DEFAULT_RULE.image)
+    with pytest.raises(SettingError, match="one sample"):
+        replace(JOINT, batch=2)
+    with pytest.raises(SettingError, match="noise_factors"):
+        replace(JOINT, noise_factors="some")
+
+
+def test_fewer_iterations_take_the_lambdas_of_the_same_parts_of_the_way(tmp_path: Path) -> None:
+    recipe = replace(TINY, ablation="proposed", pretrain_epochs=0.0, epochs=0.001, lambda_rate=1e-12, n_validation=0)
+    _, five = run(recipe, tmp_path / "five", replace(CPU, validate_every=0))
+    settings = replace(CPU, validate_every=0, initial=str(five))
+    _, three = run(replace(recipe, n_iterations=3), tmp_path / "three", settings)
+    long, short = load_weights(five).network, load_weights(three).network
+    assert short.settings.n_iterations == 3 and long.lambda_q is not None and short.lambda_q is not None
+    assert torch.allclose(short.lambda_q(), long.lambda_q()[[0, 2, 4]], atol=1e-6)
+
+
+def test_what_the_image_network_gives_is_judged_too(atlas: HeadAtlas) -> None:
+    losses = []
+    for weight in (0.0, 10.0):
+        recipe = replace(TINY, image_weight=weight)
+        losses.append(float(EndToEnd(small_network(recipe), recipe, atlas, torch.device("cpu"), 0).loss(0)[0]))
+    assert losses[1] > losses[0] + 1e-3
+    groups = EndToEnd(small_network(JOINT), JOINT, atlas, torch.device("cpu"), 0).groups()
+    rates = {g.name: g.learning_rate for g in groups}
+    assert rates["image_net"] == 1e-3 and rates["parameter_net"] == JOINT.network_rate
