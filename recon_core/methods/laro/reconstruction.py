@@ -47,7 +47,9 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
     return reconstruct_with(trained, kspace, scan, settings, report)
 
 
-def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, settings: Settings, report: Report) -> Result:
+def reconstruct_with(
+    trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, settings: Settings, report: Report, given: Tensor | None = None
+) -> Result:
     """Unrolled ADMM (Eq. 7) on each plane (k2, k1) of a slab; a single slice is one plane (x, y).
 
     K-space is scaled so that the 99.9th percentile of its calibration images equals that of the training scans. Echoes are fused in the
@@ -62,6 +64,8 @@ def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, setti
         With coil maps. Averages count by their number.
     scan
         ``echo_times`` in s, one per state, or none.
+    given
+        First images that somebody has made, complex ``(state, z, y, x)`` in the k-space's units: nothing is spent on others.
 
     Returns
     -------
@@ -92,7 +96,10 @@ def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, setti
     problem = pose(kspace, where, report)
     start = settings.start if settings.start != "weights" else trained.start
     planes = _planes(problem, kspace, trained.amplitude)
-    first = _first_images(start, problem, planes, trained.amplitude, report)
+    if given is None:
+        first = _first_images(start, problem, planes, trained.amplitude, report)
+    else:
+        first = planes.enter(given[order] * (trained.amplitude / problem.scale)).contiguous()
     images = torch.empty_like(planes.rhs)
     factor = rho_factor(problem.noise * trained.amplitude, trained.noise)
     air = planes_of_air(first / trained.amplitude, problem.noise) & planes.is_3d
