@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -43,7 +44,9 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
     DataError, CalibrationError, NumericalError
         As `reconstruct_with`.
     """
-    trained = installed_weights(settings.weights, kspace.data.device, settings.precision)
+    *_, n2, n1, n0 = kspace.data.shape
+    name = settings.weights_for((n2, n1) if kspace.is_3d else (n1, n0))
+    trained = installed_weights(name, kspace.data.device, settings.precision)
     return reconstruct_with(trained, kspace, scan, settings, report)
 
 
@@ -229,7 +232,8 @@ def _first_images(start: str, problem: Problem, planes: _PlaneProblems, amplitud
 
 def _origin(trained: TrainedLaro) -> str:
     digest = str(trained.facts.get("sha256", ""))[:8] or "unsaved"
-    return f"LARO, weights {digest}, {trained.network.settings.unrolls} iterations, from {trained.start} images"
+    name = Path(str(trained.facts.get("file", ""))).stem
+    return f"LARO, weights {name} {digest}, {trained.network.settings.unrolls} iterations, from {trained.start} images"
 
 
 def _nothing(kspace: KSpace, report: Report) -> Result:
