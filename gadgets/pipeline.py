@@ -96,7 +96,7 @@ class Scan:
             log.info("event=settings chain=%s changed=%r", chain.name, dict(chain.changed))
         self.index = ReadoutIndex()
         self.n_waveforms = 0
-        self.facts = facts_of(chain)
+        self.facts = facts_of(chain, header)
         self.scratch = Scratch()
         self.tasks = services.jobs.scope(REPLAY if raw.replayed or raw.behind else SCAN)
         self._said: set[str] = set()

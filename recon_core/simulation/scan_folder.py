@@ -13,9 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from recon_core.errors import DataError
 from recon_core.simulation.anatomy import check_split
 from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe
+from recon_core.simulation.random_fields import sample_seed
 from recon_core.training.checkpoint import read_pair, write_pair
 
 FORMAT = "recon-gadgets multi-echo scan"
@@ -116,6 +119,19 @@ class ScanFolder:
         return self._held[path]
 
 
+def cut_readout(scan: BrainScan, n_planes: int, seed: int) -> BrainScan:
+    """So many neighbouring planes (k2, k1) of a scan, somewhere in the brain: what a large matrix is trained on, since a plane is whole and
+    the readout is complete, at a fraction of the cost."""
+    inside = scan.brain.any(0).any(0).nonzero().flatten()
+    if not len(inside) or n_planes >= scan.images.shape[-1]:
+        return scan
+    last = max(int(inside[0]), int(inside[-1]) + 1 - n_planes)
+    begin = int(np.random.default_rng(seed).integers(int(inside[0]), last + 1))
+    begin = min(begin, scan.images.shape[-1] - n_planes)
+    cut = {name: getattr(scan, name)[..., begin : begin + n_planes].contiguous() for name in TENSORS}
+    return replace(scan, **cut)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Simulate scans into a folder: ``python -m recon_core.simulation.scan_folder --output DIR --count 20``."""
     parser = argparse.ArgumentParser(prog="python -m recon_core.simulation.scan_folder", description=main.__doc__)
@@ -123,13 +139,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--matrix", type=int, nargs=3, default=ScanRecipe.matrix, metavar=("Z", "Y", "X"))
-    parser.add_argument("--echoes", type=int, default=ScanRecipe.n_echoes)
+    parser.add_argument("--voxel", type=float, nargs=2, default=ScanRecipe.voxel, metavar=("LOW", "HIGH"), help="mm")
+    parser.add_argument(
+        "--echoes", type=int, nargs="+", default=[ScanRecipe.n_echoes], help="several: scans take them in turn"
+    )
     parser.add_argument("--coils", type=int, default=ScanRecipe.n_coils)
+    parser.add_argument("--first", type=int, default=0, help="number of the first scan: a folder may be filled in parts")
+    parser.add_argument("--planes", type=int, default=0, help="keep so many neighbouring readout positions; 0: all")
     options = parser.parse_args(arguments)
-    recipe = ScanRecipe(matrix=tuple(options.matrix), n_echoes=options.echoes, n_coils=options.coils)
-    supply = MultiEchoBrains(recipe, seed=options.seed, keep=1)
-    for index in range(options.count):
-        print(write_scan(options.output, f"scan_{index:04d}", supply.scan("train", index)))
+    for index in range(options.first, options.first + options.count):
+        n_echoes = options.echoes[index % len(options.echoes)]
+        recipe = ScanRecipe(tuple(options.matrix), tuple(options.voxel), n_echoes, n_coils=options.coils)
+        scan = MultiEchoBrains(recipe, seed=options.seed, keep=1).scan("train", index)
+        if options.planes:
+            scan = cut_readout(scan, options.planes, sample_seed(options.seed, index, "readout"))
+        print(write_scan(options.output, f"scan_{index:04d}", scan), flush=True)
 
 
 if __name__ == "__main__":

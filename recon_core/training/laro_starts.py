@@ -82,7 +82,7 @@ class MeasuredScans:
     supply
         Of the scans.
     draw
-        A mask by pattern and number of the draw.
+        A mask by pattern and number of the draw, for as many echoes as any scan has; a scan with fewer takes the first.
     acs
         Central block ``(k2, k1)``.
     draws
@@ -120,7 +120,7 @@ class MeasuredScans:
         key = (split, scan.key, pattern)
         if key not in self._held:
             seed = sample_seed(self._seed, "measured", split, *scan.key, pattern)
-            mask = torch.from_numpy(self._draw(pattern, scan.key[1] % self._draws)).float()
+            mask = torch.from_numpy(self._draw(pattern, scan.key[1] % self._draws)).float()[: len(scan.images)]
             own_maps = scan.key[1] % 2 == 1
             self._held[key] = measure(scan, mask, self._acs, seed, self._device, own_maps=own_maps, start=self._start)
             while len(self._held) > self._keep:

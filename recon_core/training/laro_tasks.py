@@ -22,7 +22,7 @@ from recon_core.simulation.random_fields import sample_seed
 from recon_core.simulation.scan_folder import ScanFolder, ScanSupply
 from recon_core.training.laro_starts import STARTS, MeasuredScan, MeasuredScans
 from recon_core.training.loop import LoopSettings, ParameterGroup, Validation
-from recon_core.training.losses import channel_ssim
+from recon_core.training.losses import channel_ssim, decay_error
 from recon_core.training.runs import TrainingRecipe
 from recon_core.types import KSpace
 
@@ -71,6 +71,8 @@ class LaroRecipe(TrainingRecipe):
         First probabilities: ``"density"`` those of the hand-made pattern, ``"uniform"`` the paper's.
     pixel_weight
         Of the mean absolute error beside SSIM; 0 in the paper.
+    decay_weight
+        Of the decay rate's error (`decay_error`) beside those; 0 in the paper. For three echoes or more.
     """
 
     kind: str = "laro"
@@ -98,6 +100,7 @@ class LaroRecipe(TrainingRecipe):
     mask_rate: float = 0.01
     mask_start: str = "density"
     pixel_weight: float = 0.0
+    decay_weight: float = 0.0
     warmup_steps: int = 100
     seed: int = 0
     n_validation: int = 1
@@ -113,10 +116,11 @@ class LaroRecipe(TrainingRecipe):
             self.sampling(name)
 
     def facts(self) -> dict[str, Any]:
-        """As JSON; random first weights are left out, so that trainings from before there was a choice go on."""
+        """As JSON; random first weights and a decay that does not count are left out: trainings from before there was a choice go on."""
         facts = super().facts()
-        if not self.initial_sha256:
-            del facts["initial_sha256"]
+        for later in ("initial_sha256", "decay_weight"):
+            if not facts[later]:
+                del facts[later]
         return facts
 
     def sampling(self, pattern: str) -> SamplingSettings:
@@ -199,6 +203,8 @@ class PlaneSample:
     """First images; ``None``: `least_squares_start`."""
     mask: Tensor | None = None
     """float ``(echo, k2, k1)`` where the scan has one of its own."""
+    echo_times: tuple[float, ...] = ()
+    """s."""
 
 
 class PlaneSamples:
@@ -241,7 +247,7 @@ def plane_sample(scan: BrainScan, columns: Tensor, factor: complex, seed: int, d
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(full.shape, dtype=torch.complex64, generator=generator).to(device)
     brain = scan.brain[..., columns].movedim(-1, 0)[:, None].to(device)
-    return PlaneSample(images, maps, brain, full + scan.noise_std * noise)
+    return PlaneSample(images, maps, brain, full + scan.noise_std * noise, echo_times=scan.echo_times)
 
 
 def measured_sample(measured: MeasuredScan, columns: Tensor, factor: complex, device: torch.device) -> PlaneSample:
@@ -257,6 +263,7 @@ def measured_sample(measured: MeasuredScan, columns: Tensor, factor: complex, de
         measured.kspace(columns, device) * factor,
         planes(measured.start) * factor,
         measured.mask.to(device),
+        measured.scan.echo_times,
     )
 
 
@@ -311,7 +318,7 @@ class LaroTask:
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """``1 - SSIM`` (Eq. 9) of real and imaginary parts inside the brain, mean over unrolls, plus ``pixel_weight`` times the mean
-        absolute error."""
+        absolute error and ``decay_weight`` times that of the decay rate."""
         sample = self.samples.batch(step)
         mask = self._mask(self.recipe.pattern_of(step)) if sample.mask is None else sample.mask
         found = self.reconstruct(sample, mask)
@@ -323,6 +330,8 @@ class LaroTask:
             if self.recipe.pixel_weight:
                 error = (inside - truth).abs().sum() / sample.brain.sum().clamp_min(1) / truth.shape[1]
                 total = total + self.recipe.pixel_weight * error
+            if self.recipe.decay_weight:
+                total = total + self.recipe.decay_weight * decay_error(images, truth, sample.echo_times, sample.brain)
         error = (found[-1].detach() * sample.brain - truth).norm() / truth.norm()
         return total / len(found), {"error": float(error), "rho": float(self.module.network.rho.detach())}
 

@@ -16,7 +16,7 @@ from recon_core.methods.laro import weights as laro
 from recon_core.methods.pinqi import weights as pinqi
 from recon_core.training.checkpoint import WeightError, read_pair, sha256_of, write_pair
 
-INSTALLED = {"pinqi_t1": pinqi.load_weights, "laro": laro.load_weights}
+INSTALLED = {"pinqi_t1": pinqi.load_weights, "laro": laro.load_weights, "laro_206x80": laro.load_weights}
 
 
 def shipped(name: str) -> tuple[dict[str, Any], bytes]:

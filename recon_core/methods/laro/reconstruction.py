@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -43,11 +44,15 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
     DataError, CalibrationError, NumericalError
         As `reconstruct_with`.
     """
-    trained = installed_weights(settings.weights, kspace.data.device, settings.precision)
+    *_, n2, n1, n0 = kspace.data.shape
+    name = settings.weights_for((n2, n1) if kspace.is_3d else (n1, n0))
+    trained = installed_weights(name, kspace.data.device, settings.precision)
     return reconstruct_with(trained, kspace, scan, settings, report)
 
 
-def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, settings: Settings, report: Report) -> Result:
+def reconstruct_with(
+    trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, settings: Settings, report: Report, given: Tensor | None = None
+) -> Result:
     """Unrolled ADMM (Eq. 7) on each plane (k2, k1) of a slab; a single slice is one plane (x, y).
 
     K-space is scaled so that the 99.9th percentile of its calibration images equals that of the training scans. Echoes are fused in the
@@ -62,6 +67,8 @@ def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, setti
         With coil maps. Averages count by their number.
     scan
         ``echo_times`` in s, one per state, or none.
+    given
+        First images that somebody has made, complex ``(state, z, y, x)`` in the k-space's units: nothing is spent on others.
 
     Returns
     -------
@@ -92,7 +99,10 @@ def reconstruct_with(trained: TrainedLaro, kspace: KSpace, scan: ScanInfo, setti
     problem = pose(kspace, where, report)
     start = settings.start if settings.start != "weights" else trained.start
     planes = _planes(problem, kspace, trained.amplitude)
-    first = _first_images(start, problem, planes, trained.amplitude, report)
+    if given is None:
+        first = _first_images(start, problem, planes, trained.amplitude, report)
+    else:
+        first = planes.enter(given[order] * (trained.amplitude / problem.scale)).contiguous()
     images = torch.empty_like(planes.rhs)
     factor = rho_factor(problem.noise * trained.amplitude, trained.noise)
     air = planes_of_air(first / trained.amplitude, problem.noise) & planes.is_3d
@@ -222,7 +232,8 @@ def _first_images(start: str, problem: Problem, planes: _PlaneProblems, amplitud
 
 def _origin(trained: TrainedLaro) -> str:
     digest = str(trained.facts.get("sha256", ""))[:8] or "unsaved"
-    return f"LARO, weights {digest}, {trained.network.settings.unrolls} iterations, from {trained.start} images"
+    name = Path(str(trained.facts.get("file", ""))).stem
+    return f"LARO, weights {name} {digest}, {trained.network.settings.unrolls} iterations, from {trained.start} images"
 
 
 def _nothing(kspace: KSpace, report: Report) -> Result:

@@ -16,8 +16,10 @@ from recon_core.installed_weights import FOLDERS
 from recon_core.methods import get_method, llr
 from recon_core.methods.laro import Settings, reconstruct, reconstruct_with, starts
 from recon_core.methods.laro.model import Laro, LaroSettings
+from recon_core.methods.laro.settings import WEIGHTS_OF_PLANES
 from recon_core.methods.laro.starts import planes_of_air
-from recon_core.methods.laro.weights import TrainedLaro, load_weights, save_weights
+from recon_core.methods.laro.weights import TrainedLaro, installed_weights, load_weights, save_weights
+from recon_core.problem import pose
 from recon_core.settings import parse_settings
 from recon_core.solvers.collaborative import PatchSettings
 from recon_core.training.checkpoint import WeightError
@@ -171,6 +173,19 @@ def test_echoes_are_fused_in_the_order_of_their_times() -> None:
     assert torch.allclose(images(busy(), shuffled, times), expected, atol=1e-4 * float(expected.abs().max()))
 
 
+def test_first_images_may_be_given() -> None:
+    kspace, info = sampled(tiny_scan())
+    problem = pose(kspace, "test", Report())
+    given = problem.leave(starts.low_rank_or_refined("llr", problem, Report()))
+    expected = images(busy(), kspace, info, start="llr")
+    found = reconstruct_with(busy(), kspace, info, Settings(low_rank_steps=0), Report(), given).images[0].data
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    backwards = replace(kspace, data=kspace.data.flip(0), counts=kspace.counts.flip(0))
+    times = replace(info, echo_times=info.echo_times[::-1])
+    again = reconstruct_with(busy(), backwards, times, Settings(low_rank_steps=0), Report(), given.flip(0)).images[0].data
+    torch.testing.assert_close(again.flip(0), found, rtol=1e-3, atol=1e-4)
+
+
 def test_fewer_echoes_another_matrix_and_one_coil_pass() -> None:
     kspace, info = sampled(tiny_scan())
     two = replace(kspace, data=kspace.data[:2], counts=kspace.counts[:2])
@@ -215,6 +230,44 @@ def test_weights_come_back_as_they_were(tmp_path: Path, monkeypatch: pytest.Monk
         reconstruct(kspace, info, replace(Settings(), weights="other"), Report())
     with pytest.raises(WeightError, match="not a name"):
         reconstruct(kspace, info, replace(Settings(), weights="../mine"), Report())
+
+
+@pytest.mark.parametrize(
+    ("plane", "name"),
+    [
+        ((32, 64), "laro"),
+        ((12, 20), "laro"),
+        ((40, 80), "laro"),
+        ((80, 206), "laro_206x80"),
+        ((206, 80), "laro_206x80"),
+        ((128, 256), "laro_206x80"),
+        ((0, 0), "laro"),
+        (None, "laro"),
+    ],
+)
+def test_the_nearest_weights_are_taken(plane: tuple[int, int] | None, name: str) -> None:
+    assert Settings().weights_for(plane) == name
+    assert Settings(weights="mine").weights_for(plane) == "mine"
+
+
+@pytest.mark.parametrize("name", WEIGHTS_OF_PLANES)
+def test_weights_were_trained_on_the_planes_that_they_are_taken_for(name: str) -> None:
+    trained = installed_weights(name, torch.device("cpu"), "float32")
+    assert tuple(trained.facts["recipe"]["matrix"][:2]) == WEIGHTS_OF_PLANES[name] and trained.start == "refined"
+
+
+def test_images_say_which_weights_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WEIGHTS_OF_PLANES:
+        save_weights(tmp_path, name, busy().network, "zero_filled", {"amplitude": 1.0})
+    monkeypatch.setenv(FOLDERS, str(tmp_path))
+    settings = Settings(low_rank_steps=0)
+    kspace, info = sampled(tiny_scan())
+    assert "weights laro " in reconstruct(kspace, info, settings, Report()).images[0].comment
+    maps = torch.ones(1, 80, 206, 2, dtype=torch.complex64)
+    data = torch.randn(2, 1, 80, 206, 2, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    large = KSpace(data, torch.ones(2, 80, 206), acs=data.mean(0), acs_mask=torch.ones(80, 206).bool(), coil_maps=maps)
+    info = replace(info, echo_times=(0.002, 0.006))
+    assert "weights laro_206x80 " in reconstruct(large, info, settings, Report()).images[0].comment
 
 
 def test_weights_of_another_kind_are_refused(tmp_path: Path) -> None:

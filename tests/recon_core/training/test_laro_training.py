@@ -15,12 +15,13 @@ from recon_core.methods.laro.weights import load_weights
 from recon_core.operators.planes import Planes
 from recon_core.sampling.mask_files import SamplingMask, read_mask, write_mask
 from recon_core.simulation.multi_echo_brain import BrainScan, ScanRecipe, simulate
-from recon_core.simulation.scan_folder import ScanFolder, read_scan, write_scan
+from recon_core.simulation.scan_folder import ScanFolder, cut_readout, read_scan, write_scan
+from recon_core.simulation.scan_folder import main as command
 from recon_core.training.checkpoint import WeightError, read_pair
 from recon_core.training.laro import RunSettings, learn_masks, main, mask_name, run
 from recon_core.training.laro_starts import MeasuredScans, measure
 from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, plane_sample
-from recon_core.training.losses import channel_ssim
+from recon_core.training.losses import channel_ssim, decay_error
 
 TINY = LaroRecipe(
     channels=4,
@@ -279,6 +280,32 @@ def test_channel_similarity() -> None:
     assert float(channel_ssim(x[0, 0], y[0, 0])) == pytest.approx(float(torch.stack(values).mean()), rel=1e-4)
 
 
+def test_the_error_of_the_decay_is_that_of_the_rate() -> None:
+    times = (0.002, 0.0065, 0.011, 0.02)
+    t = torch.tensor(times)[:, None, None]
+    rate = torch.full((6, 8), 30.0)
+    phase = torch.exp(2j * torch.pi * torch.rand(6, 8, generator=torch.Generator().manual_seed(0)))
+    truth, faster = ((phase * torch.exp(-t * r)[None]).to(torch.complex64) for r in (rate, rate + 5))
+    inside = torch.ones(1, 1, 6, 8, dtype=torch.bool)
+    assert float(decay_error(truth * (0.8 + 0.1j), truth, times, inside)) < 1e-3  # a scale and a phase change no rate
+    assert float(decay_error(faster, truth, times, inside)) == pytest.approx(5 * 0.018, rel=1e-2)
+    inside[..., :4] = False
+    spoilt = torch.cat((faster[..., :4], truth[..., 4:]), dim=-1).requires_grad_(True)
+    error = decay_error(spoilt, truth, times, inside)
+    error.backward()
+    assert float(error.detach()) < 1e-5 and spoilt.grad is not None and float(spoilt.grad[..., :4].abs().max()) == 0
+    dark = torch.zeros_like(truth).requires_grad_(True)
+    decay_error(dark, torch.zeros_like(truth), times, inside).backward()
+    assert dark.grad is not None and bool(torch.isfinite(torch.view_as_real(dark.grad)).all())
+
+
+def test_the_decay_can_be_trained_on(folder: str, tmp_path: Path) -> None:
+    recipe = replace(FROM_LLR, decay_weight=0.5, n_validation=0)
+    result, path = run(recipe, tmp_path / "out", RunSettings(scans=folder))
+    assert result.finished and load_weights(path).facts["recipe"]["decay_weight"] == 0.5
+    assert "decay_weight" not in TINY.facts() and LaroRecipe.from_facts(recipe.facts()) == recipe
+
+
 def test_recipes_that_cannot_be() -> None:
     for wrong in (
         {"patterns": ("8",)},
@@ -308,6 +335,34 @@ def test_scans_on_disk(folder: str, tmp_path: Path) -> None:
     (Path(folder) / "s0.safetensors").write_bytes(b"x")
     with pytest.raises(WeightError, match="sha256"):
         read_scan(Path(folder) / "s0.json")
+
+
+def test_a_short_readout_is_part_of_the_whole_one() -> None:
+    scan = scans()[0]
+    found = [cut_readout(scan, 4, seed) for seed in range(6)]
+    begins = set()
+    for cut in found:
+        assert cut.images.shape == (3, 12, 20, 4) and cut.coil_maps.shape[-1] == 4 and bool(cut.brain.any(0).any(0).all())
+        places = [x for x in range(11) if torch.equal(scan.images[..., x : x + 4], cut.images)]
+        assert len(places) == 1 and torch.equal(scan.labels[..., places[0] : places[0] + 4], cut.labels)
+        begins.add(places[0])
+    assert len(begins) > 1 and cut_readout(scan, 14, 0) is scan
+
+
+def test_scans_of_different_length_and_number_of_echoes_share_a_folder(tmp_path: Path) -> None:
+    words = "--matrix 12 20 14 --voxel 7 9 --coils 4 --echoes 3 2 --planes 5 --output"
+    command([*words.split(), str(tmp_path), "--count", "2"])
+    command([*words.split(), str(tmp_path), "--count", "1", "--first", "2"])
+    supply = ScanFolder(tmp_path)
+    assert [tuple(supply.scan(split, 0).images.shape) for split in ("train", "test", "validation")] == [
+        (n, 12, 20, 5) for n in (3, 2, 3)
+    ]
+    module = LaroModule(FROM_LLR)
+    measured = MeasuredScans(
+        supply, lambda pattern, number: module.pattern(pattern).draw(number),
+        acs=FROM_LLR.acs, draws=2, seed=0, keep=4, device=torch.device("cpu"),
+    ).measured("test", 0, "3/2")  # fmt: skip
+    assert measured.mask.shape[0] == measured.start.shape[0] == 2
 
 
 def test_measured_scans_of_a_folder_are_told_apart(folder: str) -> None:
