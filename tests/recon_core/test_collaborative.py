@@ -166,6 +166,14 @@ def test_without_numba_it_is_said_and_computed(monkeypatch: pytest.MonkeyPatch, 
     assert caplog.text.count("event=not_compiled") == 1
 
 
+def test_trying_the_compiler_draws_no_random_numbers() -> None:
+    """Else the first scan of a process would not be that of the second."""
+    before = torch.random.get_rng_state()
+    compiled.is_there.cache_clear()
+    assert compiled.is_there()
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("LLVM")])
 def test_a_compiler_that_fails_costs_no_scan(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
