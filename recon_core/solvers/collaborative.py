@@ -110,7 +110,16 @@ class PatchGroups:
         -------
         Tensor
             Same shape and dtype.
+
+        Raises
+        ------
+        DataError
+            Images of another matrix than the guide's.
         """
+        if images.ndim != 3 or tuple(images.shape[1:]) != self.shape:
+            raise DataError(
+                "images do not fit the groups", where="collaborative filter", got=tuple(images.shape), expected=self.shape
+            )
         if images.device.type == "cpu" and images.dtype == torch.complex64 and compiled.is_there():
             total, weight, pixels = self._filter_compiled(images, sigma * threshold)
         else:

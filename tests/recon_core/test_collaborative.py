@@ -210,6 +210,13 @@ def test_groups_that_cannot_be_transformed_are_refused() -> None:
         PatchGroups(series(), PatchSettings(side=64))
 
 
+def test_images_of_another_matrix_are_refused() -> None:
+    groups = PatchGroups(series(), PatchSettings())
+    for shape in ((40, 18), (20, 36), (36, 40)):
+        with pytest.raises(DataError, match="do not fit the groups"):
+            groups.filter(series(shape=shape), 0.1, 2.0)
+
+
 def test_principal_images_hold_the_energy_of_a_low_rank_series() -> None:
     clean = series()  # rank 2 in real terms: constant and slope in time
     strongest = principal_images(clean, 2)
