@@ -14,6 +14,8 @@ import recon_core
 ROOT = Path(recon_core.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 ALLOWED = {"recon_core", "torch", "numpy", "scipy", "h5py", "safetensors"} | sys.stdlib_module_names
+COMPILED = {"solvers/patch_kernels.py": {"numba"}}
+"""What may import a compiler; `recon_core.solvers.compiled` does without these where it is missing."""
 
 
 def imported(source: str) -> set[str]:
@@ -38,7 +40,8 @@ def test_the_scan_sees_imports() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_imports_stay_on_this_side(path: Path) -> None:
-    assert imported(path.read_text(encoding="utf-8")) <= ALLOWED
+    more = COMPILED.get(path.relative_to(ROOT).as_posix(), set())
+    assert imported(path.read_text(encoding="utf-8")) <= ALLOWED | more
 
 
 BLOCKED_IMPORT = """

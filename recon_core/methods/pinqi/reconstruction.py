@@ -26,8 +26,9 @@ NAME = "pinqi"
 SUMMARY = "Physics-informed learned T1 maps from undersampled saturation recovery (PINQI)"
 NEEDS_COIL_MAPS = True
 SUPPORTS_3D = False
-ROUNDING = 1e-3
-"""Solvers stop at a tolerance; where there is no signal their end point is anywhere within it."""
+ROUNDING = 5e-3
+"""The thresholds of the refined first images may fall either way, as in `moe_dqinr`; and solvers stop at a tolerance: where there is no
+signal their end point is anywhere within it."""
 FIDELITY = 0.2
 """What it has learned stays in images of complete data as well."""
 MAPS = {"T1": "s", "T1_SD": "s", "M0": "1", "M0_phase": "rad"}
