@@ -98,9 +98,14 @@ def open_jobs(spool: Path, patience: float) -> list[str]:
         time.sleep(0.5)
 
 
-def without_sidecar(spool: Path) -> list[str]:
-    """Captures that nobody has finished."""
-    return sorted(path.name for path in spool.glob("*.mrd") if not path.with_suffix(".json").exists())
+def without_sidecar(spool: Path, patience: float = 10.0) -> list[str]:
+    """Captures that nobody has finished, also not after so many seconds: a client has its images a moment before that is noted."""
+    until = time.monotonic() + patience
+    while True:
+        left = sorted(path.name for path in spool.glob("*.mrd") if not path.with_suffix(".json").exists())
+        if not left or time.monotonic() > until:
+            return left
+        time.sleep(0.2)
 
 
 def leftovers(pid: int) -> list[str]:
