@@ -147,20 +147,12 @@ def _add(patches: Array, weight: float, corners: Array, side: int, total: Array,
 
 
 @_compiled
-def _pixels_first(patches: Array, n: int, target: Array) -> None:
-    """``(patch, pixel and channel)`` to ``(pixel, patch and channel)``."""
-    for p in range(target.shape[0]):
-        for k in range(patches.shape[0]):
+def _exchange(source: Array, n: int, target: Array) -> None:
+    """``(patch, pixel and channel)`` to ``(pixel, patch and channel)``, or back."""
+    for i in range(target.shape[0]):
+        for k in range(source.shape[0]):
             for m in range(n):
-                target[p, k * n + m] = patches[k, p * n + m]
-
-
-@_compiled
-def _patches_first(planes: Array, n: int, target: Array) -> None:
-    for p in range(planes.shape[0]):
-        for k in range(target.shape[0]):
-            for m in range(n):
-                target[k, p * n + m] = planes[p, k * n + m]
+                target[i, k * n + m] = source[k, i * n + m]
 
 
 @_compiled
@@ -258,7 +250,7 @@ def filter_groups(
     for g in range(n_groups):
         _gather(pixels, corners[g], side, patches_1)
         _haar(patches_1, patches_2)
-        _pixels_first(patches_1, n, planes_2)
+        _exchange(patches_1, n, planes_2)
         _mix(cosine, lines_2, lines_1)
         for i in range(side):
             _mix(cosine, planes_1[i * side : (i + 1) * side], planes_2[i * side : (i + 1) * side])
@@ -275,6 +267,6 @@ def filter_groups(
         for i in range(side):
             _mix(cosine.T, planes_2[i * side : (i + 1) * side], planes_1[i * side : (i + 1) * side])
         _mix(cosine.T, lines_1, lines_2)
-        _patches_first(planes_2, n, patches_1)
+        _exchange(planes_2, n, patches_1)
         _inverse_haar(patches_1, patches_2)
         _add(patches_1, weight, corners[g], side, total, weights)
