@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -76,13 +76,9 @@ def _generator(*key: int | str) -> torch.Generator:
 def mirrored(batch: BrainBatch, posed: Posed) -> tuple[BrainBatch, Posed]:
     """Batch and problem with the readout reversed."""
     along = ("parameters", "images", "brain", "solid", "coil_maps", "kspace")  # x is their last axis
-    flipped = BrainBatch(**{f.name: _flip(getattr(batch, f.name), -1, f.name in along) for f in fields(batch)})
+    flipped = replace(batch, **{name: getattr(batch, name).flip(-1) for name in along})
     _, rhs, start = posed  # working images end in (x, y)
     return flipped, (flipped.operator(), rhs.flip(-2), None if start is None else start.flip(-2))
-
-
-def _flip(tensor: Tensor, axis: int, wanted: bool) -> Tensor:
-    return tensor.flip(axis) if wanted else tensor
 
 
 class NoiseFactors(nn.Module):
