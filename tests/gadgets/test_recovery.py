@@ -284,17 +284,21 @@ def test_captures_that_wait_are_not_removed(site: Site) -> None:
     @dataclass
     class Looking(CountingScan):
         def finish(self) -> Iterator[bytes]:
+            assert looked.wait(30)
             spools[0].make_room(10)
             kept.append((site.root / f"{second}.mrd").exists())
             return super().finish()
 
+    spools: list[Spool] = []
+    looked = threading.Event()
     first, second = site.left(1, info={}), site.left(2, info={})
     site.scan = Looking
     with site.recovery(start=False) as (_, books):
         for stem in (first, second):
             books.journal().put(JobRow(stem, "fourier", "received", capture=f"{stem}.mrd"))
     with site.recovery() as (recovery, books):
-        spools = [recovery._spool]
+        spools.append(recovery._spool)
+        looked.set()
         assert over(books, second).state == "sent"
         recovery._spool.held = frozenset
         recovery._spool.make_room(10)
