@@ -71,10 +71,9 @@ class Site:
         books, jobs = Books(self.root), Jobs(0)
         handlers = Handlers(open_scan=self.open_scan, check_config=self.check, entry=books.entry)
         recovery = Recovery(books, spool, Results(self.root, books, jobs), handlers)
-        if start:
-            books.is_server = True
-            recovery.start()
         try:
+            if start:
+                begin(recovery, books)
             yield recovery, books
         finally:
             recovery.close()
@@ -85,6 +84,12 @@ class Site:
     def info(self, stem: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.root / f"{stem}.json").read_text())
         return found
+
+
+def begin(recovery: Recovery, books: Books) -> None:
+    """For a test whose scan needs to know what `Site.recovery` gives: begun once it does."""
+    books.is_server = True
+    recovery.start()
 
 
 def over(books: Books, stem: str, seconds: float = 30.0) -> JobRow:
@@ -217,10 +222,11 @@ def test_an_attempt_is_counted_before_it_begins(site: Site) -> None:
             seen.append(held[0].journal().row(stem).attempts)
             return super().finish()
 
-    stem, held = site.left(1), []
+    stem, held = site.left(1), list[Books]()
     site.scan = Counted
-    with site.recovery() as (_, books):
+    with site.recovery(start=False) as (recovery, books):
         held.append(books)
+        begin(recovery, books)
         over(books, stem)
     assert seen == [1]
 
@@ -284,21 +290,19 @@ def test_captures_that_wait_are_not_removed(site: Site) -> None:
     @dataclass
     class Looking(CountingScan):
         def finish(self) -> Iterator[bytes]:
-            assert looked.wait(30)
             spools[0].make_room(10)
             kept.append((site.root / f"{second}.mrd").exists())
             return super().finish()
 
     spools: list[Spool] = []
-    looked = threading.Event()
     first, second = site.left(1, info={}), site.left(2, info={})
     site.scan = Looking
     with site.recovery(start=False) as (_, books):
         for stem in (first, second):
             books.journal().put(JobRow(stem, "fourier", "received", capture=f"{stem}.mrd"))
-    with site.recovery() as (recovery, books):
+    with site.recovery(start=False) as (recovery, books):
         spools.append(recovery._spool)
-        looked.set()
+        begin(recovery, books)
         assert over(books, second).state == "sent"
         recovery._spool.held = frozenset
         recovery._spool.make_room(10)
