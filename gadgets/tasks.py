@@ -390,5 +390,5 @@ def rehearse() -> None:
         try:
             settings: Any = parse_settings(method.Settings, getattr(method, "REHEARSAL", {}))
             reconstruct(kspace, scan, Recipe(name, settings))
-        except ReconError as error:
-            log.warning("event=rehearsal_failed method=%s error=%r", name, str(error))
+        except Exception as error:  # weights of a site may break one method in ways nobody foresaw: the others have to start
+            log.warning("event=rehearsal_failed method=%s error=%r", name, f"{type(error).__name__}: {error}")

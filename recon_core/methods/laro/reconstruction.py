@@ -98,6 +98,7 @@ def reconstruct_with(
         return _nothing(kspace, report)
     problem = pose(kspace, where, report)
     start = settings.start if settings.start != "weights" else trained.start
+    unrolls = settings.unrolls or trained.network.settings.unrolls
     planes = _planes(problem, kspace, trained.amplitude)
     if given is None:
         first = _first_images(start, problem, planes, trained.amplitude, report)
@@ -113,7 +114,7 @@ def reconstruct_with(
     for chosen in planes.groups(trained, settings.memory_mb):
         operator = Planes(planes.maps[chosen], planes.sampling, planes.axes)
         with torch.no_grad():
-            found = trained.network(operator, planes.rhs[chosen], first[chosen], settings.unrolls, factor)[-1]
+            found = trained.network(operator, planes.rhs[chosen], first[chosen], unrolls, factor)[-1]
             images[chosen] = torch.where(air[chosen, None, None, None], first[chosen], found)
         report.progress(0.5 + 0.4 * chosen.stop / len(images), NAME)
     if not bool(torch.isfinite(torch.view_as_real(images)).all()):
@@ -130,9 +131,9 @@ def reconstruct_with(
     series = problem.leave(working)[torch.argsort(order)]
     report.progress(1.0)
     return Result(
-        images=(ImageSeries("image", series, _origin(trained)),),
+        images=(ImageSeries("image", series, _origin(trained, unrolls, "given" if given is not None else start)),),
         quality={
-            "iterations": float(settings.unrolls or trained.network.settings.unrolls),
+            "iterations": float(unrolls),
             "residual": residual / size if size > 0 else 0.0,
             "noise": problem.noise,
         },
@@ -230,10 +231,11 @@ def _first_images(start: str, problem: Problem, planes: _PlaneProblems, amplitud
     return planes.enter(problem.operator.leave_image(images) * amplitude).contiguous()
 
 
-def _origin(trained: TrainedLaro) -> str:
+def _origin(trained: TrainedLaro, unrolls: int, start: str) -> str:
+    """How the images came about, for their comments: what was done, which a site's settings may have changed."""
     digest = str(trained.facts.get("sha256", ""))[:8] or "unsaved"
     name = Path(str(trained.facts.get("file", ""))).stem
-    return f"LARO, weights {name} {digest}, {trained.network.settings.unrolls} iterations, from {trained.start} images"
+    return f"LARO, weights {name} {digest}, {unrolls} iteration{'s' if unrolls > 1 else ''}, from {start} images"
 
 
 def _nothing(kspace: KSpace, report: Report) -> Result:

@@ -8,6 +8,7 @@ slices.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,7 +46,8 @@ class NoiseRule:
     def __post_init__(self) -> None:
         rows = (self.noise, self.image, self.signal, self.parameter)
         rising = all(a < b for a, b in zip(self.noise, self.noise[1:], strict=False))
-        if not self.noise or {len(row) for row in rows} != {len(self.noise)} or not rising or min(map(min, rows)) <= 0:
+        possible = all(0 < value < math.inf for row in rows for value in row) and math.isfinite(self.acceleration_power)
+        if not self.noise or {len(row) for row in rows} != {len(self.noise)} or not rising or not possible:
             raise SettingError(
                 "impossible noise rule", where="PINQI", got=self, expected="rising noise levels, a positive factor for each"
             )

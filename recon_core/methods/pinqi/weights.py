@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,6 +87,8 @@ def load_weights(
         raise WeightError("weights of another kind", where=where, got=got, expected=known)
     try:
         times, amplitude = tuple(float(t) for t in facts["times"]), float(facts["amplitude"])
+        if not 0 < amplitude < math.inf:
+            raise ValueError(f"amplitude {amplitude}, expected above 0")
         settings = PinqiSettings(**{**facts["network"], "precision": precision})
         rule = NoiseRule.from_facts(facts["noise_rule"]) if "noise_rule" in facts else DEFAULT_RULE
         model: SignalModel = MODELS[facts["signal_model"]](times, is_complex=bool(facts["is_complex"]))

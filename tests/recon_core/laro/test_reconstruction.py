@@ -262,7 +262,10 @@ def test_images_say_which_weights_made_them(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv(FOLDERS, str(tmp_path))
     settings = Settings(low_rank_steps=0)
     kspace, info = sampled(tiny_scan())
-    assert "weights laro " in reconstruct(kspace, info, settings, Report()).images[0].comment
+    comment = reconstruct(kspace, info, settings, Report()).images[0].comment
+    assert "weights laro " in comment and comment.endswith("2 iterations, from zero_filled images")
+    other = replace(settings, start="cg_sense", unrolls=1)
+    assert reconstruct(kspace, info, other, Report()).images[0].comment.endswith(", 1 iteration, from cg_sense images")
     maps = torch.ones(1, 80, 206, 2, dtype=torch.complex64)
     data = torch.randn(2, 1, 80, 206, 2, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
     large = KSpace(data, torch.ones(2, 80, 206), acs=data.mean(0), acs_mask=torch.ones(80, 206).bool(), coil_maps=maps)

@@ -47,7 +47,15 @@ def test_weights_without_a_rule_are_at_full_strength_from_three_per_cent() -> No
 
 @pytest.mark.parametrize(
     "rows",
-    [((), (), (), ()), ((0.02, 0.01), (1, 1), (1, 1), (1, 1)), ((0.01,), (0.0,), (1,), (1,)), ((0.01,), (1,), (1, 2), (1,))],
+    [
+        ((), (), (), ()),
+        ((0.01,), (1,), (1,), (1,), float("nan")),
+        ((0.01,), (float("nan"),), (1,), (1,)),
+        ((0.01,), (1,), (float("inf"),), (1,)),
+        ((0.02, 0.01), (1, 1), (1, 1), (1, 1)),
+        ((0.01,), (0.0,), (1,), (1,)),
+        ((0.01,), (1,), (1, 2), (1,)),
+    ],
 )
 def test_impossible_rules_are_refused(rows: tuple[tuple[float, ...], ...]) -> None:
     with pytest.raises(SettingError, match="noise rule"):

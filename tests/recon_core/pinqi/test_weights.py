@@ -55,6 +55,10 @@ def test_wrong_hash_other_methods_and_other_networks_are_refused(saved: Path, tm
         ({"format": 99}, "another kind"),
         ({"times": None}, "incomplete"),
         ({"amplitude": "x"}, "incomplete"),
+        ({"amplitude": 0}, "incomplete.*amplitude"),
+        ({"amplitude": -1.0}, "incomplete.*amplitude"),
+        ({"amplitude": float("nan")}, "incomplete.*amplitude"),
+        ({"amplitude": float("inf")}, "incomplete.*amplitude"),
         ({"network": {"depth": 3}}, "incomplete"),
         ({"times": [0.5, 1.0, 8.0]}, "another network"),
     ):
