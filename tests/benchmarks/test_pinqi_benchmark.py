@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, pinqi, pinqi_phantom, pinqi_speed
+from benchmarks import common, pinqi, pinqi_pairs, pinqi_phantom, pinqi_speed
 from benchmarks.pinqi_methods import (
     SWITCHED_OFF,
     T1_RANGE,
@@ -20,6 +20,7 @@ from benchmarks.pinqi_methods import (
     switched_off,
     zero_filled,
 )
+from benchmarks.pinqi_pairs import pairs
 from recon_core.methods.pinqi.model import PinqiSettings
 from recon_core.methods.pinqi.weights import TrainedPinqi, load_weights
 from recon_core.simulation.head_atlas import HeadAtlas
@@ -139,3 +140,19 @@ def test_the_phantom_arrives_whitened_and_calibrated() -> None:
     assert (kspace.data.abs().sum(dim=(1, 2, 4)) > 0).equal(kspace.mask[:, 0])
     air = kspace.data[..., :4][kspace.mask[:, None, :, :, None].expand(-1, 4, -1, -1, 4)]  # columns beside the tubes
     assert float(air.abs().square().mean().sqrt()) == pytest.approx(np.sqrt(2), rel=0.1)
+
+
+def test_slices_are_compared_pair_by_pair(capsys: pytest.CaptureFixture[str]) -> None:
+    def row(nrmse: float, mae: float, ssim: float) -> dict[str, float]:
+        return {"nrmse": nrmse, "mae": mae, "ssim": ssim}
+
+    mine = {"8": {"9": row(0.2, 0.1, 0.8), "10": row(0.1, 0.2, 0.9)}, "4": {"9": row(0.1, 0.1, 0.9)}, "6": {}}
+    other = {"4": {"9": row(0.1, 0.2, 0.8)}, "8": {"9": row(0.3, 0.1, 0.9), "10": row(0.4, 0.3, 0.9), "11": row(0, 0, 1)}}
+    four, eight = pairs(mine, other)
+    assert four == ("4", 1, [0, 1, 1], 0.0, 0.0)
+    assert eight[:3] == ("8", 2, [2, 1, 0]) and eight[3] == pytest.approx(-0.2)
+    assert eight[4] == pytest.approx(0.1 * 2**0.5)
+    with pytest.raises(SystemExit):
+        pinqi_pairs.main(["pinqi_fresh", "nobody"])
+    assert "pinqi_fresh has no 'nobody'" in capsys.readouterr().err
+    assert pinqi_pairs.main(["pinqi_fresh", "llr + fit", "cg_sense + fit"]) == 0

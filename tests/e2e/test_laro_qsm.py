@@ -164,9 +164,11 @@ def test_an_echo_that_never_came_is_named_and_the_others_are_reconstructed(serve
     assert "R2STAR" in maps_of(five)
 
 
-def test_echo_times_of_another_number_of_echoes_leave_the_fallbacks_images(server: Service) -> None:
+def test_echo_times_of_another_number_of_echoes_leave_the_methods_images_without_maps(server: Service) -> None:
     scan = learned_mask_scan(EIGHT, seed=SEED)
     header = re.sub(r"(<TE>.*?</TE>)+", "<TE>4</TE><TE>9</TE>", scan.header)
     answer = ask(server, "laro_qsm", scan, header=header, **QUICK)
     assert len(contrast(answer)) == 6 and not maps_of(answer)
-    assert any("echo times" in text for text in complaints(answer))
+    told = " ".join(complaints(answer))
+    assert "echo times" in told and "llr_qsm" not in told
+    assert all("LARO, weights laro " in " ".join(meta(image)["ImageComments"]) for image in contrast(answer))
