@@ -21,7 +21,7 @@ FIGURES = (("nrmse", 1.0), ("mae", 1.0), ("ssim", -1.0))
 
 
 def pairs(mine: Scores, other: Scores) -> list[tuple[str, int, list[int], float, float]]:
-    """Per acceleration that both have: slices, on how many ``mine`` is better in each figure, mean and (sample) SD of the difference of nRMSE."""
+    """Per acceleration that both have: slices, on how many ``mine`` is better in each figure, mean and sample SD of nRMSE's difference."""
     rows = []
     for acceleration in sorted(set(mine) & set(other), key=float):
         a, b = mine[acceleration], other[acceleration]

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from scipy.fft import next_fast_len
-from scipy.ndimage import distance_transform_edt
+from scipy.ndimage import binary_dilation, distance_transform_edt
 
 from recon_core.errors import DataError
 from recon_core.maps.dipole_kernel import convolve_spectrum, point_dipole_spectrum
@@ -23,6 +23,16 @@ from recon_core.settings import setting
 from recon_core.solvers.cg import conjugate_gradient
 
 Tensor = torch.Tensor
+
+
+SURFACE = 0.008
+"""Outliers are looked for in the outermost part of a mask that is as thick as this, m."""
+
+DEEP, LEAST_DEEP = 0.010, 100
+"""Voxels deeper than this, m, tell what a local field is like inside; fewer of them than this tell nothing."""
+
+MOST_OUTLIERS = 0.05
+"""Part of the voxels; more of them are no outliers."""
 
 
 @dataclass(frozen=True)
@@ -219,3 +229,36 @@ def resharp(
         n_batch_axes=0,
     )
     return LocalField(found.solution * valid, valid, int(found.iterations), float(found.residual), found.all_converged)
+
+
+def without_outliers(local: LocalField, mask: Tensor, voxel: Sequence[float], most: float = 4.0) -> LocalField:
+    """A local field without those places at the surface where it stands out from what it is inside.
+
+    A mask that was found in magnitudes holds, here and there, a voxel of skull, sinus or vein, hundreds of times as magnetic as tissue. Its
+    field is not what the inversion's model says, and the streaks it leaves cross the whole map.
+
+    Parameters
+    ----------
+    mask
+        bool ``(z, y, x)``: the one that the background was removed with; its surface is meant.
+    voxel
+        ``(z, y, x)`` in m.
+    most
+        Robust standard deviations of the deep voxels' field that are still believed. Left out is what exceeds them, with the voxels that
+        touch it (sharing a face).
+
+    Returns
+    -------
+    LocalField
+        The same, if more than `MOST_OUTLIERS` of it stand out, if nothing is deep, or if the field inside is uniform.
+    """
+    depth = inner_distance(mask, voxel)
+    inside = local.field[local.mask & (depth > DEEP)]
+    if len(inside) < LEAST_DEEP:
+        return local
+    spread = 1.4826 * float((inside - inside.median()).abs().median())
+    out = local.mask & (depth < SURFACE) & (local.field.abs() > most * spread)
+    out = torch.from_numpy(binary_dilation(out.cpu().numpy())).to(out.device) & local.mask
+    if spread == 0 or int(out.sum()) > MOST_OUTLIERS * int(local.mask.sum()):
+        return local
+    return replace(local, field=local.field.masked_fill(out, 0.0), mask=local.mask & ~out)

@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 
 from recon_core.errors import DataError, ReconError, SettingError
-from recon_core.maps.background import BackgroundSettings, LocalField, pdf, resharp, v_sharp
+from recon_core.maps.background import BackgroundSettings, LocalField, pdf, resharp, v_sharp, without_outliers
 from recon_core.maps.brain_mask import brain_mask, object_mask
 from recon_core.maps.dipole import Susceptibility, tkd, tv_admm
 from recon_core.maps.dipole_kernel import unit_vector
@@ -228,6 +228,8 @@ def _susceptibility(
     field = fit_field(images, times, mask, noise_std=None if noise is None else noise.std)
     weights = field.weights
     local = _local_field(field, mask, frame, weights, settings)
+    if settings.map_mask == "brain" and settings.map_background != "none":
+        local = without_outliers(local, mask, frame.voxel)
     if not local.converged:
         notes.append(f"background removal: not converged after {local.iterations} steps (residual {local.residual:.1e})")
     chi, region = _invert(local, images, times, r2star, frame, weights, settings)
@@ -242,6 +244,7 @@ def _susceptibility(
     volume = float(mask.sum()) * math.prod(frame.voxel)
     quality = {
         "brain_ml": 1e6 * volume,
+        "susceptibility_ml": 1e6 * float(local.mask.sum()) * math.prod(frame.voxel),
         "background_residual": local.residual,
         "inversion_iterations": float(chi.iterations),
         "inversion_change": chi.change,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.special import sph_harm_y
 
 from recon_core.errors import DataError
-from recon_core.maps.background import BackgroundSettings, pdf, resharp, v_sharp
+from recon_core.maps.background import BackgroundSettings, LocalField, pdf, resharp, v_sharp, without_outliers
 from recon_core.maps.dipole_kernel import DipoleOperator
 from recon_core.maps.spherical_mean import SphericalMean, inner_distance
 from tests.recon_core.maps.analytic_fields import positions, sphere_field
@@ -91,6 +93,45 @@ def test_v_sharp_leaves_out_one_layer_whatever_its_largest_radius(radius: float)
     mask = ball()
     found = v_sharp(background(), mask, VOXEL, settings=BackgroundSettings(vsharp_radius=radius))
     assert torch.equal(found.mask, inner_distance(mask, VOXEL) > max(VOXEL))
+
+
+def test_places_at_the_surface_that_stand_out_are_left_out() -> None:
+    mask = ball()
+    depth = inner_distance(mask, VOXEL)
+    valid = depth > max(VOXEL)
+    field = local(mask) * valid
+    whole = LocalField(field, valid, 3, 0.5, True)
+    assert without_outliers(whole, mask, VOXEL) is not whole  # nothing stands out: the same voxels
+    assert torch.equal(without_outliers(whole, mask, VOXEL).mask, valid)
+    place = tuple(int(i) for i in (valid & (depth < 0.005)).nonzero()[40])
+    deep = (14, 14, 14)
+    spoilt = field.clone()
+    spoilt[place] = spoilt[deep] = -3.0  # a bleeding in the middle stays
+    found = without_outliers(replace(whole, field=spoilt), mask, VOXEL)
+    lost = (valid & ~found.mask).nonzero()
+    assert (
+        found.mask[deep]
+        and not found.mask[place]
+        and found.field[place] == 0
+        and (found.iterations, found.residual) == (3, 0.5)
+    )
+    assert 1 <= len(lost) <= 7 and (lost - torch.tensor(place)).abs().sum(1).max() <= 1
+    kept = found.mask
+    assert torch.equal(found.field[kept], spoilt[kept])
+
+
+def test_what_is_no_exception_is_no_outlier() -> None:
+    mask = ball()
+    valid = inner_distance(mask, VOXEL) > max(VOXEL)
+    z, _, _ = positions(SHAPE, VOXEL)
+    rough = torch.from_numpy(np.where(inner_distance(mask, VOXEL) > 0.01, 1e-3, 1.0) * np.sin(900 * z)) * valid
+    uniform = torch.where(inner_distance(mask, VOXEL) > 0.01, 0.1, 0.5) * valid
+    for field in (rough, uniform):
+        local_field = LocalField(field, valid, 0, 0.0, True)
+        assert without_outliers(local_field, mask, VOXEL) is local_field
+    small = ball(0.009)  # nothing is deep
+    small_field = LocalField(rough * small, small, 0, 0.0, True)
+    assert without_outliers(small_field, small, VOXEL) is small_field
 
 
 def test_projection() -> None:
