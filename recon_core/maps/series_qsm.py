@@ -1,8 +1,8 @@
 """R2*, local field and susceptibility of a reconstructed multi-echo series, whichever method made it.
 
 Order, by the ISMRM consensus (arXiv 2307.02306): R2* from the magnitudes; brain mask; field across all echoes with exact
-unwrapping; background removal; sparsity-regularised dipole inversion; the reference region is reported. R2* needs no mask, so it
-still goes out when there is no susceptibility and ``map_failure`` is ``warn``.
+unwrapping; background removal; sparsity-regularised dipole inversion; the reference region is reported. R2* needs neither mask nor
+volume nor field strength, so it still goes out when there is no susceptibility and ``map_failure`` is ``warn``.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def multi_echo_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tu
     Raises
     ------
     DataError
-        No echo times, another number of them than of states, equal ones, too few; for ``qsm`` also whatever `field_frame` lacks.
+        No echo times, another number of them than of states, equal ones, too few; for ``qsm`` also whatever `field_frame` lacks,
+        where ``map_failure`` is ``error`` (otherwise R2* goes out without a susceptibility).
     """
     where = "R2* map" if settings.maps == "r2star" else "susceptibility map"
     least = 3 if settings.map_r2star_fit == "arlo" else 2
@@ -81,7 +82,7 @@ def multi_echo_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tu
             got=", ".join(f"{1e3 * t:g}" for t in times) + " ms",
             remedy="Only the contrast counter may vary: several repetitions or sets make several images of one echo",
         )
-    if settings.maps == "qsm":
+    if settings.maps == "qsm" and settings.map_failure == "error":
         field_frame(scan, settings)
     return times
 

@@ -139,6 +139,29 @@ def test_without_a_brain_or_phases_r2star_still_goes_out_or_nothing_does() -> No
             multi_echo_maps(given, scan, ImageNoise(NOISE, True), replace(brain, map_failure="error"))
 
 
+def test_r2star_needs_nothing_of_what_only_a_field_needs() -> None:
+    _, series, scan = scene()
+    quiet = replace(QSM, map_failure="warn")
+    whole = by_name(multi_echo_maps(series, scan, ImageNoise(NOISE, True), quiet).maps)
+    flat = ImageSeries("image", series.data[:, 15:16])
+    single: dict[str, Any] = {"matrix": (1, *scan.matrix[1:]), "recon_matrix": (1, *scan.recon_matrix[1:])}
+    cases: tuple[tuple[ImageSeries, dict[str, Any], MapSettings, str], ...] = (
+        (series, {"field_strength": None}, quiet, "no field strength"),
+        (series, {"b0_direction": None}, quiet, "direction in the image is unknown"),
+        (series, {}, replace(quiet, map_b0_direction="up"), "not a direction"),
+        (flat, single, quiet, "not a volume"),
+    )
+    for given, changes, settings, words in cases:
+        found = multi_echo_maps(given, replace(scan, **changes), ImageNoise(NOISE, True), settings)
+        assert [m.name for m in found.maps] == ["R2star", "R2star_SD", "S0"]
+        (note,) = found.notes
+        assert note.startswith("R2* only, no susceptibility map: ") and words in note
+        planes = slice(15, 16) if given is flat else slice(None)
+        torch.testing.assert_close(found.maps[0].data, whole["R2star"].data[planes], rtol=1e-5, atol=1e-3)
+        with pytest.raises((DataError, SettingError), match=words):
+            multi_echo_times(replace(scan, **changes), len(TIMES), replace(settings, map_failure="error"))
+
+
 def test_noise_that_hangs_together_is_no_brain() -> None:
     """Smooth noise: its bright part is large and connected, but no brighter than noise."""
     _, _, scan = scene()
