@@ -319,23 +319,31 @@ def attach(
 
 @app.command()
 def install(
-    file: MaskFile,
+    file: Annotated[
+        Path, typer.Argument(help="Mask file: .h5 or .csv of a sampling mask, .npy of a brain mask (docs/qsm.md).")
+    ],
     masks: Annotated[Path | None, typer.Option(help="The server's folder of masks. Default: in the state folder.")] = None,
 ) -> None:
-    """Copy a mask to where the server compares scans with it; the scan's header names it by the file's name."""
+    """Copy a mask to where the server finds it by the file's name: scans' headers name sampling masks, map_mask_file brain masks."""
     import shutil
 
+    from gadgets.given_masks import ENDING, read_given_mask
     from gadgets.mask_check import MASK_NAME, default_folder
     from recon_core.sampling.agreement import pattern_digest
     from recon_core.sampling.mask_files import MaskError, read_mask
 
     if not MASK_NAME.fullmatch(file.stem):
         raise MaskError("not a name for a mask", where=file.name, expected="letters, digits, '_', '-' and '.', at most 64")
-    mask = read_mask(file)
+    if file.suffix.lower() == ENDING:
+        inside = read_given_mask(file)
+        facts = f"{' x '.join(map(str, inside.shape))} (z, y, x), {int(inside.sum())} voxels inside"
+    else:
+        facts = f"sha256 {pattern_digest(read_mask(file).mask)}"
     folder = masks or default_folder()
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, folder / file.name)
-    _say(f"installed as {file.stem!r} in {folder}, sha256 {pattern_digest(mask.mask)}")
+    _say(f"installed as {file.stem!r} in {folder}, {facts}")
 
 
 def _largest_jump(mask: SamplingMask) -> float:

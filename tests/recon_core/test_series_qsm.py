@@ -194,3 +194,25 @@ def test_the_recipe_refuses_before_it_computes_and_the_method_s_images_stay() ->
     images = reconstruct(kspace, blind, recipe)
     assert not images.maps and [len(s.data) for s in images.images] == [4]
     assert any("no susceptibility map" in note for note in images.notes)
+
+
+def test_a_given_mask_is_the_map_s_and_is_checked() -> None:
+    head, series, scan = scene()
+    settings = replace(QSM, map_mask="brain")
+    half = head.mask.clone()
+    half[:, : half.shape[1] // 2] = False
+    found = by_name(multi_echo_maps(series, scan, ImageNoise(NOISE, True), settings, half).maps)
+    assert torch.equal(found["brain_mask"].valid, half) and found["brain_mask"].comment.startswith("as given")
+    assert bool(found["QSM"].valid[half].any()) and not bool(found["QSM"].valid[~half].any())
+    assert bool(found["R2star"].valid[head.mask & ~half].any())  # R2* needs no mask
+    for wrong, words in (
+        (half[:-1], "mask and images do not fit"),
+        (torch.zeros_like(half), "mask is empty"),
+        (half * 0.5, "not a mask"),
+    ):
+        with pytest.raises(DataError, match=words):
+            multi_echo_maps(series, scan, ImageNoise(NOISE, True), settings, wrong)
+        quiet = multi_echo_maps(series, scan, ImageNoise(NOISE, True), replace(settings, map_failure="warn"), wrong)
+        assert len(quiet.maps) == 3 and words in quiet.notes[0]
+    with pytest.raises(DataError, match="the mask that was named is not there; got 'mine'"):
+        multi_echo_maps(series, scan, ImageNoise(NOISE, True), replace(settings, map_mask_file="mine"))
