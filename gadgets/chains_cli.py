@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from gadgets.jobs_cli import name_value_pairs
+from gadgets.outputs import check_file
 from gadgets.terminal import make_table, out
 
 
@@ -27,6 +28,7 @@ def simulate(
     if describe:
         _print_settings(f"simulate {kind}", values)
         return
+    check_file(output)
     summary = run_simulation(kind, output, values)
     for key, value in asdict(summary).items():
         print(f"{key:<16}  {value}")

@@ -99,7 +99,7 @@ def serve(
     spool_gb: Annotated[float, typer.Option(help="Raw data kept at most, GB; the oldest go first.", min=0.1)] = 50.0,
     scan_gb: Annotated[float, typer.Option(help="Largest scan accepted, GB.", min=0.001)] = 20.0,
     configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
-    masks: Annotated[Path | None, typer.Option(help="Folder of sampling masks. [in the state folder]")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of sampling masks. Default: in the state folder.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
     idle_seconds: Annotated[
         float, typer.Option(help="Longest pause of a scanner between two messages of a scan.", min=1.0)

@@ -59,7 +59,7 @@ def dicom(
         Path | None,
         typer.Option(
             help="Where patient and study come from: MRD raw file, raw capture or XML. "
-            "[of images in a job's folder: the capture beside it; of others: left empty]"
+            "Default: of images in a job's folder the capture beside it; of others they are left empty."
         ),
     ] = None,
     group: Annotated[str | None, typer.Option(help="Run in the image file, if it has several.")] = None,

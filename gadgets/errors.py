@@ -61,6 +61,10 @@ class SpoolError(ReconError):
     """Raw data cannot be captured or read back."""
 
 
+class OutputError(ReconError):
+    """What a command is to write cannot be written where it was asked for."""
+
+
 class ImageFileError(ReconError):
     """An MRD image file that cannot be read or written, or an image that does not fit into its series."""
 

@@ -100,7 +100,14 @@ def retry(
         from gadgets.service import ServiceOptions, reconstruct_row
 
         options = ServiceOptions(
-            port=0, spool=root, noise=root.parent / "noise", configs=configs, device=device, workers=workers, threads=threads
+            port=0,
+            spool=root,
+            noise=root.parent / "noise",
+            masks=root.parent / "masks",
+            configs=configs,
+            device=device,
+            workers=workers,
+            threads=threads,
         )
         return reconstruct_row(options, row)
 

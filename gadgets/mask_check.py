@@ -58,11 +58,11 @@ def default_folder() -> Path:
     return default_spool_root().parent / "masks"
 
 
-def mask_names(folder: Path | None) -> dict[str, Path]:
+def mask_names(folder: Path | None, endings: tuple[str, ...] = ENDINGS) -> dict[str, Path]:
     """The masks of a folder by name; none where there is no folder."""
     if folder is None or not folder.is_dir():
         return {}
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS and path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and path.is_file())
     return {path.stem: path for path in files if MASK_NAME.fullmatch(path.stem)}
 
 

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from gadgets.outputs import check_file, check_folder
+
 if TYPE_CHECKING:  # torch takes a second to import: not for --help
     import numpy as np
     from numpy.typing import NDArray
@@ -23,12 +25,20 @@ app = typer.Typer(
 )
 out = Console()
 
+ENDINGS = (".h5", ".hdf5", ".csv")
+
 MaskFile = Annotated[Path, typer.Argument(help="Mask file, .h5 or .csv.")]
 K1 = Annotated[int, typer.Option(help="Phase-encoding positions along k1 (y).", min=1)]
 K2 = Annotated[int, typer.Option(help="Phase-encoding positions along k2 (partitions, z).", min=1)]
 Echoes = Annotated[int, typer.Option(help="Echoes of the train.", min=1)]
 Acceleration = Annotated[float, typer.Option(help="Grid positions over samples, central block counted.", min=1.0)]
-Segments = Annotated[int, typer.Option(help="The number of samples is rounded up to a multiple of this.", min=1)]
+Segments = Annotated[
+    int,
+    typer.Option(
+        help="The number of samples is rounded up to a multiple of this; down where the grid has not enough positions.",
+        min=1,
+    ),
+]
 AcsK1 = Annotated[int, typer.Option(help="Central block along k1, always sampled.", min=0)]
 AcsK2 = Annotated[int, typer.Option(help="Central block along k2.", min=0)]
 
@@ -49,10 +59,13 @@ def draw(
     acs_k2: AcsK2 = 20,
     like: Annotated[
         Path | None,
-        typer.Option(help="Draw from the probabilities in this .h5, interpolated to the matrix. [hand-made density]"),
+        typer.Option(
+            help="Draw from the probabilities in this .h5, interpolated to the matrix. Default: a hand-made density."
+        ),
     ] = None,
     per_echo: Annotated[
-        bool | None, typer.Option("--per-echo/--one-pattern", help="Draw every echo anew. [where the probabilities differ]")
+        bool | None,
+        typer.Option("--per-echo/--one-pattern", help="Draw every echo anew. Default: where the probabilities differ."),
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same mask.", min=0)] = 0,
 ) -> None:
@@ -62,6 +75,7 @@ def draw(
     from recon_core.sampling.learned import interpolate_probability, multilevel_density, samples_for
     from recon_core.sampling.mask_files import read_mask
 
+    check_file(output, *ENDINGS)
     shape, acs = (k2, k1), (acs_k2, acs_k1)
     n_samples = samples_for(shape, acceleration, segments)
     if like is None:
@@ -83,8 +97,10 @@ def draw(
 
 @app.command()
 def learn(
-    output: Annotated[Path, typer.Argument(help="File to write, .h5 or .csv.")],
-    folder: Annotated[Path | None, typer.Option(help="Of the training: checkpoints, logs. [beside the file]")] = None,
+    output: Annotated[Path, typer.Argument(help="File to write, .h5: a table has no room for probabilities.")],
+    folder: Annotated[
+        Path | None, typer.Option(help="Of the training: checkpoints, logs. Default: beside the file.")
+    ] = None,
     k1: K1 = 206,
     k2: K2 = 80,
     readout: Annotated[int, typer.Option(help="Readout positions of the training scans.", min=8)] = 200,
@@ -119,7 +135,9 @@ def learn(
 
     if threads:
         torch.set_num_threads(threads)
-    _check_output(output)
+    check_file(output, ".h5", ".hdf5")  # before hours of training, not after them
+    folder = folder or output.with_suffix(".training")
+    check_folder(folder)
     recipe = LaroRecipe(
         patterns=(f"{acceleration:g}/{2 if per_echo else 1}",),
         matrix=(k2, k1, readout),
@@ -135,7 +153,7 @@ def learn(
         device=device, max_minutes=max_minutes, resume=resume, scans=None if scans is None else str(scans), validate_every=0
     )
     with progress_bars() as bar:
-        result, (learned, *_) = learn_masks(recipe, folder or output.with_suffix(".training"), settings, PhaseBars(bar))
+        result, (learned, *_) = learn_masks(recipe, folder, settings, PhaseBars(bar))
     mask = read_mask(learned)
     assert mask.probability is not None and result is not None
     facts = {**mask.facts, "seed": seed}
@@ -156,6 +174,8 @@ def show(
     """Print what a mask holds; with --png, draw it."""
     from recon_core.sampling.mask_files import read_mask
 
+    if png is not None:
+        check_file(png)
     mask = read_mask(file)
     n_echoes, n_k2, n_k1 = mask.mask.shape
     table = Table(title=f"{n_k1} x {n_k2} (k1 x k2), {n_echoes} echoes, acceleration {mask.acceleration:.3f}")
@@ -182,7 +202,9 @@ def order(
     segments: Annotated[int, typer.Option(help="Fan-beam segments of equal size.", min=1)] = 11,
     max_jump: Annotated[
         float | None,
-        typer.Option(help="Largest jump allowed between consecutive echoes, in grid steps. [as the paper's order has it]"),
+        typer.Option(
+            help="Largest jump allowed between consecutive echoes, in grid steps. Default: what the paper's order has."
+        ),
     ] = None,
     png: Annotated[
         Path | None, typer.Option(help="Picture of the first echo: darker is acquired earlier in its segment.")
@@ -194,6 +216,9 @@ def order(
     from recon_core.sampling.mask_files import read_mask, write_mask
     from recon_core.sampling.ordering import fan_beam_order
 
+    check_file(output, *ENDINGS)
+    if png is not None:
+        check_file(png)
     mask = read_mask(file)
     found = fan_beam_order(mask.mask, segments, max_jump=max_jump)
     write_mask(output, replace(mask, order=found.positions, n_segments=segments))
@@ -213,9 +238,9 @@ def order(
 def export(
     file: MaskFile,
     seq: Annotated[
-        Path | None, typer.Option(help="Pulseq sequence to write; its MRD header goes beside it (.mrd.xml).")
+        Path | None, typer.Option(help="Pulseq sequence to write, .seq; its MRD header goes beside it (.mrd.xml).")
     ] = None,
-    csv: Annotated[Path | None, typer.Option(help="Table to write: one line per readout.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Table to write, .csv: one line per readout.")] = None,
     first_echo_ms: Annotated[float, typer.Option(help="First echo time, ms.", min=0.1)] = 4.0,
     echo_spacing_ms: Annotated[float, typer.Option(help="Between echoes, ms.", min=0.1)] = 3.384,
     tr_ms: Annotated[float, typer.Option(help="Repetition time, ms.", min=0.1)] = 40.0,
@@ -234,7 +259,7 @@ def export(
     noise_readouts: Annotated[int, typer.Option(help="Readouts of noise before the first pulse.", min=0)] = 16,
     field_strength: Annotated[float, typer.Option(help="T.", min=0.01)] = 3.0,
     pulseq_1_4: Annotated[
-        bool, typer.Option("--pulseq-1.4", help="Version 1.4.1 of the file format, for older interpreters. [1.5]")
+        bool, typer.Option("--pulseq-1.4", help="Version 1.4.1 of the file format, for older interpreters, not 1.5.")
     ] = False,
 ) -> None:
     """Write an ordered mask for the scanner: as a Pulseq sequence of the whole scan, as a table, or both."""
@@ -243,10 +268,13 @@ def export(
 
     if seq is None and csv is None:
         raise SettingError("nothing to write", where="recon mask export", expected="--seq, --csv or both")
+    seq, csv = _named(seq, ".seq"), _named(csv, ".csv")
+    if seq is not None:
+        check_file(seq.with_suffix(".mrd.xml"))
     mask = read_mask(file)
     if csv is not None:
-        write_mask(csv.with_suffix(".csv"), mask)
-        _say(f"written: {csv.with_suffix('.csv')}")
+        write_mask(csv, mask)
+        _say(f"written: {csv}")
     if seq is not None:
         from gadgets.pulseq import write_sequence
         from gadgets.pulseq_settings import SequenceSettings
@@ -284,29 +312,38 @@ def attach(
     """Put the sequence's header into raw data: converters know the protocol's matrix, not the sequence's."""
     from gadgets.pulseq_header import attach_header
 
+    check_file(output)
     attach_header(raw, header, output, group)
     _say(f"written: {output}")
 
 
 @app.command()
 def install(
-    file: MaskFile,
-    masks: Annotated[Path | None, typer.Option(help="The server's folder of masks. [in the state folder]")] = None,
+    file: Annotated[
+        Path, typer.Argument(help="Mask file: .h5 or .csv of a sampling mask, .npy of a brain mask (docs/qsm.md).")
+    ],
+    masks: Annotated[Path | None, typer.Option(help="The server's folder of masks. Default: in the state folder.")] = None,
 ) -> None:
-    """Copy a mask to where the server compares scans with it; the scan's header names it by the file's name."""
+    """Copy a mask to where the server finds it by the file's name: scans' headers name sampling masks, map_mask_file brain masks."""
     import shutil
 
+    from gadgets.given_masks import ENDING, read_given_mask
     from gadgets.mask_check import MASK_NAME, default_folder
     from recon_core.sampling.agreement import pattern_digest
     from recon_core.sampling.mask_files import MaskError, read_mask
 
     if not MASK_NAME.fullmatch(file.stem):
         raise MaskError("not a name for a mask", where=file.name, expected="letters, digits, '_', '-' and '.', at most 64")
-    mask = read_mask(file)
+    if file.suffix.lower() == ENDING:
+        inside = read_given_mask(file)
+        facts = f"{' x '.join(map(str, inside.shape))} (z, y, x), {int(inside.sum())} voxels inside"
+    else:
+        facts = f"sha256 {pattern_digest(read_mask(file).mask)}"
     folder = masks or default_folder()
+    check_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(file, folder / file.name)
-    _say(f"installed as {file.stem!r} in {folder}, sha256 {pattern_digest(mask.mask)}")
+    _say(f"installed as {file.stem!r} in {folder}, {facts}")
 
 
 def _largest_jump(mask: SamplingMask) -> float:
@@ -323,14 +360,14 @@ def _moved(facts: SequenceFacts, settings: SequenceSettings) -> str:
     return f" (moved to the gradient raster by up to {abs(largest) * 1e6:.0f} us)" if abs(largest) > 1e-7 else ""
 
 
-def _check_output(path: Path) -> None:
-    """Before hours of training, not after them."""
-    from recon_core.sampling.mask_files import MaskError
-
-    if path.suffix.lower() not in (".h5", ".hdf5", ".csv"):
-        raise MaskError(
-            "unknown kind of file", where=path.name, got=path.suffix or "no ending", expected=".h5, .hdf5 or .csv"
-        )
+def _named(path: Path | None, ending: str) -> Path | None:
+    """The file that will be written: the ending may be left out."""
+    if path is None:
+        return None
+    if path.name and not path.is_dir() and path.suffix.lower() in ("", ending):
+        path = path.with_suffix(ending)
+    check_file(path, ending)
+    return path
 
 
 def _write_draw(
@@ -353,6 +390,9 @@ def _write_draw(
     drawn = draw_mask(probability if per_echo else probability[:1], n_samples, int(facts["seed"]), acs)
     mask = SamplingMask(np.array(np.broadcast_to(drawn, probability.shape)), probability.astype(np.float32), facts=facts)
     write_mask(output, mask)
+    if n_samples < k2 * k1 / acceleration - 1e-9:
+        left = k2 * k1 - n_samples
+        _say(f"rounded down to {segments} equal segments: {left} of {k1} x {k2} positions are never sampled")
     _say(f"{n_samples} of {k1} x {k2} positions in each of {echoes} echoes, acceleration {mask.acceleration:.3f}: {output}")
 
 

@@ -388,7 +388,15 @@ def _service() -> Service:
     cores = os.cpu_count() or 1
     threads = cores // max(1, cores // 2)
     root = default_spool_root()
-    options = ServiceOptions(port=0, workers=0, threads=threads, spool=root, noise=root.parent / "noise", previews=False)
+    options = ServiceOptions(
+        port=0,
+        workers=0,
+        threads=threads,
+        spool=root,
+        noise=root.parent / "noise",
+        masks=root.parent / "masks",
+        previews=False,
+    )
     try:
         return Service(options)
     except (SpoolError, OSError) as error:  # Gadgetron's user may have no home

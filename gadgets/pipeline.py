@@ -23,6 +23,7 @@ from gadgets.compute_pool import Budget
 from gadgets.cut_scan import sort_cut_scan
 from gadgets.errors import SortError
 from gadgets.fair_queue import REPLAY, SCAN
+from gadgets.given_masks import given_mask_of
 from gadgets.images import ImageWriter, sending_order
 from gadgets.job_folder import JobFolders, JobRecord
 from gadgets.jobs import Jobs
@@ -59,7 +60,7 @@ class Services:
     ``configs`` is the folder of chain files, the shipped one when ``None``; ``previews=False`` makes none, whatever chains ask for;
     ``job_folders`` keeps what methods tell besides images; ``time_limit`` bounds every chain's computing for a scan, and what comes before
     the chain on its own, in s (0: not);
-    ``masks`` is the folder of the sampling masks that scans are compared with.
+    ``masks`` is the folder of the sampling masks that scans are compared with, and of masks for susceptibility maps.
     """
 
     jobs: Jobs
@@ -178,8 +179,9 @@ class Scan:
                 self._warn(note)
             if sampled.agreement is not None:
                 self.say(f"INF {sampled.agreement}\n")
+            mask, refusal = self._given_mask(sorted_scan)
             rows = self.preparation.rows()
-            yield from self._reconstruct(sorted_scan, rows, started, sampled.refusal)
+            yield from self._reconstruct(sorted_scan, rows, started, sampled.refusal or refusal, mask)
         finally:
             self.abandon()
 
@@ -189,6 +191,19 @@ class Scan:
         self._warn(f"incomplete: {self.raw.cut}")
         unfolds = self.chain.method != "fourier"
         return sort_cut_scan(self.index.headers, self.header, self.chain.acquisition, unfolds=unfolds)
+
+    def _given_mask(self, sorted_scan: SortedScan) -> tuple[NDArray[np.bool_] | None, ReconError | None]:
+        """The mask that the chain's maps are to be made in, or why the chain is refused; where that is to be a warning, it is one."""
+        settings = self.chain.maps
+        if settings.maps != "qsm" or not settings.map_mask_file:
+            return None, None
+        try:
+            return given_mask_of(sorted_scan, settings.map_mask_file, self.services.masks), None
+        except ReconError as error:
+            if settings.map_failure == "error":
+                return None, error
+            self._warn(str(error))
+            return None, None
 
     def abandon(self) -> None:
         """Drop the scan's tasks and intermediate files; the raw log is the connection's."""
@@ -211,11 +226,25 @@ class Scan:
         yield codec.text(f"INF noise measurement stored: {channels} channels, {estimate.n_samples} samples\n")
 
     def _reconstruct(
-        self, sorted_scan: SortedScan, rows: RowFiles, started: float, refusal: ReconError | None = None
+        self,
+        sorted_scan: SortedScan,
+        rows: RowFiles,
+        started: float,
+        refusal: ReconError | None = None,
+        given_mask: NDArray[np.bool_] | None = None,
     ) -> Iterator[bytes]:
         """With a ``refusal`` the chain is not tried: what its fallback makes is what there is."""
         white = self.preparation.whitened
-        work = SliceWork(self.tasks, self.services, self.chain, self.scratch.path, sorted_scan, rows, whitened=white)
+        work = SliceWork(
+            self.tasks,
+            self.services,
+            self.chain,
+            self.scratch.path,
+            sorted_scan,
+            rows,
+            whitened=white,
+            given_mask=given_mask,
+        )
         chain = self.chain
         writer = ImageWriter(self.header, chain.name, chain.output, changed=chain.changed, cut=self.raw.cut)
         spare: ImageWriter | None = None

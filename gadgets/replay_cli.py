@@ -12,6 +12,7 @@ from rich.text import Text
 
 from gadgets.errors import ImageFileError
 from gadgets.jobs_cli import name_value_pairs
+from gadgets.outputs import check_folder, check_image_file
 from gadgets.state_folder import compiler_caches, state_folder
 from gadgets.terminal import err, log_from, out
 
@@ -55,6 +56,9 @@ def replay(
         raise ImageFileError(
             "stdin and stdout are for streams", where="replay", got=STANDARD, remedy="recon run - makes images of one"
         )
+    check_image_file(output)
+    if montage is not None:
+        check_folder(montage)
     log_from("warning")
     with _progress() as bar:
         result = run_replay(
@@ -84,7 +88,7 @@ def run(
     settings: Annotated[list[str] | None, typer.Option("--set", help="NAME=VALUE; repeat for several.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda[:n].")] = "auto",
     configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
-    masks: Annotated[Path | None, typer.Option(help="Folder of sampling masks. [in the state folder]")] = None,
+    masks: Annotated[Path | None, typer.Option(help="Folder of sampling masks. Default: in the state folder.")] = None,
     workers: Annotated[
         int | None,
         typer.Option(help="Compute processes; 0 computes in this one. Default: as many as the server has.", min=0),
@@ -105,6 +109,13 @@ def run(
 
     if montage is not None and (str(output) == STANDARD or (output is None and str(source) == STANDARD)):
         raise ImageFileError("pictures are made of an image file", where="--montage", remedy="Name one: --out FILE.h5")
+    piped = str(source) == STANDARD
+    output = output or Path(STANDARD if piped else "out.h5")
+    if str(output) != STANDARD:
+        check_image_file(output)
+    for folder in (montage, job_folder):
+        if folder is not None:
+            check_folder(folder)
     compiler_caches()
     log_from("error")  # warnings come as the server's words as well
     # the server's own defaults: sums depend on the number of threads in their last bits
@@ -112,8 +123,6 @@ def run(
         port=0, workers=workers, threads=threads, spool=None, configs=configs, device=device, previews=previews,
         job_folder=job_folder, masks=masks or state_folder() / "masks",
     )  # fmt: skip
-    piped = str(source) == STANDARD
-    output = output or Path(STANDARD if piped else "out.h5")
     if piped or str(output) == STANDARD:
         _run_stream(source, output, montage, config, settings, options)
         return

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gadgets.errors import ImageFileError, RetryFailed
 from gadgets.journal import JobRow, Journal
+from gadgets.outputs import check_file
 from gadgets.recovery import require_capture
 
 LOOK_SECONDS = 0.2
@@ -49,13 +50,15 @@ def retry(
         No such job, or no raw data of it.
     RetryFailed
         It did not work out, for the reason in the row.
-    ImageFileError
+    ImageFileError, OutputError
         ``output`` exists, or cannot be written.
     JournalError
         The journal cannot be used.
     """
     if output is not None and output.exists():
         raise ImageFileError("the file exists", where=str(output), remedy="Name another one: nothing is overwritten")
+    if output is not None:
+        check_file(output)
     journal = Journal.open(root)
     try:
         original = journal.find(name)

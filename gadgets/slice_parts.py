@@ -10,9 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gadgets.devices import device_of_task
 from gadgets.reports import FileReport
-from gadgets.tasks import Role, SliceJob, SliceReport, from_portable, portable, report_tag, state_images, told_of_memory
+from gadgets.tasks import (
+    Role,
+    SliceJob,
+    SliceReport,
+    as_tensor,
+    from_portable,
+    portable,
+    report_tag,
+    state_images,
+    told_of_memory,
+)
 from recon_core.batches import batch_share
 from recon_core.maps.settings import MapSettings
 from recon_core.reconstruct import finish
@@ -61,6 +74,7 @@ class MapsJob:
     device: str
     batch_share: float
     cpu_only: bool
+    given_mask: NDArray[np.bool_] | None
 
     @classmethod
     def of(cls, job: SliceJob, images: StateImages) -> MapsJob:
@@ -68,7 +82,7 @@ class MapsJob:
         portable_images = replace(images, result=portable(images.result))
         return cls(
             portable_images, job.slice_index, job.scan, job.recipe.maps, job.report_folder, job.role, job.device,
-            job.batch_share, job.cpu_only,
+            job.batch_share, job.cpu_only, job.given_mask,
         )  # fmt: skip
 
     @property
@@ -97,7 +111,7 @@ def _fit_maps(job: MapsJob) -> Result:
     # fitted where the images were made: sums are ordered in another way on another device
     there = from_portable(job.images.result).to("cpu" if job.cpu_only else device_of_task(job.device))
     with batch_share(job.batch_share):
-        return portable(finish(replace(job.images, result=there), job.scan, job.maps, report))
+        return portable(finish(replace(job.images, result=there), job.scan, job.maps, report, as_tensor(job.given_mask)))
 
 
 class SliceParts:

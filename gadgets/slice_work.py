@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 from gadgets.chain import Chain
 from gadgets.compute_pool import Budget
 from gadgets.compute_settings import budget_of
@@ -58,6 +61,8 @@ class SliceWork:
         Where tasks report.
     sorted_scan, rows
         What they are computed from; ``whitened`` says whether the rows' noise is known.
+    given_mask
+        ``(z, y, x)``, of chains whose maps are to be made in it.
     """
 
     def __init__(
@@ -70,9 +75,11 @@ class SliceWork:
         rows: RowFiles,
         *,
         whitened: bool,
+        given_mask: NDArray[np.bool_] | None = None,
     ) -> None:
         self._tasks, self._services, self._chain, self._folder = tasks, services, chain, folder
         self._sorted, self._rows, self._whitened = sorted_scan, rows, whitened
+        self._given_mask = given_mask
         self.reports = ReportReader(folder)
         self.remaining = RemainingTime(sorted_scan.n_slices, services.jobs.capacity)
         self._ladder = Ladder()
@@ -100,6 +107,7 @@ class SliceWork:
             device=self._services.device,
             batch_share=rung.batch_share,
             cpu_only=rung.cpu_only,
+            given_mask=self._given_mask if chain.maps.map_mask_file else None,
         )
         # all slices of a scan share the limit: an operator waits for the scan, not for a slice
         if role not in self._budgets:

@@ -214,6 +214,7 @@ class SliceJob:
 
     ``previews``: whether the method's own previews are wanted. ``batch_share`` and ``cpu_only`` are for when memory is short.
     ``states``: first and one past the last of those that this task computes (`gadgets.slice_parts`); ``None`` for all.
+    ``given_mask``: ``(z, y, x)`` on the console's matrix, where maps need one and somebody made it.
     """
 
     sorted_scan: SortedScan
@@ -229,6 +230,7 @@ class SliceJob:
     batch_share: float = 1.0
     cpu_only: bool = False
     states: tuple[int, int] | None = None
+    given_mask: NDArray[np.bool_] | None = None
 
     @property
     def tag(self) -> str:
@@ -310,7 +312,12 @@ def _reconstruct_slice(job: SliceJob) -> Result:
     report = SliceReport(job)
     images = state_images(job, report)
     with batch_share(job.batch_share):
-        return portable(finish(images, job.scan, job.recipe.maps, report))
+        return portable(finish(images, job.scan, job.recipe.maps, report, as_tensor(job.given_mask)))
+
+
+def as_tensor(mask: NDArray[np.bool_] | None) -> torch.Tensor | None:
+    """A mask that crossed the process border."""
+    return None if mask is None else torch.from_numpy(mask)
 
 
 def state_images(job: SliceJob, report: SliceReport) -> StateImages:

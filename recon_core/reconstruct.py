@@ -23,7 +23,7 @@ from recon_core.preprocess.partial_fourier import Extent, complete, measured_ext
 from recon_core.preprocess.settings import PreprocessSettings
 from recon_core.problem import noise_of
 from recon_core.state_images import StateImages
-from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, Report, Result, ScanInfo, X
+from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, Report, Result, ScanInfo, Tensor, X
 
 COIL_IMAGE_AXES = (K2, K1)
 """Phase-encoding axes of hybrid k-space, which become z and y."""
@@ -42,7 +42,9 @@ class Recipe:
     maps: MapSettings = MapSettings()
 
 
-def reconstruct(kspace: KSpace, scan: ScanInfo, recipe: Recipe, report: Report | None = None) -> Result:
+def reconstruct(
+    kspace: KSpace, scan: ScanInfo, recipe: Recipe, report: Report | None = None, mask: Tensor | None = None
+) -> Result:
     """Images and maps of one slice or slab on the console's matrix.
 
     Maps of the recipe are fitted last, to the final images: a map is no linear function of the signal, so neither partial Fourier
@@ -58,6 +60,8 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, recipe: Recipe, report: Report |
         The method and all settings.
     report
         Receives progress and warnings.
+    mask
+        bool ``(z, y, x)`` on ``scan.recon_matrix``, for a susceptibility; ``None``: found in the images.
 
     Returns
     -------
@@ -69,7 +73,7 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, recipe: Recipe, report: Report |
     ReconError
         From the stage that failed; nothing is substituted here.
     """
-    return finish(reconstruct_images(kspace, scan, recipe, report), scan, recipe.maps, report)
+    return finish(reconstruct_images(kspace, scan, recipe, report), scan, recipe.maps, report, mask)
 
 
 def reconstruct_images(
@@ -127,15 +131,17 @@ def reconstruct_images(
     return StateImages(result, noise)
 
 
-def finish(images: StateImages, scan: ScanInfo, settings: MapSettings, report: Report | None = None) -> Result:
-    """The images of all states with the maps that the recipe asks for, on the CPU.
+def finish(
+    images: StateImages, scan: ScanInfo, settings: MapSettings, report: Report | None = None, mask: Tensor | None = None
+) -> Result:
+    """The images of all states with the maps that the recipe asks for, on the CPU; ``mask`` as in `reconstruct`.
 
     Raises
     ------
     ReconError
         No map can be made, and ``map_failure`` is ``error``.
     """
-    return _with_parameter_maps(images, scan, settings, report or Report()).to("cpu")
+    return _with_parameter_maps(images, scan, settings, report or Report(), mask).to("cpu")
 
 
 def compress_coils(kspace: KSpace, settings: PreprocessSettings) -> KSpace:
@@ -241,14 +247,19 @@ def _move_real(series: ImageSeries, move: Callable[[torch.Tensor], torch.Tensor]
     return moved if moved.is_complex() else moved.clamp_min(0.0)
 
 
-def _with_parameter_maps(final: StateImages, scan: ScanInfo, settings: MapSettings, report: Report) -> Result:
+def _with_parameter_maps(
+    final: StateImages, scan: ScanInfo, settings: MapSettings, report: Report, mask: Tensor | None
+) -> Result:
     """The maps that the recipe asks for, fitted to the final images of the method's first series."""
     result = final.result
     if settings.maps == "none" or result.maps:
         return result
-    make = t1_maps if settings.maps == "t1" else multi_echo_maps
+    series = result.images[0]
     try:
-        found = make(result.images[0], scan, final.noise, settings)
+        if settings.maps == "t1":
+            found = t1_maps(series, scan, final.noise, settings)
+        else:
+            found = multi_echo_maps(series, scan, final.noise, settings, mask)
     except ReconError as error:
         if settings.map_failure == "error":
             raise

@@ -11,6 +11,7 @@ import torch
 from scipy import ndimage
 
 from recon_core.errors import DataError
+from recon_core.maps.field_checks import checked_mask
 from recon_core.maps.finite_differences import relative_steps
 from recon_core.maps.spherical_mean import inner_distance
 from recon_core.settings import setting
@@ -95,6 +96,35 @@ def object_mask(magnitude: Tensor, *, fraction: float = 0.1) -> Tensor:
     return image >= fraction * top
 
 
+def given_mask(mask: Tensor, shape: Sequence[int], where: str = "given mask") -> Tensor:
+    """A mask that somebody made, as bool.
+
+    Parameters
+    ----------
+    mask
+        ``(z, y, x)``: bool, or numbers that are 0 or 1.
+    shape
+        Of the images: the console's matrix.
+
+    Raises
+    ------
+    DataError
+        Another shape, other values (a probability is no mask), nothing inside.
+    """
+    if tuple(mask.shape) != tuple(shape):
+        turned = " (z, y, x), not (x, y, z)" if tuple(mask.shape[::-1]) == tuple(shape) else " (z, y, x)"
+        raise DataError(
+            "mask and images do not fit",
+            where=where,
+            got=" x ".join(map(str, mask.shape)) or "a number",
+            expected=" x ".join(map(str, shape)) + turned,
+            remedy="It lies on the console's matrix, as the images that are sent",
+        )
+    if mask.dtype != torch.bool and (mask.is_complex() or not bool(((mask == 0) | (mask == 1)).all())):
+        raise DataError("not a mask", where=where, got=f"values of {mask.dtype}", expected="bool, or 0 and 1")
+    return checked_mask(mask, shape, where)
+
+
 def _combined(magnitude: Tensor, where: str) -> Tensor:
     """Root mean square over the echoes, float32 ``(z, y, x)``."""
     if magnitude.ndim not in (3, 4) or 0 in magnitude.shape:
@@ -146,5 +176,5 @@ def _no_brain(volume: float, least: float, why: str) -> DataError:
         where="brain mask",
         got=f"{volume * 1e6:.3g} ml: {why}",
         expected=f"at least {least * 1e6:.3g} ml of connected tissue",
-        remedy="Check that the images show a head, or give a mask.",
+        remedy="Check that the images show a head, or give a mask (map_mask_file).",
     )

@@ -1,8 +1,8 @@
 """R2*, local field and susceptibility of a reconstructed multi-echo series, whichever method made it.
 
 Order, by the ISMRM consensus (arXiv 2307.02306): R2* from the magnitudes; brain mask; field across all echoes with exact
-unwrapping; background removal; sparsity-regularised dipole inversion; the reference region is reported. R2* needs no mask, so it
-still goes out when there is no susceptibility and ``map_failure`` is ``warn``.
+unwrapping; background removal; sparsity-regularised dipole inversion; the reference region is reported. R2* needs neither mask nor
+volume nor field strength, so it still goes out when there is no susceptibility and ``map_failure`` is ``warn``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 
 from recon_core.errors import DataError, ReconError, SettingError
 from recon_core.maps.background import BackgroundSettings, LocalField, pdf, resharp, v_sharp, without_outliers
-from recon_core.maps.brain_mask import brain_mask, object_mask
+from recon_core.maps.brain_mask import brain_mask, given_mask, object_mask
 from recon_core.maps.dipole import Susceptibility, tkd, tv_admm
 from recon_core.maps.dipole_kernel import unit_vector
 from recon_core.maps.field import FieldMaps, correct_bipolar, fit_field
@@ -53,7 +53,8 @@ def multi_echo_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tu
     Raises
     ------
     DataError
-        No echo times, another number of them than of states, equal ones, too few; for ``qsm`` also whatever `field_frame` lacks.
+        No echo times, another number of them than of states, equal ones, too few; for ``qsm`` also whatever `field_frame` lacks,
+        where ``map_failure`` is ``error`` (otherwise R2* goes out without a susceptibility).
     """
     where = "R2* map" if settings.maps == "r2star" else "susceptibility map"
     least = 3 if settings.map_r2star_fit == "arlo" else 2
@@ -81,7 +82,7 @@ def multi_echo_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tu
             got=", ".join(f"{1e3 * t:g}" for t in times) + " ms",
             remedy="Only the contrast counter may vary: several repetitions or sets make several images of one echo",
         )
-    if settings.maps == "qsm":
+    if settings.maps == "qsm" and settings.map_failure == "error":
         field_frame(scan, settings)
     return times
 
@@ -136,7 +137,9 @@ def _b0_direction(scan: ScanInfo, settings: MapSettings) -> tuple[float, float, 
     return unit_vector(scan.b0_direction)
 
 
-def multi_echo_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, settings: MapSettings) -> SeriesMaps:
+def multi_echo_maps(
+    series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, settings: MapSettings, mask: Tensor | None = None
+) -> SeriesMaps:
     """R2* with its standard deviation and S0; for ``qsm`` also local field, susceptibility and brain mask, of one slab.
 
     Parameters
@@ -149,6 +152,9 @@ def multi_echo_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | Non
         Of the images; ``None`` where it is not known: standard deviations then come from the fits' residuals alone.
     settings
         Which maps, and how.
+    mask
+        bool ``(z, y, x)`` on the images' matrix: where there is a susceptibility; ``None`` to find the brain in the magnitudes
+        (``settings.map_mask``). R2* is not bound by it.
 
     Returns
     -------
@@ -158,7 +164,8 @@ def multi_echo_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | Non
     Raises
     ------
     DataError
-        As `multi_echo_times`; ``map_failure = error`` and no susceptibility could be made.
+        As `multi_echo_times`; ``map_failure = error`` and no susceptibility could be made, for instance because the mask has
+        another shape or nothing inside.
     """
     times = multi_echo_times(scan, len(series.data), settings)
     images = series.data.conj() if settings.map_phase_sign == "negative" and series.data.is_complex() else series.data
@@ -174,7 +181,7 @@ def multi_echo_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | Non
     maps = [r2star.r2star, r2star.r2star_sd, r2star.s0]
     if settings.maps == "qsm":
         try:
-            found = _susceptibility(images, times, r2star, scan, noise, settings)
+            found = _susceptibility(images, times, r2star, scan, noise, settings, mask)
         except ReconError as error:
             if settings.map_failure == "error":
                 raise
@@ -209,6 +216,7 @@ def _susceptibility(
     scan: ScanInfo,
     noise: ImageNoise | None,
     settings: MapSettings,
+    given: Tensor | None,
 ) -> SeriesMaps:
     if not images.is_complex():
         raise DataError(
@@ -217,7 +225,7 @@ def _susceptibility(
             remedy="Use a method that keeps the phase (not fourier)",
         )
     frame = field_frame(scan, settings)
-    mask = _mask(images, frame, noise, settings)
+    mask = _mask(images, frame, noise, settings, given)
     notes = []
     alternating = _alternating(scan, times, settings)
     if alternating and len(times) >= 3:
@@ -228,7 +236,7 @@ def _susceptibility(
     field = fit_field(images, times, mask, noise_std=None if noise is None else noise.std)
     weights = field.weights
     local = _local_field(field, mask, frame, weights, settings)
-    if settings.map_mask == "brain" and settings.map_background != "none":
+    if given is None and settings.map_mask == "brain" and settings.map_background != "none":
         local = without_outliers(local, mask, frame.voxel)
     if not local.converged:
         notes.append(f"background removal: not converged after {local.iterations} steps (residual {local.residual:.1e})")
@@ -239,7 +247,7 @@ def _susceptibility(
     maps = (
         ParameterMap("local_field", local.field, "Hz", local.mask, f"background removed by {method}"),
         replace(chi.chi, comment=f"{chi.chi.comment}; background {method}; {1e-6 * frame.larmor:.2f} MHz"),
-        ParameterMap("brain_mask", mask.float(), "1", mask, region),
+        ParameterMap("brain_mask", mask.float(), "1", mask, region if given is None else f"as given; {region}"),
     )
     volume = float(mask.sum()) * math.prod(frame.voxel)
     quality = {
@@ -252,7 +260,13 @@ def _susceptibility(
     return SeriesMaps(maps, tuple(notes), quality)
 
 
-def _mask(images: Tensor, frame: FieldFrame, noise: ImageNoise | None, settings: MapSettings) -> Tensor:
+def _mask(
+    images: Tensor, frame: FieldFrame, noise: ImageNoise | None, settings: MapSettings, given: Tensor | None
+) -> Tensor:
+    if given is not None:
+        return given_mask(given.to(images.device), images.shape[1:])
+    if settings.map_mask_file:
+        raise DataError("the mask that was named is not there", where="given mask", got=repr(settings.map_mask_file[:64]))
     if settings.map_mask == "object":
         return object_mask(images)
     mask = brain_mask(images, frame.voxel)

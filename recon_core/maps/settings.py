@@ -66,6 +66,10 @@ class MapSettings:
         "Susceptibility: where it is mapped: the brain, or everything with signal (phantoms)",
         choices=("brain", "object"),
     )
+    map_mask_file: str = setting(
+        "",
+        "Susceptibility: name of a mask on the server (recon mask install NAME.npy) in place of the one that map_mask finds; empty: none",
+    )
     map_bipolar: str = setting(
         "auto",
         "Phase between readouts of alternating direction is corrected: where the readouts say so, always, or never",

@@ -72,24 +72,6 @@ def differences(acquired: BoolArray, told: BoolArray) -> list[str]:
     return found
 
 
-def check_agreement(acquired: BoolArray, told: BoolArray, where: str = "scan") -> None:
-    """Refuse a scan that did not sample its mask.
-
-    Raises
-    ------
-    DataError
-        Names the differences of :func:`differences`.
-    """
-    found = differences(acquired, told)
-    if found:
-        raise DataError(
-            "the acquired samples are not those of the mask",
-            where=where,
-            got="; ".join(found),
-            remedy="use the mask of this scan, or none: the samples are read from the data",
-        )
-
-
 def _explanation(got: BoolArray, wanted: BoolArray) -> str:
     """One known mistake that turns the mask into the samples, or nothing."""
     if len(wanted) > 1:

@@ -82,6 +82,8 @@ class SamplingSettings:
 def samples_for(shape: tuple[int, int], acceleration: float, n_segments: int = 1) -> int:
     """Samples per echo at ``acceleration``, rounded up to full segments: 206 x 80 at 8 in 11 segments are 188 x 11 = 2068.
 
+    Where the grid has not that many positions they are rounded down: 206 x 80 at 1 in 11 segments are 1498 x 11 = 16478 of 16480.
+
     Raises
     ------
     SettingError

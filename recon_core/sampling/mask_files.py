@@ -141,27 +141,6 @@ def read_mask(path: str | Path) -> SamplingMask:
         raise MaskError("not a readable HDF5 file", where=path.name, got=type(error).__name__) from None
 
 
-def for_scan(mask: SamplingMask, shape: tuple[int, int], n_echoes: int) -> NDArray[np.bool_]:
-    """The first ``n_echoes`` patterns of a mask, for a scan of that matrix: bool ``(echo, k2, k1)``.
-
-    Raises
-    ------
-    MaskError
-        A mask for another matrix or for fewer echoes.
-    """
-    if mask.mask.shape[1:] != tuple(shape):
-        raise MaskError(
-            "a mask for another matrix",
-            where="mask",
-            got="{} x {} (k2 x k1)".format(*mask.mask.shape[1:]),
-            expected="{} x {}".format(*shape),
-            remedy="interpolate its probabilities and draw a new one (recon mask draw --like)",
-        )
-    if len(mask.mask) < n_echoes:
-        raise MaskError("a mask for fewer echoes", where="mask", got=len(mask.mask), expected=n_echoes)
-    return mask.mask[:n_echoes]
-
-
 def _check_ending(path: Path) -> None:
     if path.suffix.lower() not in (".h5", ".hdf5"):
         raise MaskError(

@@ -11,6 +11,7 @@ jump; when even that is too large, the error names what can be had.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,8 +87,10 @@ def fan_beam_order(
     DataError
         Echoes with different numbers of samples, or an empty mask.
     SettingError
-        Segments that do not divide the samples, or a ``max_jump`` that no order inside the segments can keep.
+        Segments that do not divide the samples, a ``max_jump`` that is no distance or that no order inside the segments can keep.
     """
+    if max_jump is not None and not (math.isfinite(max_jump) and max_jump >= 0):
+        raise SettingError("not a distance", where="mask.max_jump", got=max_jump, expected="a finite number, 0 or more")
     n_echoes, per_segment = _counts(mask, n_segments)
     scale = np.asarray(step, np.float64)
     centre = np.array([mask.shape[1] // 2, mask.shape[2] // 2])

@@ -113,11 +113,6 @@ class NonlinearReport:
         return int((~self.converged).sum())
 
     @property
-    def n_at_bound(self) -> int:
-        """Pixels with at least one parameter on a bound."""
-        return int(self.at_bound.any(1).sum())
-
-    @property
     def n_singular(self) -> int | None:
         """Pixels without a gradient; ``None`` before backward."""
         return None if self.singular is None else int(self.singular.sum())

@@ -1,4 +1,4 @@
-"""Accelerated proximal gradient (FISTA with restart) and the largest eigenvalue that its step needs."""
+"""Accelerated proximal gradient (FISTA with restart)."""
 
 from __future__ import annotations
 
@@ -26,33 +26,6 @@ class ProximalResult:
     change: float
     converged: bool
     restarts: int
-
-
-def largest_eigenvalue(
-    normal: Callable[[Tensor], Tensor],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    *,
-    device: torch.device | str = "cpu",
-    iterations: int = 12,
-    seed: int = 0,
-) -> float:
-    """Largest eigenvalue of a Hermitian positive semi-definite operator by power iteration; approached from below.
-
-    The start is drawn on the CPU from ``seed``, so that all devices agree. A step
-    length that uses it should be a little shorter. (``CartesianSense.norm_bound`` needs no iterations.)
-    """
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, dtype=dtype, generator=generator).to(device)
-    value = 0.0
-    for _ in range(iterations):
-        x = x / _norm(x)
-        y = normal(x)
-        value = _norm(y)
-        if value == 0 or not math.isfinite(value):
-            return value
-        x = y
-    return value
 
 
 def proximal_gradient(

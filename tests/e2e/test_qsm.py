@@ -116,6 +116,19 @@ def test_a_header_without_echo_times_gives_images_and_says_why_there_is_no_map(s
     assert any("no echo times" in text for text in complaints(said))
 
 
+def test_a_header_without_field_strength_gives_r2star_and_says_why_there_is_no_susceptibility(service: Service) -> None:
+    scan, truth = head()
+    header = re.sub(r"<(H1resonanceFrequency_Hz|systemFieldStrength_T)>.*?</\1>", "", scan.header)
+    header = header.replace("<experimentalConditions/>", "")
+    said = ask(service, "cg_sense", scan, header=header, **WARN)
+    assert len(contrast(said)) == 5 and sorted(maps_of(said)) == ["R2STAR", "R2STARSD", "S0"]
+    assert any("R2* only, no susceptibility map: " in text and "no field strength" in text for text in complaints(said))
+    rate = np.median(inner(truth.inserts[0], values(maps_of(said)["R2STAR"])))
+    assert rate == pytest.approx(INSERTS[0][3], rel=0.06)
+    refused = ask(service, "cg_sense", scan, header=header, maps="qsm")  # before anything is reconstructed
+    assert any("no field strength" in text for text in complaints(refused))
+
+
 def test_equal_echo_times_and_a_single_echo_are_refused_in_words(service: Service) -> None:
     scan, _ = head()
     header = re.sub(r"(<TE>.*?</TE>)+", "<TE>4</TE>" * 4, scan.header)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from gadgets.errors import HeaderError, RawFileError
+from gadgets.errors import HeaderError, OutputError, RawFileError
 from gadgets.mask_check import mask_names
 from gadgets.mask_cli import app
 from gadgets.raw_source import RawFile
@@ -67,7 +67,19 @@ def test_one_pattern_by_default_and_bounded_jumps(tmp_path: Path) -> None:
     _run("draw", tmp_path / "c.h5", *SMALL, "--per-echo", "--seed", "1")
     with pytest.raises(SettingError, match="at least"):
         _run("order", tmp_path / "c.h5", tmp_path / "d.h5", "--segments", "4", "--max-jump", "0.1")
+    for wrong in ("nan", "inf", "-1"):
+        with pytest.raises(SettingError, match="not a distance"):
+            _run("order", tmp_path / "c.h5", tmp_path / "d.h5", "--segments", "4", "--max-jump", wrong)
     assert not (tmp_path / "d.h5").exists()
+
+
+def test_a_grid_that_no_segments_fill_is_said(tmp_path: Path) -> None:
+    full = [*SMALL[:6], "--acceleration", "1", "--segments", "11", *SMALL[10:]]
+    said = _run("draw", tmp_path / "a.h5", *full)
+    assert "rounded down to 11 equal segments: 7 of 16 x 8 positions are never sampled" in said
+    assert "121 of 16 x 8 positions" in said and int(read_mask(tmp_path / "a.h5").mask[0].sum()) == 121
+    assert "rounded down" not in _run("draw", tmp_path / "b.h5", *full[:8], "--segments", "4", *SMALL[10:])
+    assert "rounded down" not in _run("draw", tmp_path / "c.h5", *SMALL)
 
 
 def test_learned_probabilities_for_another_matrix_and_fewer_echoes(tmp_path: Path) -> None:
@@ -110,8 +122,34 @@ def test_refusals(tmp_path: Path) -> None:
         _run("export", tmp_path / "a.h5")
     with pytest.raises(SettingError, match="no order"):
         _run("export", tmp_path / "a.h5", "--seq", tmp_path / "a.seq")
+    for words in (("--seq", ""), ("--seq", "/"), ("--csv", ""), ("--csv", tmp_path / "a.csv", "--seq", "")):
+        with pytest.raises(OutputError, match="names no file"):
+            _run("export", tmp_path / "a.h5", *words)
+    for words in (("--seq", tmp_path / "x.txt"), ("--csv", tmp_path / "x.h5")):
+        with pytest.raises(OutputError, match=r"unknown kind of file; got \.(txt|h5); expected \.(seq|csv)"):
+            _run("export", tmp_path / "a.h5", *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5"]
+    assert f"written: {tmp_path / 'table.csv'}" in _run("export", tmp_path / "a.h5", "--csv", tmp_path / "table")
     with pytest.raises(SettingError, match="divides the samples"):
         _run("order", tmp_path / "a.h5", tmp_path / "b.h5", "--segments", "5")
+
+
+def test_a_missing_folder_is_named_before_anything_is_done(tmp_path: Path) -> None:
+    _run("draw", tmp_path / "a.h5", *SMALL)
+    lost = tmp_path / "lost"
+    for words in (
+        ("draw", lost / "b.h5", *SMALL),
+        ("order", tmp_path / "a.h5", lost / "b.h5", "--segments", "4"),
+        ("order", tmp_path / "a.h5", tmp_path / "b.h5", "--segments", "4", "--png", lost / "b.png"),
+        ("show", tmp_path / "a.h5", "--png", lost / "b.png"),
+        ("export", tmp_path / "a.h5", "--csv", lost / "b.csv"),
+        ("attach", tmp_path / "a.h5", tmp_path / "a.h5", lost / "b.h5"),
+        ("learn", lost / "b.h5"),
+    ):
+        with pytest.raises(OutputError, match="its folder does not exist") as found:
+            _run(*words)
+        assert found.value.got == str(lost)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5"]
 
 
 def _raw(path: Path, n_samples: int) -> Path:
@@ -199,5 +237,7 @@ def test_learn_writes_a_mask_that_can_be_ordered(tmp_path: Path) -> None:
     assert "5 segments x 20 = 100" in _run("order", tmp_path / "m.h5", tmp_path / "o.h5", "--segments", "5")
     with pytest.raises(SettingError):  # the folder holds a training
         _run("learn", tmp_path / "m.h5", *words)
-    with pytest.raises(DataError, match="unknown kind of file"):
-        _run("learn", tmp_path / "m.png", *words)
+    for ending in ("png", "csv"):  # a table would lose what was learned
+        with pytest.raises(OutputError, match="unknown kind of file"):
+            _run("learn", tmp_path / f"n.{ending}", *words)
+    assert not (tmp_path / "n.training").exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from recon_core.errors import NumericalError
-from recon_core.solvers.proximal import largest_eigenvalue, proximal_gradient
+from recon_core.solvers.proximal import proximal_gradient
 
 F64 = torch.float64
 
@@ -83,14 +83,3 @@ def test_stops_when_nothing_changes_and_counts() -> None:
 def test_divergence_is_an_error() -> None:
     with pytest.raises(NumericalError, match="not finite"):
         proximal_gradient(lambda x: 10 * x, lambda z, _: z, torch.ones(2), step=1e10, max_iterations=100)
-
-
-def test_largest_eigenvalue_of_a_known_matrix() -> None:
-    generator = torch.Generator().manual_seed(0)
-    m = torch.randn(12, 12, dtype=torch.complex128, generator=generator)
-    a = m @ m.mH
-    top = float(torch.linalg.eigvalsh(a)[-1])
-    value = largest_eigenvalue(lambda x: a @ x, (12,), torch.complex128, iterations=200)
-    assert value == pytest.approx(top, rel=1e-6)
-    assert largest_eigenvalue(lambda x: a @ x, (12,), torch.complex128, iterations=5) <= top * (1 + 1e-12)
-    assert largest_eigenvalue(lambda x: x * 0, (12,), torch.complex128) == 0

@@ -139,6 +139,29 @@ def test_without_a_brain_or_phases_r2star_still_goes_out_or_nothing_does() -> No
             multi_echo_maps(given, scan, ImageNoise(NOISE, True), replace(brain, map_failure="error"))
 
 
+def test_r2star_needs_nothing_of_what_only_a_field_needs() -> None:
+    _, series, scan = scene()
+    quiet = replace(QSM, map_failure="warn")
+    whole = by_name(multi_echo_maps(series, scan, ImageNoise(NOISE, True), quiet).maps)
+    flat = ImageSeries("image", series.data[:, 15:16])
+    single: dict[str, Any] = {"matrix": (1, *scan.matrix[1:]), "recon_matrix": (1, *scan.recon_matrix[1:])}
+    cases: tuple[tuple[ImageSeries, dict[str, Any], MapSettings, str], ...] = (
+        (series, {"field_strength": None}, quiet, "no field strength"),
+        (series, {"b0_direction": None}, quiet, "direction in the image is unknown"),
+        (series, {}, replace(quiet, map_b0_direction="up"), "not a direction"),
+        (flat, single, quiet, "not a volume"),
+    )
+    for given, changes, settings, words in cases:
+        found = multi_echo_maps(given, replace(scan, **changes), ImageNoise(NOISE, True), settings)
+        assert [m.name for m in found.maps] == ["R2star", "R2star_SD", "S0"]
+        (note,) = found.notes
+        assert note.startswith("R2* only, no susceptibility map: ") and words in note
+        planes = slice(15, 16) if given is flat else slice(None)
+        torch.testing.assert_close(found.maps[0].data, whole["R2star"].data[planes], rtol=1e-5, atol=1e-3)
+        with pytest.raises((DataError, SettingError), match=words):
+            multi_echo_times(replace(scan, **changes), len(TIMES), replace(settings, map_failure="error"))
+
+
 def test_noise_that_hangs_together_is_no_brain() -> None:
     """Smooth noise: its bright part is large and connected, but no brighter than noise."""
     _, _, scan = scene()
@@ -171,3 +194,25 @@ def test_the_recipe_refuses_before_it_computes_and_the_method_s_images_stay() ->
     images = reconstruct(kspace, blind, recipe)
     assert not images.maps and [len(s.data) for s in images.images] == [4]
     assert any("no susceptibility map" in note for note in images.notes)
+
+
+def test_a_given_mask_is_the_map_s_and_is_checked() -> None:
+    head, series, scan = scene()
+    settings = replace(QSM, map_mask="brain")
+    half = head.mask.clone()
+    half[:, : half.shape[1] // 2] = False
+    found = by_name(multi_echo_maps(series, scan, ImageNoise(NOISE, True), settings, half).maps)
+    assert torch.equal(found["brain_mask"].valid, half) and found["brain_mask"].comment.startswith("as given")
+    assert bool(found["QSM"].valid[half].any()) and not bool(found["QSM"].valid[~half].any())
+    assert bool(found["R2star"].valid[head.mask & ~half].any())  # R2* needs no mask
+    for wrong, words in (
+        (half[:-1], "mask and images do not fit"),
+        (torch.zeros_like(half), "mask is empty"),
+        (half * 0.5, "not a mask"),
+    ):
+        with pytest.raises(DataError, match=words):
+            multi_echo_maps(series, scan, ImageNoise(NOISE, True), settings, wrong)
+        quiet = multi_echo_maps(series, scan, ImageNoise(NOISE, True), replace(settings, map_failure="warn"), wrong)
+        assert len(quiet.maps) == 3 and words in quiet.notes[0]
+    with pytest.raises(DataError, match="the mask that was named is not there; got 'mine'"):
+        multi_echo_maps(series, scan, ImageNoise(NOISE, True), replace(settings, map_mask_file="mine"))

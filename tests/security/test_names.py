@@ -5,10 +5,13 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from gadgets.buffer import AcquisitionSettings, sort_readouts
 from gadgets.chain import chain_from_script, chain_names, load_chain
 from gadgets.errors import UnknownChain
+from gadgets.given_masks import given_mask_of
 from gadgets.journal import Journal
 from gadgets.node import node_request
 from gadgets.noise_store import NoiseStore
@@ -16,6 +19,8 @@ from gadgets.pacs import PacsError
 from gadgets.pacs_queue import Queue
 from gadgets.wire import codec
 from recon_core.errors import ReconError
+from recon_core.sampling.mask_files import MaskError
+from tests.gadgets.scan_factory import mrd_header, readout_headers
 from tests.gadgets.serving import HEADER, data, serving
 from tests.gadgets.test_server import errors, still_works
 
@@ -114,6 +119,18 @@ def test_jobs_of_the_journal(name: str, tmp_path: Path) -> None:
     with pytest.raises(ReconError):
         journal.row(name)
     journal.close()
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_given_masks(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for path in (folder / "head.npy", tmp_path / "llr.npy", tmp_path / "outside.npy"):
+        np.save(path, np.ones((1, 8, 8), bool))
+    scan = sort_readouts(readout_headers([{"k1": k1} for k1 in range(8)]), mrd_header(), AcquisitionSettings())
+    for asked in (name, f"{name}/../head", "../outside"):
+        with pytest.raises(MaskError, match="no such mask on this server"):
+            given_mask_of(scan, asked, folder)
 
 
 def test_names_on_the_wire(tmp_path: Path) -> None:

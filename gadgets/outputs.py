@@ -1,0 +1,81 @@
+"""Where a command may write, asked before it works: hours of computing are not lost to a folder that does not exist.
+
+One rule for all commands: a *file* goes into a folder that exists, since a missing one is most often a name misspelt; a *folder* that
+is asked for as one is made.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from gadgets.errors import ImageFileError, OutputError
+
+
+def check_file(path: Path, *endings: str) -> None:
+    """Refuse a file that cannot be written, without touching what is there.
+
+    Parameters
+    ----------
+    endings
+        The kinds of file that may be asked for, such as ``.h5``; none given: any.
+
+    Raises
+    ------
+    OutputError
+        No name, a folder, another ending, a folder that does not exist, is none, or cannot be written to.
+    """
+    if not path.name:
+        raise OutputError("names no file", where="output", got=repr("" if path == Path() else str(path)))
+    if endings and path.suffix.lower() not in endings:
+        raise OutputError(
+            "unknown kind of file", where=str(path), got=path.suffix or "no ending", expected=" or ".join(endings)
+        )
+    if path.is_dir():
+        raise OutputError("is a folder", where=str(path), expected="the name of a file")
+    folder = path.parent
+    if not folder.is_dir():
+        what = "its folder is none" if folder.exists() else "its folder does not exist"
+        raise OutputError(what, where=str(path), got=str(folder), remedy="Files go into folders that exist")
+    try:
+        if path.is_file():
+            with path.open("ab"):
+                return
+        elif not path.exists():
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise OutputError("cannot be written", where=str(path), got=error.strerror) from None
+
+
+def check_image_file(path: Path) -> None:
+    """As `check_file`, for MRD images that are appended to what the file has.
+
+    Raises
+    ------
+    OutputError
+        As `check_file`.
+    ImageFileError
+        The file exists, and is no HDF5 file.
+    """
+    import h5py
+
+    check_file(path)
+    if path.is_file() and not h5py.is_hdf5(path):
+        raise ImageFileError("exists, and images cannot be added", where=str(path), expected="an HDF5 file, or a new name")
+
+
+def check_folder(path: Path) -> None:
+    """Refuse a folder that can be neither used nor made.
+
+    Raises
+    ------
+    OutputError
+        It, or one that it would lie in, is a file or cannot be written to.
+    """
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise OutputError("is no folder", where=str(path), got=f"the file {there}")
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise OutputError("cannot be written", where=str(path), got=f"{there}: {error.strerror}") from None
