@@ -54,6 +54,11 @@ class CarryOut:
         Trade time for memory.
     validate_every, checkpoint_minutes, log_every
         See `LoopSettings`.
+
+    Raises
+    ------
+    SettingError
+        No time at all, or a negative frequency.
     """
 
     device: str = "auto"
@@ -63,6 +68,14 @@ class CarryOut:
     validate_every: int = 250
     checkpoint_minutes: float = 10.0
     log_every: int = 1
+
+    def __post_init__(self) -> None:
+        # a NaN compares false: it is refused too
+        if not self.max_minutes > 0:
+            raise SettingError("no time to train", where="max_minutes", got=self.max_minutes, expected="above 0")
+        for name in ("validate_every", "checkpoint_minutes", "log_every"):
+            if not getattr(self, name) >= 0:
+                raise SettingError("not a frequency", where=name, got=getattr(self, name), expected="0 or more")
 
 
 def settle_recipe(recipe: TrainingRecipe, output: Path, resume: bool) -> None:
@@ -177,14 +190,14 @@ class PlainReport:
     Parameters
     ----------
     every
-        Steps.
+        Steps; 0: only validations.
     """
 
     def __init__(self, every: int) -> None:
         self._every = every
 
     def __call__(self, name: str, p: Progress) -> None:
-        if p.step % self._every == 0 or p.validation is not None:
+        if (self._every and p.step % self._every == 0) or p.validation is not None:
             figures = dict(p.figures) | ({} if p.validation is None else dict(p.validation.figures))
             text = " ".join(f"{k}={v:.4g}" for k, v in figures.items())
             print(f"{name} {p.step}/{p.steps} {p.minutes:.1f} min loss={p.loss:.5f} {text}", flush=True)
