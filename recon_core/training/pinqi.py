@@ -96,7 +96,6 @@ def run(
     device = training_device(settings.device)
     be_deterministic(device)
     recipe = replace(recipe, initial_sha256=initial_digest(settings.initial, output, settings.resume))
-    settle_recipe(recipe, output, settings.resume)
     anatomy = open_anatomy(settings.brainweb, device, atlas=settings.atlas)
     torch.manual_seed(sample_seed(recipe.seed, "weights"))
     choice = replace(
@@ -124,6 +123,7 @@ def run(
         for net in (network.parameter_net, network.image_net):
             if net is not None:
                 net.unet.compile(dynamic=False)  # in place: names of weights stay
+    settle_recipe(recipe, output, settings.resume)
     deadline = time.monotonic() + 60 * settings.max_minutes
 
     def phase(task: Task, name: str, epochs: float) -> TrainingResult:

@@ -16,10 +16,12 @@ import torch
 
 import recon_core
 from recon_core.errors import SettingError
-from recon_core.training.checkpoint import read_pair
-from recon_core.training.loop import Progress
+from recon_core.training.checkpoint import read_pair, write_json
+from recon_core.training.loop import CHECKPOINT, Progress
 
 RECIPE = "recipe.json"
+DATA = "data"
+"""Entry of the recipe's file: what is learned from."""
 
 
 @dataclass(frozen=True)
@@ -78,27 +80,74 @@ class CarryOut:
                 raise SettingError("not a frequency", where=name, got=getattr(self, name), expected="0 or more")
 
 
-def settle_recipe(recipe: TrainingRecipe, output: Path, resume: bool) -> None:
-    """Write the recipe, or see that the one there is the same.
+def read_recipe(output: Path) -> dict[str, Any] | None:
+    """What the folder's recipe states; ``None`` where no training was begun.
 
     Raises
     ------
     SettingError
-        The folder holds a training and ``resume`` is off, or one of another recipe.
+        The file is damaged.
     """
-    path = output / RECIPE
-    output.mkdir(parents=True, exist_ok=True)
-    if path.is_file():
-        there = type(recipe).from_facts(json.loads(path.read_text(encoding="utf-8")))
-        if not resume:
-            raise SettingError(
-                "the folder holds a training", where=output.name, remedy="add --resume, or name another folder"
-            )
-        if there != recipe:
-            own, theirs = asdict(recipe), asdict(there)
-            different = "; ".join(f"{k}: {theirs[k]}, not {own[k]}" for k in own if own[k] != theirs[k])
-            raise SettingError("the folder holds another training", where=output.name, got=different)
-    path.write_text(json.dumps(recipe.facts(), indent=1) + "\n", encoding="utf-8")
+    try:
+        stated = json.loads((output / RECIPE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise _damaged(output, str(error)) from None
+    if not isinstance(stated, dict) or not isinstance(stated.get(DATA, {}), dict):
+        raise _damaged(output, type(stated).__name__)
+    return stated
+
+
+def _damaged(output: Path, got: str) -> SettingError:
+    return SettingError(
+        "the recipe is damaged",
+        where=f"{output.name}/{RECIPE}",
+        got=got,
+        expected="JSON with the choices of a training",
+        remedy="put it back from a copy (the JSON of exported weights states it as its recipe), or name another folder",
+    )
+
+
+def settle_recipe(recipe: TrainingRecipe, output: Path, resume: bool, data: Mapping[str, str] | None = None) -> None:
+    """Write the recipe, or see that the one there is the same.
+
+    To be called when all that can be refused has been: from then on the folder holds a training.
+
+    Parameters
+    ----------
+    data
+        What is learned from but is no choice of the recipe, by name, as digests or words. A recipe from before this was recorded gets it
+        when its training is resumed.
+
+    Raises
+    ------
+    SettingError
+        The folder holds a training and ``resume`` is off, one of another recipe or from other data, or a damaged recipe.
+    """
+    data = dict(data or {})
+    stated = read_recipe(output)
+    if stated is None:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / RECIPE, {**recipe.facts(), **({DATA: data} if data else {})})
+        return
+    if not resume:
+        raise SettingError("the folder holds a training", where=output.name, remedy="add --resume, or name another folder")
+    try:
+        there = asdict(type(recipe).from_facts(stated))
+    except (TypeError, ValueError, AttributeError) as error:
+        raise _damaged(output, str(error)) from None
+    own, theirs = {**asdict(recipe), **data}, {**there, **stated.get(DATA, {})}
+    different = "; ".join(f"{k}: {theirs[k]}, not {own[k]}" for k in own if k in theirs and own[k] != theirs[k])
+    if different:
+        raise SettingError(
+            "the folder holds another training",
+            where=output.name,
+            got=different,
+            remedy="resume with the settings it was begun with, or name another folder",
+        )
+    if data and DATA not in stated:
+        write_json(output / RECIPE, {**stated, DATA: data})
 
 
 def initial_digest(initial: str | None, output: Path, resume: bool) -> str:
@@ -108,11 +157,22 @@ def initial_digest(initial: str | None, output: Path, resume: bool) -> str:
     ------
     WeightError
         ``initial`` is no pair of weights.
+    SettingError
+        A training that was stopped before its first checkpoint has to be given its initial weights again; or a damaged recipe.
     """
     if initial:
         return str(read_pair(initial)[1]["sha256"])
-    path = output / RECIPE
-    return str(json.loads(path.read_text(encoding="utf-8")).get("initial_sha256", "")) if resume and path.is_file() else ""
+    stated = read_recipe(output) if resume else None
+    digest = str((stated or {}).get("initial_sha256", ""))
+    if digest and not any(output.glob(f"*/{CHECKPOINT}.json")):
+        raise SettingError(
+            "stopped before its first checkpoint: it begins anew with its initial weights",
+            where=output.name,
+            got="no --initial",
+            expected=f"weights of sha256 {digest[:16]}",
+            remedy="add --initial",
+        )
+    return digest
 
 
 def training_device(name: str) -> torch.device:
