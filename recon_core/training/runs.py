@@ -39,6 +39,21 @@ class TrainingRecipe:
         values: dict[str, Any] = {k: tuple(facts[k]) if isinstance(facts[k], list) else facts[k] for k in known}
         return cls(**values)
 
+    def check_numbers(self, where: str, above_0: Sequence[str], from_0: Sequence[str]) -> None:
+        """See that these entries are finite, and above 0 or at least not below.
+
+        Raises
+        ------
+        SettingError
+            One is not.
+        """
+        for name in (*above_0, *from_0):
+            value = getattr(self, name)
+            # a NaN compares false: it is refused too
+            if not (0 < value < math.inf or (value == 0 and name in from_0)):
+                expected = "a finite number, " + ("0 or more" if name in from_0 else "above 0")
+                raise SettingError(f"impossible {name}", where=where, got=value, expected=expected)
+
 
 @dataclass(frozen=True)
 class CarryOut:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from functools import cache
@@ -364,10 +365,22 @@ def test_recipes_that_cannot_be() -> None:
         {"mask_start": "random"},
         {"second_start": "zero_filled"},
         {"mask_draws": 0},
+        {"network_rate": -1.0},
+        {"network_rate": math.nan},
+        {"network_rate": 0.0},
+        {"mask_rate": -1.0},
+        {"decay_weight": -1.0},
+        {"warmup_steps": -1},
+        {"n_validation": -1},
+        {"second_unrolls": 0},
+        {"kind": "foo"},
+        {"n_coils": 1},
     ):
         with pytest.raises(SettingError):
             replace(TINY, **wrong)
-    assert LaroRecipe.from_facts(TINY.facts()) == TINY
+    assert LaroRecipe.from_facts(TINY.facts()) == TINY and replace(TINY, mask_rate=0.0).mask_rate == 0
+    with pytest.raises(SettingError, match=r"impossible mask_rate; got -1\.0; expected a finite number, 0 or more"):
+        replace(TINY, mask_rate=-1.0)
 
 
 def test_scans_on_disk(folder: str, tmp_path: Path) -> None:
