@@ -19,6 +19,9 @@ from recon_core.errors import SettingError
 from recon_core.training.checkpoint import read_pair, write_json
 from recon_core.training.loop import CHECKPOINT, Progress
 
+SET_BY_PROGRAM = ("initial_sha256",)
+"""Entries of recipes that are no options of a command."""
+
 RECIPE = "recipe.json"
 DATA = "data"
 """Entry of the recipe's file: what is learned from."""
@@ -234,11 +237,11 @@ def code_facts(device: torch.device) -> dict[str, str]:
 
 
 def option_parser(program: str, description: str | None, *kinds: type) -> argparse.ArgumentParser:
-    """Options of a plain command; every field of the dataclasses has one."""
+    """Options of a plain command; every field of the dataclasses has one, but for `SET_BY_PROGRAM`."""
     p = argparse.ArgumentParser(prog=program, description=description)
     p.add_argument("--output", type=Path, required=True)
     for kind in kinds:
-        for name, default in asdict(kind()).items():
+        for name, default in _options(kind).items():
             option = "--" + name.replace("_", "-")
             if isinstance(default, bool):
                 p.add_argument(option, action="store_true")
@@ -256,7 +259,12 @@ def parsed_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | N
     if given["threads"]:
         torch.set_num_threads(given["threads"])
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    return given["output"], [kind(**{k: given[k] for k in asdict(kind())}) for kind in kinds]
+    return given["output"], [kind(**{k: given[k] for k in _options(kind)}) for kind in kinds]
+
+
+def _options(kind: type) -> dict[str, Any]:
+    """The entries that have an option, with their defaults."""
+    return {name: default for name, default in asdict(kind()).items() if name not in SET_BY_PROGRAM}
 
 
 class PlainReport:
