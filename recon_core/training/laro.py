@@ -8,8 +8,7 @@ call ended. `learn_masks` runs the first phase alone.
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,16 @@ from recon_core.simulation.random_fields import sample_seed
 from recon_core.simulation.scan_folder import ScanFolder
 from recon_core.training.checkpoint import load_into, read_pair
 from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, scan_supply, typical_amplitude, typical_noise
-from recon_core.training.loop import Progress, TrainingResult, train
-from recon_core.training.png import write_png
+from recon_core.training.loop import TrainingResult, train
 from recon_core.training.runs import (
+    Call,
     CarryOut,
-    PlainReport,
+    Tell,
     be_deterministic,
-    code_facts,
+    export_facts,
     initial_digest,
     option_parser,
-    parsed_options,
+    plain_command,
     settle_recipe,
     training_device,
 )
@@ -42,8 +41,6 @@ from recon_core.training.runs import (
 NAME = "laro"
 MASK_SEED = 0
 TAKEN_OVER = "masks"
-
-Tell = Callable[[str, Progress], None]
 
 
 def run(
@@ -111,7 +108,7 @@ class RunSettings(CarryOut):
 class _Training:
     def __init__(self, recipe: LaroRecipe, output: Path, settings: RunSettings, progress: Tell | None) -> None:
         recipe = replace(recipe, initial_sha256=initial_digest(settings.initial, output, settings.resume))
-        self.recipe, self.output, self.settings, self.progress = recipe, output, settings, progress
+        self.recipe, self.output, self.settings = recipe, output, settings
         self.device = training_device(settings.device)
         be_deterministic(self.device)
         self.supply = scan_supply(recipe, settings.scans)
@@ -130,7 +127,7 @@ class _Training:
             for name, mask in masks.items():
                 (output / TAKEN_OVER).mkdir(exist_ok=True)
                 write_mask(output / TAKEN_OVER / name, mask)
-        self.deadline = time.monotonic() + 60 * settings.max_minutes
+        self.call = Call(output, settings, validated=recipe.n_validation > 0, progress=progress)
         self.reached = {"phase1": 0, "phase2": 0}
         self.minutes = {"phase1": 0.0, "phase2": 0.0}
 
@@ -163,23 +160,9 @@ class _Training:
         return self._phase(2, LaroTask(self.module, self.recipe, self.device, 2, self.supply, masks))
 
     def _phase(self, number: int, task: LaroTask) -> TrainingResult:
-        s, name = self.settings, f"phase{number}"
-        loop = self.recipe.loop(
-            number,
-            max_minutes=max(1e-6, (self.deadline - time.monotonic()) / 60),
-            validate_every=s.validate_every if self.recipe.n_validation else 0,
-            checkpoint_minutes=s.checkpoint_minutes,
-            log_every=s.log_every,
-        )
-
-        def tell(p: Progress) -> None:
-            if p.validation is not None:
-                for key, image in p.validation.images.items():
-                    write_png(self.output / name / f"{key}_{p.step:06d}.png", image)
-            if self.progress is not None:
-                self.progress(name, p)
-
-        result = train(task, loop, self.output / name, resume=s.resume, progress=tell)
+        name = f"phase{number}"
+        loop = self.recipe.loop(number, **self.call.limits())
+        result = train(task, loop, self.output / name, resume=self.settings.resume, progress=self.call.tell(name))
         self.reached[name], self.minutes[name] = result.step, round(result.minutes, 2)
         return result
 
@@ -209,20 +192,14 @@ class _Training:
         """Masks and weights."""
         self.write_masks()
         recipe = self.recipe
+        steps = {"phase1": recipe.first_steps, "phase2": recipe.second_steps}
         facts: dict[str, Any] = {
             "amplitude": typical_amplitude(recipe, self.supply),
             "noise": typical_noise(recipe, self.supply),
-            "recipe": recipe.facts(),
-            "seed": recipe.seed,
             "scans": "a folder" if self.settings.scans else "simulated heads (recon_core.simulation.multi_echo_brain)",
             "data": self.data,
-            **code_facts(self.device),
-            "steps": {"phase1": recipe.first_steps, "phase2": recipe.second_steps},
-            "steps_done": self.reached,
-            "finished": result.finished and self.reached["phase2"] > 0,
+            **export_facts(recipe, result, self.device, steps, self.reached),
             "minutes": self.minutes,
-            "skipped_steps": result.skipped,
-            "validation": dict(result.figures),
         }
         return save_weights(self.output, NAME, self.module.network, recipe.second_start, facts)
 
@@ -250,10 +227,7 @@ def mask_name(pattern: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The plain command: a line per report."""
     kinds = (LaroRecipe, RunSettings)
-    parser = option_parser("python -m recon_core.training.laro", __doc__, *kinds)
-    output, (recipe, settings) = parsed_options(parser, arguments, *kinds)
-    result, weights = run(recipe, output, settings, PlainReport(settings.log_every))
-    print(f"{'finished' if result.finished else 'stopped, resumable'} after {result.minutes:.1f} min: {weights}")
+    plain_command(option_parser("python -m recon_core.training.laro", __doc__, *kinds), run, arguments, *kinds)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the programs that train have in common: device, recipe on disk, where the code came from, options on the command line."""
+"""What the programs that train have in common: device, recipe on disk, phases, where the code came from, the command line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import json
 import math
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -15,9 +16,13 @@ from typing import Any, Self
 import torch
 
 import recon_core
-from recon_core.errors import SettingError
+from recon_core.errors import ReconError, SettingError
 from recon_core.training.checkpoint import read_pair, write_json
-from recon_core.training.loop import CHECKPOINT, Progress
+from recon_core.training.loop import CHECKPOINT, Progress, TrainingResult
+from recon_core.training.png import write_png
+
+Tell = Callable[[str, Progress], None]
+"""Told a phase and its progress."""
 
 SET_BY_PROGRAM = ("initial_sha256",)
 """Entries of recipes that are no options of a command."""
@@ -265,6 +270,98 @@ def parsed_options(parser: argparse.ArgumentParser, arguments: Sequence[str] | N
 def _options(kind: type) -> dict[str, Any]:
     """The entries that have an option, with their defaults."""
     return {name: default for name, default in asdict(kind()).items() if name not in SET_BY_PROGRAM}
+
+
+def export_facts(
+    recipe: TrainingRecipe,
+    result: TrainingResult,
+    device: torch.device,
+    steps: Mapping[str, int],
+    reached: Mapping[str, int],
+) -> dict[str, Any]:
+    """What exported weights state of their training.
+
+    Parameters
+    ----------
+    result
+        Of the phase that was reached.
+    steps, reached
+        Planned and done, by phase; the last one makes the training complete.
+    """
+    last = list(steps)[-1]
+    facts = recipe.facts()
+    return {
+        "recipe": facts,
+        "seed": facts["seed"],
+        **code_facts(device),
+        "steps": dict(steps),
+        "steps_done": dict(reached),
+        "finished": result.finished and reached[last] == steps[last],
+        "skipped_steps": result.skipped,
+        "validation": dict(result.figures),
+    }
+
+
+class Call:
+    """One call of a program: its phases share the time, and every one has a folder with checkpoint, log and pictures.
+
+    Parameters
+    ----------
+    validated
+        Whether there is anything to validate on.
+    progress
+        Told the phase after every step.
+    """
+
+    def __init__(self, output: Path, settings: CarryOut, *, validated: bool, progress: Tell | None) -> None:
+        self._output, self._settings, self._progress = output, settings, progress
+        self._validate_every = settings.validate_every if validated else 0
+        self._deadline = time.monotonic() + 60 * settings.max_minutes
+
+    def limits(self) -> dict[str, Any]:
+        """Entries of `LoopSettings` for what is left of the time."""
+        s = self._settings
+        return {
+            "max_minutes": max(1e-6, (self._deadline - time.monotonic()) / 60),
+            "validate_every": self._validate_every,
+            "checkpoint_minutes": s.checkpoint_minutes,
+            "log_every": s.log_every,
+        }
+
+    def tell(self, phase: str) -> Callable[[Progress], None]:
+        """What a phase calls after every step: pictures go to its folder, the rest to ``progress``."""
+
+        def tell(p: Progress) -> None:
+            if p.validation is not None:
+                for key, image in p.validation.images.items():
+                    write_png(self._output / phase / f"{key}_{p.step:06d}.png", image)
+            if self._progress is not None:
+                self._progress(phase, p)
+
+        return tell
+
+
+def plain_command(
+    parser: argparse.ArgumentParser,
+    run: Callable[..., tuple[TrainingResult, Path]],
+    arguments: Sequence[str] | None,
+    *kinds: type,
+) -> None:
+    """A training with a line per report; what is refused is said in a line too.
+
+    Parameters
+    ----------
+    run
+        Of recipe, output folder, settings and report.
+    kinds
+        Of recipe and settings.
+    """
+    try:
+        output, (recipe, settings) = parsed_options(parser, arguments, *kinds)
+        result, weights = run(recipe, output, settings, PlainReport(settings.log_every))
+    except ReconError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    print(f"{'finished' if result.finished else 'stopped, resumable'} after {result.minutes:.1f} min: {weights}")
 
 
 class PlainReport:

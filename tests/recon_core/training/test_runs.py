@@ -117,3 +117,21 @@ def test_a_training_without_a_checkpoint_is_given_its_initial_weights_again(reci
     (tmp_path / "phase").mkdir()
     (tmp_path / "phase" / "checkpoint.json").write_text("{}")
     assert initial_digest(None, tmp_path, True) == "ab" and initial_digest(None, tmp_path, False) == ""
+
+
+@pytest.mark.parametrize(
+    ("training", "words"), [(pinqi, "--max-minutes 0"), (laro, "--max-minutes nan"), (laro, "--network-rate -1")]
+)
+def test_a_plain_command_says_what_is_refused(
+    training: Any, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        training.main(["--output", str(tmp_path / "out"), *words.split()])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 1 and not (tmp_path / "out").exists() and printed.out == ""
+    name = words.split()[0].removeprefix("--").replace("-", "_")
+    assert (
+        len(printed.err.splitlines()) == 1
+        and name in printed.err
+        and printed.err.startswith("python -m recon_core.training.")
+    )
