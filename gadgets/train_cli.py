@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -15,9 +17,11 @@ if TYPE_CHECKING:  # torch takes a second to import: not for --help
 
 app = typer.Typer(name="train", help="Train the learned methods on synthetic data.", no_args_is_help=True)
 out = Console()
+Made = TypeVar("Made")
 
 
 def progress_bars() -> Progress:
+    """What `PhaseBars` draws on: a context that shows name, bar, steps, time and figures of every phase."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -51,6 +55,18 @@ def _say_ended(finished: bool, minutes: float, weights: Path) -> None:
     out.print(f"{state} after {minutes:.1f} min: {weights}", markup=False, highlight=False, soft_wrap=True)
 
 
+def _made(kind: type[Made], options: Mapping[str, Any]) -> Made:
+    """A recipe, or settings, of the options that have the names of its fields: each has one, or this fails.
+
+    Options that were left out (``None``) take the field's default.
+    """
+    from recon_core.training.runs import SET_BY_PROGRAM
+
+    given = {f.name: options[f.name] for f in fields(kind) if f.name not in SET_BY_PROGRAM}  # type: ignore[arg-type]
+    plain = {k: tuple(v) if isinstance(v, list) else str(v) if isinstance(v, Path) else v for k, v in given.items()}
+    return kind(**{k: v for k, v in plain.items() if v is not None})
+
+
 @app.callback()
 def _train() -> None:
     """Train the learned methods on synthetic data."""
@@ -61,20 +77,24 @@ def pinqi(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, logs, pictures and the weights.")],
     max_minutes: Annotated[float, typer.Option(help="Stop, resumably, after this time.", min=0.01)] = math.inf,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the training in the folder was stopped.")] = False,
-    size: Annotated[int, typer.Option(help="Pixels along each side.", min=32)] = 192,
+    size: Annotated[
+        int, typer.Option(help="Pixels along each side; 8 or more for each acceleration, 64 for 8.", min=32)
+    ] = 192,
     columns: Annotated[
         int, typer.Option(help="Train on strips of so many readout positions, as exact as slices; 0 for slices.", min=0)
     ] = 0,
     batch: Annotated[int, typer.Option(help="Samples per step.", min=1)] = 16,
-    epochs: Annotated[float, typer.Option(help="Of 1952 samples each; fractions are allowed.")] = 80.0,
+    epochs: Annotated[float, typer.Option(help="End to end; fractions are allowed.", min=0.0)] = 80.0,
     pretrain_epochs: Annotated[float, typer.Option(help="Of the networks alone, first.", min=0.0)] = 1.0,
-    acceleration: Annotated[
-        list[float] | None, typer.Option(help="May be repeated; each sample takes one. [4 to 8]")
+    samples_per_epoch: Annotated[int, typer.Option(help="16 heads of 122 slices as published.", min=1)] = 1952,
+    accelerations: Annotated[
+        list[float] | None,
+        typer.Option("--acceleration", help="1 or more; may be repeated, each sample takes one. [4 to 8]"),
     ] = None,
     times: Annotated[
         list[float] | None, typer.Option("--time", help="Saturation delay in s, one per state; repeat.")
     ] = None,
-    coils: Annotated[int, typer.Option(help="Receive coils of the samples.", min=1)] = 8,
+    n_coils: Annotated[int, typer.Option("--coils", help="Receive coils of the samples.", min=1)] = 8,
     ablation: Annotated[str, typer.Option(help="proposed, or a to i of the paper's section III-D (g1, g2).")] = "proposed",
     start: Annotated[
         str,
@@ -82,7 +102,9 @@ def pinqi(
             help="Images that the iterations begin with: adjoint (as published), llr or refined (need less training)."
         ),
     ] = "adjoint",
-    iterations: Annotated[int, typer.Option(help="Of the unrolled network; 0: the ablation's, 5 as published.", min=0)] = 0,
+    n_iterations: Annotated[
+        int, typer.Option("--iterations", help="Of the unrolled network; 0: the ablation's, 5 as published.", min=0)
+    ] = 0,
     held: Annotated[
         int, typer.Option(help="Batches made once, with their first images, and used in turn; 0: always new ones.", min=0)
     ] = 0,
@@ -139,10 +161,11 @@ def pinqi(
     compiled: Annotated[
         bool, typer.Option("--compile", help="Fuse the networks' kernels: a slow start, then faster.")
     ] = False,
-    ema: Annotated[
-        float, typer.Option(help="Decay of a moving average of the weights; 0 for none.", min=0.0, max=0.99999)
+    ema_decay: Annotated[
+        float, typer.Option("--ema", help="Decay of a moving average of the weights; 0 for none.", min=0.0, max=0.99999)
     ] = 0.0,
     validate_every: Annotated[int, typer.Option(help="Steps between validations; 0 for none.", min=0)] = 250,
+    log_every: Annotated[int, typer.Option(help="Steps between rows of log.csv; 0 for none.", min=0)] = 1,
     checkpoint_minutes: Annotated[float, typer.Option(help="Between checkpoints.", min=0.0)] = 10.0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them to torch.", min=0)] = 0,
 ) -> None:
@@ -150,6 +173,7 @@ def pinqi(
 
     The same without this package's server side: python -m recon_core.training.pinqi --help
     """
+    options = locals() | {"compile": compiled}
     import torch
 
     from recon_core.training.pinqi import RunSettings, run
@@ -157,54 +181,7 @@ def pinqi(
 
     if threads:
         torch.set_num_threads(threads)
-    default = PinqiRecipe()
-    recipe = PinqiRecipe(
-        ablation=ablation,
-        start=start,
-        prediction=prediction,
-        pretrain_networks=pretrain_networks,
-        pretrain_scale=pretrain_scale,
-        reuse=reuse,
-        rate_spread=rate_spread,
-        spread_part=spread_part,
-        t1_weight=t1_weight,
-        n_iterations=iterations,
-        held=held,
-        noise_factors=noise_factors,
-        image_weight=image_weight,
-        image_rate=image_rate,
-        first_weight=first_weight,
-        other_weight=other_weight,
-        embedding_rate=embedding_rate,
-        warmup_steps=warmup_steps,
-        n_validation=n_validation,
-        nonlinear_solver=nonlinear_solver,
-        size=size,
-        times=tuple(times or default.times),
-        n_coils=coils,
-        accelerations=tuple(acceleration or default.accelerations),
-        columns=columns,
-        batch=batch,
-        epochs=epochs,
-        pretrain_epochs=pretrain_epochs,
-        seed=seed,
-        precision=precision,
-        network_rate=network_rate,
-        lambda_rate=lambda_rate,
-        ema_decay=ema,
-    )
-    settings = RunSettings(
-        device=device,
-        max_minutes=max_minutes,
-        resume=resume,
-        brainweb=None if brainweb is None else str(brainweb),
-        atlas=None if atlas is None else str(atlas),
-        initial=None if initial is None else str(initial),
-        recompute=recompute,
-        compile=compiled,
-        validate_every=validate_every,
-        checkpoint_minutes=checkpoint_minutes,
-    )
+    recipe, settings = _made(PinqiRecipe, options), _made(RunSettings, options)
     with progress_bars() as progress:
         result, weights = run(recipe, output, settings, PhaseBars(progress))
     _say_ended(result.finished, result.minutes, weights)
@@ -215,15 +192,17 @@ def laro(
     output: Annotated[Path, typer.Option(help="Folder for checkpoints, logs, pictures, the masks and the weights.")],
     max_minutes: Annotated[float, typer.Option(help="Stop, resumably, after this time.", min=0.01)] = math.inf,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the training in the folder was stopped.")] = False,
-    pattern: Annotated[
+    patterns: Annotated[
         list[str] | None,
-        typer.Option(help="R/SPO: acceleration and kind of mask (0 hand-made, 1 one, 2 one per echo); repeat. [8/2]"),
+        typer.Option(
+            "--pattern", help="R/SPO: acceleration and kind of mask (0 hand-made, 1 one, 2 one per echo); repeat. [8/2]"
+        ),
     ] = None,
     k1: Annotated[int, typer.Option(help="Phase-encoding positions along k1 (y).", min=8)] = 206,
     k2: Annotated[int, typer.Option(help="Phase-encoding positions along k2 (partitions, z).", min=8)] = 80,
     readout: Annotated[int, typer.Option(help="Readout positions of the training scans.", min=8)] = 200,
-    echoes: Annotated[int, typer.Option(help="Echoes of the training scans.", min=1)] = 10,
-    coils: Annotated[int, typer.Option(help="Coils of the training scans.", min=2)] = 8,
+    n_echoes: Annotated[int, typer.Option("--echoes", help="Echoes of the training scans, at most.", min=1)] = 10,
+    n_coils: Annotated[int, typer.Option("--coils", help="Coils of the training scans.", min=2)] = 8,
     acs_k1: Annotated[int, typer.Option(help="Central block along k1, always sampled.", min=0)] = 20,
     acs_k2: Annotated[int, typer.Option(help="Central block along k2.", min=0)] = 20,
     kind: Annotated[str, typer.Option(help="laro, or the comparator modl.")] = "laro",
@@ -238,19 +217,39 @@ def laro(
     first_unrolls: Annotated[int, typer.Option(help="Iterations in phase one.", min=1)] = 2,
     second_unrolls: Annotated[int, typer.Option(help="Iterations in phase two, and in use.", min=1)] = 10,
     pixel_weight: Annotated[float, typer.Option(help="Of the mean absolute error beside SSIM.", min=0.0)] = 0.0,
-    network_rate: Annotated[float, typer.Option(help="Learning rate of the network.")] = 1e-3,
-    mask_rate: Annotated[float, typer.Option(help="Learning rate of the masks.")] = 0.01,
+    decay_weight: Annotated[
+        float, typer.Option(help="Of the decay rate's error beside those; three echoes or more.", min=0.0)
+    ] = 0.0,
+    network_rate: Annotated[float, typer.Option(help="Learning rate of the network.", min=1e-7)] = 1e-3,
+    mask_rate: Annotated[float, typer.Option(help="Learning rate of the masks; 0 leaves them.", min=0.0)] = 0.01,
+    warmup_steps: Annotated[int, typer.Option(help="Of the learning rate; at most a fifth of the steps.", min=0)] = 100,
+    batch: Annotated[int, typer.Option(help="Planes of one scan per step.", min=1)] = 1,
     mask_start: Annotated[str, typer.Option(help="First probabilities: density or uniform.")] = "density",
     scans: Annotated[
-        Path | None, typer.Option(help="Folder of scans to learn from (docs/laro.md); simulated heads otherwise.")
+        Path | None,
+        typer.Option(
+            help="Folder of scans to learn from (docs/laro.md), with --resume the same; simulated heads otherwise."
+        ),
     ] = None,
+    scans_held: Annotated[int, typer.Option(help="Planes are drawn from so many scans at a time.", min=1)] = 6,
+    steps_per_scan: Annotated[int, typer.Option(help="Then the oldest of them is exchanged for a new one.", min=1)] = 80,
     masks: Annotated[Path | None, typer.Option(help="Folder with the masks of an earlier training to go on from.")] = None,
-    second_start: Annotated[str, typer.Option(help="First images of phase two: cg_sense or llr.")] = "cg_sense",
-    mask_draws: Annotated[int, typer.Option(help="Masks drawn of each pattern, from llr images.", min=1)] = 1,
+    initial: Annotated[
+        Path | None, typer.Option(help="JSON of weights to begin with, of the same network; random ones otherwise.")
+    ] = None,
+    second_start: Annotated[str, typer.Option(help="First images of phase two: cg_sense, llr or refined.")] = "cg_sense",
+    mask_draws: Annotated[
+        int, typer.Option(help="Masks drawn of each pattern in phase two, from llr or refined images.", min=1)
+    ] = 1,
+    measured_held: Annotated[
+        int, typer.Option(help="Scans held with their first images, from llr or refined images.", min=1)
+    ] = 64,
+    n_validation: Annotated[int, typer.Option(help="Held-out scans of a validation.", min=0)] = 1,
     seed: Annotated[int, typer.Option(help="Of weights, masks and samples.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more time.")] = False,
     validate_every: Annotated[int, typer.Option(help="Steps between validations; 0 for none.", min=0)] = 250,
+    log_every: Annotated[int, typer.Option(help="Steps between rows of log.csv; 0 for none.", min=0)] = 1,
     checkpoint_minutes: Annotated[float, typer.Option(help="Between checkpoints.", min=0.0)] = 10.0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them to torch.", min=0)] = 0,
 ) -> None:
@@ -258,6 +257,7 @@ def laro(
 
     The same without this package's server side: python -m recon_core.training.laro --help. Masks alone: recon mask learn.
     """
+    options = locals() | {"matrix": (k2, k1, readout), "acs": (acs_k2, acs_k1)}
     import torch
 
     from recon_core.training.laro import RunSettings, run
@@ -265,40 +265,7 @@ def laro(
 
     if threads:
         torch.set_num_threads(threads)
-    default = LaroRecipe()
-    recipe = LaroRecipe(
-        kind=kind,
-        fusion=fusion,
-        direction=direction,
-        channels=channels,
-        features=tuple(features or default.features),
-        patterns=tuple(pattern or default.patterns),
-        matrix=(k2, k1, readout),
-        n_echoes=echoes,
-        n_coils=coils,
-        acs=(acs_k2, acs_k1),
-        first_steps=first_steps,
-        second_steps=second_steps,
-        first_unrolls=first_unrolls,
-        second_unrolls=second_unrolls,
-        pixel_weight=pixel_weight,
-        network_rate=network_rate,
-        mask_rate=mask_rate,
-        mask_start=mask_start,
-        second_start=second_start,
-        mask_draws=mask_draws,
-        seed=seed,
-    )
-    settings = RunSettings(
-        device=device,
-        max_minutes=max_minutes,
-        resume=resume,
-        recompute=recompute,
-        validate_every=validate_every,
-        checkpoint_minutes=checkpoint_minutes,
-        scans=None if scans is None else str(scans),
-        masks=None if masks is None else str(masks),
-    )
+    recipe, settings = _made(LaroRecipe, options), _made(RunSettings, options)
     with progress_bars() as progress:
         result, weights = run(recipe, output, settings, PhaseBars(progress))
     _say_ended(result.finished, result.minutes, weights)

@@ -7,6 +7,7 @@ tenth is for validation, the tenth before it for tests (one each at least), the 
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from recon_core.errors import DataError
 from recon_core.simulation.anatomy import check_split
 from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe
 from recon_core.simulation.random_fields import sample_seed
-from recon_core.training.checkpoint import read_pair, write_pair
+from recon_core.training.checkpoint import read_pair, sha256_of, write_pair
 
 FORMAT = "recon-gadgets multi-echo scan"
 TENSORS = ("images", "coil_maps", "brain", "head", "r2star", "field", "local_field", "chi", "labels")
@@ -117,6 +118,13 @@ class ScanFolder:
                 self._held.popitem(last=False)
         self._held.move_to_end(path)
         return self._held[path]
+
+    def digest(self) -> str:
+        """sha256 of the names and of the descriptions, which state the tensors' sha256: the same for folders with the same scans."""
+        digest = hashlib.sha256()
+        for path in self._places:  # in order
+            digest.update(f"{path.name} {sha256_of(path)}\n".encode())
+        return digest.hexdigest()
 
 
 def cut_readout(scan: BrainScan, n_planes: int, seed: int) -> BrainScan:

@@ -62,15 +62,20 @@ def write_pair(
     part.chmod(0o644)  # weights are for all users of the machine; the library writes for the owner alone
     digest = sha256_of(part)
     _settle(part, file)
-    stated = directory / f"{name}.json"
-    temporary = stated.with_suffix(".json.part")
-    temporary.write_text(json.dumps({"file": file.name, "sha256": digest, **facts}, indent=1) + "\n", encoding="utf-8")
-    _settle(temporary, stated)
+    stated = write_json(directory / f"{name}.json", {"file": file.name, "sha256": digest, **facts})
     if version:
         for other in directory.glob(f"{name}*.safetensors"):
             if other != file:
                 other.unlink()
     return stated
+
+
+def write_json(path: Path, facts: Mapping[str, Any]) -> Path:
+    """Write a JSON document atomically: whoever reads the file finds the old one or the new one, whole."""
+    part = path.with_suffix(f"{path.suffix}.part")
+    part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    _settle(part, path)
+    return path
 
 
 def read_pair(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:

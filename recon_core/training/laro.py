@@ -7,8 +7,8 @@ call ended. `learn_masks` runs the first phase alone.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,22 +16,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from recon_core.errors import SettingError
 from recon_core.methods.laro.weights import save_weights
 from recon_core.sampling.learned import FIXED
 from recon_core.sampling.mask_files import SamplingMask, read_mask, write_mask
 from recon_core.simulation.random_fields import sample_seed
+from recon_core.simulation.scan_folder import ScanFolder
 from recon_core.training.checkpoint import load_into, read_pair
 from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, scan_supply, typical_amplitude, typical_noise
-from recon_core.training.loop import Progress, TrainingResult, train
-from recon_core.training.png import write_png
+from recon_core.training.loop import TrainingResult, train
 from recon_core.training.runs import (
+    Call,
     CarryOut,
-    PlainReport,
+    Tell,
     be_deterministic,
-    code_facts,
+    export_facts,
     initial_digest,
     option_parser,
-    parsed_options,
+    plain_command,
     settle_recipe,
     training_device,
 )
@@ -39,8 +41,6 @@ from recon_core.training.runs import (
 NAME = "laro"
 MASK_SEED = 0
 TAKEN_OVER = "masks"
-
-Tell = Callable[[str, Progress], None]
 
 
 def run(
@@ -61,7 +61,7 @@ def run(
     Raises
     ------
     SettingError
-        The folder holds a training and ``resume`` is off, or one of another recipe.
+        The folder holds a training and ``resume`` is off, one of another recipe, or one from other scans or masks.
     """
     training = _Training(recipe, Path(output), settings or RunSettings(), progress)
     result = training.first()
@@ -108,35 +108,45 @@ class RunSettings(CarryOut):
 class _Training:
     def __init__(self, recipe: LaroRecipe, output: Path, settings: RunSettings, progress: Tell | None) -> None:
         recipe = replace(recipe, initial_sha256=initial_digest(settings.initial, output, settings.resume))
-        self.recipe, self.output, self.settings, self.progress = recipe, output, settings, progress
+        self.recipe, self.output, self.settings = recipe, output, settings
         self.device = training_device(settings.device)
         be_deterministic(self.device)
-        settle_recipe(recipe, output, settings.resume)
         self.supply = scan_supply(recipe, settings.scans)
         torch.manual_seed(sample_seed(recipe.seed, "weights"))
         self.module = LaroModule(recipe, recompute=settings.recompute).to(self.device)
         if settings.initial:  # a resumed phase replaces them by its checkpoint's
             tensors, _ = read_pair(settings.initial, self.device)
             load_into(self.module.network, tensors, Path(settings.initial).name)
-        self._take_over()
-        self.deadline = time.monotonic() + 60 * settings.max_minutes
+        masks = self._masks_taken_over()
+        self.data: dict[str, str] = {
+            "scans": self.supply.digest() if isinstance(self.supply, ScanFolder) else "simulated",
+            "masks": masks_digest(masks) if masks else "none",
+        }
+        settle_recipe(recipe, output, settings.resume, self.data)
+        if settings.masks:  # copies for the calls that resume
+            for name, mask in masks.items():
+                (output / TAKEN_OVER).mkdir(exist_ok=True)
+                write_mask(output / TAKEN_OVER / name, mask)
+        self.call = Call(output, settings, validated=recipe.n_validation > 0, progress=progress)
         self.reached = {"phase1": 0, "phase2": 0}
         self.minutes = {"phase1": 0.0, "phase2": 0.0}
 
-    def _take_over(self) -> None:
-        """Probabilities of an earlier training; a copy stays in the folder, for the calls that resume."""
-        copies = self.output / TAKEN_OVER
+    def _masks_taken_over(self) -> dict[str, SamplingMask]:
+        """Those of an earlier training by file name, given or in the folder already; their probabilities are where this one begins."""
+        copies, given = self.output / TAKEN_OVER, self.settings.masks
+        found: dict[str, SamplingMask] = {}
         for pattern in dict.fromkeys(self.recipe.patterns):
             learned, name = self.module.pattern(pattern), mask_name(pattern)
-            if learned.settings.spo == FIXED:
+            copied = (copies / name).is_file()
+            if learned.settings.spo == FIXED or not (given or copied):
                 continue
-            if self.settings.masks and not (copies / name).is_file():
-                given = read_mask(Path(self.settings.masks) / name)
-                copies.mkdir(exist_ok=True)
-                write_mask(copies / name, given)
-            if (copies / name).is_file():
-                mask = read_mask(copies / name)
-                learned.start_from(mask.mask.astype(np.float32) if mask.probability is None else mask.probability)
+            mask = found[name] = read_mask(Path(given or copies) / name)
+            if given and copied and self.settings.resume:
+                theirs, own = (masks_digest({name: m})[:16] for m in (read_mask(copies / name), mask))
+                if theirs != own:
+                    raise SettingError("it was begun with another mask", where=name, got=own, expected=theirs)
+            learned.start_from(mask.mask.astype(np.float32) if mask.probability is None else mask.probability)
+        return found
 
     def first(self) -> TrainingResult | None:
         """Masks and network; ``None`` where the recipe has no steps for it."""
@@ -150,23 +160,9 @@ class _Training:
         return self._phase(2, LaroTask(self.module, self.recipe, self.device, 2, self.supply, masks))
 
     def _phase(self, number: int, task: LaroTask) -> TrainingResult:
-        s, name = self.settings, f"phase{number}"
-        loop = self.recipe.loop(
-            number,
-            max_minutes=max(1e-6, (self.deadline - time.monotonic()) / 60),
-            validate_every=s.validate_every if self.recipe.n_validation else 0,
-            checkpoint_minutes=s.checkpoint_minutes,
-            log_every=s.log_every,
-        )
-
-        def tell(p: Progress) -> None:
-            if p.validation is not None:
-                for key, image in p.validation.images.items():
-                    write_png(self.output / name / f"{key}_{p.step:06d}.png", image)
-            if self.progress is not None:
-                self.progress(name, p)
-
-        result = train(task, loop, self.output / name, resume=s.resume, progress=tell)
+        name = f"phase{number}"
+        loop = self.recipe.loop(number, **self.call.limits())
+        result = train(task, loop, self.output / name, resume=self.settings.resume, progress=self.call.tell(name))
         self.reached[name], self.minutes[name] = result.step, round(result.minutes, 2)
         return result
 
@@ -196,21 +192,27 @@ class _Training:
         """Masks and weights."""
         self.write_masks()
         recipe = self.recipe
+        steps = {"phase1": recipe.first_steps, "phase2": recipe.second_steps}
         facts: dict[str, Any] = {
             "amplitude": typical_amplitude(recipe, self.supply),
             "noise": typical_noise(recipe, self.supply),
-            "recipe": recipe.facts(),
-            "seed": recipe.seed,
             "scans": "a folder" if self.settings.scans else "simulated heads (recon_core.simulation.multi_echo_brain)",
-            **code_facts(self.device),
-            "steps": {"phase1": recipe.first_steps, "phase2": recipe.second_steps},
-            "steps_done": self.reached,
-            "finished": result.finished and self.reached["phase2"] > 0,
+            "data": self.data,
+            **export_facts(recipe, result, self.device, steps, self.reached),
             "minutes": self.minutes,
-            "skipped_steps": result.skipped,
-            "validation": dict(result.figures),
         }
         return save_weights(self.output, NAME, self.module.network, recipe.second_start, facts)
+
+
+def masks_digest(masks: Mapping[str, SamplingMask]) -> str:
+    """sha256 of masks and probabilities, by name."""
+    digest = hashlib.sha256()
+    for name in sorted(masks):
+        mask, probability = masks[name].mask, masks[name].probability
+        digest.update(repr((name, mask.shape, probability is None)).encode())
+        digest.update(np.ascontiguousarray(mask).tobytes())
+        digest.update(b"" if probability is None else np.ascontiguousarray(probability, np.float32).tobytes())
+    return digest.hexdigest()
 
 
 def mask_name(pattern: str) -> str:
@@ -225,10 +227,7 @@ def mask_name(pattern: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The plain command: a line per report."""
     kinds = (LaroRecipe, RunSettings)
-    parser = option_parser("python -m recon_core.training.laro", __doc__, *kinds)
-    output, (recipe, settings) = parsed_options(parser, arguments, *kinds)
-    result, weights = run(recipe, output, settings, PlainReport(settings.log_every))
-    print(f"{'finished' if result.finished else 'stopped, resumable'} after {result.minutes:.1f} min: {weights}")
+    plain_command(option_parser("python -m recon_core.training.laro", __doc__, *kinds), run, arguments, *kinds)
 
 
 if __name__ == "__main__":

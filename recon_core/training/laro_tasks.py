@@ -106,12 +106,16 @@ class LaroRecipe(TrainingRecipe):
     n_validation: int = 1
 
     def __post_init__(self) -> None:
-        counts = (
-            self.second_steps, self.batch, self.scans_held, self.steps_per_scan, self.mask_draws, self.measured_held,
+        self.check_numbers(
+            "LARO training",
+            ("first_unrolls", "second_steps", "second_unrolls", "mask_draws", "measured_held", "batch", "scans_held",
+             "steps_per_scan", "network_rate"),
+            ("first_steps", "mask_rate", "pixel_weight", "decay_weight", "warmup_steps", "n_validation"),
         )  # fmt: skip
         known = self.mask_start in ("density", "uniform") and self.second_start in ("cg_sense", *STARTS)
-        if self.first_steps < 0 or min(counts) < 1 or not self.patterns or not known:
+        if not self.patterns or not known:
             raise SettingError("impossible recipe", where="LARO training", got=self)
+        _ = self.scans, self.network(self.second_unrolls)  # they raise
         for name in self.patterns:
             self.sampling(name)
 

@@ -7,7 +7,6 @@ validation; and, whenever a call ends, ``pinqi.safetensors`` with ``pinqi.json``
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,15 +26,14 @@ from recon_core.solvers.nonlinear_layer import NonlinearSettings
 from recon_core.training.checkpoint import load_into, read_pair
 from recon_core.training.loop import Progress, Task, TrainingResult, train
 from recon_core.training.pinqi_tasks import EndToEnd, PinqiRecipe, Pretraining, typical_amplitude
-from recon_core.training.png import write_png
 from recon_core.training.runs import (
+    Call,
     CarryOut,
-    PlainReport,
     be_deterministic,
-    code_facts,
+    export_facts,
     initial_digest,
     option_parser,
-    parsed_options,
+    plain_command,
     settle_recipe,
     training_device,
 )
@@ -96,7 +94,6 @@ def run(
     device = training_device(settings.device)
     be_deterministic(device)
     recipe = replace(recipe, initial_sha256=initial_digest(settings.initial, output, settings.resume))
-    settle_recipe(recipe, output, settings.resume)
     anatomy = open_anatomy(settings.brainweb, device, atlas=settings.atlas)
     torch.manual_seed(sample_seed(recipe.seed, "weights"))
     choice = replace(
@@ -124,26 +121,12 @@ def run(
         for net in (network.parameter_net, network.image_net):
             if net is not None:
                 net.unet.compile(dynamic=False)  # in place: names of weights stay
-    deadline = time.monotonic() + 60 * settings.max_minutes
+    settle_recipe(recipe, output, settings.resume)
+    call = Call(output, settings, validated=recipe.n_validation > 0, progress=progress)
 
     def phase(task: Task, name: str, epochs: float) -> TrainingResult:
-        loop = recipe.loop(
-            epochs,
-            pretraining=name == "pretraining",
-            max_minutes=max(1e-6, (deadline - time.monotonic()) / 60),
-            validate_every=settings.validate_every if recipe.n_validation else 0,
-            checkpoint_minutes=settings.checkpoint_minutes,
-            log_every=settings.log_every,
-        )
-
-        def tell(p: Progress) -> None:
-            if p.validation is not None:
-                for key, image in p.validation.images.items():
-                    write_png(output / name / f"{key}_{p.step:06d}.png", image)
-            if progress is not None:
-                progress(name, p)
-
-        return train(task, loop, output / name, resume=settings.resume, progress=tell)
+        loop = recipe.loop(epochs, pretraining=name == "pretraining", **call.limits())
+        return train(task, loop, output / name, resume=settings.resume, progress=call.tell(name))
 
     result = None
     if recipe.n_pretraining:
@@ -171,19 +154,13 @@ def _export(
     stated: dict[str, Any],
 ) -> Path:
     brains = QuantitativeBrains(anatomy, recipe.samples, seed=recipe.seed, device=device)
+    steps = {"pretraining": recipe.n_pretraining, "training": recipe.n_training}
     facts: dict[str, Any] = {
         "amplitude": typical_amplitude(brains),
-        "recipe": recipe.facts(),
-        "seed": recipe.seed,
         "anatomy": anatomy.name,
-        **code_facts(device),
-        "steps": {"pretraining": recipe.n_pretraining, "training": recipe.n_training},
-        "steps_done": reached,
+        **export_facts(recipe, result, device, steps, reached),
         "samples_seen": {k: done * recipe.batch for k, done in reached.items()},
-        "finished": result.finished and reached["training"] == recipe.n_training,
         "minutes": round(result.minutes, 2),
-        "skipped_steps": result.skipped,
-        "validation": dict(result.figures),
         **stated,
     }
     return save_weights(output, NAME, network, recipe.times, facts)
@@ -215,9 +192,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The plain command: a line per report."""
-    output, (recipe, settings) = parsed_options(parser(), arguments, PinqiRecipe, RunSettings)
-    result, weights = run(recipe, output, settings, PlainReport(settings.log_every))
-    print(f"{'finished' if result.finished else 'stopped, resumable'} after {result.minutes:.1f} min: {weights}")
+    plain_command(parser(), run, arguments, PinqiRecipe, RunSettings)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -151,10 +151,35 @@ class PinqiRecipe(TrainingRecipe):
                 got=f"batch {self.batch}",
                 expected="batch 1",
             )
-        counts = (self.n_validation, self.held, self.n_iterations)
-        least = min(self.epochs, self.pretrain_epochs, self.t1_weight, self.image_weight, self.image_rate, *counts)
-        if self.batch < 1 or self.reuse < 1 or not least >= 0 or self.epochs + self.pretrain_epochs == 0:
+        self.check_numbers(
+            "PINQI training",
+            ("batch", "reuse", "samples_per_epoch", "network_rate", "pretrain_scale", "rate_spread"),
+            ("epochs", "pretrain_epochs", "t1_weight", "image_weight", "first_weight", "other_weight", "image_rate",
+             "lambda_rate", "embedding_rate", "warmup_steps", "n_validation", "held", "n_iterations"),
+        )  # fmt: skip
+        if self.epochs + self.pretrain_epochs == 0:
             raise SettingError("impossible recipe", where="PINQI training", got=self)
+        self._check_samples()
+        self.loop(self.epochs, pretraining=False)  # raises
+
+    def _check_samples(self) -> None:
+        """See that samples can be made: in the middle of a training is late for that."""
+        samples = replace(
+            self.samples, columns=self.columns, rate_spread=self.rate_spread, spread_part=self.spread_part
+        )  # raises
+        _ = samples.model  # raises too
+        for acceleration in self.accelerations:
+            if not 1 <= acceleration < math.inf:
+                raise SettingError("not an acceleration", where="PINQI training", got=acceleration, expected="1 or more")
+            lines = round(self.size / acceleration)
+            if lines < samples.acs:
+                raise SettingError(
+                    "fewer lines than calibration lines",
+                    where="PINQI training",
+                    got=f"{lines} of {self.size} lines at acceleration {acceleration:g}",
+                    expected=f"{samples.acs} or more",
+                    remedy=f"take a size of {math.ceil(samples.acs * acceleration)}, or lower accelerations",
+                )
 
     def facts(self) -> dict[str, Any]:
         """As JSON; later choices are left out where they are the usual ones, so that trainings from before there was a choice go on."""
@@ -246,6 +271,7 @@ class _PinqiTask:
         self._anatomy = anatomy.name
 
     def facts(self) -> dict[str, Any]:
+        """JSON that a checkpoint must agree with."""
         return {"phase": self.phase, "anatomy": self._anatomy, **self.recipe.facts()}
 
     def validation_samples(self) -> Iterator[BrainBatch]:

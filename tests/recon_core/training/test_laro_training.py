@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import shutil
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -109,6 +112,52 @@ def test_a_time_limit_leaves_something_to_resume(folder: str, tmp_path: Path) ->
         run(TINY, tmp_path / "out", RunSettings(scans=folder))
     with pytest.raises(SettingError, match="mask_rate"):
         run(replace(TINY, mask_rate=1.0), tmp_path / "out", RunSettings(scans=folder, resume=True))
+
+
+def test_a_training_goes_on_with_the_scans_it_was_begun_with_alone(folder: str, tmp_path: Path) -> None:
+    recipe, out = replace(TINY, first_steps=1, second_steps=1), tmp_path / "out"
+    settings = RunSettings(scans=folder, max_minutes=1e-6)
+    _, path = run(recipe, out, settings)
+    data = read_pair(path)[1]["data"]
+    assert len(data["scans"]) == 64 and data["masks"] == "none"
+    with pytest.raises(SettingError, match=r"scans: [0-9a-f]{64}, not simulated"):
+        run(recipe, out, replace(settings, scans=None, resume=True))
+    moved = Path(folder).rename(tmp_path / "elsewhere")  # the same scans in another place
+    result, _ = run(recipe, out, RunSettings(scans=str(moved), validate_every=0, resume=True))
+    assert result.finished
+    write_scan(moved, "s1", replace(scans()[1], noise_std=0.5))
+    with pytest.raises(SettingError, match="holds another training; got scans:"):
+        run(recipe, out, replace(settings, scans=str(moved), resume=True))
+    # from before it was recorded: accepted, and recorded from then on
+    stated = json.loads((out / "recipe.json").read_text())
+    del stated["data"]
+    (out / "recipe.json").write_text(json.dumps(stated))
+    run(recipe, out, replace(settings, scans=str(moved), resume=True))
+    with pytest.raises(SettingError, match="simulated"):
+        run(recipe, out, replace(settings, scans=None, resume=True))
+
+
+def test_a_training_goes_on_with_the_masks_it_was_begun_with_alone(folder: str, tmp_path: Path) -> None:
+    recipe = replace(FROM_LLR, second_start="cg_sense", patterns=("3/2",), n_validation=0)
+    for name, sign in (("one", 1), ("other", -1)):
+        (tmp_path / name).mkdir()
+        probability = np.full((3, 12, 20), 1 / 3, np.float32)
+        probability[:, :, :10] += sign * 0.2
+        write_mask(tmp_path / name / mask_name("3/2"), SamplingMask(probability > 0.3, probability))
+    settings = RunSettings(scans=folder, max_minutes=1e-6)
+    run(recipe, tmp_path / "out", replace(settings, masks=str(tmp_path / "one")))
+    run(recipe, tmp_path / "out", replace(settings, masks=str(tmp_path / "one"), resume=True))
+    with pytest.raises(SettingError, match="begun with another mask"):
+        run(recipe, tmp_path / "out", replace(settings, masks=str(tmp_path / "other"), resume=True))
+    run(recipe, tmp_path / "without", settings)
+    with pytest.raises(SettingError, match=r"masks: none, not [0-9a-f]{64}"):
+        run(recipe, tmp_path / "without", replace(settings, masks=str(tmp_path / "one"), resume=True))
+    # what a start finds in the folder already is not preferred to what it is given
+    (tmp_path / "anew" / "masks").mkdir(parents=True)
+    shutil.copy(tmp_path / "one" / mask_name("3/2"), tmp_path / "anew" / "masks")
+    run(recipe, tmp_path / "anew", replace(settings, masks=str(tmp_path / "other")))
+    found = read_mask(tmp_path / "anew" / mask_name("3/2")).probability
+    assert found is not None and found[:, :, :8].mean() < found[:, :, 14:].mean()
 
 
 def test_phase_one_changes_masks_and_phase_two_does_not(folder: str, tmp_path: Path) -> None:
@@ -316,10 +365,22 @@ def test_recipes_that_cannot_be() -> None:
         {"mask_start": "random"},
         {"second_start": "zero_filled"},
         {"mask_draws": 0},
+        {"network_rate": -1.0},
+        {"network_rate": math.nan},
+        {"network_rate": 0.0},
+        {"mask_rate": -1.0},
+        {"decay_weight": -1.0},
+        {"warmup_steps": -1},
+        {"n_validation": -1},
+        {"second_unrolls": 0},
+        {"kind": "foo"},
+        {"n_coils": 1},
     ):
         with pytest.raises(SettingError):
             replace(TINY, **wrong)
-    assert LaroRecipe.from_facts(TINY.facts()) == TINY
+    assert LaroRecipe.from_facts(TINY.facts()) == TINY and replace(TINY, mask_rate=0.0).mask_rate == 0
+    with pytest.raises(SettingError, match=r"impossible mask_rate; got -1\.0; expected a finite number, 0 or more"):
+        replace(TINY, mask_rate=-1.0)
 
 
 def test_scans_on_disk(folder: str, tmp_path: Path) -> None:

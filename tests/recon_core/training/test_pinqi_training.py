@@ -13,7 +13,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from recon_core.errors import DataError, SettingError
+from recon_core.errors import DataError, ReconError, SettingError
 from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
 from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule
 from recon_core.methods.pinqi.weights import load_weights
@@ -159,6 +159,27 @@ def test_devices_and_ablations_that_do_not_exist_are_refused(tmp_path: Path) -> 
         run(TINY, tmp_path, replace(CPU, device="cuda:99"))
     with pytest.raises(SettingError, match="unknown ablation"):
         replace(TINY, ablation="z")
+
+
+@pytest.mark.parametrize("size", [32, 40, 59])
+def test_a_size_with_fewer_lines_than_calibration_lines_is_refused(size: int) -> None:
+    with pytest.raises(SettingError, match=rf"{size} lines at acceleration [5-8]; expected 8 or more\. take a size of"):
+        PinqiRecipe(size=size)
+    assert PinqiRecipe(size=60).size == 60 and replace(TINY, size=32, accelerations=(4.0,)).size == 32
+    recipe = replace(TINY, size=60, accelerations=(8.0,))  # the smallest of this acceleration: its samples can be made
+    assert int(QuantitativeBrains(HeadAtlas(), recipe.samples).batch("train", [0]).mask.sum(-1).min()) == 8
+
+
+def test_numbers_that_cannot_be_trained_with_are_refused_before_anything_is_written() -> None:
+    wrong: list[dict[str, object]] = [{"accelerations": (a,)} for a in (math.nan, math.inf, 0.5, -2.0)]
+    wrong += [{name: value} for name in ("network_rate", "lambda_rate", "image_rate") for value in (-1.0, math.nan)]
+    wrong += [{"epochs": math.nan}, {"pretrain_epochs": math.nan}, {"warmup_steps": -1}, {"ema_decay": 1.0}]
+    wrong += [{"times": (-1.0, 8.0)}, {"times": (math.nan, 8.0)}, {"columns": 33}, {"rate_spread": math.nan}]
+    wrong += [{"network_rate": 0.0}, {"samples_per_epoch": 0}, {"n_coils": 0}, {"accelerations": ()}]
+    for change in wrong:
+        with pytest.raises(ReconError):
+            print(replace(TINY, **change))  # type: ignore[arg-type]  # shown where it is not refused
+    assert replace(TINY, image_rate=0.0, lambda_rate=0.0).lambda_rate == 0
 
 
 def overfitted(recipe: PinqiRecipe, atlas: HeadAtlas, folder: Path, steps: int) -> list[float]:
