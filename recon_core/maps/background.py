@@ -258,7 +258,7 @@ def without_outliers(local: LocalField, mask: Tensor, voxel: Sequence[float], mo
         return local
     spread = 1.4826 * float((inside - inside.median()).abs().median())
     out = local.mask & (depth < SURFACE) & (local.field.abs() > most * spread)
-    out = torch.from_numpy(binary_dilation(out.cpu().numpy())).to(out.device) & local.mask
     if spread == 0 or int(out.sum()) > MOST_OUTLIERS * int(local.mask.sum()):
         return local
+    out = torch.from_numpy(binary_dilation(out.cpu().numpy())).to(out.device) & local.mask
     return replace(local, field=local.field.masked_fill(out, 0.0), mask=local.mask & ~out)

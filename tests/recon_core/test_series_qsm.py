@@ -14,6 +14,7 @@ from recon_core.maps.dipole_kernel import ppm_per_hz
 from recon_core.maps.series import ImageNoise
 from recon_core.maps.series_qsm import field_frame, multi_echo_maps, multi_echo_times
 from recon_core.maps.settings import MapSettings
+from recon_core.maps.spherical_mean import inner_distance
 from recon_core.methods.fourier import Settings as FourierSettings
 from recon_core.reconstruct import Recipe, reconstruct
 from recon_core.types import ImageSeries, KSpace, ParameterMap, ScanInfo
@@ -123,6 +124,31 @@ def test_what_is_missing_is_named() -> None:
     frame = field_frame(replace(scan, larmor_frequency=123.2e6), QSM)
     assert frame.larmor == 123.2e6 and frame.voxel == pytest.approx((0.002, 0.002, 0.002))
     assert series.data.shape[0] == 4
+
+
+def test_outliers_at_the_surface_are_left_out_of_masks_that_were_found_alone() -> None:
+    """A few voxels next to the surface turn half a period per echo, as in a sinus; the magnitudes do not show it."""
+    head, clean, scan = scene()
+    noise = torch.randn(clean.data.shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
+    series = ImageSeries("image", clean.data + 0.03 * noise)  # tissue has texture, which this head lacks
+    found = replace(QSM, map_mask="brain", map_background="resharp")
+    plain = by_name(multi_echo_maps(series, scan, None, found).maps)
+    inside = plain["QSM"].valid
+    edge = inside & (inner_distance(plain["brain_mask"].valid, head.voxel) < 0.0075)
+    places = edge.nonzero()[:: int(edge.sum()) // 4][:3]
+    t = torch.tensor(TIMES)
+    spoilt = series.data.clone()
+    for z, y, x in places:
+        spoilt[:, z, y, x] *= torch.exp(2j * np.pi * 30.0 * t)
+    other = ImageSeries("image", spoilt)
+    maps = by_name(multi_echo_maps(other, scan, None, found).maps)
+    lost = inside & ~maps["QSM"].valid
+    assert 0 < int(lost.sum()) < 0.1 * int(inside.sum()) and all(bool(lost[tuple(p)]) for p in places)
+    assert torch.equal(maps["local_field"].valid, maps["QSM"].valid) and (maps["QSM"].data[lost] == 0).all()
+    assert torch.equal(maps["brain_mask"].valid, plain["brain_mask"].valid)
+    given = by_name(multi_echo_maps(other, scan, None, found, plain["brain_mask"].valid).maps)
+    objects = by_name(multi_echo_maps(other, scan, None, replace(found, map_mask="object")).maps)
+    assert bool(given["QSM"].valid[lost].all()) and bool(objects["QSM"].valid[lost].any())
 
 
 def test_without_a_brain_or_phases_r2star_still_goes_out_or_nothing_does() -> None:
