@@ -242,7 +242,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scores, weights = kept_scores(options, settings)
     weights |= {label: described(path) for label, path in named_weights(options.weights).items()}
     shown = evaluate(options, scores)
-    table = report(scores, options.accelerations)
+    measured = {float(a) for by_acceleration in scores.values() for a in by_acceleration}
+    table = report(scores, sorted(measured | set(options.accelerations)))
     write_result(
         options.name,
         {"settings": settings, "bart": bart.available(), "weights": weights, "summary": table, "scores": scores},
