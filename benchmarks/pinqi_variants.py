@@ -7,8 +7,8 @@ weights (``stages`` in their JSON), but fewer steps. Strips and their first imag
     python -m benchmarks.pinqi_variants --initial FILE --output DIR --steps 100
     python -m benchmarks.pinqi --only-weights --weights "a, equal budget=DIR/a/pinqi.json" ...    # the second line that is printed
 
-What training the start had seen belongs to the proposed method: variants have to unlearn some of it. Trainings that are finished
-are kept, stopped ones go on.
+What training the start had seen belongs to the proposed method: variants have to unlearn some of it. Rows in the result file are
+kept, a training that was stopped goes on.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import print_table, write_result
+from benchmarks.common import RESULTS, print_table, write_result
 from benchmarks.pinqi_ablation import MEANING
 from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
 from recon_core.simulation.brainweb import open_anatomy
@@ -35,6 +35,7 @@ from recon_core.training.pinqi_samples import HeldBatches
 from recon_core.training.pinqi_tasks import EndToEnd, PinqiRecipe
 
 ROWS = ("proposed", "a", "h", "i")
+MAKING = "making_strips_cpu_s"
 IMAGE_FACTORS = (0.1, 0.3, 0.6, 1.0, 3.0)
 """On lambda_y at the noise levels of the initial weights' rule, as the last stage of the shipped weights began."""
 
@@ -94,6 +95,16 @@ def learned(rows: list[dict[str, str]], part: int = 10) -> dict[str, float]:
     return {"first_loss": statistics.fmean(losses[:n]), "last_loss": statistics.fmean(losses[-n:])}
 
 
+def kept_rows(path: Path, settings: dict[str, Any]) -> tuple[dict[str, dict[str, Any]], float]:
+    """Rows of an earlier call with the same settings, and what its strips took; else nothing."""
+    if path.is_file():
+        document = json.loads(path.read_text(encoding="utf-8"))
+        making = document["settings"].pop(MAKING)
+        if document["settings"] == settings:
+            return document["rows"], making
+    return {}, 0.0
+
+
 def trained(ablation: str, recipe: PinqiRecipe, initial: Path, folder: Path, held: HeldBatches) -> dict[str, Any]:
     """Train one row, or find it finished; what it took."""
     there = folder / "recipe.json"
@@ -140,18 +151,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epochs=options.steps / JOINT.samples_per_epoch,
     )
     initial = beginning(options.initial, options.output / "initial", options.image_factors)
-    began = time.process_time()
-    held = held_by_all(recipe)
-    making = time.process_time() - began
-    found: dict[str, dict[str, Any]] = {}
+    settings: dict[str, Any] = {"initial_sha256": read_pair(initial)[1]["sha256"], "recipe": recipe.facts()}
+    settings["image_factors"] = options.image_factors
+    found, making = kept_rows(RESULTS / f"{options.name}.json", settings)
+    held = None
     for ablation in options.rows:
+        if ablation in found:
+            continue
+        if held is None:
+            began = time.process_time()
+            held = held_by_all(recipe)
+            making = making or time.process_time() - began
         found[ablation] = trained(ablation, recipe, initial, options.output / ablation, held)
-        settings = {
-            "initial_sha256": read_pair(initial)[1]["sha256"],
-            "recipe": recipe.facts(),
-            "making_strips_cpu_s": making,
-        }
-        write_result(options.name, {"settings": {**settings, "image_factors": options.image_factors}, "rows": found})
+        write_result(options.name, {"settings": {**settings, MAKING: making}, "rows": found})
         print(f"{ablation}: {found[ablation]['steps']} steps, {found[ablation]['minutes']:.1f} min", flush=True)
     keys = ("steps", "minutes", "cpu_s", "first_loss", "last_loss")
     rows = [[name, MEANING[name], row["sha256"][:8], *(round(row[k], 4) for k in keys)] for name, row in found.items()]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, pinqi, pinqi_phantom, pinqi_speed
+from benchmarks import common, pinqi, pinqi_phantom, pinqi_server, pinqi_speed, pinqi_variants
 from benchmarks.pinqi_methods import (
     SWITCHED_OFF,
     T1_RANGE,
@@ -118,6 +118,51 @@ def test_scores_are_kept_and_only_what_is_missing_is_added(
     capsys.readouterr()
     pinqi.main([*words, "1", "--weights", f"physics={weights}"])
     assert "sample 0" not in capsys.readouterr().err  # nothing was left to do
+
+
+def test_a_call_for_one_acceleration_leaves_the_summary_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (common, pinqi):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    for acceleration in ("1", "2"):
+        pinqi.main(["--size", "32", "--accelerations", acceleration, "--no-bart", "--samples", "1"])
+    assert set(json.loads((tmp_path / "pinqi.json").read_text())["summary"]) == {"1", "2"}
+
+
+def test_variants_are_trained_alike_from_one_start_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (common, pinqi_variants):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    start = save_network(tmp_path, "whole", PinqiSettings(start="refined", prediction="kernel"), times=SATURATION_TIMES)
+    words = f"--initial {start} --output {tmp_path / 'out'} --steps 2 --held 1 --size 64 --columns 16 --image-factors"
+    pinqi_variants.main([*words.split(), "--rows", "proposed", "h"])
+    document = json.loads((tmp_path / "pinqi_variants.json").read_text())
+    rows = document["rows"]
+    assert {name: row["steps"] for name, row in rows.items()} == {"proposed": 2, "h": 2}
+    assert document["settings"]["initial_sha256"] == json.loads(start.read_text())["sha256"]
+    assert load_weights(tmp_path / "out" / "h" / "pinqi.json").network.parameter_net is None
+    assert "python -m benchmarks.pinqi" in capsys.readouterr().out and str(tmp_path) not in json.dumps(document)
+    pinqi_variants.main([*words.split(), "--rows", "h"])
+    again = json.loads((tmp_path / "pinqi_variants.json").read_text())["rows"]
+    assert again["h"]["sha256"] == rows["h"]["sha256"] and again["proposed"] == rows["proposed"]
+
+
+def test_claimed_deviations_are_compared_tube_by_tube() -> None:
+    labels = np.repeat(np.arange(1, 10), 12)[None].repeat(12, 0)
+    rng = np.random.default_rng(0)
+    real = 0.01 * labels
+    plain = [(1 + real * rng.standard_normal(labels.shape), 1.1 * real) for _ in range(20)]
+    calm = [(1 + 0.5 * real * rng.standard_normal(labels.shape), real) for _ in range(20)]
+    plain[3][0][labels == 2] = np.nan  # the console shows nothing
+    plain[3][0][:6, :][labels[:6] == 4] = np.nan
+    found = pinqi_server.compare_deviations({pinqi_server.PLAIN: plain, "pinqi_t1": calm}, labels)
+    ratio = np.array(found[pinqi_server.PLAIN]["ratio"])
+    assert np.isnan(ratio[1]) and np.delete(ratio, 1) == pytest.approx(1.1, abs=0.1)
+    assert found[pinqi_server.PLAIN]["believed"][1] == 0 and 0 < found[pinqi_server.PLAIN]["believed"][3] < 1
+    assert found["pinqi_t1"]["ratio"][8] == pytest.approx(2.0, abs=0.2)
+    assert found["pinqi_t1"]["over_plain"][8] == pytest.approx(1.0, abs=0.1)
 
 
 def test_parts_of_the_time_are_found(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
