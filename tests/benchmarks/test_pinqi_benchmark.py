@@ -130,6 +130,14 @@ def test_a_call_for_one_acceleration_leaves_the_summary_of_the_others(
     assert set(json.loads((tmp_path / "pinqi.json").read_text())["summary"]) == {"1", "2"}
 
 
+def test_methods_are_compared_slice_by_slice() -> None:
+    def slices(*errors: float) -> dict[str, dict[str, float]]:
+        return {str(i): {"nrmse": e, "mae": 2 * e, "ssim": 1 - e} for i, e in enumerate(errors)}
+
+    scores = {"one": {"4": slices(0.1, 0.2, 0.3)}, "other": {"4": slices(0.2, 0.1, 0.5)}, "alone": {"8": slices(0.1, 0.1)}}
+    assert pinqi.paired(scores, "one") == [["4x", "other", 0.0667, 0.1528, 0.1333, -0.0667, "1, 1, 1 of 3"]]
+
+
 def test_variants_are_trained_alike_from_one_start_and_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
