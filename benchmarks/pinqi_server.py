@@ -44,6 +44,8 @@ def t1_of(images: list[Image], role: str = "T1") -> Map:
     for image in images:
         meta = read_meta(image.attributes)
         if meta.get("GADGETRON_DataRole", ("",))[0] == role:
+            if any("instead_of" in text for text in meta.get("SeriesDescriptionAdditional", ())):
+                raise SystemExit(f"{role} is the fallback's")
             codes = image.data[0, 0].astype(float)
             values = codes * float(meta["RescaleSlope"][0]) + float(meta["RescaleIntercept"][0])
             return np.where(codes == float(meta["PixelPaddingValue"][0]), np.nan, values) * 1e-3
