@@ -9,6 +9,8 @@ Beside them the same slices *fully sampled* with the same noise and a plain fit 
 
 ``--switched-off a h`` adds what the weights give when parts of them are not used; `benchmarks.pinqi_ablation` trains the variants.
 
+``--against METHOD`` adds a table of differences from one row, slice by slice; with ``--samples 0`` from kept scores alone.
+
 Scores are kept per sample in ``results/pinqi.json``: a second call with the same recipe only adds what is missing (new weights, more
 samples). ``--fresh`` starts over.
 """
@@ -199,6 +201,23 @@ def report(scores: Scores, accelerations: list[float]) -> dict[str, Any]:
     return table
 
 
+def paired(scores: Scores, against: str) -> list[list[Any]]:
+    """Rows of a table: every method minus one, mean and SD over the slices that both have, and on how many of them it is better."""
+    rows: list[list[Any]] = []
+    for key in sorted(scores[against], key=float):
+        for name, by_acceleration in scores.items():
+            own, other = by_acceleration.get(key, {}), scores[against][key]
+            common = sorted(own.keys() & other.keys(), key=int)
+            if name == against or len(common) < 2:
+                continue
+            minus = {k: [own[i][k] - other[i][k] for i in common] for k in ("nrmse", "mae", "ssim")}
+            means = [round(statistics.fmean(minus[k]), 4) for k in minus]
+            better = [sum(d * (1 if k == "ssim" else -1) > 0 for d in minus[k]) for k in minus]
+            counts = ", ".join(str(n) for n in better) + f" of {len(common)}"
+            rows.append([f"{key}x", name, means[0], round(statistics.stdev(minus["nrmse"]), 4), *means[1:], counts])
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -233,6 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=list(pinqi_methods.MOBA_WEIGHTS),
         help="minutes each; the best counts",
     )
+    parser.add_argument("--against", default="", metavar="METHOD", help="as the table names it")
     parser.add_argument("--picture", type=Path, default=None, help="PNG of the first sample at the highest acceleration")
     parser.add_argument("--fresh", action="store_true", help="forget earlier scores")
     parser.add_argument("--name", default="pinqi", help="of the file in benchmarks/results")
@@ -242,7 +262,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     scores, weights = kept_scores(options, settings)
     weights |= {label: described(path) for label, path in named_weights(options.weights).items()}
     shown = evaluate(options, scores)
-    table = report(scores, options.accelerations)
+    measured = {float(a) for by_acceleration in scores.values() for a in by_acceleration}
+    table = report(scores, sorted(measured | set(options.accelerations)))
+    if options.against:
+        if options.against not in scores:
+            raise SystemExit(f"no scores of {options.against!r}; there are those of {', '.join(scores)}")
+        columns = ["", "method", "nRMSE", "SD", "MAE s", "SSIM", "better slices: nRMSE, MAE, SSIM"]
+        print_table(f"Minus {options.against}", columns, paired(scores, options.against))
     write_result(
         options.name,
         {"settings": settings, "bart": bart.available(), "weights": weights, "summary": table, "scores": scores},

@@ -94,8 +94,12 @@ def simulate(kind: str, out: str | Path, settings: ScanSettings | Mapping[str, A
     SettingError
         Unknown, out of range or contradictory settings.
     """
+    return write_scan(out, simulate_kind(kind, settings))
+
+
+def write_scan(out: str | Path, scan: Scan) -> Summary:
+    """`simulate` of a scan that exists as arrays: with another seed in its settings the same scan with other noise."""
     path = Path(out)
-    scan = simulate_kind(kind, settings)
     text, geometry = _head(scan)
     rng = _noise_rng(scan)
     n_readouts = n_noise = 0
@@ -126,7 +130,7 @@ def simulate(kind: str, out: str | Path, settings: ScanSettings | Mapping[str, A
     write_truth(truth_path, scan)
     truth = scan.truth
     return Summary(
-        kind=kind,
+        kind=scan.kind,
         path=path,
         truth_path=truth_path,
         n_readouts=n_readouts,

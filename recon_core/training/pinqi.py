@@ -25,6 +25,7 @@ from recon_core.simulation.random_fields import sample_seed
 from recon_core.solvers.nonlinear_layer import NonlinearSettings
 from recon_core.training.checkpoint import load_into, read_pair
 from recon_core.training.loop import Progress, Task, TrainingResult, train
+from recon_core.training.pinqi_samples import HeldBatches
 from recon_core.training.pinqi_tasks import EndToEnd, PinqiRecipe, Pretraining, typical_amplitude
 from recon_core.training.runs import (
     Call,
@@ -71,11 +72,14 @@ def run(
     output: str | Path,
     settings: RunSettings | None = None,
     progress: Callable[[str, Progress], None] | None = None,
+    held: HeldBatches | None = None,
 ) -> tuple[TrainingResult, Path]:
     """Pretrain, train and export, as far as the time allows.
 
     Parameters
     ----------
+    held
+        Batches of another training end to end on the same samples, so that they need not be made again; made if ``None``.
     progress
         Called after every step with the phase, ``"pretraining"`` or ``"training"``.
 
@@ -134,7 +138,7 @@ def run(
     reached = {"pretraining": 0 if result is None else result.step, "training": 0}
     if recipe.n_training and (result is None or result.finished):
         first = recipe.n_pretraining * recipe.batch
-        task = EndToEnd(network, recipe, anatomy, device, first=first, rule=rule)
+        task = EndToEnd(network, recipe, anatomy, device, first=first, rule=rule, held=held)
         result = phase(task, "training", recipe.epochs)
         reached["training"] = result.step
         rule = rule if task.factors is None else task.factors.rule()
@@ -167,12 +171,14 @@ def _export(
 
 
 def fitting(tensors: dict[str, Tensor], network: Pinqi) -> dict[str, Tensor]:
-    """Weights for a network that predicts another thing, or has fewer iterations, than the one they are of.
+    """Weights for a network that predicts another thing, has fewer iterations, or lacks a part of the one they are of.
 
-    A last layer of zeros instead of theirs; of the lambdas those of the same parts of the way.
+    A last layer of zeros instead of theirs; of the lambdas those of the same parts of the way; nothing of parts that a variant does
+    without.
     """
-    found = dict(tensors)
     own = network.state_dict()
+    parts = {key.split(".")[0] for key in own}
+    found = {key: value for key, value in tensors.items() if key.split(".")[0] in parts}
     for key in ("lambda_y.raw", "lambda_q.raw", "lambda_p.raw"):
         if key in own and key in found and len(own[key]) < len(found[key]):
             found[key] = found[key][torch.linspace(0, len(found[key]) - 1, len(own[key])).round().long()]

@@ -15,7 +15,7 @@ from torch import nn
 
 from recon_core.errors import SettingError
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
-from recon_core.methods.pinqi.model import ABLATIONS, AS_LEARNED, STARTS, Pinqi, PinqiSettings, Strengths
+from recon_core.methods.pinqi.model import ABLATIONS, AS_LEARNED, STARTS, Pinqi, PinqiOutput, PinqiSettings, Strengths
 from recon_core.methods.pinqi.networks import PREDICTIONS
 from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule, acceleration_of
 from recon_core.methods.pinqi.start import first_images
@@ -68,7 +68,7 @@ class PinqiRecipe(TrainingRecipe):
         Added to the published losses: mean absolute error of T1 (s, up to `LONGEST_T1` of either) in the brain, times this. 0 as published.
     image_weight
         Added to the published losses of the training end to end: mean squared error of what the image network gives in its calls, brain 1,
-        elsewhere 0.1, times this. 0 as published.
+        elsewhere 0.1, times this; in ablation h so is the published loss, which is of images too. 0 as published.
     image_rate
         Learning rate of the image network in the training end to end; 0: that of both, ``network_rate``.
     first_weight, other_weight
@@ -406,13 +406,16 @@ class EndToEnd(_PinqiTask):
         device: torch.device,
         first: int,
         rule: NoiseRule = DEFAULT_RULE,
+        held: HeldBatches | None = None,
     ) -> None:
         super().__init__(network, recipe, anatomy, device, first)
         self.factors = None
         if recipe.noise_factors != "none":
             self.factors = NoiseFactors(rule, recipe.noise_factors == "learned").to(device)
             self.module = nn.ModuleDict({"network": network, "factors": self.factors})
-        self._held = HeldBatches(self.samples.batch, self.aliased, recipe.held, recipe.seed) if recipe.held else None
+        self.held = held
+        if recipe.held and held is None:
+            self.held = HeldBatches(self.samples.batch, self.aliased, recipe.held, recipe.seed)
         self._validation: list[tuple[BrainBatch, Posed]] = []
 
     def _strengths(self, batch: BrainBatch) -> Strengths:
@@ -432,15 +435,16 @@ class EndToEnd(_PinqiTask):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Figure]]:
         """Mean squared error of all parameters, brain 1.01 and elsewhere 0.01, with deep supervision."""
-        if self._held is None:
+        if self.held is None:
             batch = self.samples.batch(step)
             operator, rhs, start = self.aliased(batch)
         else:
-            batch, (operator, rhs, start) = self._held.at(step)
+            batch, (operator, rhs, start) = self.held.at(step)
         found = self.network(operator, rhs, start, self._strengths(batch))
         brain = batch.brain.mT[:, None].to(batch.noise_std.dtype)
         if self.recipe.ablation == "h":
-            return weighted_mse(found.images, operator.enter_image(batch.images), 0.9 * brain + 0.1), {}
+            own = weighted_mse(found.images, operator.enter_image(batch.images), 0.9 * brain + 0.1)
+            return (self.recipe.image_weight or 1.0) * own + self._imagined(found, operator, batch), {}
         truth = batch.parameters.mT
         loss = deep_supervision(
             found.predictions,
@@ -451,10 +455,7 @@ class EndToEnd(_PinqiTask):
         )
         if self.recipe.t1_weight:
             loss = loss + self.recipe.t1_weight * t1_error(found.parameters, truth, brain)
-        if self.recipe.image_weight and found.image_predictions:
-            true = operator.enter_image(batch.images)
-            parts = [weighted_mse(images, true, 0.9 * brain + 0.1) for images in found.image_predictions]
-            loss = loss + self.recipe.image_weight * torch.stack(parts).mean()
+        loss = loss + self._imagined(found, operator, batch)
         figures: dict[str, Figure] = {
             "rate_error": float((found.parameters.detach()[:, 2:] - truth[:, 2:])[brain > 0].abs().mean())
         }
@@ -462,6 +463,14 @@ class EndToEnd(_PinqiTask):
             figures["unconverged"] = float(sum(r.n_unconverged for r in found.nonlinear))
             figures["singular"] = lambda: _singular(found.nonlinear)
         return loss, figures
+
+    def _imagined(self, found: PinqiOutput, operator: BatchedSense, batch: BrainBatch) -> Tensor:
+        """Mean squared error of what the image network gave, times its weight."""
+        if not self.recipe.image_weight or not found.image_predictions:
+            return batch.noise_std.new_zeros(())
+        true, weight = operator.enter_image(batch.images), 0.9 * batch.brain.mT[:, None].to(batch.noise_std.dtype) + 0.1
+        parts = [weighted_mse(images, true, weight) for images in found.image_predictions]
+        return self.recipe.image_weight * torch.stack(parts).mean()
 
     def validate(self, step: int) -> Validation:
         """nRMSE, MAE and SSIM of T1 in the brain, and maps beside the truth and their difference."""
@@ -476,7 +485,7 @@ class EndToEnd(_PinqiTask):
 
     def _posed_validation(self) -> Iterator[tuple[BrainBatch, Posed]]:
         """Validation samples as problems; held where training samples are."""
-        if self._held is None:
+        if self.held is None:
             yield from ((batch, self.aliased(batch)) for batch in self.validation_samples())
             return
         self._validation = self._validation or [(batch, self.aliased(batch)) for batch in self.validation_samples()]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, pinqi, pinqi_pairs, pinqi_phantom, pinqi_speed
+from benchmarks import common, pinqi, pinqi_phantom, pinqi_server, pinqi_speed, pinqi_variants
 from benchmarks.pinqi_methods import (
     SWITCHED_OFF,
     T1_RANGE,
@@ -20,7 +20,6 @@ from benchmarks.pinqi_methods import (
     switched_off,
     zero_filled,
 )
-from benchmarks.pinqi_pairs import pairs
 from recon_core.methods.pinqi.model import PinqiSettings
 from recon_core.methods.pinqi.weights import TrainedPinqi, load_weights
 from recon_core.simulation.head_atlas import HeadAtlas
@@ -121,6 +120,59 @@ def test_scores_are_kept_and_only_what_is_missing_is_added(
     assert "sample 0" not in capsys.readouterr().err  # nothing was left to do
 
 
+def test_a_call_for_one_acceleration_leaves_the_summary_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (common, pinqi):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    for acceleration in ("1", "2"):
+        pinqi.main(["--size", "32", "--accelerations", acceleration, "--no-bart", "--samples", "1"])
+    assert set(json.loads((tmp_path / "pinqi.json").read_text())["summary"]) == {"1", "2"}
+
+
+def test_methods_are_compared_slice_by_slice() -> None:
+    def slices(*errors: float) -> dict[str, dict[str, float]]:
+        return {str(i): {"nrmse": e, "mae": 2 * e, "ssim": 1 - e} for i, e in enumerate(errors)}
+
+    scores = {"one": {"4": slices(0.1, 0.2, 0.3)}, "other": {"4": slices(0.2, 0.1, 0.5)}, "alone": {"8": slices(0.1, 0.1)}}
+    assert pinqi.paired(scores, "one") == [["4x", "other", 0.0667, 0.1528, 0.1333, -0.0667, "1, 1, 1 of 3"]]
+
+
+def test_variants_are_trained_alike_from_one_start_and_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (common, pinqi_variants):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+    start = save_network(tmp_path, "whole", PinqiSettings(start="refined", prediction="kernel"), times=SATURATION_TIMES)
+    words = f"--initial {start} --output {tmp_path / 'out'} --steps 2 --held 1 --size 64 --columns 16 --image-factors"
+    pinqi_variants.main([*words.split(), "--rows", "proposed", "h"])
+    document = json.loads((tmp_path / "pinqi_variants.json").read_text())
+    rows = document["rows"]
+    assert {name: row["steps"] for name, row in rows.items()} == {"proposed": 2, "h": 2}
+    assert document["settings"]["initial_sha256"] == json.loads(start.read_text())["sha256"]
+    assert load_weights(tmp_path / "out" / "h" / "pinqi.json").network.parameter_net is None
+    assert "python -m benchmarks.pinqi" in capsys.readouterr().out and str(tmp_path) not in json.dumps(document)
+    pinqi_variants.main([*words.split(), "--rows", "h"])
+    again = json.loads((tmp_path / "pinqi_variants.json").read_text())["rows"]
+    assert again["h"]["sha256"] == rows["h"]["sha256"] and again["proposed"] == rows["proposed"]
+
+
+def test_claimed_deviations_are_compared_tube_by_tube() -> None:
+    labels = np.repeat(np.arange(1, 10), 12)[None].repeat(12, 0)
+    rng = np.random.default_rng(0)
+    real = 0.01 * labels
+    plain = [(1 + real * rng.standard_normal(labels.shape), 1.1 * real) for _ in range(20)]
+    calm = [(1 + 0.5 * real * rng.standard_normal(labels.shape), real) for _ in range(20)]
+    plain[3][0][labels == 2] = np.nan  # the console shows nothing
+    plain[3][0][:6, :][labels[:6] == 4] = np.nan
+    found = pinqi_server.compare_deviations({pinqi_server.PLAIN: plain, "pinqi_t1": calm}, labels)
+    ratio = np.array(found[pinqi_server.PLAIN]["ratio"])
+    assert np.isnan(ratio[1]) and np.delete(ratio, 1) == pytest.approx(1.1, abs=0.1)
+    assert found[pinqi_server.PLAIN]["believed"][1] == 0 and 0 < found[pinqi_server.PLAIN]["believed"][3] < 1
+    assert found["pinqi_t1"]["ratio"][8] == pytest.approx(2.0, abs=0.2)
+    assert found["pinqi_t1"]["over_plain"][8] == pytest.approx(1.0, abs=0.1)
+
+
 def test_parts_of_the_time_are_found(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     words = ["--size", "64", "--slices", "1", "--repeats", "1", "--weights", str(weights), "--processes", "2"]
@@ -140,19 +192,3 @@ def test_the_phantom_arrives_whitened_and_calibrated() -> None:
     assert (kspace.data.abs().sum(dim=(1, 2, 4)) > 0).equal(kspace.mask[:, 0])
     air = kspace.data[..., :4][kspace.mask[:, None, :, :, None].expand(-1, 4, -1, -1, 4)]  # columns beside the tubes
     assert float(air.abs().square().mean().sqrt()) == pytest.approx(np.sqrt(2), rel=0.1)
-
-
-def test_slices_are_compared_pair_by_pair(capsys: pytest.CaptureFixture[str]) -> None:
-    def row(nrmse: float, mae: float, ssim: float) -> dict[str, float]:
-        return {"nrmse": nrmse, "mae": mae, "ssim": ssim}
-
-    mine = {"8": {"9": row(0.2, 0.1, 0.8), "10": row(0.1, 0.2, 0.9)}, "4": {"9": row(0.1, 0.1, 0.9)}, "6": {}}
-    other = {"4": {"9": row(0.1, 0.2, 0.8)}, "8": {"9": row(0.3, 0.1, 0.9), "10": row(0.4, 0.3, 0.9), "11": row(0, 0, 1)}}
-    four, eight = pairs(mine, other)
-    assert four == ("4", 1, [0, 1, 1], 0.0, 0.0)
-    assert eight[:3] == ("8", 2, [2, 1, 0]) and eight[3] == pytest.approx(-0.2)
-    assert eight[4] == pytest.approx(0.1 * 2**0.5)
-    with pytest.raises(SystemExit):
-        pinqi_pairs.main(["pinqi_fresh", "nobody"])
-    assert "pinqi_fresh has no 'nobody'" in capsys.readouterr().err
-    assert pinqi_pairs.main(["pinqi_fresh", "llr + fit", "cg_sense + fit"]) == 0

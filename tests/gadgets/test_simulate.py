@@ -1,14 +1,25 @@
 """Simulated MRD files: what other readers see, flags, counters, limits, geometry, noise, and the way back to the truth."""
 
 import itertools
+from dataclasses import replace
 
+import h5py
 import ismrmrd
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gadgets.simulate import NOISE_DWELL, Stream, dwell_time, read_truth, simulate, simulate_stream
+from gadgets.simulate import (
+    NOISE_DWELL,
+    Stream,
+    dwell_time,
+    read_truth,
+    simulate,
+    simulate_kind,
+    simulate_stream,
+    write_scan,
+)
 from gadgets.simulate_header import NOISE_BANDWIDTH, Geometry
 from gadgets.wire.dtypes import Flag
 from recon_core.errors import DataError, SettingError
@@ -270,6 +281,23 @@ def test_donor_coils_and_many_channels(tmp_path) -> None:
     assert str(tmp_path) not in stream.header_text
     headers, _ = joined(simulate_stream("cine", {**SMALL, "coils": 70, "states": 1}))
     assert [int(v) for v in headers["channel_mask"][0][:3]] == [2**64 - 1, 2**6 - 1, 0]
+
+
+def test_a_scan_written_with_another_seed_differs_by_its_noise_alone(tmp_path) -> None:
+    scan = simulate_kind("satrec", {"matrix_x": 32, "matrix_y": 32, "coils": 2, "snr": 20.0})
+    headers, samples = [], []
+    for seed in (1, 1, 2):
+        path = tmp_path / "scan.h5"
+        write_scan(path, replace(scan, settings=replace(scan.settings, seed=seed)))
+        with h5py.File(path) as file:
+            rows = file["dataset/data"][:]
+        headers.append(rows["head"])
+        samples.append(np.concatenate(rows["data"][scan.settings.noise_readouts :]))
+    assert np.array_equal(headers[0]["idx"], headers[2]["idx"]) and np.array_equal(samples[0], samples[1])
+    difference = samples[0] - samples[2]
+    assert 0 < difference.std() < samples[0].std()
+    correlation = np.corrcoef(difference[1:], difference[:-1])[0, 1]
+    assert abs(correlation) < 0.1 and abs(difference.mean()) < 0.1 * difference.std()
 
 
 def test_files_are_reproducible_and_seeds_differ() -> None:

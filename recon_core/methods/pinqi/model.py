@@ -423,10 +423,13 @@ class Pinqi(nn.Module):
     def _decoupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor, strengths: Strengths) -> PinqiOutput:
         settings, image_tags = self.settings, self.settings.image_tags
         linear = []
+        imagined: list[Tensor] = []
         y_reg = self.predict_images(y, image_tags[0]) if settings.image_network == "once" else None
+        imagined += [y_reg] if y_reg is not None else []
         for i in range(settings.n_iterations):
             if settings.image_network == "each":
                 y_reg = self.predict_images(y, image_tags[i])
+                imagined.append(y_reg)
             y, solved = self._solve_images(operator, rhs, y, y_reg, None, i, strengths)
             linear.append(solved)
         p_reg = (
@@ -435,7 +438,7 @@ class Pinqi(nn.Module):
             else None
         )
         p, fitted = self._solve_parameters(y, p_reg, None, 0, strengths)
-        return PinqiOutput(p, y, (p,), tuple(linear), () if fitted is None else (fitted,))
+        return PinqiOutput(p, y, (p,), tuple(linear), () if fitted is None else (fitted,), tuple(imagined))
 
     def _signal(self, parameters: Tensor) -> Tensor:
         return self.model.signal(parameters.movedim(1, 0)).movedim(0, 1)

@@ -17,9 +17,11 @@ from recon_core.errors import DataError, ReconError, SettingError
 from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
 from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule
 from recon_core.methods.pinqi.weights import load_weights
+from recon_core.simulation.brainweb import open_anatomy
 from recon_core.simulation.head_atlas import HeadAtlas
 from recon_core.simulation.quantitative_brain import BrainBatch, QuantitativeBrains
 from recon_core.solvers.linear_layer import UntrustedGradient
+from recon_core.training.checkpoint import WeightError
 from recon_core.training.loop import LoopSettings, Progress, train
 from recon_core.training.pinqi import RunSettings, main, parser, run
 from recon_core.training.pinqi_samples import HeldBatches, NoiseFactors
@@ -394,10 +396,34 @@ def test_fewer_iterations_take_the_lambdas_of_the_same_parts_of_the_way(tmp_path
     assert torch.allclose(short.lambda_q(), long.lambda_q()[[0, 2, 4]], atol=1e-6)
 
 
-def test_what_the_image_network_gives_is_judged_too(atlas: HeadAtlas) -> None:
+def test_a_variant_begins_with_the_weights_of_the_parts_that_it_has(tmp_path: Path) -> None:
+    recipe = replace(JOINT, ablation="proposed", epochs=0.001)
+    _, whole = run(recipe, tmp_path / "whole", CPU)
+    tensors = load_weights(whole).network.state_dict()
+    still = replace(recipe, network_rate=1e-12, image_rate=1e-12, lambda_rate=1e-12, embedding_rate=1e-12)
+    for name, lost in {"a": {"lambda_q", "lambda_p"}, "h": {"lambda_q", "lambda_p", "parameter_net", "embedding"}}.items():
+        _, weights = run(replace(still, ablation=name), tmp_path / name, replace(CPU, initial=str(whole)))
+        own = load_weights(weights).network.state_dict()
+        assert {key.split(".")[0] for key in tensors} - {key.split(".")[0] for key in own} == lost
+        assert all(torch.allclose(value, tensors[key], atol=1e-6) for key, value in own.items())
+    with pytest.raises(WeightError, match="another network"):  # the other way there is nothing to begin with
+        run(recipe, tmp_path / "back", replace(CPU, initial=str(tmp_path / "h" / "pinqi.json")))
+
+
+def test_trainings_share_held_batches_and_end_with_the_bits_that_they_have_by_themselves(tmp_path: Path) -> None:
+    recipe = replace(JOINT, ablation="h")
+    shared = EndToEnd(small_network(recipe), recipe, open_anatomy(None), torch.device("cpu"), 0).held
+    assert shared is not None
+    _, one = run(recipe, tmp_path / "one", CPU, held=shared)
+    _, other = run(recipe, tmp_path / "other", CPU)
+    assert one.with_suffix(".safetensors").read_bytes() == other.with_suffix(".safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("ablation", ["proposed", "h", "i"])
+def test_what_the_image_network_gives_is_judged_too(atlas: HeadAtlas, ablation: str) -> None:
     losses = []
     for weight in (0.0, 10.0):
-        recipe = replace(TINY, image_weight=weight)
+        recipe = replace(TINY, ablation=ablation, image_weight=weight)
         losses.append(float(EndToEnd(small_network(recipe), recipe, atlas, torch.device("cpu"), 0).loss(0)[0]))
     assert losses[1] > losses[0] + 1e-3
     groups = EndToEnd(small_network(JOINT), JOINT, atlas, torch.device("cpu"), 0).groups()
