@@ -9,8 +9,9 @@ Options that it does not know go to the training, whose defaults are the publish
     python -m benchmarks.laro_gpu --output DIR --matrix 32 64 64 --n-echoes 6 --acs 8 8 --patterns 8/2 8/1 8/0 4/2 --second-unrolls 5 \
         --first-steps 2000 --second-steps 20000 --second-start llr --mask-draws 8 --pixel-weight 1
 
-Before it trains, the heads of its scans are simulated by all processors (the same heads in every call). Weights, masks, logs and the
-figures' JSON lie in ``DIR``.
+Before it trains, the heads of its scans are simulated by all processors: the same heads in every call on the same kind of processor. A
+training goes on with the bits of the scans that it was begun with, and says so where another machine simulates others. Weights, masks,
+logs and the figures' JSON lie in ``DIR``.
 
 Speed: the published size (256 x 206 x 80, 10 echoes, 8 coils, R = 8) by a network of the published architecture, with the weights of
 ``DIR`` where there are some and initial ones otherwise (the cost is the same); then R2*, field, background removal and susceptibility.
