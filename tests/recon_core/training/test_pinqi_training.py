@@ -424,7 +424,7 @@ def test_what_the_image_network_gives_is_judged_too(atlas: HeadAtlas, ablation: 
     losses = []
     for weight in (0.0, 10.0):
         recipe = replace(TINY, ablation=ablation, image_weight=weight)
-        losses.append(float(EndToEnd(small_network(recipe), recipe, atlas, torch.device("cpu"), 0).loss(0)[0]))
+        losses.append(EndToEnd(small_network(recipe), recipe, atlas, torch.device("cpu"), 0).loss(0)[0].item())
     assert losses[1] > losses[0] + 1e-3
     groups = EndToEnd(small_network(JOINT), JOINT, atlas, torch.device("cpu"), 0).groups()
     rates = {g.name: g.learning_rate for g in groups}
