@@ -187,6 +187,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", default=["8/0", "8/1", "8/2", "4/0", "4/2"], help="R/SPO")
     parser.add_argument("--weights", nargs="*", type=Path, default=[WEIGHTS], help="folders of networks")
     parser.add_argument("--methods", default="", help="names, comma separated; all if empty")
+    parser.add_argument("--bart-weights", nargs="*", type=float, default=[], help="each is a method more, bart_llr_W")
+    parser.add_argument("--low-rank-steps", type=int, help="of the networks, instead of their setting's; 0: none")
     parser.add_argument("--parts", default="tables,regions,general")
     parser.add_argument(
         "--coil-maps",
@@ -204,7 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own_maps = options.coil_maps == "espirit"
     torch.set_num_threads(options.threads)
     files = sorted(p for folder in options.weights for p in folder.glob("laro*.json"))
-    methods: dict[str, Method] = available(files)
+    of_networks = {} if options.low_rank_steps is None else {"low_rank_steps": options.low_rank_steps}
+    methods: dict[str, Method] = available(files, options.bart_weights, **of_networks)
     if wanted := [n for n in options.methods.split(",") if n]:
         methods = {n: methods[n] for n in wanted}
     if options.pictures is not None:
@@ -216,6 +219,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "scans": options.scans,
         "threads": options.threads,
         "coil maps": options.coil_maps,
+        **of_networks,
     }
     if "tables" in parts:
         scans = held_out(recipe, options.scans, options.split, options.first)
@@ -229,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             columns = [c for c in result["regions"][0] if c != "means"]
             print_table("Susceptibility", columns, [[row[c] for c in columns] for row in result["regions"]])
     if "general" in parts:
-        others = {k: v for k, v in methods.items() if k not in ("bart_llr", "cg_sense")}
+        others = {k: v for k, v in methods.items() if k != "cg_sense" and not k.startswith("bart_llr")}
         result["general"] = general(
             others, options.pictures, lambda rows: write_result(options.name, {**result, "general": rows})
         )

@@ -111,9 +111,12 @@ def with_estimated_maps(case: Case) -> Case:
 # --------------------------------------------------------------------------------------------------------------- methods
 
 
-def available(weights: Sequence[Path]) -> dict[str, Callable[[Case], Images]]:
+def available(
+    weights: Sequence[Path], bart_weights: Sequence[float] = (), **settings: Any
+) -> dict[str, Callable[[Case], Images]]:
     """Methods by name: the classical ones, with ``refined`` (LARO's first images by themselves); a network per weight file, named by the
-    file; and ``modl``: MoDL's networks together, each for the masks that it was trained with (`by_mask`)."""
+    file; ``modl``: MoDL's networks together, each for the masks that it was trained with (`by_mask`); and ``bart_llr_W`` for every
+    further weight W of BART's regularization. ``settings`` are the networks' (`laro.Settings`)."""
     found: dict[str, Callable[[Case], Images]] = {
         "cg_sense": lambda case: _timed(cg_sense, cg_sense.Settings(), case),
         "llr": lambda case: _timed(llr, llr.Settings(), case),
@@ -121,22 +124,25 @@ def available(weights: Sequence[Path]) -> dict[str, Callable[[Case], Images]]:
     }
     if bart.available():
         found["bart_llr"] = _bart_llr
+        found |= {f"bart_llr_{w:g}": partial(_bart_llr, weight=w) for w in bart_weights}
     modl: dict[str, TrainedLaro] = {}
     for path in weights:
         trained = load_weights(path)
         if trained.network.settings.kind == "modl":
             modl |= dict.fromkeys(trained.facts["recipe"]["patterns"], trained)
             continue
-        found[path.stem] = partial(network, trained=trained)
+        found[path.stem] = partial(network, trained=trained, **settings)
         trained_with = int(trained.facts.get("recipe", {}).get("second_unrolls", 0))
         if trained_with > trained.network.settings.unrolls:
-            found[f"{path.stem} {trained_with} iterations"] = partial(network, trained=trained, unrolls=trained_with)
+            found[f"{path.stem} {trained_with} iterations"] = partial(
+                network, trained=trained, **{**settings, "unrolls": trained_with}
+            )
     if modl:
-        found["modl"] = partial(by_mask, networks=modl)
+        found["modl"] = partial(by_mask, networks=modl, **settings)
     return found
 
 
-def by_mask(case: Case, networks: Mapping[str, TrainedLaro]) -> Images:
+def by_mask(case: Case, networks: Mapping[str, TrainedLaro], **settings: Any) -> Images:
     """Images by the network that was trained with the case's kind of mask, ``"R/SPO"``.
 
     Raises
@@ -149,7 +155,7 @@ def by_mask(case: Case, networks: Mapping[str, TrainedLaro]) -> Images:
         raise SettingError(
             "no network was trained with such masks", where="MoDL", got=kind, expected=" ".join(sorted(networks))
         )
-    return network(case, networks[kind])
+    return network(case, networks[kind], **settings)
 
 
 def network(case: Case, trained: TrainedLaro, **settings: Any) -> Images:
@@ -181,9 +187,9 @@ def _maps(case: Case) -> Tensor:
     return maps
 
 
-def _bart_llr(case: Case) -> Images:
+def _bart_llr(case: Case, weight: float = BART_WEIGHT) -> Images:
     full = bart.to_bart(fft_centred(case.kspace.data, -1).numpy())
     maps = bart.maps_to_bart(_maps(case).numpy())
-    words = ["pics", "-S", "-R", f"L:7:7:{BART_WEIGHT}", "-b", "4", "-i", str(BART_ITERATIONS)]
+    words = ["pics", "-S", "-R", f"L:7:7:{weight:g}", "-b", "4", "-i", str(BART_ITERATIONS)]
     timed = bart.run(words, full, maps)
     return torch.from_numpy(np.array(bart.images_from_bart(timed.data))), timed.cpu_s

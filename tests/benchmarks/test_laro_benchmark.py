@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.laro_cases import acquire, acs_block, available, held_out, pattern, with_estimated_maps
+from benchmarks import bart
+from benchmarks.laro_cases import BART_WEIGHT, acquire, acs_block, available, held_out, pattern, with_estimated_maps
 from benchmarks.laro_gpu import large_scan, speed
 from benchmarks.laro_scores import Maps, maps_of, regional, regression, scores, true_regional
 from recon_core.errors import SettingError
@@ -113,6 +114,27 @@ def test_the_networks_that_are_installed_are_methods() -> None:
 
     names = set(available(sorted(WEIGHTS.glob("laro*.json"))))
     assert {"cg_sense", "llr", "refined", "laro"} <= names
+
+
+def test_networks_of_an_ablation_are_told_apart_by_their_files(tmp_path: Path) -> None:
+    for name, direction in (("laro_tff1", "both"), ("laro_forward", "forward")):
+        torch.manual_seed(0)
+        network = Laro(LaroSettings(channels=4, features=(4, 4), unrolls=1, direction=direction))
+        torch.nn.init.normal_(network.denoiser.unet.last.weight, std=0.1)  # type: ignore[union-attr, arg-type]
+        save_weights(tmp_path, name, network, "zero_filled", {"amplitude": 1.0})
+    case = acquire(head(), pattern((16, 40), 4, 4.0, 0), 4.0, 0)
+    files = sorted(tmp_path.glob("laro*.json"))
+    plain, without = (available(files, **settings) for settings in ({}, {"low_rank_steps": 0}))
+    both, forward, bare = (m(case)[0] for m in (plain["laro_tff1"], plain["laro_forward"], without["laro_forward"]))
+    assert not torch.allclose(both, forward, atol=1e-3) and not torch.equal(forward, bare)
+
+
+@pytest.mark.skipif(not bart.available(), reason="needs Debian's BART")
+def test_bart_s_weight_is_part_of_the_name() -> None:
+    case = acquire(head(), pattern((16, 40), 4, 4.0, 0), 4.0, 0)
+    methods = available([], [BART_WEIGHT, 10 * BART_WEIGHT])
+    found = [methods[name](case)[0] for name in ("bart_llr", f"bart_llr_{BART_WEIGHT:g}", f"bart_llr_{10 * BART_WEIGHT:g}")]
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[1], found[2], atol=1e-3)
 
 
 def test_every_kind_of_mask_has_the_modl_that_was_trained_with_it(tmp_path: Path) -> None:
