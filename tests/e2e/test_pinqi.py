@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from gadgets.image_file import read_images
 from gadgets.meta import read_meta
 from gadgets.service import Service, ServiceOptions
 from gadgets.simulate import simulate_kind, stream_of
@@ -19,7 +22,7 @@ from gadgets.wire.events import Image
 from recon_core.installed_weights import FOLDERS, weight_folders
 from recon_core.simulation.quantitative_brain import BrainBatch
 from recon_core.simulation.tubes import PROTOCOL, TubeReport, compare_tubes
-from tests.e2e.scans import Batches, SimulatedScan, ask, complaints, encoded, in_memory, is_noise
+from tests.e2e.scans import Batches, SimulatedScan, ask, complaints, encoded, in_memory, is_noise, simulated
 from tests.e2e.semi_measured import synthetic_brain
 from tests.strict_client import Answer
 
@@ -85,6 +88,26 @@ def test_maps_arrive_with_units_windows_and_geometry(brain_answer: tuple[Simulat
         for name in ("position", "read_dir", "phase_dir", "slice_dir", "field_of_view", "matrix_size", "slice"):
             np.testing.assert_array_equal(image.header[name], found["Image"][0].header[name], err_msg=f"{role} {name}")
         np.testing.assert_array_equal(np.isnan(shown), np.isnan(in_ms(found["T1"][0])), err_msg=role)
+
+
+def test_a_client_process_gets_the_same_in_a_file(service: Service, tmp_path: Path) -> None:
+    """``recon replay`` of a file: the maps of the tubes, as they are in the tubes and as an in-process client has them."""
+    scan = simulated("satrec", tmp_path / "tubes.h5", **SMALL)
+    out, recon = tmp_path / "maps.h5", Path(sys.executable).with_name("recon")
+    command = [str(recon), "replay", str(scan.path), "-c", "pinqi_t1", "-o", str(out), "--port", str(service.port)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    found, expected = by_role(Answer(images=list(read_images(out)))), by_role(ask(service, "pinqi_t1", scan))
+    assert {role: len(own) for role, own in found.items()} == {"Image": 5, "T1": 1, "T1SD": 1, "M0": 1, "M0_PHASE": 1}
+    for role in ("T1", "T1SD", "M0", "M0_PHASE"):
+        (own,), (other,) = found[role], expected[role]
+        np.testing.assert_array_equal(own.data, other.data, err_msg=role)
+        for name in ("position", "read_dir", "phase_dir", "slice_dir", "field_of_view", "matrix_size"):
+            np.testing.assert_array_equal(own.header[name], other.header[name], err_msg=f"{role} {name}")
+        mine, theirs = meta(own), meta(other)
+        for name in ("QuantityName", "QuantityUnit", "RescaleSlope", "RescaleIntercept", "WindowCenter", "WindowWidth"):
+            assert mine.get(name) == theirs.get(name), (role, name)
+    assert report_of(found["T1"][0], scan).rms_deviation < 0.035
 
 
 def test_t1_is_the_true_one(service: Service, brain_answer: tuple[SimulatedScan, BrainBatch, Answer]) -> None:
