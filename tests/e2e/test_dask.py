@@ -146,7 +146,7 @@ def test_without_the_scheduler_slices_are_computed_here(scan: SimulatedScan, tmp
         port=0, workers=1, threads=1, scheduler=SchedulerOptions("local:1"), rehearse=False, configs=site_chains(tmp_path)
     )
     with Service(options) as running:
-        assert cluster_check(running, tmp_path) == ("ok", "room for 1 of 1 task")
+        until(lambda: cluster_check(running, tmp_path) == ("ok", "room for 1 of 1 task"), "no cluster")
         stopper = threading.Thread(target=lambda: (busy_worker(running), pool(running)._cluster.close(timeout=30)))
         stopper.start()
         answer = ask(running, "long", scan)

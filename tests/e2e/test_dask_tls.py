@@ -43,15 +43,18 @@ def options(address: str, ca: Authority, own: Authority, name: str) -> Scheduler
     return SchedulerOptions(address, Path(ca.certificate), Path(certificate), Path(key))
 
 
-def test_a_scan_over_tls(address: str, site: Authority, service: Service) -> None:
+def test_a_scan_over_tls(
+    address: str, site: Authority, service: Service, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     assert address.startswith("tls://")
     scan = in_memory("cine", matrix_x=48, matrix_y=48, coils=4, states=2, slices=2)
     here = ask(service, "cg_sense", scan)
     own = ServiceOptions(port=0, workers=1, threads=1, scheduler=options(address, site, site, "server"), rehearse=False)
     with Service(own) as running:
+        until(lambda: cluster_check(running, tmp_path) == ("ok", "room for 1 of 1 task"), "the cluster was not found")
         there = ask(running, "cg_sense", scan)
-        assert running.jobs._remote is not None and running.jobs._remote.capacity == 1
-    assert not complaints(there)
+    assert not complaints(there) and caplog.text.count("event=done_by_cluster") == 2
     np.testing.assert_array_equal(stack(there.images, 2), stack(here.images, 2))
 
 

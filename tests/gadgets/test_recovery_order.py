@@ -14,7 +14,7 @@ from gadgets.bookkeeping import Books
 from gadgets.journal import JobRow
 from gadgets.recovery import Recovery
 from tests.gadgets.serving import CountingScan
-from tests.gadgets.test_recovery import Site, over
+from tests.gadgets.test_recovery import Site, begin, over
 
 PATIENCE = 60.0
 
@@ -48,10 +48,12 @@ def long_retry(root: Path, **options: object) -> Iterator[LongRetry]:
         original = JobRow(stem, "fourier", "sent", capture=f"{stem}.mrd")
         books.journal().put(original)
         books.journal().add_retry(original, {"config": "cg_sense"})
-        books.is_server = True
-        recovery.start()  # only now: a spool that is too small keeps no raw data that nobody waits for
+        tidied = threading.Event()
+        recovery.housekeeping = tidied.set
+        begin(recovery, books)  # only now: a spool that is too small keeps no raw data that nobody waits for
         try:
             assert begun.wait(PATIENCE)
+            assert tidied.wait(PATIENCE)  # or what a test leaves here could go before somebody waits for it
             yield LongRetry(site, recovery, books, begun, end)
         finally:
             end.set()
