@@ -19,6 +19,13 @@ app = typer.Typer(name="train", help="Train the learned methods on synthetic dat
 out = Console()
 Made = TypeVar("Made")
 
+# options that both trainings have
+ValidateEvery = Annotated[int, typer.Option(help="Steps between validations; 0 for none.", min=0)]
+LogEvery = Annotated[int, typer.Option(help="Steps between rows of log.csv; 0 for none.", min=0)]
+CheckpointMinutes = Annotated[float, typer.Option(help="Between checkpoints.", min=0.0)]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves them to torch.", min=0)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
 
 def progress_bars() -> Progress:
     """What `PhaseBars` draws on: a context that shows name, bar, steps, time and figures of every phase."""
@@ -155,7 +162,7 @@ def pinqi(
         Path | None, typer.Option(help="Folder nilearn/datasets/data, for the tissue atlas at 1 mm instead of 1.5 mm.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights and samples.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     precision: Annotated[str, typer.Option(help="Of the networks: float32 or bfloat16.")] = "float32",
     recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more time.")] = False,
     compiled: Annotated[
@@ -164,10 +171,10 @@ def pinqi(
     ema_decay: Annotated[
         float, typer.Option("--ema", help="Decay of a moving average of the weights; 0 for none.", min=0.0, max=0.99999)
     ] = 0.0,
-    validate_every: Annotated[int, typer.Option(help="Steps between validations; 0 for none.", min=0)] = 250,
-    log_every: Annotated[int, typer.Option(help="Steps between rows of log.csv; 0 for none.", min=0)] = 1,
-    checkpoint_minutes: Annotated[float, typer.Option(help="Between checkpoints.", min=0.0)] = 10.0,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them to torch.", min=0)] = 0,
+    validate_every: ValidateEvery = 250,
+    log_every: LogEvery = 1,
+    checkpoint_minutes: CheckpointMinutes = 10.0,
+    threads: Threads = 0,
 ) -> None:
     """Train PINQI's networks. Ctrl-C stops after the step in progress; --resume goes on, to the same bits on the same device.
 
@@ -246,12 +253,12 @@ def laro(
     ] = 64,
     n_validation: Annotated[int, typer.Option(help="Held-out scans of a validation.", min=0)] = 1,
     seed: Annotated[int, typer.Option(help="Of weights, masks and samples.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Device = "auto",
     recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more time.")] = False,
-    validate_every: Annotated[int, typer.Option(help="Steps between validations; 0 for none.", min=0)] = 250,
-    log_every: Annotated[int, typer.Option(help="Steps between rows of log.csv; 0 for none.", min=0)] = 1,
-    checkpoint_minutes: Annotated[float, typer.Option(help="Between checkpoints.", min=0.0)] = 10.0,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them to torch.", min=0)] = 0,
+    validate_every: ValidateEvery = 250,
+    log_every: LogEvery = 1,
+    checkpoint_minutes: CheckpointMinutes = 10.0,
+    threads: Threads = 0,
 ) -> None:
     """Train LARO's masks and network. Ctrl-C stops after the step in progress; --resume goes on, to the same bits.
 
