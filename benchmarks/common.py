@@ -32,12 +32,13 @@ def machine() -> dict[str, Any]:
 
 
 def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Write ``results/<name>.json``: the machine, the time and ``result``."""
+    """Write ``results/<name>.json``: the machine, the time and ``result``; an interruption leaves the file that was there."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     document = {"benchmark": name, "date": datetime.now(UTC).isoformat(timespec="seconds"), "machine": machine(), **result}
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    return path
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    return part.replace(path)
 
 
 def training_options(parser: argparse.ArgumentParser, max_minutes: float, device: str) -> None:

@@ -11,8 +11,8 @@ Beside them the same slices *fully sampled* with the same noise and a plain fit 
 
 ``--against METHOD`` adds a table of differences from one row, slice by slice; with ``--samples 0`` from kept scores alone.
 
-Scores are kept per sample in ``results/pinqi.json``: a second call with the same recipe only adds what is missing (new weights, more
-samples). ``--fresh`` starts over.
+Scores are kept per sample in ``results/pinqi.json`` as soon as they are known: a second call with the same recipe only adds what is
+missing (new weights, more samples, what an interrupted call left). ``--fresh`` starts over.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def summary(scores: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     }
 
 
-def evaluate(options: argparse.Namespace, scores: Scores) -> dict[str, NDArray[Any]]:
-    """Add what is missing to ``scores``; the first sample's maps at the highest acceleration, for the picture."""
+def evaluate(options: argparse.Namespace, scores: Scores, keep: Callable[[], object]) -> dict[str, NDArray[Any]]:
+    """Add what is missing to ``scores``, and ``keep`` them; the first sample's maps at the highest acceleration, for the picture."""
     recipe = SampleRecipe(size=options.size, times=tuple(options.times))
     brains = QuantitativeBrains(
         open_anatomy(options.brainweb, options.device), recipe, seed=EVALUATION_SEED, device=options.device
@@ -140,6 +140,7 @@ def evaluate(options: argparse.Namespace, scores: Scores) -> dict[str, NDArray[A
                 kept[str(index)] = {**sample.score(answer.t1), "cpu_s": answer.cpu_s, "wall_s": answer.wall_s}
                 if answer.weight is not None:
                     kept[str(index)]["weight"] = answer.weight
+                keep()
                 if picture:
                     shown[name] = answer.t1
                 print(
@@ -173,32 +174,28 @@ def kept_scores(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[
     return (document["scores"], document["weights"]) if document.get("settings") == settings else ({}, {})
 
 
-def report(scores: Scores, accelerations: list[float]) -> dict[str, Any]:
-    """Print the tables; the summaries and who is better than whom."""
+def summaries(scores: Scores) -> dict[str, dict[str, dict[str, float]]]:
+    """``summary`` by acceleration and method."""
     table: dict[str, dict[str, dict[str, float]]] = {}
-    rows = []
-    for acceleration in accelerations:
-        key = f"{acceleration:g}"
-        for name, by_acceleration in scores.items():
-            if not by_acceleration.get(key):
-                continue
-            s = table.setdefault(key, {})[name] = summary(by_acceleration[key])
-            rows.append(
-                [
-                    f"{key}x",
-                    name,
-                    *(round(s[k], 4) for k in ("nrmse", "nrmse_sd", "mae", "ssim")),
-                    round(s["cpu_s"], 2),
-                    int(s["samples"]),
-                ]
-            )
-        if acceleration in GOALS:
-            rows.append(
-                [f"{key}x", "(goal)", GOALS[acceleration][0], "", GOALS[acceleration][1], GOALS[acceleration][2], "", ""]
-            )
+    for name, by_acceleration in scores.items():
+        for key, own in by_acceleration.items():
+            if own:
+                table.setdefault(key, {})[name] = summary(own)
+    return {key: table[key] for key in sorted(table, key=float)}
+
+
+def report(table: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
+    """Print the table, with the goals."""
+    rows: list[list[Any]] = []
+    for key, methods in table.items():
+        for name, s in methods.items():
+            figures = [round(s[k], 4) for k in ("nrmse", "nrmse_sd", "mae", "ssim")]
+            rows.append([f"{key}x", name, *figures, round(s["cpu_s"], 2), int(s["samples"])])
+        if float(key) in GOALS:
+            nrmse, mae, ssim = GOALS[float(key)]
+            rows.append([f"{key}x", "(goal)", nrmse, "", mae, ssim, "", ""])
     columns = ["", "method", "nRMSE", "SD", "MAE s", "SSIM", "CPU s", "samples"]
     print_table("T1 inside the brain, held-out synthetic anatomies, means", columns, rows)
-    return table
 
 
 def paired(scores: Scores, against: str) -> list[list[Any]]:
@@ -261,18 +258,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = settings_of(options)
     scores, weights = kept_scores(options, settings)
     weights |= {label: described(path) for label, path in named_weights(options.weights).items()}
-    shown = evaluate(options, scores)
-    measured = {float(a) for by_acceleration in scores.values() for a in by_acceleration}
-    table = report(scores, sorted(measured | set(options.accelerations)))
+
+    def keep() -> None:
+        known = {"settings": settings, "bart": bart.available(), "weights": weights}
+        write_result(options.name, {**known, "summary": summaries(scores), "scores": scores})
+
+    shown = evaluate(options, scores, keep)
+    report(summaries(scores))
     if options.against:
         if options.against not in scores:
             raise SystemExit(f"no scores of {options.against!r}; there are those of {', '.join(scores)}")
         columns = ["", "method", "nRMSE", "SD", "MAE s", "SSIM", "better slices: nRMSE, MAE, SSIM"]
         print_table(f"Minus {options.against}", columns, paired(scores, options.against))
-    write_result(
-        options.name,
-        {"settings": settings, "bart": bart.available(), "weights": weights, "summary": table, "scores": scores},
-    )
+    keep()
     if options.picture is not None:
         from benchmarks.pinqi_montage import montage
 

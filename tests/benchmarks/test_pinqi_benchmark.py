@@ -13,6 +13,7 @@ from benchmarks import common, pinqi, pinqi_phantom, pinqi_server, pinqi_speed, 
 from benchmarks.pinqi_methods import (
     SWITCHED_OFF,
     T1_RANGE,
+    Answer,
     Sample,
     classical,
     fitted,
@@ -118,6 +119,20 @@ def test_scores_are_kept_and_only_what_is_missing_is_added(
     capsys.readouterr()
     pinqi.main([*words, "1", "--weights", f"physics={weights}"])
     assert "sample 0" not in capsys.readouterr().err  # nothing was left to do
+
+
+def test_an_interrupted_call_keeps_what_it_has_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (common, pinqi):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
+
+    def interrupted(s: Sample) -> Answer:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pinqi, "methods_for", lambda options: {"one": zero_filled, "other": interrupted})
+    with pytest.raises(KeyboardInterrupt):
+        pinqi.main(["--size", "32", "--accelerations", "2", "--samples", "1"])
+    document = json.loads((tmp_path / "pinqi.json").read_text())
+    assert set(document["scores"]["one"]["2"]) == {"0"} and set(document["summary"]["2"]) == {"one"}
 
 
 def test_a_call_for_one_acceleration_leaves_the_summary_of_the_others(
