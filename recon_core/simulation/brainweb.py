@@ -6,6 +6,7 @@ Source: BrainWeb, 20 anatomical models of 20 normal brains (Aubert-Broche et al.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from recon_core.simulation.anatomy import CLASSES, Anatomy, check_split, draw_pl
 from recon_core.simulation.head_atlas import HeadAtlas, atlas_from_folder
 from recon_core.simulation.random_fields import Draws
 from recon_core.simulation.volume_files import read_volume
+from recon_core.training.checkpoint import sha256_of
 
 Tensor = torch.Tensor
 Shape = tuple[int, int, int]
@@ -73,6 +75,13 @@ class LabelledHeads:
         """Names of the heads of a split."""
         check_split(split)
         return tuple(self._subjects[split])
+
+    def digest(self) -> str:
+        """sha256 of the names and sha256 of all heads' files: the same for folders with the same heads."""
+        digest = hashlib.sha256()
+        for subject, files in sorted(self._files.items()):
+            digest.update("".join(f"{subject} {name} {sha256_of(files[name])}\n" for name in sorted(files)).encode())
+        return digest.hexdigest()
 
     def fractions(self, draws: Draws, n: int, split: str) -> Tensor:
         """float32 ``(sample, class, n, n)``, see `Anatomy`; the first use of a head reads it."""

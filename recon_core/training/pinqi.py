@@ -19,7 +19,7 @@ from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
 from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule
 from recon_core.methods.pinqi.weights import save_weights
 from recon_core.simulation.anatomy import Anatomy
-from recon_core.simulation.brainweb import open_anatomy
+from recon_core.simulation.brainweb import LabelledHeads, open_anatomy
 from recon_core.simulation.quantitative_brain import QuantitativeBrains
 from recon_core.simulation.random_fields import sample_seed
 from recon_core.solvers.nonlinear_layer import NonlinearSettings
@@ -91,7 +91,7 @@ def run(
     Raises
     ------
     SettingError
-        The folder holds a training and ``resume`` is off, or one of another recipe.
+        The folder holds a training and ``resume`` is off, or one of another recipe or from other heads.
     """
     settings = settings or RunSettings()
     output = Path(output)
@@ -125,7 +125,8 @@ def run(
         for net in (network.parameter_net, network.image_net):
             if net is not None:
                 net.unet.compile(dynamic=False)  # in place: names of weights stay
-    settle_recipe(recipe, output, settings.resume)
+    data = {"heads": anatomy.digest() if isinstance(anatomy, LabelledHeads) else anatomy.name}
+    settle_recipe(recipe, output, settings.resume, data)
     call = Call(output, settings, validated=recipe.n_validation > 0, progress=progress)
 
     def phase(task: Task, name: str, epochs: float) -> TrainingResult:

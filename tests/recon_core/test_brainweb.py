@@ -138,6 +138,17 @@ def test_heads_are_split_16_1_3_and_never_shared(folder: Path) -> None:
         heads.subjects("all")
 
 
+def test_the_digest_is_of_the_heads_wherever_they_lie(folder: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    own, copied = (LabelledHeads(place, shape=SHAPE).digest() for place in (folder, tmp_path))
+    assert own == copied
+    store(tmp_path / "subject03_crisp_v.rawb", np.full(SHAPE, 7, np.uint8).tobytes())
+    changed = LabelledHeads(tmp_path, shape=SHAPE).digest()
+    (tmp_path / "subject07_crisp_v.rawb").rename(tmp_path / "subject21_crisp_v.rawb")
+    assert len({own, changed, LabelledHeads(tmp_path, shape=SHAPE).digest()}) == 3
+
+
 def test_samples_are_made_of_labelled_heads(folder: Path) -> None:
     heads = LabelledHeads(folder, shape=SHAPE)
     batch = QuantitativeBrains(heads, SampleRecipe(size=32, accelerations=(2.0,))).batch("train", [0, 1])

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,7 @@ from recon_core.training.pinqi_tasks import (
     posed,
     typical_amplitude,
 )
+from tests.recon_core.volume_writers import nifti
 
 TINY = PinqiRecipe(
     ablation="g1", size=32, times=(0.5, 1.5, 8.0), n_coils=3, accelerations=(2.0,), batch=1, epochs=0.004, pretrain_epochs=0.002,
@@ -154,6 +156,20 @@ def test_a_folder_with_a_training_is_not_overwritten_or_mixed(whole: Path) -> No
         run(TINY, whole, CPU)
     with pytest.raises(SettingError, match="seed: 0, not 1"):
         run(replace(TINY, seed=1), whole, replace(CPU, resume=True))
+
+
+def test_a_training_goes_on_with_the_heads_it_was_begun_with(tmp_path: Path) -> None:
+    heads, output = tmp_path / "heads", tmp_path / "out"
+    heads.mkdir()
+    for i in range(3):
+        nifti(heads / f"subject0{i}_crisp_v.nii", np.full((40, 80, 80), 1 + i, np.uint8))
+    short = replace(TINY, epochs=0.001, pretrain_epochs=0.0, n_validation=0)
+    run(short, output, replace(CPU, brainweb=str(heads)))
+    nifti(heads / "subject01_crisp_v.nii", np.full((40, 80, 80), 3, np.uint8))
+    with pytest.raises(SettingError, match="heads: "):
+        run(short, output, replace(CPU, brainweb=str(heads), resume=True))
+    with pytest.raises(SettingError, match="not mni152"):
+        run(short, output, replace(CPU, resume=True))
 
 
 def test_devices_and_ablations_that_do_not_exist_are_refused(tmp_path: Path) -> None:
