@@ -175,11 +175,12 @@ def fitting(tensors: dict[str, Tensor], network: Pinqi) -> dict[str, Tensor]:
     """Weights for a network that predicts another thing, has fewer iterations, or lacks a part of the one they are of.
 
     A last layer of zeros instead of theirs; of the lambdas those of the same parts of the way; nothing of parts that a variant does
-    without.
+    without. Sizes of gradient steps (variant e) are as they were where the weights have none.
     """
     own = network.state_dict()
     parts = {key.split(".")[0] for key in own}
-    found = {key: value for key, value in tensors.items() if key.split(".")[0] in parts}
+    found = {key: value for key, value in own.items() if key.startswith("step_sizes.")}
+    found |= {key: value for key, value in tensors.items() if key.split(".")[0] in parts}
     for key in ("lambda_y.raw", "lambda_q.raw", "lambda_p.raw"):
         if key in own and key in found and len(own[key]) < len(found[key]):
             found[key] = found[key][torch.linspace(0, len(found[key]) - 1, len(own[key])).round().long()]

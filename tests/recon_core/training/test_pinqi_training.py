@@ -422,6 +422,10 @@ def test_a_variant_begins_with_the_weights_of_the_parts_that_it_has(tmp_path: Pa
         own = load_weights(weights).network.state_dict()
         assert {key.split(".")[0] for key in tensors} - {key.split(".")[0] for key in own} == lost
         assert all(torch.allclose(value, tensors[key], atol=1e-6) for key, value in own.items())
+    _, stepwise = run(replace(still, ablation="e"), tmp_path / "e", replace(CPU, initial=str(whole)))
+    own = load_weights(stepwise).network.state_dict()
+    assert set(own) - set(tensors) == {"step_sizes.raw"}
+    assert all(torch.allclose(own[key], value, atol=1e-6) for key, value in tensors.items())
     with pytest.raises(WeightError, match="another network"):  # the other way there is nothing to begin with
         run(recipe, tmp_path / "back", replace(CPU, initial=str(tmp_path / "h" / "pinqi.json")))
 
