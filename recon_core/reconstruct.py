@@ -284,4 +284,8 @@ def _require_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> None
 def _noise_of(kspace: KSpace, scan: ScanInfo) -> ImageNoise | None:
     """Measured, or estimated from outer k-space; ``None`` for data without any noise."""
     noise, measured = noise_of(kspace)
-    return image_noise(noise, kspace.counts, scan, measured=measured) if noise > 0 else None
+    if not noise > 0:
+        return None
+    n_x = int(kspace.data.shape[X])
+    start, stop = kspace.readout_range or (0, n_x)
+    return image_noise(noise, kspace.counts, scan, measured=measured, readout_share=(stop - start) / n_x)
