@@ -15,7 +15,9 @@ from recon_core.maps.series import ImageNoise
 from recon_core.maps.series_qsm import field_frame, multi_echo_maps, multi_echo_times
 from recon_core.maps.settings import MapSettings
 from recon_core.maps.spherical_mean import inner_distance
+from recon_core.methods.cg_sense import Settings as CgSettings
 from recon_core.methods.fourier import Settings as FourierSettings
+from recon_core.methods.llr import Settings as LlrSettings
 from recon_core.reconstruct import Recipe, reconstruct
 from recon_core.types import ImageSeries, KSpace, ParameterMap, ScanInfo
 from tests.recon_core.maps.analytic_fields import Head, small_head
@@ -305,3 +307,30 @@ def test_a_given_mask_is_the_map_s_and_is_checked() -> None:
         assert len(quiet.maps) == 3 and words in quiet.notes[0]
     with pytest.raises(DataError, match="the mask that was named is not there; got 'mine'"):
         multi_echo_maps(series, scan, ImageNoise(NOISE, True), replace(settings, map_mask_file="mine"))
+
+
+def test_a_regular_pattern_without_a_centre_is_named() -> None:
+    """Shared by all echoes: its aliases need more iterations than the default, and the maps would not show it."""
+    data = torch.randn(3, 2, 8, 8, 6, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    scan = ScanInfo((8, 8, 6), (0.08, 0.08, 0.06), (8, 8, 6), (0.08, 0.08, 0.06), echo_times=TIMES[:3], field_strength=3.0)
+    maps = MapSettings(maps="r2star", map_failure="warn")
+    regular = torch.zeros(3, 8, 8)
+    regular[:, ::2, ::2] = 1
+    centre = regular.clone()
+    centre[:, 3:6, 3:6] = 1
+    turns = regular.clone()
+    turns[1] = turns[1].roll(1, 0)
+    slow, long = (Recipe("llr", LlrSettings(iterations=n), maps=maps) for n in (2, 150))
+    plain = Recipe("cg_sense", CgSettings(iterations=2), maps=maps)
+    cases = (
+        (regular, slow, True),
+        (centre, slow, False),
+        (turns, slow, False),
+        (regular, plain, False),
+        (regular, long, False),
+    )
+    coil_maps = torch.full_like(data[0], 0.5**0.5)
+    for counts, recipe, named in cases:
+        kspace = KSpace(data * (counts > 0)[:, None, :, :, None], counts, noise_std=1.0, coil_maps=coil_maps)
+        notes = reconstruct(kspace, scan, recipe).notes
+        assert any("gaps at the centre" in note for note in notes) == named
