@@ -156,21 +156,32 @@ def _weights(energy: Tensor, spread: Tensor, squares: Tensor, noise_std: float |
 
 
 def correct_bipolar(
-    images: Tensor, echo_times: Sequence[float], mask: Tensor, *, readout_axis: int = -1
+    images: Tensor,
+    echo_times: Sequence[float],
+    mask: Tensor,
+    *,
+    backwards: Sequence[bool] | None = None,
+    turns: int = 0,
+    readout_axis: int = -1,
 ) -> tuple[Tensor, float, float]:
-    """Take the phase between forward and backward readouts out: ``theta(x) = a + b x`` on every second echo (in order of time).
+    """Take the phase between forward and backward readouts out: ``theta(x) = a + b x`` on the echoes of one direction.
 
-    Echoes of one direction, the first and the third, give the field's phase, unwrapped in space; what the second deviates from
-    the straight line between them is ``theta`` modulo a turn. The ramp is found by the peak of ``|sum w exp(i (theta - b x))|``, which
-    knows no wraps, and polished by weighted least squares. The field's whole turns between the outer echoes go into ``a``: it is
-    right when the centre frequency is within half a period of their distance.
+    Two echoes of one direction, such as the first and the third, give the field's phase, unwrapped in space; what one of the
+    other direction, best between them, deviates from the straight line through them is ``theta`` modulo a turn. The ramp is found by
+    the peak of ``|sum w exp(i (theta - b x))|``, which knows no wraps, and polished by weighted least squares. The field's whole
+    turns between the two echoes go into ``a``: it is right when the centre frequency is within half a period of their distance, or
+    ``turns`` periods away from that.
 
     Parameters
     ----------
     images
-        Complex ``(echo, z, y, x)``, three echoes or more, every second one read backwards (and already turned round).
+        Complex ``(echo, z, y, x)``, three echoes or more; those read backwards already turned round.
     mask
         bool ``(z, y, x)``.
+    backwards
+        Which echoes were read backwards, in the given order; ``None``: every second in order of time.
+    turns
+        Whole turns more between the two echoes. With equal spacing it makes no difference to the field but its own whole turns.
     readout_axis
         Of one image.
 
@@ -182,7 +193,7 @@ def correct_bipolar(
     Raises
     ------
     DataError
-        As `fit_field`; fewer than three echoes.
+        As `fit_field`; fewer than three echoes, or all of one direction.
 
     References
     ----------
@@ -192,10 +203,13 @@ def correct_bipolar(
         raise DataError("images must be complex", where="bipolar correction", got=str(images.dtype))
     echoes = checked_echoes(images, echo_times, mask, where="bipolar correction", least=3)
     inside, times = echoes.mask, echoes.times
-    first, middle, last = echoes.images[0], echoes.images[1], echoes.images[2]
+    order = sorted(range(len(times)), key=echo_times.__getitem__)
+    reverse = [k % 2 == 1 if backwards is None else bool(backwards[i]) for k, i in enumerate(order)]
+    one, other, two = _one_between_two(times, reverse)
+    first, middle, last = echoes.images[one], echoes.images[other], echoes.images[two]
     between = last * first.conj()
-    phase = unwrap_phase(between.angle(), inside, quality=between.abs())
-    share = (times[1] - times[0]) / (times[2] - times[0])
+    phase = unwrap_phase(between.angle(), inside, quality=between.abs()) + TURN * turns
+    share = (times[other] - times[one]) / (times[two] - times[one])
     deviation = middle * first.conj() * torch.polar(torch.ones_like(phase), -share * phase)
     n = images.shape[1:][readout_axis]
     shape = [1, 1, 1]
@@ -214,11 +228,32 @@ def correct_bipolar(
     constant += float((weight * rest).sum() / weight.sum()) - more * float(centre)
     slope += more
     correction = torch.polar(torch.ones_like(position), -(constant + slope * position))
-    every_second = {echoes.times[k] for k in range(1, len(times), 2)}
-    corrected = torch.stack(
-        [im * correction if float(te) in every_second else im for im, te in zip(images, echo_times, strict=True)]
-    )
+    corrected = images.clone()
+    for k, i in enumerate(order):
+        if reverse[k] == reverse[other]:
+            corrected[i] *= correction
     return corrected, constant, slope
+
+
+def _one_between_two(times: Sequence[float], reverse: Sequence[bool]) -> tuple[int, int, int]:
+    """An echo between two of the other direction, as near in time as there are; else one before or after two."""
+    choices = []
+    for j in range(len(times)):
+        others = sorted((i for i in range(len(times)) if reverse[i] != reverse[j]), key=lambda i: abs(i - j))
+        before, after = [i for i in others if i < j][:1], [i for i in others if i > j][:1]
+        pair = [*before, *after] if before and after else sorted(others[:2])
+        if len(pair) == 2:
+            choices.append((pair[0], j, pair[1]))
+    if not choices:
+        raise DataError("all echoes are read in one direction", where="bipolar correction", expected="both directions")
+
+    def quality(choice: tuple[int, int, int]) -> tuple[bool, int]:
+        extent = max(times[i] for i in choice) - min(times[i] for i in choice)
+        return not choice[0] < choice[1] < choice[2], round(
+            1e4 * extent
+        )  # the earliest of those that differ by rounding alone
+
+    return min(choices, key=quality)
 
 
 def _ramp(signal: Tensor, x: Tensor) -> float:

@@ -18,7 +18,8 @@ from recon_core.maps.background import BackgroundSettings, LocalField, pdf, resh
 from recon_core.maps.brain_mask import brain_mask, given_mask, object_mask
 from recon_core.maps.dipole import Susceptibility, tkd, tv_admm
 from recon_core.maps.dipole_kernel import unit_vector
-from recon_core.maps.field import FieldMaps, correct_bipolar, fit_field
+from recon_core.maps.echo_agreement import agreed_field, check_decay
+from recon_core.maps.field import FieldMaps
 from recon_core.maps.medi import csf_region, medi
 from recon_core.maps.r2star import R2StarMaps, arlo, nonlinear_r2star
 from recon_core.maps.series import ImageNoise, SeriesMaps
@@ -28,6 +29,15 @@ from recon_core.types import ImageSeries, ParameterMap, ScanInfo, Tensor
 
 LONGEST = 0.5
 """s; a longer echo time is one that was given in another unit."""
+
+SHORTEST = 5e-4
+"""s; a series whose last echo is earlier had its times given in s."""
+
+TESLA = (0.01, 25.0)
+"""Field strengths of magnets that image."""
+
+CONTRADICTION = 0.05
+"""By how much frequency and field strength may differ: 3 T of a header may be 2.89 T."""
 
 LEAST_PLANES = 8
 """A susceptibility map needs the field's third dimension: fewer planes are a slice, not a volume."""
@@ -75,6 +85,14 @@ def multi_echo_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tu
         raise DataError(
             "not an echo time", where=where, got=f"{1e3 * wrong[0]:g} ms", expected=f"above 0, to {1e3 * LONGEST:g} ms"
         )
+    if max(times) < SHORTEST:
+        raise DataError(
+            "not echo times",
+            where=where,
+            got=f"the last at {1e3 * max(times):g} ms",
+            expected=f"at least {1e3 * SHORTEST:g} ms",
+            remedy="The header's TE are in ms",
+        )
     if len(set(times)) < n_states:
         raise DataError(
             "an echo time occurs twice",
@@ -93,7 +111,7 @@ def field_frame(scan: ScanInfo, settings: MapSettings) -> FieldFrame:
     Raises
     ------
     DataError
-        A single slice, no field strength, no directions.
+        A single slice, no directions, no field strength, an impossible one, two that contradict each other.
     SettingError
         ``map_b0_direction`` is no direction.
     """
@@ -107,12 +125,34 @@ def field_frame(scan: ScanInfo, settings: MapSettings) -> FieldFrame:
             remedy="maps = r2star needs no volume",
         )
     z, y, x = (fov / n for fov, n in zip(scan.recon_fov, scan.recon_matrix, strict=True))
-    larmor = scan.larmor_frequency or GYROMAGNETIC_RATIO * (scan.field_strength or 0.0)
+    return FieldFrame((z, y, x), _b0_direction(scan, settings), _larmor(scan, where))
+
+
+def _larmor(scan: ScanInfo, where: str) -> float:
+    """Hz: the frequency of the header, or that of its field strength."""
+    stated, by_field = scan.larmor_frequency or 0.0, GYROMAGNETIC_RATIO * (scan.field_strength or 0.0)
+    larmor = stated or by_field
     if not (math.isfinite(larmor) and larmor > 0):
         raise DataError(
             "no field strength", where=where, expected="H1resonanceFrequency_Hz or systemFieldStrength_T in the header"
         )
-    return FieldFrame((z, y, x), _b0_direction(scan, settings), larmor)
+    if stated and by_field and not abs(stated / by_field - 1) <= CONTRADICTION:
+        raise DataError(
+            "frequency and field strength contradict each other",
+            where=where,
+            got=f"H1resonanceFrequency_Hz {stated:g} and systemFieldStrength_T {scan.field_strength:g}",
+            expected=f"{by_field:.4g} Hz within {100 * CONTRADICTION:g} %",
+            remedy="Correct the header: Hz, not MHz, and T",
+        )
+    if not TESLA[0] <= larmor / GYROMAGNETIC_RATIO <= TESLA[1]:
+        raise DataError(
+            "not a field strength",
+            where=where,
+            got=f"{larmor:g} Hz, {larmor / GYROMAGNETIC_RATIO:.3g} T",
+            expected=f"{TESLA[0]:g} to {TESLA[1]:g} T",
+            remedy="Correct the header: H1resonanceFrequency_Hz in Hz, systemFieldStrength_T in T",
+        )
+    return larmor
 
 
 def _b0_direction(scan: ScanInfo, settings: MapSettings) -> tuple[float, float, float]:
@@ -164,10 +204,11 @@ def multi_echo_maps(
     Raises
     ------
     DataError
-        As `multi_echo_times`; ``map_failure = error`` and no susceptibility could be made, for instance because the mask has
-        another shape or nothing inside.
+        As `multi_echo_times`; a signal that grows with the echo time; ``map_failure = error`` and no susceptibility could be
+        made, for instance because the mask has another shape or nothing inside.
     """
     times = multi_echo_times(scan, len(series.data), settings)
+    check_decay(series.data, times, None if noise is None else noise.std, "R2* map")
     images = series.data.conj() if settings.map_phase_sign == "negative" and series.data.is_complex() else series.data
     combined = ImageSeries(
         "combined",
@@ -226,14 +267,14 @@ def _susceptibility(
         )
     frame = field_frame(scan, settings)
     mask = _mask(images, frame, noise, settings, given)
-    notes = []
-    alternating = _alternating(scan, times, settings)
-    if alternating and len(times) >= 3:
-        images, _, slope = correct_bipolar(images, times, mask, readout_axis=2)
-        notes.append(f"alternating readouts: phase corrected by {slope:.2f} rad across the readout")
-    elif alternating:
-        notes.append("alternating readouts need three echoes to be corrected: the field is off by a ramp")
-    field = fit_field(images, times, mask, noise_std=None if noise is None else noise.std)
+    agreed = agreed_field(
+        images,
+        times,
+        mask,
+        None if noise is None else noise.std,
+        backwards=_backwards(scan, times, settings),
+    )
+    images, field, notes = agreed.images, agreed.field, list(agreed.notes)
     weights = field.weights
     local = _local_field(field, mask, frame, weights, settings)
     if given is None and settings.map_mask == "brain" and settings.map_background != "none":
@@ -246,13 +287,14 @@ def _susceptibility(
     method = settings.map_background
     maps = (
         ParameterMap("local_field", local.field, "Hz", local.mask, f"background removed by {method}"),
-        replace(chi.chi, comment=f"{chi.chi.comment}; background {method}; {1e-6 * frame.larmor:.2f} MHz"),
+        replace(chi.chi, comment="; ".join((chi.chi.comment, f"background {method}", _conventions(frame, settings)))),
         ParameterMap("brain_mask", mask.float(), "1", mask, region if given is None else f"as given; {region}"),
     )
     volume = float(mask.sum()) * math.prod(frame.voxel)
     quality = {
         "brain_ml": 1e6 * volume,
         "susceptibility_ml": 1e6 * float(local.mask.sum()) * math.prod(frame.voxel),
+        "phase_residual": agreed.residual,
         "background_residual": local.residual,
         "inversion_iterations": float(chi.iterations),
         "inversion_change": chi.change,
@@ -284,14 +326,19 @@ def _mask(
     return mask
 
 
-def _alternating(scan: ScanInfo, times: tuple[float, ...], settings: MapSettings) -> bool:
-    """Whether every second echo, in the order of time, was read backwards."""
-    if settings.map_bipolar != "auto":
-        return settings.map_bipolar == "on"
-    if len(scan.reversed_readouts) != len(times):
-        return False
-    ordered = [scan.reversed_readouts[i] for i in sorted(range(len(times)), key=times.__getitem__)]
-    return any(ordered) and all(a != b for a, b in pairwise(ordered))
+def _conventions(frame: FieldFrame, settings: MapSettings) -> str:
+    """What turns a susceptibility round or bends it when it is wrong, for whoever reads the map."""
+    direction = " ".join(f"{part:.2f}" for part in frame.b0)
+    return f"{1e-6 * frame.larmor:.2f} MHz; B0 along {direction} (z y x); phase sign {settings.map_phase_sign}"
+
+
+def _backwards(scan: ScanInfo, times: tuple[float, ...], settings: MapSettings) -> tuple[bool, ...]:
+    """Which echoes were read backwards, one for each; empty where nothing is to be corrected."""
+    if settings.map_bipolar == "on":  # every second, in order of time
+        rank = {i: k for k, i in enumerate(sorted(range(len(times)), key=times.__getitem__))}
+        return tuple(rank[i] % 2 == 1 for i in range(len(times)))
+    known = settings.map_bipolar == "auto" and len(scan.reversed_readouts) == len(times)
+    return scan.reversed_readouts if known else ()
 
 
 def _local_field(field: FieldMaps, mask: Tensor, frame: FieldFrame, weights: Tensor, settings: MapSettings) -> LocalField:

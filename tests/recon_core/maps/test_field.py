@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from recon_core.errors import DataError
+from recon_core.maps.echo_agreement import agreed_field
 from recon_core.maps.field import correct_bipolar, fit_field
 from recon_core.maps.unwrap import laplacian_unwrap, unwrap_phase
 
@@ -138,6 +139,51 @@ def test_alternating_readouts_equal_unipolar_ones_after_correction(times: tuple[
     reference, wrong, right = (fit_field(im, times, mask).field.data[mask] for im in (clean, bipolar, corrected))
     assert (right - reference).abs().mean() < 0.002
     assert (wrong - reference).abs().mean() > 30.0
+
+
+@pytest.mark.parametrize(
+    "backwards",
+    [
+        (False, False, True, False, True),  # the second of an alternating train was lost
+        (True, False, True, False, True),
+        (False, True, True, True, True),
+        (False, False, False, False, True),
+    ],
+)
+def test_any_order_of_directions_is_corrected_by_what_the_readouts_say(backwards: tuple[bool, ...]) -> None:
+    times = (0.003, 0.0098, 0.0132, 0.0166, 0.02)
+    field, mask = smooth_hz(60.0), ball()
+    clean = echo_images(times, field, noise=0.002)
+    n = SHAPE[2]
+    theta = 0.9 + 11.0 * (torch.arange(n, dtype=torch.float64) - n // 2) / n
+    bipolar = clean.clone()
+    bipolar[torch.tensor(backwards)] *= torch.exp(1j * theta)
+    order = [3, 0, 4, 1, 2]
+    corrected, _, slope = correct_bipolar(
+        bipolar[order], [times[i] for i in order], mask, backwards=[backwards[i] for i in order]
+    )
+    assert abs(slope) == pytest.approx(11.0, abs=0.02)
+    found = fit_field(corrected, [times[i] for i in order], mask)
+    reference = fit_field(clean, times, mask)
+    # which direction keeps its phase is a matter of convention: a constant and a ramp of the offset, not of the field
+    assert (found.field.data - reference.field.data)[mask].abs().mean() < 0.3
+    assert found.residual.data[mask].median() < 0.01
+    with pytest.raises(DataError, match="one direction"):
+        correct_bipolar(bipolar, times, mask, backwards=[True] * 5)
+
+
+@pytest.mark.parametrize("centre", [0.0, 70.0, -70.0])
+def test_alternating_readouts_at_unequal_times_need_no_centre_frequency_near_zero(centre: float) -> None:
+    """Half a period of the first and the third echo are 43 Hz: beyond it the phase between directions is off by a part of a turn."""
+    times = (0.003, 0.0075, 0.0145, 0.023)
+    mask = ball()
+    clean = echo_images(times, smooth_hz(20.0) + centre, noise=0.002)
+    bipolar = clean.clone()
+    bipolar[1::2] *= torch.exp(1j * (0.9 + 5.0 * (torch.arange(SHAPE[2], dtype=torch.float64) - SHAPE[2] // 2) / SHAPE[2]))
+    found = agreed_field(bipolar, times, mask, 0.002, backwards=(False, True, False, True))
+    reference = fit_field(clean, times, mask)
+    assert (found.field.field.data - reference.field.data)[mask].abs().mean() < 0.05
+    assert found.residual < 0.01
 
 
 def test_nonsense_is_refused() -> None:

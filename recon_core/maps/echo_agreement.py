@@ -1,0 +1,141 @@
+"""Do the echoes of a series belong to their times and to each other? Maps of those that do not look sound and are wrong."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from recon_core.errors import DataError
+from recon_core.maps.field import FieldMaps, correct_bipolar, fit_field
+
+Tensor = torch.Tensor
+
+OBJECT = 0.1
+"""Of the strongest voxel, RMS over the echoes."""
+
+MOST_GROWTH = 1.1
+"""Of the signal from the first to the last echo: signals decay, and noise or a short range of times hardly makes them grow."""
+
+LEAST_POWER = 4.0
+"""Power of the object over that of the noise below which nothing grows or decays."""
+
+MOST_RESIDUAL = 0.25
+"""rad, of half the voxels: tissue leaves some hundredths, alternating readouts that nobody corrected 0.4 and more."""
+
+TIMES_NOISE = 3.0
+"""... and so many times what the noise leaves."""
+
+WHOLE_TURNS = (0, 1, -1)
+"""Periods that the centre frequency may be away from where `correct_bipolar` takes it to be; tried while the phases do not fit."""
+
+REMEDY = "Check the echo times' order in the header, and the flag ACQ_IS_REVERSE of alternating readouts (or map_bipolar)"
+
+
+@dataclass(frozen=True)
+class AgreedField:
+    """The field, the echoes that it was fitted to (alternating readouts corrected), and what was done."""
+
+    field: FieldMaps
+    images: Tensor
+    residual: float  # rad, median in the mask
+    notes: tuple[str, ...]
+
+
+def check_decay(images: Tensor, echo_times: Sequence[float], noise_std: float | None, where: str) -> None:
+    """Refuse a series whose signal grows with the echo time, as with times in the wrong order.
+
+    A straight line through the logarithm of the object's RMS, noise taken off.
+
+    Parameters
+    ----------
+    images
+        ``(echo, z, y, x)``.
+    echo_times
+        s, one for each.
+    noise_std
+        SD of the noise of one real number; ``None`` where it is not known.
+
+    Raises
+    ------
+    DataError
+        It grows by more than `MOST_GROWTH`.
+    """
+    strength = torch.linalg.vector_norm(images, dim=0)
+    inside, floor = strength > OBJECT * strength.max(), 2 * (noise_std or 0.0) ** 2
+    if not bool(inside.any()):
+        return  # all zero
+    squares = torch.stack([image[inside].abs().double().square().mean() for image in images])
+    if float(squares.mean()) < LEAST_POWER * floor:
+        return  # nothing but noise
+    squares = (squares - floor).clamp_min(1e-3 * float(squares.max()))
+    t = torch.tensor(echo_times, dtype=torch.float64, device=images.device)
+    from_mean = t - t.mean()
+    slope = float((from_mean * squares.log() / 2).sum() / from_mean.square().sum())
+    growth = math.exp(slope * float(t.max() - t.min()))
+    if growth > MOST_GROWTH:
+        raise DataError(
+            "the signal grows with the echo time",
+            where=where,
+            got=f"{growth:.2f} times from {1e3 * float(t.min()):g} to {1e3 * float(t.max()):g} ms",
+            expected="a decay",
+            remedy="Check the order of the echo times in the header against the contrast counter",
+        )
+
+
+def agreed_field(
+    images: Tensor,
+    echo_times: Sequence[float],
+    mask: Tensor,
+    noise_std: float | None,
+    *,
+    backwards: Sequence[bool],
+) -> AgreedField:
+    """The field of echoes whose phases lie on a straight line, where need be after the correction of alternating readouts.
+
+    Parameters
+    ----------
+    images, echo_times, mask, noise_std
+        As in `fit_field`; the readout is the last axis.
+    backwards
+        Which echoes were read backwards; empty where that is not known. It is not guessed from the phases: a constant and a ramp
+        on every second echo also make mirrored echoes and wrong echo times look better, and leave their maps wrong.
+
+    Raises
+    ------
+    DataError
+        As `fit_field`; phases that lie on no straight line (three echoes or more).
+    """
+    mixed = len(set(backwards)) == 2
+    correctable = mixed and len(echo_times) >= 3
+    notes: tuple[str, ...] = ()
+    if mixed and not correctable:
+        notes = ("alternating readouts need three echoes to be corrected: the field is off by a ramp",)
+    corrected = images
+    for turns in WHOLE_TURNS if correctable else (0,):
+        if correctable:
+            corrected, _, slope = correct_bipolar(images, echo_times, mask, backwards=backwards, turns=turns)
+            notes = (f"alternating readouts: phase corrected by {slope:.2f} rad across the readout",)
+        field = fit_field(corrected, echo_times, mask, noise_std=noise_std)
+        residual, most = _residual(field, corrected, noise_std)
+        if residual <= most:
+            return AgreedField(field, corrected, residual, notes)
+    raise DataError(
+        "the phases of the echoes lie on no straight line: R2* may be wrong as well",
+        where="field map",
+        got=f"{residual:.2f} rad off (median)",
+        expected=f"at most {most:.2f}",
+        remedy=REMEDY,
+    )
+
+
+def _residual(field: FieldMaps, images: Tensor, noise_std: float | None) -> tuple[float, float]:
+    """Median phase residual in the mask and the most that is believed, rad; two echoes leave none."""
+    inside = field.residual.valid
+    left = float(field.residual.data[inside].median())
+    freedom = len(images) - 2
+    energy = images[:, inside].abs().square().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
+    by_noise = 0.0 if noise_std is None else noise_std * float((freedom / energy).sqrt().median())
+    return left, max(MOST_RESIDUAL, TIMES_NOISE * by_noise)
