@@ -89,7 +89,7 @@ def molli_inversion_times(
 
 
 def saturation_recovery(m0: ComplexArray, t1: FloatArray, delay: float, *, left: float = 0.0) -> ComplexArray:
-    """``S = m0 (1 - (1 - left) exp(-tau / T1))``; ``left`` is what the saturation leaves of M0, -1 after an inversion (PINQI, Eq. 19: 0)."""
+    """``S = m0 (1 - (1 - left) exp(-tau / T1))``, PINQI, Eq. 19, with ``left`` of M0 unsaturated (-1: inverted)."""
     return np.asarray(m0 * (1.0 - (1.0 - left) * np.exp(-delay / t1)), dtype=np.complex64)
 
 
