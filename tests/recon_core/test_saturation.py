@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ import torch
 from recon_core.errors import DataError
 from recon_core.maps.saturation import MOST_LEFT, magnetisation_left
 from recon_core.maps.series import ImageNoise
-from recon_core.maps.series_t1 import t1_maps
+from recon_core.maps.series_t1 import recovery_times, t1_maps
 from recon_core.maps.settings import MapSettings
 from recon_core.maps.t1 import saturation_recovery_t1
 from recon_core.types import ImageSeries, ScanInfo
@@ -66,6 +68,13 @@ def test_a_fitted_map_says_that_the_saturation_was_incomplete(left: float, said:
     found = t1_maps(ImageSeries("image", recovery(left)), SCAN, ImageNoise(0.005, measured=True), SATURATION)
     told = [note for note in found.notes if "of M0" in note]
     assert len(told) == bool(said) and all(said in note for note in told)
+
+
+def test_a_missing_declaration_of_the_times_is_named() -> None:
+    """Most often the header has a TI list and does not say that it is of a saturation."""
+    undeclared = replace(SCAN, saturation_times=(), inversion_times=TIMES)
+    with pytest.raises(DataError, match=r"no saturation times.*SaturationTime_ms_0.*MagnetizationPreparation"):
+        recovery_times(undeclared, len(TIMES), SATURATION)
 
 
 def test_an_inversion_that_is_called_a_saturation_gives_no_map() -> None:
