@@ -107,9 +107,15 @@ def _shared_centre(own: Placement, grid: tuple[int, int], largest: int) -> Block
 
 
 def calibration_notes(
-    imaging: Placement, calibration: Placement, slices: Sequence[int], grid: tuple[int, int], settings: AcquisitionSettings
+    imaging: Placement,
+    calibration: Placement,
+    slices: Sequence[int],
+    grid: tuple[int, int],
+    settings: AcquisitionSettings,
+    *,
+    recovers: bool = False,
 ) -> list[str]:
-    """What the operator should know about the calibration of this scan."""
+    """What the operator should know about the calibration of this scan; ``recovers``: its states differ in contrast."""
     found = [calibration_lines(imaging, calibration, s, grid, settings) for s in range(len(slices))]
     notes = []
     without = [slices[s] for s, lines in enumerate(found) if lines is None]
@@ -121,7 +127,35 @@ def calibration_notes(
             f"no state alone has all calibration lines in {len(mixed)} slices, the first: slice {mixed[0]}; the mean of all "
             "states is used there"
         )
+    elif mixed and recovers:
+        notes.append(
+            f"the calibration lines of {len(mixed)} slices come from states of different contrast, as no state alone has them, the first: "
+            f"slice {mixed[0]}; coil maps, and T1 with them, may be wrong"
+        )
+    notes += _without_centre(imaging, calibration, slices, grid, settings)
     return notes
+
+
+def _without_centre(
+    imaging: Placement, calibration: Placement, slices: Sequence[int], grid: tuple[int, int], settings: AcquisitionSettings
+) -> list[str]:
+    """Images that lack the line through the centre of k-space, though lines that are flagged for calibration alone have it."""
+    if settings.calibration_in_image:
+        return []
+    centre = tuple(n // 2 for n in grid)
+
+    def at_centre(lines: Placement) -> set[tuple[int, int]]:
+        chosen = (lines.k2 == centre[0]) & (lines.k1 == centre[1])
+        return set(zip(lines.slice[chosen].tolist(), lines.state[chosen].tolist(), strict=True))
+
+    lacking = sorted(at_centre(calibration) - at_centre(imaging))
+    lacking = [(s, q) for s, q in lacking if q >= 0]
+    if not lacking:
+        return []
+    return [
+        f"{len(lacking)} images lack the centre of k-space, which lines flagged for calibration alone have, the first: slice "
+        f"{slices[lacking[0][0]]}; calibration_in_image = True uses them"
+    ]
 
 
 def _complete_states(placement: Placement, grid: tuple[int, int]) -> tuple[int, ...]:

@@ -178,6 +178,13 @@ def saturation_comment(count: int, total: int) -> tuple[str, ...]:
     return (f"{count} of {total} pixels saturated",) if count else ()
 
 
+def beyond_comment(count: int, total: int, display: MapDisplay, scaling: Scaling) -> tuple[str, ...]:
+    """The same of a map, where a clipped pixel shows a value that it does not have."""
+    low, high = (code * scaling.slope + scaling.intercept for code in (scaling.first, scaling.last))
+    limits = f"{low:g} to {high:g} {display.unit}".rstrip()
+    return (f"{count} of {total} pixels lie outside {limits} and show its end",) if count else ()
+
+
 def _comments(texts: Sequence[str]) -> list[str]:
     kept: list[str] = []
     for text in texts:

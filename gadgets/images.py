@@ -28,6 +28,7 @@ from gadgets.image_attributes import (
     Place,
     Series,
     Stamp,
+    beyond_comment,
     image_attributes,
     image_header,
     map_comment,
@@ -325,13 +326,21 @@ class ImageWriter:
         frame = np.empty((1, *values.shape), stored_as)
         chosen = self._series("map", parameter.name, frame.shape, stored_as, begin, empty=not valid.any())
         assert chosen.display is not None
+        widened: Comments = ()
+        if chosen.scaling is not None and chosen.display.adaptive:
+            beyond = chosen.scaling.encode(values * chosen.display.factor, valid)[1]
+            wider = map_display(parameter.name, parameter.unit, values[valid], self.header.field_strength)
+            if beyond > MAX_CLIPPED * valid.sum() and wider.slope > chosen.display.slope:
+                chosen = self._series("map", parameter.name, frame.shape, stored_as, begin, fresh=True)
+                widened = ("larger values than the slices before: new series with its own scale",)
+        assert chosen.display is not None
         shown = np.where(valid, values, 0.0) * chosen.display.factor
-        comments: Comments = (map_comment(chosen.display, chosen.scaling), parameter.comment)
+        comments: Comments = (map_comment(chosen.display, chosen.scaling), parameter.comment, *widened)
         if chosen.scaling is None:
             frame[0] = shown
         else:
-            frame[0], saturated = chosen.scaling.encode(shown, valid)
-            comments += saturation_comment(saturated, int(valid.sum()))
+            frame[0], beyond = chosen.scaling.encode(shown, valid)
+            comments += beyond_comment(beyond, int(valid.sum()), chosen.display, chosen.scaling)
         if broken:
             comments += (f"{broken} values were not finite",)
         yield from self._emit(chosen, frame, comments, place)

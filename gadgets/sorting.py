@@ -9,9 +9,10 @@ Rules (beyond the MRD specification, where writers differ)
 * Siemens readouts carry the centre line and partition in ``idx.user[5]`` and ``[6]``. If that is one non-zero value which
   differs from the header's centre, a note says so; see the setting ``centre_source``.
 * Averages, and readouts of the same place that come twice, are averaged with counts; segments are merged.
-* The states are the product of the values of all counters of the state axis. A (slice, state) without lines, or with far
-  fewer than the fullest one, is an error (or is dropped, setting ``incomplete``). So is a slice, contrast or set that the
-  limits announce and that never came; phases and repetitions that never came are only noted, because retro-gated cines and
+* The states are the product of the values of all counters of the state axis; two that only go together count as one.
+  A (slice, state) without lines, or with far fewer than the fullest one, is an error (or is dropped, setting
+  ``incomplete``). So is a slice, contrast or set that the limits announce and that never came; phases and repetitions that
+  never came are only noted, because retro-gated cines and
   scans that the operator ends early have them.
 * Fewer lines than the header's limits and acceleration promise are noted, not refused: prospective sampling masks do that.
 """
@@ -62,6 +63,8 @@ from gadgets.sorted_scan import (
 from gadgets.wire.header import Encoding, Limit, MrdHeader
 
 MAX_FRACTION_OUTSIDE = 0.1
+FEWEST_TOGETHER = 4
+"""Readouts of each value, of counters that go together: those that count the readouts themselves are no states."""
 
 
 def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSettings | None = None) -> SortedScan:
@@ -112,7 +115,7 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
         raise SortError("no imaging readouts are left", where="scan", got=f"skipped: {log.skipped}")
 
     axes = _state_axes(counters, rows, settings, log)
-    slices, slice_of, states, state_of = _labels(counters, rows, axes, settings)
+    slices, slice_of, states, state_of = _labels(counters, rows, axes, settings, log)
     imaging = Placement(*(a.astype(np.int32) for a in (rows, slice_of, state_of, k2[rows], k1[rows])))
     imaging, slices, states = complete(imaging, slices, states, encoding, settings, log)
     calibration = _calibration(counters, is_calibration & inside_grid(k2, k1, encoding), slices, states, k2, k1, log)
@@ -126,7 +129,9 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
     geometry = tuple(read_geometry(source[s, 0]) for s in range(len(slices)))
     log.notes.extend(dict.fromkeys(note for g in geometry for note in g.notes))
     moving_note(headers, imaging, slices, log)
-    log.notes.extend(calibration_notes(imaging, calibration, slices, encoding.encoded_matrix[:2], settings))
+    recovers = len(set(saturation_list(header) or header.inversion_times)) > 1
+    grid = encoding.encoded_matrix[:2]
+    log.notes.extend(calibration_notes(imaging, calibration, slices, grid, settings, recovers=recovers))
     inversions, told = inversion_times(header, states, source, settings, encoding.limits)
     log.notes.extend(told)
     return SortedScan(
@@ -135,7 +140,7 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
         encoding=encoding,
         n_readouts=len(headers),
         n_channels=n_channels,
-        grid=encoding.encoded_matrix[:2],
+        grid=grid,
         slices=slices,
         states=states,
         imaging=imaging,
@@ -302,6 +307,7 @@ def _labels(
     rows: NDArray[np.intp],
     axes: Sequence[str],
     settings: AcquisitionSettings,
+    log: SortLog,
 ) -> tuple[tuple[int, ...], NDArray[np.int64], tuple[Mapping[str, int], ...], NDArray[np.int64]]:
     slice_values, slice_of = np.unique(counters["slice"][rows], return_inverse=True)
     values: list[list[int]] = []
@@ -314,8 +320,10 @@ def _labels(
             found, inverse = np.unique(counters[name][rows], return_inverse=True)
             values.append(found.tolist())
             inverses.append(inverse)
+    together = _counting_together(axes, values, inverses, log)
+    leading = [i for i in range(len(axes)) if i not in together]
     # more combinations than readouts: some are certainly empty, and a hostile header must not make us list them
-    n_combinations = math.prod([len(slice_values), *map(len, values)])
+    n_combinations = math.prod([len(slice_values), *(len(values[i]) for i in leading)])
     if n_combinations > len(rows):
         sizes = ", ".join(f"{len(v)} {n}s" for n, v in zip(axes, values, strict=True) if len(v) > 1)
         raise SortError(
@@ -326,10 +334,35 @@ def _labels(
             remedy="Check the counters, or choose the state axis by the setting state",
         )
     state_of = np.zeros(len(rows), np.int64)
-    for choices, inverse in zip(values, inverses, strict=True):
-        state_of = state_of * len(choices) + inverse
-    states = tuple(dict(zip(axes, combination, strict=True)) for combination in product(*values))
-    return tuple(slice_values.tolist()), slice_of, states, state_of
+    for i in leading:
+        state_of = state_of * len(values[i]) + inverses[i]
+    states: list[Mapping[str, int]] = []
+    for combination in product(*(range(len(values[i])) for i in leading)):
+        at = dict(zip(leading, combination, strict=True))
+        at |= {i: int(partner[at[leader]]) for i, (leader, partner) in together.items()}
+        states.append({name: values[i][at[i]] for i, name in enumerate(axes)})
+    return tuple(slice_values.tolist()), slice_of, tuple(states), state_of
+
+
+def _counting_together(
+    axes: Sequence[str], values: list[list[int]], inverses: list[NDArray[np.int64]], log: SortLog
+) -> dict[int, tuple[int, NDArray[np.int64]]]:
+    """Counters that only repeat what an earlier one says, by position in ``axes``: that one, and their value for each of its values.
+
+    Some sequences count the delay as set and as repetition: two such counters make no product.
+    """
+    found: dict[int, tuple[int, NDArray[np.int64]]] = {}
+    for i in range(len(axes)):
+        for leader in range(i):
+            n = len(values[i])
+            if leader in found or len(values[leader]) != n or not 2 <= n <= len(inverses[i]) // FEWEST_TOGETHER:
+                continue
+            pairs = np.unique(inverses[leader] * n + inverses[i])
+            if len(pairs) == n and len(np.unique(pairs % n)) == n and len(np.unique(pairs // n)) == n:
+                found[i] = (leader, pairs % n)
+                log.notes.append(f"the counters {axes[leader]} and {axes[i]} go together: {n} states, not {n * n}")
+                break
+    return found
 
 
 def _calibration(

@@ -107,7 +107,7 @@ class MapDisplay:
     signed
         Codes are centred: the middle code is zero. Otherwise code 0 would be the value 0, and is the padding.
     adaptive
-        The slope is doubled (up to 16 times) when the first slice or volume does not fit.
+        The slope is doubled (up to 16 times) when the first slice or volume does not fit; a later slice that does not begins a series.
     arbitrary
         The quantity has the images' own unit: slope and factor (a power of 1000, named in the unit) follow the first slice, and
         the window goes from zero to its 99th percentile.
@@ -131,7 +131,7 @@ class MapDisplay:
 
 MAP_DISPLAYS = {
     # recommended windows of T1 at 1.5 T; `map_display` has the one for 3 T
-    "t1": MapDisplay("T1", "s", "ms", 1e3, 1.0, Window(1300, 1300)),
+    "t1": MapDisplay("T1", "s", "ms", 1e3, 1.0, Window(1300, 1300), adaptive=True),  # fluid at 3 T: beyond 4095 ms
     "t1sd": MapDisplay("T1SD", "s", "ms", 1e3, 1.0, Window(100, 200)),
     "m0": MapDisplay("M0", "1", "", 1.0, 1.0, Window(1000, 2000), arbitrary=True),
     "m0phase": MapDisplay("M0_PHASE", "rad", "mrad", 1e3, 2.0, Window(0, 6283), signed=True),  # -pi to pi
@@ -210,8 +210,8 @@ def map_display(name: str, unit: str, values: NDArray[np.floating], field_streng
     if display.adaptive and values.size:
         # the percentile: a few wild pixels at an edge must not cost everybody else's resolution
         peak = _percentiles(np.abs(values), (99.9,))[0] * display.factor
-        slope = display.slope
-        while peak > slope * 2047 and slope < 16 * display.slope:
+        slope, last = display.slope, 2047 if display.signed else 4095
+        while peak > slope * last and slope < 16 * display.slope:
             slope *= 2
         display = replace(display, slope=slope)
     return display

@@ -8,12 +8,12 @@ and without loss (geometry factor 1), and where the residual is larger than that
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
 
 from recon_core.errors import DataError
+from recon_core.maps.saturation import NO_SATURATION, magnetisation_left, saturation_note, strong_signal
 from recon_core.maps.series import ImageNoise, SeriesMaps
 from recon_core.maps.settings import MapSettings
 from recon_core.maps.t1 import T1Maps, inversion_recovery_t1, molli_t1, saturation_recovery_t1
@@ -27,8 +27,12 @@ LEAST_TIMES = 3
 SHARED_PHASE = 0.9
 """Part of the series' energy that must lie on one axis of the complex plane, pixel by pixel, for its phase to give the sign."""
 
-OBJECT = 0.1
-"""A pixel belongs to the object if its RMS over the states is at least this part of the 99.9th percentile."""
+TIMES_STAND = {
+    "inversion": "one time for each image, in the header's TI list or in the readouts",
+    "saturation": "one time for each image, in user parameters SaturationTime_ms_0, _1, ..., or in a TI list of which the user parameter "
+    "MagnetizationPreparation says that it is of a saturation",
+}
+"""Where the times of a preparation are looked for."""
 
 MOST_INVALID = 0.2
 """Part of the object's pixels without a believable T1 above which the operator is told."""
@@ -56,7 +60,7 @@ def recovery_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tupl
             f"no {kind} times that fit the images",
             where=where,
             got=f"{n_states} images",
-            expected="one time for each image, in the header's TI list or in the readouts",
+            expected=TIMES_STAND[kind],
             remedy="See docs/t1_maps.md for where times may stand; maps = none sends the images alone",
         )
     if len(times) != n_states:
@@ -91,7 +95,8 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     Raises
     ------
     DataError
-        Times as in `recovery_times`; images that are not finite; a sign from the phase asked of magnitude images.
+        Times as in `recovery_times`; images that are not finite; a sign from the phase asked of magnitude images; a recovery that
+        begins far from zero though it should after a saturation.
     """
     times = recovery_times(scan, len(series.data), settings)
     signed, sign_note = _with_sign(series.data, settings.map_sign)
@@ -100,14 +105,34 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     maps = _honest_deviation(fitted, noise, settings)
     sign = "sign from phase" if signed.is_complex() else "sign from zero crossing"
     t1 = replace(maps.t1, comment=f"{settings.map_model}, {len(times)} times {min(times):.3g} to {max(times):.3g} s, {sign}")
-    seen = _object(series.data)
+    seen = strong_signal(series.data)
     share = float(t1.valid[seen].float().mean()) if bool(seen.any()) else 0.0
     notes = [sign_note] if sign_note else []
+    if settings.map_model == "saturation_recovery" and (note := _judged_saturation(signed, maps, times)):
+        notes.append(f"T1: {note}")
     if share < 1 - MOST_INVALID:
         notes.append(f"T1: {100 * (1 - share):.0f} % of the object's pixels have no believable T1 and are left empty")
     # of an inversion recovery the series has an axis in the complex plane; that of M0 is only its positive end if the sign is right
     complete = replace(maps, t1=t1, m0_phase=maps.m0_phase if settings.map_model == "saturation_recovery" else None)
     return SeriesMaps(complete.maps, tuple(notes), {"t1_valid": share})
+
+
+def _judged_saturation(images: Tensor, maps: T1Maps, times: tuple[float, ...]) -> str:
+    """What is to be said of what the saturation left; raises ``DataError`` where there was none."""
+    seen = maps.t1.valid
+    m0 = maps.m0.data[seen]
+    if maps.m0_phase is not None:
+        m0 = torch.polar(m0, maps.m0_phase.data[seen])
+    left = magnetisation_left(images[:, seen], m0, maps.t1.data[seen], times)
+    if left is not None and abs(left) > NO_SATURATION:
+        raise DataError(
+            "this is no recovery from saturation",
+            where="T1 map",
+            got=f"a signal that begins at {100 * left:.0f} % of M0",
+            expected="near zero",
+            remedy="Check the preparation and the delays in the header",
+        )
+    return saturation_note(left)
 
 
 def _with_sign(images: Tensor, sign: str) -> tuple[Tensor, str]:
@@ -152,10 +177,3 @@ def _honest_deviation(maps: T1Maps, noise: ImageNoise | None, settings: MapSetti
         kept(maps.residual, maps.residual.data),
         None if maps.m0_phase is None else kept(maps.m0_phase, maps.m0_phase.data),
     )
-
-
-def _object(images: Tensor) -> Tensor:
-    strength = images.abs().square().mean(0).sqrt()
-    flat = strength.flatten()
-    top = float(flat.kthvalue(max(1, math.ceil(0.999 * flat.numel()))).values)
-    return (strength >= OBJECT * top) & (strength > 0)

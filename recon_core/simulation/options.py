@@ -71,6 +71,9 @@ class ScanSettings:
     pause_beats: int = setting(3, "heartbeats between inversions (molli)", low=0, high=20)
     b_over_a: float = setting(1.9, "B/A of the Look-Locker recovery (molli)", low=1.01, high=2.0)
     delays: str = setting("0.5,1,1.5,2,8", "saturation delays (satrec), s, separated by commas")
+    saturation_left: float = setting(
+        0.0, "part of M0 that the saturation leaves (satrec); -1: an inversion", low=-1.0, high=0.9
+    )
     rr: float = setting(0.9, "time between heartbeats", unit="s", low=0.3, high=3.0)
     retro_gated: bool = setting(False, "cine: raw phases vary from beat to beat and have to be re-binned")
     arrhythmia: bool = setting(False, "every seventh beat of a retro-gated cine is premature")

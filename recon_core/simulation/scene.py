@@ -63,7 +63,7 @@ class Scene:
             elif kind == "molli":
                 yield signal.look_locker(tissue.pd * self.m0, tissue.t1, state, b_over_a=s.b_over_a)
             elif kind == "satrec":
-                yield signal.saturation_recovery(tissue.pd * self.m0, tissue.t1, state)
+                yield signal.saturation_recovery(tissue.pd * self.m0, tissue.t1, state, left=s.saturation_left)
             else:
                 yield signal.multi_echo(tissue.pd * self.m0, tissue.r2star, self.field, state)
 

@@ -88,9 +88,9 @@ def molli_inversion_times(
     return tuple(first + i * increment + n * rr for i, count in enumerate(scheme) for n in range(count))
 
 
-def saturation_recovery(m0: ComplexArray, t1: FloatArray, delay: float) -> ComplexArray:
-    """``S = m0 (1 - exp(-tau / T1))`` (PINQI, Eq. 19)."""
-    return np.asarray(m0 * (1.0 - np.exp(-delay / t1)), dtype=np.complex64)
+def saturation_recovery(m0: ComplexArray, t1: FloatArray, delay: float, *, left: float = 0.0) -> ComplexArray:
+    """``S = m0 (1 - (1 - left) exp(-tau / T1))``, PINQI, Eq. 19, with ``left`` of M0 unsaturated (-1: inverted)."""
+    return np.asarray(m0 * (1.0 - (1.0 - left) * np.exp(-delay / t1)), dtype=np.complex64)
 
 
 def multi_echo(m0: ComplexArray, r2star: FloatArray, field: FloatArray, echo_time: float) -> ComplexArray:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -178,6 +179,39 @@ def test_what_the_network_cannot_explain_is_answered_by_llr_with_a_fit(service: 
     assert report.valid.min() > 0.95
     told = any("do not fit the measured data" in text and "llr" in text for text in complaints(answer))
     assert told == ("llr_instead_of_pinqi_t1" in meta(found["T1"][0])["SeriesDescriptionAdditional"][0])
+
+
+@pytest.mark.parametrize("change", [
+    {"orientation": "oblique", "offset_read": 0.03, "offset_slice": -0.04, "partial_fourier": 0.75, "asymmetric_echo": 0.8,
+     "averages": 2, "delays": "2,8,0.5,1,1.5", "state_counter": "contrast"},
+    {"oversampling": 1, "acceleration": 3.0, "noise_readouts": 0, "calibration": "separate", "state_counter": "repetition"},
+])  # fmt: skip
+def test_what_scanners_vary_changes_no_tube(service: Service, change: dict[str, Any]) -> None:
+    """Several at once, on an image matrix twice as fine as the encoded one; maps lie where the images do."""
+    scan = in_memory("satrec", **{**SMALL, **change})
+    begin, end = scan.header.index("<reconSpace>"), scan.header.index("</reconSpace>")
+    fine = scan.header[begin:end].replace("<x>96</x><y>96</y>", "<x>192</x><y>192</y>")
+    found = by_role(ask(service, "pinqi_t1", scan, header=scan.header[:begin] + fine + scan.header[end:]))
+    values = in_ms(found["T1"][0])[0] * 1e-3
+    nearest = np.clip(np.rint((np.arange(192) - 96) / 2).astype(int) + 48, 0, 95)
+    labels = scan.stream.truth.labels[0, 0, 0][np.ix_(nearest, nearest)]
+    report = compare_tubes(np.nan_to_num(values), labels, np.isfinite(values))
+    assert np.abs(report.relative).max() < 0.04 and report.valid.min() > 0.95
+    for name in ("position", "read_dir", "phase_dir", "slice_dir", "field_of_view", "matrix_size"):
+        np.testing.assert_array_equal(found["T1"][0].header[name], found["Image"][0].header[name], err_msg=name)
+
+
+@pytest.mark.parametrize("chain", ["pinqi_t1", "llr_t1"])
+def test_an_incomplete_saturation_is_told_by_whoever_answers(service: Service, chain: str) -> None:
+    """All tubes are too short by 4 to 17 %, and the data are explained as well as ever: silence would be a wrong map."""
+    scan = in_memory("satrec", **{**SMALL, "saturation_left": 0.1})
+    model = {"map_model": "saturation_recovery"} if chain == "llr_t1" else {}
+    answer = ask(service, chain, scan, **model)
+    (image,) = by_role(answer)["T1"]
+    relative = report_of(image, scan).relative
+    assert relative.max() < -0.03 and relative.min() > -0.2
+    assert any("% of M0" in text and "too short" in text for text in complaints(answer))
+    assert any("% of M0" in text and "too short" in text for text in meta(image)["ImageComment"])
 
 
 @pytest.mark.parametrize(("change", "reason", "maps"), [

@@ -244,6 +244,31 @@ def test_unflagged_calibration_is_the_sampled_centre_of_the_union() -> None:
     assert not kspace.acs[:, 0, 4].any()
 
 
+def test_calibration_lines_of_unlike_contrast_are_told() -> None:
+    """Each of the delays has a few lines about the centre, and only together they calibrate: coil maps may be wrong, and T1 with them."""
+    counters = [{"k1": k, "set": q} for q, own in enumerate(([0, 7, 8, 9], [2, 6, 8, 10], [5, 8, 11])) for k in own]
+    mixed, shared = readout_headers(counters), readout_headers([{"k1": k, "set": q} for q in range(3) for k in range(4, 12)])
+    recovery = mrd_header(16, 16, inversion_times=(0.5, 1.0, 8.0))
+
+    def told(headers: np.ndarray, header: MrdHeader) -> bool:
+        return any("different contrast" in n for n in sort_readouts(headers, header).notes)
+
+    assert told(mixed, recovery)
+    assert not told(mixed, mrd_header(16, 16)) and not told(shared, recovery)
+
+
+def test_images_whose_centre_is_flagged_for_calibration_alone_are_told() -> None:
+    counters = lines(8, set=0) + lines(8, set=1)
+    for i in (3, 4, 5, 11, 12, 13):
+        counters[i]["flags"] = flag(20)
+    headers = readout_headers(counters)
+    notes = sort_readouts(headers, mrd_header()).notes
+    assert any("2 images lack the centre of k-space" in n and "calibration_in_image" in n for n in notes)
+    used = sort_readouts(headers, mrd_header(), AcquisitionSettings(calibration_in_image=True)).notes
+    separate = readout_headers([{"k1": k, "flags": flag(20)} for k in range(2, 7)] + lines(8))
+    assert not any("lack the centre" in n for n in (*used, *sort_readouts(separate, mrd_header()).notes))
+
+
 def test_sampled_centre_in_three_dimensions() -> None:
     sampled = np.zeros((8, 9), bool)
     sampled[2:6, 3:8] = True  # DC is at (4, 4)
@@ -318,6 +343,21 @@ def test_states_of_different_sampling_in_documented_order() -> None:
         assert kspace.mask[q, 0].nonzero().flatten().tolist() == sorted(counters[i]["k1"] for i in own)
         for i in own:
             assert np.array_equal(kspace.data[q, :, 0, counters[i]["k1"]].numpy(), rows[i])
+
+
+def test_counters_that_only_go_together_are_one_axis() -> None:
+    """A sequence may count the delay as set and, the other way round, as repetition: no product, of which most would be empty."""
+    counters = [{"k1": k, "slice": z, "set": q, "repetition": 4 - q} for z in range(2) for q in range(3) for k in range(8)]
+    scan = sort_readouts(readout_headers(counters), mrd_header(inversion_times=(0.1, 0.2, 0.3)))
+    assert [(s["repetition"], s["set"]) for s in scan.states] == [(2, 2), (3, 1), (4, 0)]
+    assert scan.inversion_times == ((0.3, 0.2, 0.1),) * 2  # by the set, which MRD writers use for preparations
+    assert any("repetition and set go together: 3 states" in n for n in scan.notes)
+    rows = numbered_rows(len(counters), 2, 16)
+    kspace = assemble(scan, 1, rows)
+    assert np.array_equal(kspace.data[0, :, 0].numpy(), rows[40:48].transpose(1, 0, 2))
+    one_short = [c for c in counters if (c["slice"], c["set"]) != (0, 1)]
+    with pytest.raises(SortError, match="0 of 8 lines"):
+        sort_readouts(readout_headers(one_short), mrd_header())
 
 
 def test_named_state_axis_refuses_to_merge_silently() -> None:

@@ -208,20 +208,41 @@ def test_a_real_series_is_sent_as_magnitude_and_says_so() -> None:
 
 def test_a_t1_map_reaches_the_console_in_milliseconds() -> None:
     seconds = np.full(MATRIX, 1.234)
-    seconds[0, 0, :4] = (0.0, np.nan, 9.0, 2.0)
+    seconds[0, 0, :4] = (0.0, np.nan, 4.0, 2.0)
     header = mrd_header(field_strength=3.0)
     images = received(ImageWriter(header, "molli"), result(t1_map(seconds), data=cine()))
     image = images[-1]
     assert image.getHead().image_type == 1 and image.data.dtype == np.uint16
-    assert image.data[0, 0, 0, :5].tolist() == [0, 0, 4095, 2000, 1234]
+    assert image.data[0, 0, 0, :5].tolist() == [0, 0, 4000, 2000, 1234]
     meta = image.meta
     assert (meta["DataRole"], meta["GADGETRON_DataRole"]) == ("Quantitative", "T1")
     assert (float(meta["RescaleSlope"]), float(meta["RescaleIntercept"])) == (1.0, 0.0)
     assert (meta["WindowCenter"], meta["WindowWidth"]) == ("1600", "1600")
     assert (meta["PixelPaddingValue"], meta["QuantityUnit"], meta["Skip_processing_after_recon"]) == ("0", "ms", "1")
     comments = values(meta, "ImageComments")
-    assert "T1_x1_1ms" in comments and "1 of 238 pixels saturated" in comments
+    assert "T1_x1_1ms" in comments and not any("outside" in text for text in comments)
     assert "EchoTime" not in meta and image.image_series_index == 2 and image.image_index == 1
+
+
+def test_a_t1_beyond_4095_ms_is_neither_cut_off_nor_hidden() -> None:
+    """Fluid has up to 4.5 s; of 12 bits in ms it would show 4.095 s. A later slice that holds such gets a series of its own."""
+    short, long = np.full(MATRIX, 1.234), np.full(MATRIX, 1.234)
+    long[0, :2] = 4.5
+    writer = ImageWriter(mrd_header(), "pinqi_t1")
+    first, second, third = (received(writer, result(t1_map(s), data=cine()))[-1] for s in (short, long, short))
+    for image, seconds, slope in ((first, short, 1.0), (second, long, 2.0), (third, short, 2.0)):
+        assert float(image.meta["RescaleSlope"]) == slope and image.meta["QuantityUnit"] == "ms"
+        np.testing.assert_allclose(image.data[0, 0] * slope, 1e3 * seconds[0], atol=1)
+    assert first.image_series_index != second.image_series_index == third.image_series_index
+    assert any("larger values" in text for text in values(second.meta, "ImageComments"))
+
+
+def test_a_map_says_which_pixels_show_a_limit_and_not_their_value() -> None:
+    rates = np.full(MATRIX, 37.5)
+    rates[0, 0, 0] = 500.0
+    image = received(ImageWriter(mrd_header(), "mgre"), result(t1_map(rates, "R2*", "1/s")))[-1]
+    assert image.data.max() == 4095
+    assert "1 of 240 pixels lie outside 0.1 to 409.5 1/s and show its end" in values(image.meta, "ImageComments")
 
 
 def test_r2star_windows_are_in_rescaled_values_for_the_console_and_in_codes_for_gadgetron() -> None:

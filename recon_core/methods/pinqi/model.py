@@ -364,6 +364,12 @@ class Pinqi(nn.Module):
         return result.movedim(1, 0).masked_scatter(where, torch.stack(planes)).movedim(0, 1).contiguous()
 
     @property
+    def predicted_rates(self) -> tuple[float, float] | None:
+        """Limits of a fitted prediction of R1 in 1/s; ``None`` where nothing holds it."""
+        fitted = self.parameter_net is not None and self.settings.prediction == "kernel"
+        return FITTED_RATES if fitted else None
+
+    @property
     def _rates(self) -> list[bool]:
         return [name.startswith("r") for name in self.model.parameter_names]
 

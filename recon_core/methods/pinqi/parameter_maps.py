@@ -29,6 +29,8 @@ Tensor = torch.Tensor
 
 WINDOW = 7  # pixels: a residual is judged as a mean over so many squared
 SIGNAL_QUANTILE = 0.999
+AT_END = 0.01
+"""Part of a limit of the predicted rate from which on a pixel counts as held by it: the fit is drawn there and ends close by."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,7 @@ def parameter_maps(
     scale: float,
     settings: Settings,
     comment: str,
+    rates: tuple[float, float] | None = None,
 ) -> tuple[tuple[ParameterMap, ...], float]:
     """T1 and its SD (s), M0's magnitude (images' unit) and phase (rad): float32 ``(1, y, x)``, one common ``valid``, 0 elsewhere.
 
@@ -173,6 +176,8 @@ def parameter_maps(
         Measured units per unit of the network's images.
     comment
         Said with every map.
+    rates
+        Between which the network's prediction is held, in 1/s: a pixel at an end of it is as little believed as one on a bound of the fit.
     """
     parameters = operator.leave_image(found.parameters)[0]  # (parameter, y, x)
     t1, crlb = relaxation_deviation(model, parameters, image_noise_variance(operator, noise))
@@ -181,6 +186,8 @@ def parameter_maps(
     strength = operator.leave_image(found.images)[0].abs().square().mean(0).sqrt()
     has_signal = (strength >= settings.signal_floor * _quantile(strength)) & (strength > 0)
     valid = has_signal & (parameters[-1] > 0) & (t1 >= settings.t1_min) & (t1 <= settings.t1_max)
+    if rates is not None:
+        valid &= (parameters[-1] > rates[0] * (1 + AT_END)) & (parameters[-1] < rates[1] * (1 - AT_END))
     valid &= deviation <= settings.max_relative_sd * t1
     if found.nonlinear:
         last = found.nonlinear[-1]

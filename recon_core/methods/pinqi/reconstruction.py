@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from recon_core.errors import DataError, NumericalError
+from recon_core.maps.saturation import magnetisation_left, saturation_note, strong_signal
 from recon_core.methods.pinqi.installed import installed_weights
 from recon_core.methods.pinqi.model import AS_LEARNED, PinqiOutput, Strengths
 from recon_core.methods.pinqi.noise_rule import acceleration_of
@@ -17,6 +18,7 @@ from recon_core.methods.pinqi.start import first_images_and_object
 from recon_core.methods.pinqi.weights import TrainedPinqi, check_times
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.problem import check_kspace, check_maps, pose
+from recon_core.signal_models import SaturationRecovery
 from recon_core.solvers.nonlinear_layer import NonlinearReport
 from recon_core.types import ImageSeries, KSpace, ParameterMap, Report, Result, ScanInfo
 
@@ -100,9 +102,12 @@ def reconstruct_with(trained: TrainedPinqi, kspace: KSpace, scan: ScanInfo, sett
     found, scale, noise = applied.found, applied.scale, applied.noise
     report.progress(0.9, NAME)
     agreed = agreement(applied.operator, applied.data, found, applied.signal, noise)
-    notes = _judge(agreed, applied.noise_measured, settings, where)
+    notes = _judge(agreed, applied.noise_measured, settings, where) + _saturation(trained, applied)
     comment = "; ".join((_origin(trained), *notes))
-    maps, share = parameter_maps(trained.network.model, applied.operator, found, agreed, noise, scale, settings, comment)
+    rates = trained.network.predicted_rates
+    maps, share = parameter_maps(
+        trained.network.model, applied.operator, found, agreed, noise, scale, settings, comment, rates
+    )
     if share < 1 - MOST_EMPTY:
         notes = (
             *notes,
@@ -148,6 +153,7 @@ class Applied:
     data: Tensor
     found: PinqiOutput
     signal: Tensor
+    start: Tensor | None
     scale: float
     noise: float
     noise_measured: bool
@@ -183,7 +189,7 @@ def apply_network(
         signal = trained.network.model.signal(found.parameters.movedim(1, 0)).movedim(0, 1)
     if not bool(torch.isfinite(found.parameters).all() & torch.isfinite(torch.view_as_real(found.images)).all()):
         raise NumericalError("the network's result is not finite", where=where, remedy="The chain's fallback can answer")
-    return Applied(operator, data, found, signal, scale, noise, problem.noise_measured)
+    return Applied(operator, data, found, signal, start, scale, noise, problem.noise_measured)
 
 
 def _nearly_real(
@@ -327,9 +333,22 @@ def _judge(agreed: Agreement, noise_measured: bool, settings: Settings, where: s
             where=where,
             got=f"residual {agreed.maps:.1f} times the {source}, {100 * agreed.unexplained:.0f} % of the signal unexplained",
             expected=f"below {settings.quality_noise:g} times, or below {100 * settings.quality_signal:g} %",
-            remedy="The chain's fallback can answer; motion, wrong delays or an imperfect saturation are common causes",
+            remedy="The chain's fallback can answer; motion and wrong delays are common causes",
         )
     return (text,)
+
+
+def _saturation(trained: TrainedPinqi, applied: Applied) -> tuple[str, ...]:
+    """Nothing, or what the operator has to know of a saturation that left something."""
+    model = trained.network.model
+    if not isinstance(model, SaturationRecovery) or not model.is_complex:
+        return ()
+    images = applied.found.images if applied.start is None else applied.start
+    parameters = applied.found.parameters[0]
+    inside = strong_signal(images[0]) & (parameters[-1] > 0)
+    m0 = torch.complex(parameters[0], parameters[1])[inside]
+    note = saturation_note(magnetisation_left(images[0][:, inside], m0, 1 / parameters[-1][inside], trained.times))
+    return (f"pinqi: {note}",) if note else ()
 
 
 def _origin(trained: TrainedPinqi) -> str:

@@ -20,7 +20,7 @@ from recon_core.training.checkpoint import WeightError, load_into, read_weights,
 METHOD = "pinqi"
 FORMAT = 1
 MODELS = {"saturation_recovery": SaturationRecovery}
-TIME_TOLERANCE = 1e-3  # s: headers round
+TIME_TOLERANCE = 1e-3 + 1e-9  # s: headers round, and so do differences
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from recon_core.methods.pinqi.model import PinqiOutput
-from recon_core.methods.pinqi.parameter_maps import agreement, image_noise_variance, relaxation_deviation
+from recon_core.methods.pinqi.parameter_maps import agreement, image_noise_variance, parameter_maps, relaxation_deviation
 from recon_core.methods.pinqi.settings import Settings
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.signal_models import SaturationRecovery
@@ -86,3 +86,20 @@ def test_residuals_of_the_truth_are_the_noise(noise: float) -> None:
     assert float(bright.misfit.median()) > 0.01
     share = weights.square().mean(-1)[0]
     assert torch.allclose(image_noise_variance(operator, 0.3), 0.045 / share)
+
+
+def test_a_rate_at_the_end_of_what_the_network_predicts_is_not_believed() -> None:
+    """The fit is drawn to the prediction and ends close to its limit, not on a bound of its own: T1 of 0.06 s would show as 0.1 s."""
+    p = parameters(20 * 16).double().reshape(1, 3, 16, 20)
+    p[0, 2, :3, 0] = torch.tensor([10.0, 9.95, 0.1])
+    operator = BatchedSense(torch.ones(1, 1, 20, 16, dtype=torch.complex128), torch.ones(1, 5, 20))
+    signal = MODEL.signal(p[0]).to(torch.complex128)[None]
+    found = PinqiOutput(p, signal, (p,))
+    agreed = agreement(operator, operator.forward(signal), found, signal, 1e-9)
+    settings = Settings(t1_max=20.0, signal_floor=0.0)
+
+    def valid(rates: tuple[float, float] | None) -> torch.Tensor:
+        return parameter_maps(MODEL, operator, found, agreed, 1e-9, 1.0, settings, "", rates)[0][0].valid[0]
+
+    free, held = valid(None), valid((0.1, 10.0))
+    assert bool(free.all()) and int((~held).sum()) == 3

@@ -161,6 +161,15 @@ def test_averages_lower_the_standard_deviation(physics: TrainedPinqi) -> None:
     assert np.median(really.maps[1].data[0].numpy()[s.body] / once) == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.parametrize(("left", "said"), [(0.0, ""), (0.15, "too short"), (-0.15, "too long")])
+def test_an_incomplete_saturation_is_said_with_every_map(physics: TrainedPinqi, left: float, said: str) -> None:
+    """Though M0 and T1 take up nearly all of it."""
+    result = run(physics, saturation_scan(left=left))
+    told = [note for note in result.notes if "of M0" in note]
+    assert len(told) == bool(said)
+    assert all(said in note and all(note in m.comment for m in result.maps) for note in told)
+
+
 def test_calibration_from_the_longest_delay() -> None:
     s = saturation_scan(keep=0.4)
     k = longest_delay_calibration(s.kspace, s.scan)

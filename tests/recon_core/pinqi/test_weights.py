@@ -42,6 +42,7 @@ def test_weights_come_back_with_their_facts(saved: Path, network: Pinqi) -> None
 def test_other_delays_are_refused_and_rounded_ones_accepted(saved: Path) -> None:
     trained = load_weights(saved)
     check_times(trained, [t + 0.0004 for t in TIMES])
+    check_times(trained, [t + 0.001 for t in TIMES])  # a millisecond, though 0.501 - 0.5 is more in floating point
     for times in (TIMES[:4], (0.5, 1.0, 1.5, 2.5, 8.0), ()):
         with pytest.raises(WeightError, match="other delays"):
             check_times(trained, times)
