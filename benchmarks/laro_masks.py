@@ -23,13 +23,17 @@ from benchmarks.laro_cases import WEIGHTS, acquire, acs_block, available, held_o
 from benchmarks.laro_scores import maps_of, scores
 from recon_core.sampling.learned import draw_mask, multilevel_density, samples_for
 from recon_core.sampling.mask_files import read_mask
+from recon_core.sampling.masks import radius
 from recon_core.simulation.multi_echo_brain import BrainScan
 from recon_core.simulation.scan_folder import cut_readout
 from recon_core.training.laro import mask_name
 
 SHIPPED, DENSITY = "shipped", "density"
-FIGURES = ("magnitude PSNR", "r2star PSNR", "QSM RMSE")
-"""Of `scores`, in the order of the docs' short tables."""
+FIGURES = ("magnitude PSNR", "r2star PSNR", "local field PSNR", "QSM RMSE")
+"""Those of `scores` that are compared."""
+
+RINGS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.5)
+"""Outer radii of the rings of `profiles`, 1 at the edge of k-space."""
 
 Row = dict[str, Any]
 
@@ -91,6 +95,19 @@ def compared(rows: Sequence[Row], first: str) -> list[Row]:
     return summary
 
 
+def profiles(kinds: Sequence[str], sources: Mapping[str, str], shape: tuple[int, int], n_echoes: int) -> list[Row]:
+    """Mean probability of every ring of k-space, and how far all are from the first masks' (mean absolute difference)."""
+    ring = np.digitize(radius(shape), RINGS[:-1])
+    rows = []
+    for kind in kinds:
+        found = {name: probabilities(source, kind, shape, n_echoes) for name, source in sources.items()}
+        first = next(iter(found.values()))
+        for name, p in found.items():
+            means = [float(p[:, ring == i].mean()) for i in range(len(RINGS))]
+            rows.append({"R/SPO": kind, "masks": name, "mean change": float(np.abs(p - first).mean()), "rings": means})
+    return rows
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -109,13 +126,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     sources = {word.partition("=")[0]: word.partition("=")[2] or word for word in options.masks}
     recipe = replace(TEST, **LARGE)
+    shape = (recipe.matrix[0], recipe.matrix[1])
+    result: Row = {"test": str(recipe), "planes": options.planes, "ring radii": RINGS}
+    result["profiles"] = profiles(options.kinds, sources, shape, recipe.n_echoes)
     rows: list[Row] = []
     for head in range(options.first, options.first + options.scans):
         scan = cut_readout(held_out(recipe, 1, "validation", head)[0], options.planes, head)
         for kind in options.kinds:
             rows += figures_of(scan, kind, sources, options.methods.split(","), options.draws, head)
             summary = compared(rows, next(iter(sources)))
-            write_result(options.name, {"test": str(recipe), "planes": options.planes, "summary": summary, "rows": rows})
+            write_result(options.name, {**result, "summary": summary, "rows": rows})
     columns = list(summary[0])
     print_table("Masks on validation heads", columns, [[row[c] for c in columns] for row in summary])
     return 0

@@ -12,7 +12,7 @@ import torch
 from benchmarks import bart
 from benchmarks.laro_cases import BART_WEIGHT, acquire, acs_block, available, held_out, pattern, with_estimated_maps
 from benchmarks.laro_gpu import large_scan, speed
-from benchmarks.laro_masks import DENSITY, SHIPPED, compared, figures_of, probabilities
+from benchmarks.laro_masks import DENSITY, SHIPPED, compared, figures_of, probabilities, profiles
 from benchmarks.laro_scores import Maps, maps_of, regional, regression, scores, true_regional
 from recon_core.errors import SettingError
 from recon_core.methods.laro.model import Laro, LaroSettings
@@ -53,6 +53,9 @@ def test_masks_that_are_compared(tmp_path: Path) -> None:
             assert found.shape == (n_patterns, 80, 206) and found.mean() == pytest.approx(1 / 8, rel=0.01)
     write_mask(tmp_path / mask_name("4/2"), SamplingMask(np.ones((4, 16, 40), bool), np.full((4, 16, 40), 0.25, np.float32)))
     sources = {"hand-made": DENSITY, "flat": str(tmp_path)}
+    hand, flat = profiles(["4/2"], sources, (16, 40), 4)
+    assert hand["mean change"] == 0 and flat["mean change"] > 0.1
+    assert hand["rings"][0] == 1 and hand["rings"][0] > hand["rings"][4] > hand["rings"][8] and set(flat["rings"]) == {0.25}
     rows = figures_of(head(), "4/2", sources, ["llr"], [1], 0)
     assert [r["masks"] for r in rows] == ["hand-made", "flat"]
     # samples that are spread over all of k-space are worse for a smooth object
@@ -61,7 +64,7 @@ def test_masks_that_are_compared(tmp_path: Path) -> None:
 
 def test_masks_are_compared_case_by_case() -> None:
     """A difference that is the same in every head has no error, however much the heads differ."""
-    base = {"R/SPO": "8/2", "method": "llr", "r2star PSNR": 30.0, "QSM RMSE": 20.0}
+    base = {"R/SPO": "8/2", "method": "llr", "r2star PSNR": 30.0, "local field PSNR": 40.0, "QSM RMSE": 20.0}
     rows = [
         {**base, "masks": masks, "head": head, "draw": 1, "magnitude PSNR": 40.0 + 3 * head + 0.5 * (masks == "new")}
         for masks in ("old", "new")
