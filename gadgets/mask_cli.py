@@ -118,6 +118,7 @@ def learn(
     features: Annotated[list[int] | None, typer.Option(help="Channels of the network's levels; repeat.")] = None,
     seed: Annotated[int, typer.Option(help="Of the training, and of the draw at its end.", min=0)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Of the network: float32 or bfloat16.")] = "float32",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them to torch.", min=0)] = 0,
 ) -> None:
     """Learn a mask: LARO's first phase, mask and network together. Ctrl-C stops after the step in progress; --resume goes on.
@@ -145,6 +146,7 @@ def learn(
         n_coils=coils,
         acs=(acs_k2, acs_k1),
         first_steps=steps,
+        precision=precision,
         seed=seed,
     )
     if features:

@@ -25,6 +25,7 @@ LogEvery = Annotated[int, typer.Option(help="Steps between rows of log.csv; 0 fo
 CheckpointMinutes = Annotated[float, typer.Option(help="Between checkpoints.", min=0.0)]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves them to torch.", min=0)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Precision = Annotated[str, typer.Option(help="Of the networks: float32 or bfloat16.")]
 
 
 def progress_bars() -> Progress:
@@ -163,7 +164,7 @@ def pinqi(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of weights and samples.")] = 0,
     device: Device = "auto",
-    precision: Annotated[str, typer.Option(help="Of the networks: float32 or bfloat16.")] = "float32",
+    precision: Precision = "float32",
     recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more time.")] = False,
     compiled: Annotated[
         bool, typer.Option("--compile", help="Fuse the networks' kernels: a slow start, then faster.")
@@ -254,6 +255,7 @@ def laro(
     n_validation: Annotated[int, typer.Option(help="Held-out scans of a validation.", min=0)] = 1,
     seed: Annotated[int, typer.Option(help="Of weights, masks and samples.")] = 0,
     device: Device = "auto",
+    precision: Precision = "float32",
     recompute: Annotated[bool, typer.Option("--recompute", help="Less memory, a third more time.")] = False,
     validate_every: ValidateEvery = 250,
     log_every: LogEvery = 1,

@@ -73,6 +73,8 @@ class LaroRecipe(TrainingRecipe):
         Of the mean absolute error beside SSIM; 0 in the paper.
     decay_weight
         Of the decay rate's error (`decay_error`) beside those; 0 in the paper. For three echoes or more.
+    precision
+        Of the network in training, see `LaroSettings`; the weights stay float32.
     """
 
     kind: str = "laro"
@@ -101,6 +103,7 @@ class LaroRecipe(TrainingRecipe):
     mask_start: str = "density"
     pixel_weight: float = 0.0
     decay_weight: float = 0.0
+    precision: str = "float32"
     warmup_steps: int = 100
     seed: int = 0
     n_validation: int = 1
@@ -120,10 +123,10 @@ class LaroRecipe(TrainingRecipe):
             self.sampling(name)
 
     def facts(self) -> dict[str, Any]:
-        """As JSON; random first weights and a decay that does not count are left out: trainings from before there was a choice go on."""
+        """As JSON; of later choices those that change nothing are left out: trainings from before there was a choice go on."""
         facts = super().facts()
-        for later in ("initial_sha256", "decay_weight"):
-            if not facts[later]:
+        for later, without in (("initial_sha256", ""), ("decay_weight", 0.0), ("precision", "float32")):
+            if facts[later] == without:
                 del facts[later]
         return facts
 
@@ -163,6 +166,7 @@ class LaroRecipe(TrainingRecipe):
             unrolls,
             self.n_echoes if self.kind == "modl" else 0,
             recompute=recompute,
+            precision=self.precision,
         )
 
     def loop(self, phase: int, **limits: Any) -> LoopSettings:

@@ -12,12 +12,14 @@ import torch
 from benchmarks import bart
 from benchmarks.laro_cases import BART_WEIGHT, acquire, acs_block, available, held_out, pattern, with_estimated_maps
 from benchmarks.laro_gpu import large_scan, speed
+from benchmarks.laro_masks import DENSITY, SHIPPED, compared, figures_of, probabilities, profiles
 from benchmarks.laro_scores import Maps, maps_of, regional, regression, scores, true_regional
 from recon_core.errors import SettingError
 from recon_core.methods.laro.model import Laro, LaroSettings
 from recon_core.methods.laro.weights import TrainedLaro, save_weights
-from recon_core.sampling.mask_files import MaskError
+from recon_core.sampling.mask_files import MaskError, SamplingMask, write_mask
 from recon_core.simulation.multi_echo_brain import BrainScan, ScanRecipe
+from recon_core.training.laro import mask_name
 
 RECIPE = ScanRecipe(matrix=(16, 40, 36), voxel=(5.0, 5.2), n_echoes=4, noise=(0.01, 0.01))
 
@@ -42,6 +44,35 @@ def test_masks_of_every_kind_and_matrix(spo: int, shape: tuple[int, int]) -> Non
     block = acs_block(shape, n)
     middle = mask[:, shape[0] // 2 - block[0] // 2 :, shape[1] // 2 - block[1] // 2 :][:, : block[0], : block[1]]
     assert middle.all()
+
+
+def test_masks_that_are_compared(tmp_path: Path) -> None:
+    for kind, n_patterns in (("8/2", 6), ("8/1", 1)):
+        for source in (SHIPPED, DENSITY):
+            found = probabilities(source, kind, (80, 206), 6)
+            assert found.shape == (n_patterns, 80, 206) and found.mean() == pytest.approx(1 / 8, rel=0.01)
+    write_mask(tmp_path / mask_name("4/2"), SamplingMask(np.ones((4, 16, 40), bool), np.full((4, 16, 40), 0.25, np.float32)))
+    sources = {"hand-made": DENSITY, "flat": str(tmp_path)}
+    hand, flat = profiles(["4/2"], sources, (16, 40), 4)
+    assert hand["mean change"] == 0 and flat["mean change"] > 0.1
+    assert hand["rings"][0] == 1 and hand["rings"][0] > hand["rings"][4] > hand["rings"][8] and set(flat["rings"]) == {0.25}
+    rows = figures_of(head(), "4/2", sources, ["llr"], [1], 0)
+    assert [r["masks"] for r in rows] == ["hand-made", "flat"]
+    # samples that are spread over all of k-space are worse for a smooth object
+    assert rows[0]["magnitude PSNR"] > rows[1]["magnitude PSNR"] + 1
+
+
+def test_masks_are_compared_case_by_case() -> None:
+    """A difference that is the same in every head has no error, however much the heads differ."""
+    base = {"R/SPO": "8/2", "method": "llr", "r2star PSNR": 30.0, "local field PSNR": 40.0, "QSM RMSE": 20.0}
+    rows = [
+        {**base, "masks": masks, "head": head, "draw": 1, "magnitude PSNR": 40.0 + 3 * head + 0.5 * (masks == "new")}
+        for masks in ("old", "new")
+        for head in (3, 4)
+    ]
+    old, new = compared(rows, "old")
+    assert (old["magnitude PSNR"], old["magnitude PSNR, difference"]) == (50.5, 0) and old["cases"] == 2
+    assert (new["magnitude PSNR, difference"], new["magnitude PSNR, its error"]) == (0.5, 0)
 
 
 def test_no_learned_mask_of_that_acceleration(tmp_path: Path) -> None:

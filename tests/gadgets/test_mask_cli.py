@@ -1,5 +1,6 @@
 """``recon mask``: from the density to the sequence, in four commands."""
 
+import json
 from pathlib import Path
 
 import ismrmrd
@@ -229,11 +230,13 @@ def test_learn_writes_a_mask_that_can_be_ordered(tmp_path: Path) -> None:
     words = [
         "--k1", "24", "--k2", "16", "--readout", "16", "--echoes", "3", "--coils", "2", "--acceleration", "4", "--segments", "5",
         "--acs-k1", "6", "--acs-k2", "4", "--steps", "1", "--features", "4", "--features", "8",
+        "--precision", "bfloat16",
     ]  # fmt: skip
     said = _run("learn", tmp_path / "m.h5", *words)
     assert "100 of 24 x 16 positions in each of 3 echoes" in said and "learned after 1 of 1 steps" in said
     mask = read_mask(tmp_path / "m.h5")
     assert mask.facts["density"] == "learned" and mask.probability is not None
+    assert json.loads((tmp_path / "m.training" / "recipe.json").read_text())["precision"] == "bfloat16"
     assert "5 segments x 20 = 100" in _run("order", tmp_path / "m.h5", tmp_path / "o.h5", "--segments", "5")
     with pytest.raises(SettingError):  # the folder holds a training
         _run("learn", tmp_path / "m.h5", *words)

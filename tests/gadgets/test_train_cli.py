@@ -64,7 +64,7 @@ LARO_TINY = ["laro"] + [
         "--k1 20", "--k2 12", "--readout 14", "--echoes 3", "--coils 4", "--acs-k1 4", "--acs-k2 4", "--pattern 3/2", "--channels 4",
         "--features 4", "--features 4", "--first-steps 0", "--second-steps 1", "--second-unrolls 1", "--second-start refined",
         "--decay-weight 0.5", "--steps-per-scan 3", "--scans-held 2", "--measured-held 3", "--warmup-steps 7", "--batch 2",
-        "--n-validation 0", "--mask-rate 0", "--device cpu", "--threads 1",
+        "--n-validation 0", "--mask-rate 0", "--precision bfloat16", "--device cpu", "--threads 1",
     )
     for word in option.split()
 ]  # fmt: skip
@@ -82,7 +82,12 @@ def test_a_training_like_that_of_the_shipped_weights(tmp_path: Path) -> None:
     recipe = json.loads((tmp_path / "two" / "laro.json").read_text())["recipe"]
     given = {"second_start": "refined", "decay_weight": 0.5, "steps_per_scan": 3, "scans_held": 2, "measured_held": 3}
     given |= {"warmup_steps": 7, "batch": 2, "n_validation": 0, "mask_rate": 0.0, "matrix": [12, 20, 14], "acs": [4, 4]}
-    given |= {"initial_sha256": json.loads(begun.read_text())["sha256"], "patterns": ["3/2"], "features": [4, 4]}
+    given |= {
+        "precision": "bfloat16",
+        "initial_sha256": json.loads(begun.read_text())["sha256"],
+        "patterns": ["3/2"],
+        "features": [4, 4],
+    }
     assert {key: recipe[key] for key in given} == given
     with pytest.raises(SettingError, match="not simulated"):
         CliRunner().invoke(app, [*LARO_TINY, "--resume", "--output", str(tmp_path / "two")], catch_exceptions=False)

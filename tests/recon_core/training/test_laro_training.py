@@ -237,6 +237,21 @@ def test_recipes_from_before_there_were_given_weights_go_on() -> None:
     assert LaroRecipe.from_facts(given.facts()) == given
 
 
+def test_a_training_in_bfloat16_keeps_float32_weights_and_is_another_training(folder: str, tmp_path: Path) -> None:
+    recipe = replace(TINY, precision="bfloat16", patterns=("3/2",), first_steps=1, second_steps=1)
+    settings = RunSettings(scans=folder)
+    result, path = run(recipe, tmp_path / "out", settings)
+    tensors, facts = read_pair(path)
+    assert result.finished and facts["recipe"]["precision"] == "bfloat16" and "precision" not in facts["network"]
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+    exact, _ = read_pair(run(replace(recipe, precision="float32"), tmp_path / "exact", settings)[1])
+    assert any(not torch.equal(tensors[k], exact[k]) for k in exact)
+    with pytest.raises(SettingError, match="precision: bfloat16, not float32"):
+        run(replace(recipe, precision="float32"), tmp_path / "out", replace(settings, resume=True))
+    # trainings from before there was a choice go on
+    assert "precision" not in TINY.facts() and LaroRecipe.from_facts(recipe.facts()) == recipe
+
+
 def test_refined_starts_of_a_training_are_nearer_to_the_truth(folder: str) -> None:
     mask = torch.from_numpy(LaroModule(FROM_LLR).pattern("3/2").draw(0)).float()
     scan, cpu = scans()[0], torch.device("cpu")
@@ -374,6 +389,7 @@ def test_recipes_that_cannot_be() -> None:
         {"n_validation": -1},
         {"second_unrolls": 0},
         {"kind": "foo"},
+        {"precision": "float16"},
         {"n_coils": 1},
     ):
         with pytest.raises(SettingError):
