@@ -325,22 +325,24 @@ class ImageWriter:
 
         frame = np.empty((1, *values.shape), stored_as)
         chosen = self._series("map", parameter.name, frame.shape, stored_as, begin, empty=not valid.any())
-        assert chosen.display is not None
-        widened: Comments = ()
-        if chosen.scaling is not None and chosen.display.adaptive:
-            beyond = chosen.scaling.encode(values * chosen.display.factor, valid)[1]
-            wider = map_display(parameter.name, parameter.unit, values[valid], self.header.field_strength)
-            if beyond > MAX_CLIPPED * valid.sum() and wider.slope > chosen.display.slope:
-                chosen = self._series("map", parameter.name, frame.shape, stored_as, begin, fresh=True)
-                widened = ("larger values than the slices before: new series with its own scale",)
-        assert chosen.display is not None
-        shown = np.where(valid, values, 0.0) * chosen.display.factor
-        comments: Comments = (map_comment(chosen.display, chosen.scaling), parameter.comment, *widened)
-        if chosen.scaling is None:
+        display, scaling = chosen.display, chosen.scaling
+        assert display is not None
+        shown = np.where(valid, values, 0.0) * display.factor
+        told: Comments = ()
+        if scaling is None:
             frame[0] = shown
         else:
-            frame[0], beyond = chosen.scaling.encode(shown, valid)
-            comments += beyond_comment(beyond, int(valid.sum()), chosen.display, chosen.scaling)
+            frame[0], beyond = scaling.encode(shown, valid)
+            if display.adaptive and beyond > MAX_CLIPPED * valid.sum():
+                wider = map_display(parameter.name, parameter.unit, values[valid], self.header.field_strength)
+                if wider.slope > display.slope:
+                    chosen = self._series("map", parameter.name, frame.shape, stored_as, begin, fresh=True)
+                    display, scaling = chosen.display, chosen.scaling
+                    assert display is not None and scaling is not None
+                    frame[0], beyond = scaling.encode(shown, valid)
+                    told = ("larger values than the slices before: new series with its own scale",)
+            told += beyond_comment(beyond, int(valid.sum()), display, scaling)
+        comments: Comments = (map_comment(display, scaling), parameter.comment, *told)
         if broken:
             comments += (f"{broken} values were not finite",)
         yield from self._emit(chosen, frame, comments, place)

@@ -10,11 +10,9 @@ import torch
 
 from recon_core.errors import DataError
 from recon_core.maps.field import FieldMaps, correct_bipolar, fit_field
+from recon_core.maps.saturation import strong_signal
 
 Tensor = torch.Tensor
-
-OBJECT = 0.1
-"""Of the strongest voxel, RMS over the echoes."""
 
 MOST_GROWTH = 1.1
 """Of the signal from the first to the last echo: signals decay, and noise or a short range of times hardly makes them grow."""
@@ -63,8 +61,7 @@ def check_decay(images: Tensor, echo_times: Sequence[float], noise_std: float | 
     DataError
         It grows by more than `MOST_GROWTH`.
     """
-    strength = torch.linalg.vector_norm(images, dim=0)
-    inside, floor = strength > OBJECT * strength.max(), 2 * (noise_std or 0.0) ** 2
+    inside, floor = strong_signal(images), 2 * (noise_std or 0.0) ** 2
     if not bool(inside.any()):
         return  # all zero
     squares = torch.stack([image[inside].abs().double().square().mean() for image in images])

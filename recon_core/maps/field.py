@@ -249,9 +249,8 @@ def _one_between_two(times: Sequence[float], reverse: Sequence[bool]) -> tuple[i
 
     def quality(choice: tuple[int, int, int]) -> tuple[bool, int]:
         extent = max(times[i] for i in choice) - min(times[i] for i in choice)
-        return not choice[0] < choice[1] < choice[2], round(
-            1e4 * extent
-        )  # the earliest of those that differ by rounding alone
+        # in tenths of a millisecond: of those that differ by rounding alone the earliest
+        return not choice[0] < choice[1] < choice[2], round(1e4 * extent)
 
     return min(choices, key=quality)
 
