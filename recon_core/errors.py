@@ -83,3 +83,7 @@ class NumericalError(ReconError):
 
 class UnknownMethod(ReconError):
     """No method of that name exists."""
+
+
+class WriteError(ReconError):
+    """A file cannot be written: a full disk, a folder that is read-only."""

@@ -9,17 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
-from recon_core.errors import DataError, ReconError
+from recon_core.errors import DataError, ReconError, WriteError
 
 Tensor = torch.Tensor
 
@@ -40,6 +41,8 @@ def write_pair(
 ) -> Path:
     """Write ``<name><version>.safetensors`` and ``<name>.json``, atomically; other versions of the tensors are removed after.
 
+    Without a version the tensors' name is the same again: while they are exchanged there is no JSON.
+
     Parameters
     ----------
     tensors
@@ -53,29 +56,81 @@ def write_pair(
     -------
     Path
         The JSON.
+
+    Raises
+    ------
+    WriteError
+        They cannot be written: a full disk, no permission. The pair that was there stays.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / f"{name}{version}.safetensors"
-    part = file.with_suffix(".safetensors.part")
-    save_file({key: value.detach().cpu().contiguous() for key, value in tensors.items()}, part)
-    part.chmod(0o644)  # weights are for all users of the machine; the library writes for the owner alone
-    digest = sha256_of(part)
-    _settle(part, file)
-    stated = write_json(directory / f"{name}.json", {"file": file.name, "sha256": digest, **facts})
-    if version:
-        for other in directory.glob(f"{name}*.safetensors"):
-            if other != file:
-                other.unlink()
+    file, stated = directory / f"{name}{version}.safetensors", directory / f"{name}.json"
+    content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
+    facts = {"file": file.name, "sha256": hashlib.sha256(content).hexdigest(), **facts}
+    with writing(file):
+        directory.mkdir(parents=True, exist_ok=True)
+        parts = _on_disk(file, content), _on_disk(stated, _as_text(facts))
+        if not version:
+            stated.unlink(missing_ok=True)
+        for part, final in zip(parts, (file, stated), strict=True):
+            os.replace(part, final)
+        if version:
+            for other in directory.glob(f"{name}*.safetensors*"):  # also what a writer left that was killed
+                if other != file:
+                    other.unlink()
     return stated
 
 
 def write_json(path: Path, facts: Mapping[str, Any]) -> Path:
-    """Write a JSON document atomically: whoever reads the file finds the old one or the new one, whole."""
-    part = path.with_suffix(f"{path.suffix}.part")
-    part.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    _settle(part, path)
+    """Write a JSON document atomically: whoever reads the file finds the old one or the new one, whole.
+
+    Raises
+    ------
+    WriteError
+        It cannot be written.
+    """
+    with writing(path):
+        os.replace(_on_disk(path, _as_text(facts)), path)
     return path
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file it is that the system will not write.
+
+    Raises
+    ------
+    WriteError
+        Instead of an ``OSError``.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(
+            "cannot be written",
+            where=f"{path.parent.name}/{path.name}",
+            got=error.strerror or type(error).__name__,
+            expected="a folder with room, and permission to write",
+            remedy="what was written before stays",
+        ) from None
+
+
+def _as_text(facts: Mapping[str, Any]) -> bytes:
+    return (json.dumps(facts, indent=1) + "\n").encode()
+
+
+def _on_disk(final: Path, content: bytes) -> Path:
+    """The content beside the file that it is to become; renaming it leaves either the old file or the new one, however one dies."""
+    part = final.with_name(f"{final.name}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with suppress(OSError):
+            part.unlink()  # half of it would only fill the disk
+        raise
+    return part
 
 
 def read_pair(path: str | Path, device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -161,13 +216,6 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], where: str) -> N
     if wrong:
         raise WeightError("weights of another network", where=where, got=f"{len(wrong)} tensors differ, first {wrong[0]}")
     module.load_state_dict(dict(tensors))
-
-
-def _settle(part: Path, final: Path) -> None:
-    """Rename once the bytes are on disk, so that a crash leaves either the old file or the new one."""
-    with open(part, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(part, final)
 
 
 # -------------------------------------------------------------------------------------------------------- training state

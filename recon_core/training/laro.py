@@ -8,6 +8,7 @@ call ended. `learn_masks` runs the first phase alone.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from recon_core.simulation.random_fields import sample_seed
 from recon_core.simulation.scan_folder import ScanFolder
 from recon_core.training.checkpoint import load_into, read_pair
 from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, scan_supply, typical_amplitude, typical_noise
-from recon_core.training.loop import TrainingResult, train
+from recon_core.training.loop import TrainingResult, asked_to_stop, train
 from recon_core.training.runs import (
     Call,
     CarryOut,
@@ -64,9 +65,10 @@ def run(
         The folder holds a training and ``resume`` is off, one of another recipe, or one from other scans or masks.
     """
     training = _Training(recipe, Path(output), settings or RunSettings(), progress)
-    result = training.first()
-    if result is None or result.finished:
-        result = training.second()
+    with asked_to_stop() as stop:
+        result = training.first(stop)
+        if result is None or result.finished:
+            result = training.second(stop)
     return result, training.export(result)
 
 
@@ -148,21 +150,22 @@ class _Training:
             learned.start_from(mask.mask.astype(np.float32) if mask.probability is None else mask.probability)
         return found
 
-    def first(self) -> TrainingResult | None:
+    def first(self, stop: threading.Event | None = None) -> TrainingResult | None:
         """Masks and network; ``None`` where the recipe has no steps for it."""
         if not self.recipe.first_steps:
             return None
-        return self._phase(1, LaroTask(self.module, self.recipe, self.device, 1, self.supply))
+        return self._phase(1, LaroTask(self.module, self.recipe, self.device, 1, self.supply), stop)
 
-    def second(self) -> TrainingResult:
+    def second(self, stop: threading.Event) -> TrainingResult:
         """The network for masks that are drawn once."""
         masks = {p: torch.from_numpy(self.module.pattern(p).draw(MASK_SEED)) for p in self.recipe.patterns}
-        return self._phase(2, LaroTask(self.module, self.recipe, self.device, 2, self.supply, masks))
+        return self._phase(2, LaroTask(self.module, self.recipe, self.device, 2, self.supply, masks), stop)
 
-    def _phase(self, number: int, task: LaroTask) -> TrainingResult:
+    def _phase(self, number: int, task: LaroTask, stop: threading.Event | None) -> TrainingResult:
         name = f"phase{number}"
         loop = self.recipe.loop(number, **self.call.limits())
-        result = train(task, loop, self.output / name, resume=self.settings.resume, progress=self.call.tell(name))
+        folder, resume = self.output / name, self.settings.resume
+        result = train(task, loop, folder, resume=resume, progress=self.call.tell(name), stop=stop)
         self.reached[name], self.minutes[name] = result.step, round(result.minutes, 2)
         return result
 

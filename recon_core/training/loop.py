@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -182,6 +182,7 @@ def train(
     *,
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    stop: threading.Event | None = None,
 ) -> TrainingResult:
     """Train until the schedule ends, the time is up, or the process is asked to stop (SIGINT, SIGTERM); resumable in any case.
 
@@ -193,6 +194,8 @@ def train(
         Go on from the checkpoint there; begin anew if there is none. Without it, a folder that has a checkpoint is refused.
     progress
         Called after every step. If it raises, training stops without a checkpoint.
+    stop
+        Of a caller that listens for signals itself, see `asked_to_stop`; ``None``: they are listened for here.
 
     Returns
     -------
@@ -210,8 +213,8 @@ def train(
     """
     run = _Run(task, settings, Path(output))
     run.begin(resume)
-    with _asked_to_stop() as stop:
-        run.work(stop, progress)
+    with asked_to_stop() if stop is None else nullcontext(stop) as asked:
+        run.work(asked, progress)
     return run.result()
 
 
@@ -273,7 +276,16 @@ class _Run:
         self.saved = time.monotonic()
 
     def _load(self, path: Path) -> None:
-        tensors, facts = read_pair(path)
+        try:
+            tensors, facts = read_pair(path)
+        except WeightError as error:
+            raise WeightError(
+                f"the checkpoint is damaged: {error.what}",
+                where=f"{self.output.name}/{path.name}",
+                got=error.got,
+                expected=error.expected,
+                remedy=f"put both files back from a copy, or remove {path.name}: this phase then begins anew",
+            ) from None
         try:
             if facts["task"] != _as_json(self.task.facts()) or facts["schedule"] != _as_json(self._schedule()):
                 raise SettingError(
@@ -393,8 +405,11 @@ class _Run:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets: the step in progress is completed. A second signal acts as it did before."""
+def asked_to_stop() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets: the step in progress is completed. A second signal acts as it did before.
+
+    A training of several phases holds one for all of them: what arrives in the last step of a phase, or between two, stops the next.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # signals belong to the main thread

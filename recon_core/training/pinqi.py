@@ -24,7 +24,7 @@ from recon_core.simulation.quantitative_brain import QuantitativeBrains
 from recon_core.simulation.random_fields import sample_seed
 from recon_core.solvers.nonlinear_layer import NonlinearSettings
 from recon_core.training.checkpoint import load_into, read_pair
-from recon_core.training.loop import Progress, Task, TrainingResult, train
+from recon_core.training.loop import Progress, Task, TrainingResult, asked_to_stop, train
 from recon_core.training.pinqi_samples import HeldBatches
 from recon_core.training.pinqi_tasks import EndToEnd, PinqiRecipe, Pretraining, typical_amplitude
 from recon_core.training.runs import (
@@ -131,18 +131,19 @@ def run(
 
     def phase(task: Task, name: str, epochs: float) -> TrainingResult:
         loop = recipe.loop(epochs, pretraining=name == "pretraining", **call.limits())
-        return train(task, loop, output / name, resume=settings.resume, progress=call.tell(name))
+        return train(task, loop, output / name, resume=settings.resume, progress=call.tell(name), stop=stop)
 
     result = None
-    if recipe.n_pretraining:
-        result = phase(Pretraining(network, recipe, anatomy, device, first=0), "pretraining", recipe.pretrain_epochs)
-    reached = {"pretraining": 0 if result is None else result.step, "training": 0}
-    if recipe.n_training and (result is None or result.finished):
-        first = recipe.n_pretraining * recipe.batch
-        task = EndToEnd(network, recipe, anatomy, device, first=first, rule=rule, held=held)
-        result = phase(task, "training", recipe.epochs)
-        reached["training"] = result.step
-        rule = rule if task.factors is None else task.factors.rule()
+    with asked_to_stop() as stop:
+        if recipe.n_pretraining:
+            result = phase(Pretraining(network, recipe, anatomy, device, first=0), "pretraining", recipe.pretrain_epochs)
+        reached = {"pretraining": 0 if result is None else result.step, "training": 0}
+        if recipe.n_training and (result is None or result.finished):
+            first = recipe.n_pretraining * recipe.batch
+            task = EndToEnd(network, recipe, anatomy, device, first=first, rule=rule, held=held)
+            result = phase(task, "training", recipe.epochs)
+            reached["training"] = result.step
+            rule = rule if task.factors is None else task.factors.rule()
     assert result is not None
     stated = {} if recipe.noise_factors == "none" else {"noise_rule": rule.facts()}
     return result, _export(network, recipe, output, anatomy, device, result, reached, stated)

@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from recon_core.training.checkpoint import writing
+
 
 def write_png(path: str | Path, image: NDArray[np.floating]) -> None:
     """Write values in [0, 1] with 8 bits each; others are clipped, NaN is black.
@@ -17,6 +19,11 @@ def write_png(path: str | Path, image: NDArray[np.floating]) -> None:
     ----------
     image
         ``(y, x)`` grey or ``(y, x, 3)`` RGB, first row on top.
+
+    Raises
+    ------
+    WriteError
+        It cannot be written.
     """
     pixels = np.rint(np.clip(np.nan_to_num(np.asarray(image, np.float64)), 0, 1) * 255).astype(np.uint8)
     height, width = pixels.shape[:2]
@@ -31,4 +38,5 @@ def write_png(path: str | Path, image: NDArray[np.floating]) -> None:
     content = b"\x89PNG\r\n\x1a\n"
     for name, data in parts:
         content += struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-    Path(path).write_bytes(content)
+    with writing(Path(path)):
+        Path(path).write_bytes(content)

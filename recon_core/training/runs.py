@@ -361,6 +361,8 @@ def plain_command(
         result, weights = run(recipe, output, settings, PlainReport(settings.log_every))
     except ReconError as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
+    except OSError as error:  # a folder that cannot be made or read
+        parser.exit(1, f"{parser.prog}: {error.strerror or error}: {error.filename or ''}\n")
     print(f"{'finished' if result.finished else 'stopped, resumable'} after {result.minutes:.1f} min: {weights}")
 
 

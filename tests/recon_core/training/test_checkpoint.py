@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from recon_core.errors import WriteError
+from recon_core.training import checkpoint
 from recon_core.training.checkpoint import (
     WeightError,
     load_into,
@@ -19,6 +23,7 @@ from recon_core.training.checkpoint import (
     restore_optimizer,
     restore_random_state,
     sha256_of,
+    write_json,
     write_pair,
 )
 
@@ -41,6 +46,61 @@ def test_a_new_version_replaces_the_old_one_last(tmp_path: Path) -> None:
     (tmp_path / "w-3.safetensors").write_bytes(b"half")
     (tmp_path / "w.json.part").write_text("{")
     assert read_pair(path)[0]["a"].sum() == 2
+
+
+def disk_full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("version", ["", "-2"])
+def test_a_full_disk_is_named_and_leaves_the_old_pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str) -> None:
+    """Once the writer's own error came out, as a traceback."""
+    path = write_pair(tmp_path, "w", {"a": torch.zeros(2)}, {}, version=version and "-1")
+    with monkeypatch.context() as full:
+        full.setattr(checkpoint.os, "fsync", disk_full)
+        with pytest.raises(
+            WriteError, match=rf"{tmp_path.name}/w{version}.safetensors: cannot be written; got No space left"
+        ):
+            write_pair(tmp_path, "w", {"a": torch.ones(2)}, {}, version=version)
+        with pytest.raises(WriteError, match=r"other\.json: cannot be written"):
+            write_json(tmp_path / "other.json", {})
+    assert read_pair(path)[0]["a"].sum() == 0 and len(list(tmp_path.iterdir())) == 2  # and nothing that fills the disk
+    assert read_pair(write_pair(tmp_path, "w", {"a": torch.ones(2)}, {}, version=version))[0]["a"].sum() == 2
+
+
+def test_a_folder_that_cannot_be_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match=r"out/w\.safetensors: cannot be written; got Not a directory"):
+        write_pair(tmp_path / "file" / "out", "w", {"a": torch.zeros(2)}, {})
+
+
+@pytest.mark.parametrize("dies_at", [1, 2])
+def test_a_writer_that_dies_never_leaves_a_json_beside_other_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies_at: int
+) -> None:
+    """Of exported weights, whose tensors keep their name: before either of the two renamings."""
+    path, calls, replace = write_pair(tmp_path, "w", {"a": torch.zeros(2)}, {}), [], os.replace
+
+    def dies(part: Path, final: Path) -> None:
+        calls.append(final)
+        if len(calls) == dies_at:
+            raise KeyboardInterrupt
+        replace(part, final)
+
+    with monkeypatch.context() as dying:
+        dying.setattr(checkpoint.os, "replace", dies)
+        with pytest.raises(KeyboardInterrupt):
+            write_pair(tmp_path, "w", {"a": torch.ones(2)}, {})
+    with pytest.raises(WeightError, match="no such weights"):
+        read_pair(path)
+    assert read_pair(write_pair(tmp_path, "w", {"a": torch.ones(2)}, {}))[0]["a"].sum() == 2
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
+    (tmp_path / "w-1.safetensors.part").write_bytes(b"half")
+    write_pair(tmp_path, "w", {"a": torch.ones(2)}, {}, version="-2")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["w-2.safetensors", "w.json"]
 
 
 @pytest.mark.parametrize(

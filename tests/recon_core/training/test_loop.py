@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import math
+import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +18,9 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from recon_core.errors import NumericalError, SettingError
+from recon_core.errors import NumericalError, SettingError, WriteError
 from recon_core.training.checkpoint import WeightError
+from recon_core.training.log import TrainingLog
 from recon_core.training.loop import LONGEST_STREAK, LoopSettings, ParameterGroup, Progress, Validation, train
 
 Tensor = torch.Tensor
@@ -225,8 +228,51 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(WeightError, match="sha256"):
+    with pytest.raises(
+        WeightError, match=rf"{tmp_path.name}/checkpoint.json: .*damaged: wrong sha256.*this phase then begins anew"
+    ):
         train(Regression(), LoopSettings(steps=3), tmp_path, resume=True)
+    (tmp_path / "checkpoint.json").unlink()  # as it says
+    assert train(Regression(), LoopSettings(steps=3), tmp_path, resume=True).finished
+
+
+def test_a_full_disk_ends_a_training_in_words_and_it_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever could not be written: the log's header, a row, a checkpoint."""
+    whole = Regression()
+    train(whole, SCHEDULE, tmp_path / "whole")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    opened = TrainingLog._opened
+
+    def until_full(left: list[int]) -> Any:
+        def open_log(log: TrainingLog) -> Any:
+            file = opened(log)
+            if left.pop() == 0:
+                with file:
+                    file.write("step,min")  # the disk still took these
+                full()
+            return file
+
+        return open_log
+
+    folder = tmp_path / "parts"
+    for n_rows in (0, 12):
+        with monkeypatch.context() as disk:
+            disk.setattr(TrainingLog, "_opened", until_full(list(range(n_rows + 1))))
+            with pytest.raises(WriteError, match=r"parts/log\.csv: cannot be written; got No space left"):
+                train(Regression(), SCHEDULE, folder, resume=True)
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        with pytest.raises(WriteError, match=r"parts/checkpoint-20\.safetensors: cannot be written"):
+            train(Regression(), SCHEDULE, folder, resume=True)
+    parts = Regression()
+    assert train(parts, SCHEDULE, folder, resume=True).finished
+    assert all(torch.equal(a, b) for a, b in zip(weights(whole), weights(parts), strict=True))
+    assert rows(tmp_path / "whole") == rows(folder)
 
 
 def test_signals_are_given_back(tmp_path: Path) -> None:

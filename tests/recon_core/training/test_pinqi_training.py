@@ -89,7 +89,7 @@ def test_the_weights_are_what_the_method_loads(whole: Path) -> None:
     assert found.parameters.isfinite().all()
 
 
-@pytest.mark.parametrize(("phase", "step"), [("pretraining", 1), ("training", 3)])
+@pytest.mark.parametrize(("phase", "step"), [("pretraining", 1), ("pretraining", 2), ("training", 3)])
 def test_a_run_stopped_in_either_phase_ends_with_the_same_bits(whole: Path, tmp_path: Path, phase: str, step: int) -> None:
     def stop(name: str, p: Progress) -> None:
         if (name, p.step) == (phase, step):
@@ -99,6 +99,9 @@ def test_a_run_stopped_in_either_phase_ends_with_the_same_bits(whole: Path, tmp_
     assert not first.finished
     stated = json.loads((tmp_path / "pinqi.json").read_text())
     assert not stated["finished"] and stated["steps_done"][phase] == step
+    assert (
+        phase == "training" or stated["steps_done"]["training"] == 0
+    )  # asked in the last step of a phase, the next does not begin
     result, _ = run(TINY, tmp_path, replace(CPU, resume=True))
     assert result.finished
     assert (tmp_path / "pinqi.safetensors").read_bytes() == (whole / "pinqi.safetensors").read_bytes()
@@ -324,6 +327,10 @@ def test_the_plain_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     main(words.split())
     assert "training 1/1" in (text := capsys.readouterr().out) and "finished" in text
     assert (tmp_path / "out" / "pinqi.safetensors").is_file() and not (tmp_path / "out" / "pretraining").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        main([*words.split()[2:], "--output", str(tmp_path / "file" / "out")])
+    assert "Not a directory: " in (said := capsys.readouterr().err) and "Traceback" not in said
     given = parser().parse_args(["--output", "x", "--resume", "--max-minutes", "3"])
     assert given.resume and given.max_minutes == 3.0 and given.seed == 0
 
