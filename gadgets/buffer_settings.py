@@ -66,6 +66,11 @@ class AcquisitionSettings:
     )
     physiology_channel: int = setting(0, "Which of the three physiology time stamps is the ECG trigger.", low=0, high=2)
     tick: float = setting(TICK, "Duration of one tick of the time stamps.", unit="s", low=1e-6, high=1.0)
+    preparation: str = setting(
+        "inversion",
+        "Magnetisation preparation that the header's TI list belongs to, where its user parameter MagnetizationPreparation does not say.",
+        choices=("inversion", "saturation"),
+    )
     inversion_times: str = setting(
         "",
         "Inversion time of each image of the series, separated by commas; empty: from the header or the readouts.",

@@ -3,7 +3,7 @@
 1. The setting ``inversion_times``: one per image in the order of the series, ms, separated by commas.
 2. The header: user parameters ``InversionTime_ms_0``, ``_1``, ... up to the first gap, or else the TI list. It must have one
    value for every value of one counter (contrast, set, repetition or phase), or one for every image. Of a scan with missing images: one
-   for every value that the encoding limits announce.
+   for every value that the encoding limits announce. Not a TI list that belongs to a saturation (setting ``preparation``).
 3. The readouts, where an inversion recovery's heartbeats decide (MOLLI): ``user_int[5]`` numbers the inversions, ``user_int[4]``
    is the first image's time after its inversion in ms, and the acquisition time stamps tell how much later the others came. It is what
    Gadgetron's MOLLI chain expects of a scanner. Used when asked for, or when the header has TIs that do not fit the images and the
@@ -63,7 +63,7 @@ def inversion_times(
     n_slices = len(source)
     if settings.inversion_times:
         return (_stated(settings.inversion_times, len(states)),) * n_slices, ()
-    listed = () if is_saturation_prepared(header) else numbered_times(header, PREFIX) or header.inversion_times
+    listed = () if is_saturation_prepared(header, settings) else numbered_times(header, PREFIX) or header.inversion_times
     of_header = times_by_counter(listed, states, limits)
     asked = settings.inversion_time_source == "readouts"
     if settings.inversion_time_source == "header" or (

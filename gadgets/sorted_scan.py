@@ -25,7 +25,7 @@ SATURATION_PREFIX = "SaturationTime_ms_"
 field of its own for them."""
 
 PREPARATION = "MagnetizationPreparation"
-"""``userParameterString``; with the value ``saturation`` the header's TI list holds saturation times."""
+"""``userParameterString``; with the value ``saturation`` the header's TI list holds saturation times, with another one inversion times."""
 
 
 @dataclass(frozen=True)
@@ -200,13 +200,13 @@ def times_by_counter(
     return ()
 
 
-def saturation_list(header: MrdHeader) -> tuple[float, ...]:
+def saturation_list(header: MrdHeader, settings: AcquisitionSettings) -> tuple[float, ...]:
     """Saturation times in s: user parameters ``SaturationTime_ms_0``, ``_1``, ... up to the first gap, or else the TI list.
 
-    The TI list only where the user parameter ``MagnetizationPreparation`` says so.
+    The TI list only where `is_saturation_prepared`.
     """
     times = numbered_times(header, SATURATION_PREFIX)
-    return times if times or not is_saturation_prepared(header) else header.inversion_times
+    return times if times or not is_saturation_prepared(header, settings) else header.inversion_times
 
 
 def numbered_times(header: MrdHeader, prefix: str) -> tuple[float, ...]:
@@ -220,9 +220,10 @@ def numbered_times(header: MrdHeader, prefix: str) -> tuple[float, ...]:
         times.append(float(value) * 1e-3)
 
 
-def is_saturation_prepared(header: MrdHeader) -> bool:
-    """Whether the header says that the TI list belongs to a saturation preparation."""
-    return header.user_string.get(PREPARATION, "").strip().lower() == "saturation"
+def is_saturation_prepared(header: MrdHeader, settings: AcquisitionSettings) -> bool:
+    """Whether the TI list belongs to a saturation preparation: the header says so, or says nothing and the chain does."""
+    stated = header.user_string.get(PREPARATION, "").strip().lower()
+    return (stated or settings.preparation) == "saturation"
 
 
 def _only(values: tuple[float, ...]) -> float | None:

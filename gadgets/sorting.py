@@ -129,7 +129,8 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
     geometry = tuple(read_geometry(source[s, 0]) for s in range(len(slices)))
     log.notes.extend(dict.fromkeys(note for g in geometry for note in g.notes))
     moving_note(headers, imaging, slices, log)
-    recovers = len(set(saturation_list(header) or header.inversion_times)) > 1
+    saturations = saturation_list(header, settings)
+    recovers = len(set(saturations or header.inversion_times)) > 1
     grid = encoding.encoded_matrix[:2]
     log.notes.extend(calibration_notes(imaging, calibration, slices, grid, settings, recovers=recovers))
     inversions, told = inversion_times(header, states, source, settings, encoding.limits)
@@ -153,7 +154,7 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
         source_headers=source,
         echo_times=echo_times(header, states),
         inversion_times=inversions,
-        saturation_times=times_by_counter(saturation_list(header), states, encoding.limits),
+        saturation_times=times_by_counter(saturations, states, encoding.limits),
     )
 
 

@@ -30,7 +30,7 @@ SHARED_PHASE = 0.9
 TIMES_STAND = {
     "inversion": "one time for each image, in the header's TI list or in the readouts",
     "saturation": "one time for each image, in user parameters SaturationTime_ms_0, _1, ..., or in a TI list of which the user parameter "
-    "MagnetizationPreparation says that it is of a saturation",
+    "MagnetizationPreparation or the setting preparation says that it is of a saturation",
 }
 """Where the times of a preparation are looked for."""
 

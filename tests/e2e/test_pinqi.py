@@ -233,6 +233,22 @@ def test_a_scan_that_the_weights_do_not_know_is_answered_by_llr_with_a_fit(
         assert "T1RESIDUAL" in own
 
 
+@pytest.mark.parametrize("said", ["", "inversion"])
+def test_a_plain_ti_list_holds_the_delays_unless_the_header_says_what_else(service: Service, said: str) -> None:
+    """MRD has one list of times for all preparations; whoever picks this chain says that it is a saturation."""
+    scan = in_memory("satrec", **{**SMALL, "matrix_x": 64, "matrix_y": 64, "coils": 4, "acceleration": 2.0})
+    begin, end = scan.header.index("<userParameters>"), scan.header.index("</userParameters>") + len("</userParameters>")
+    user = scan.header[begin:end].replace(">saturation<", f">{said}<") if said else ""
+    answer = ask(service, "pinqi_t1", scan, header=scan.header[:begin] + user + scan.header[end:])
+    found = by_role(answer)
+    assert len(found["Image"]) == 5
+    if said:
+        assert "T1" not in found and any("no saturation times" in text for text in complaints(answer))
+    else:
+        report = report_of(found["T1"][0], scan)
+        assert not complaints(answer) and report.rms_deviation < 0.035 and np.abs(report.relative).max() < 0.07
+
+
 def test_without_delay_times_the_images_come_and_the_reason_is_said(service: Service, tubes: SimulatedScan) -> None:
     header = tubes.header
     begin, end = header.index("<sequenceParameters>"), header.index("</sequenceParameters>") + len("</sequenceParameters>")

@@ -598,6 +598,17 @@ def test_ti_list_of_a_saturation_preparation() -> None:
     assert info.saturation_times == (0.1, 0.2, 0.9) and info.inversion_times == ()
 
 
+@pytest.mark.parametrize("said", [None, "saturation", "inversion", " T2 "])
+@pytest.mark.parametrize("preparation", ["inversion", "saturation"])
+def test_a_ti_list_that_the_header_does_not_explain_is_what_the_chain_says(said: str | None, preparation: str) -> None:
+    headers = readout_headers([c for s in range(3) for c in lines(8, set=s)])
+    user = {} if said is None else {"MagnetizationPreparation": said}
+    header = mrd_header(inversion_times=(0.1, 0.2, 0.9), user_string=user)
+    info = sort_readouts(headers, header, AcquisitionSettings(preparation=preparation)).scan_info(0)
+    saturated = (said or preparation) == "saturation"
+    assert (info.saturation_times, info.inversion_times) == (((0.1, 0.2, 0.9), ())[:: 1 if saturated else -1])
+
+
 def test_source_header_is_the_earliest_nearest_to_the_centre() -> None:
     counters = [
         {"k1": k, "phase": p, "acquisition_time_stamp": 100 * a + 10 * p + k, "average": a}

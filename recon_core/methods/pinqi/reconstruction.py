@@ -271,7 +271,7 @@ def saturation_times(kspace: KSpace, scan: ScanInfo, where: str) -> tuple[float,
             "no saturation times",
             where=where,
             got=f"{kspace.n_states} states",
-            expected="one delay for each state, in the header's TI list or user parameters",
+            expected="one delay for each state, in user parameters SaturationTime_ms_0, _1, ..., or in a TI list that is not of an inversion",
             remedy="See docs/pinqi.md for where times may stand; llr reconstructs the images without them",
         )
     if len(times) != kspace.n_states:
@@ -279,7 +279,8 @@ def saturation_times(kspace: KSpace, scan: ScanInfo, where: str) -> tuple[float,
             "count of saturation times and of states differ",
             where=where,
             got=f"{len(times)} times, {kspace.n_states} states",
-            remedy="Check the TI list of the header",
+            expected="one for each state",
+            remedy="Check the TI list and the user parameters of the header",
         )
     return times
 
