@@ -69,8 +69,9 @@ class PinqiSettings:
     n_gradient_steps
         For ``parameter_solver="gradient"``, per alternation.
     start
-        ``y_0``: ``"adjoint"``, two steps of conjugate gradients from ``A^H k`` as published, or ``"llr"``, the images of the locally
-        low rank reconstruction. With these the networks have only to find what it leaves, which takes far less training.
+        ``y_0``: ``"adjoint"``, two steps of conjugate gradients from ``A^H k`` as published; ``"llr"``, the images of the locally low
+        rank reconstruction, or ``"refined"``, these filtered in turn with data consistency. With both the networks have only to find
+        what is left, which takes far less training.
     prediction
         Of the parameter network: ``"direct"`` as published, or ``"kernel"``: it weights each pixel's neighbours, and the model is
         fitted to the weighted images. See `ParameterNet`.

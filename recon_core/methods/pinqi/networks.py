@@ -148,7 +148,8 @@ class ParameterNet(nn.Module):
         The weights are ``softmax_j(b_j - exp(a) max(0, d_j - m))``: ``d_j`` the squared distance of the patches around a pixel and its
         neighbour ``j`` over all states, in units of ``m``, its median where there is signal, which is twice the noise if most
         neighbours are alike; ``a`` and ``b_j`` are what the network adds to such non-local means. Where the ``noise`` of a sample is
-        known, ``m`` is at most `MOST_DISTANCE` times what it gives: texture is not noise.
+        known, ``m`` is at most `MOST_DISTANCE` times what it gives: texture is not noise. Distances are taken as they are: the gradient
+        to the images passes through the averages alone.
 
         References
         ----------

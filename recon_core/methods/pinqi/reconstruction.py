@@ -271,7 +271,7 @@ def saturation_times(kspace: KSpace, scan: ScanInfo, where: str) -> tuple[float,
             "no saturation times",
             where=where,
             got=f"{kspace.n_states} states",
-            expected="one delay for each state, in user parameters SaturationTime_ms_0, _1, ..., or in a TI list that is not of an inversion",
+            expected="one delay for each state, in user parameters SaturationTime_ms_0, _1, ..., or in a TI list of a saturation",
             remedy="See docs/pinqi.md for where times may stand; llr reconstructs the images without them",
         )
     if len(times) != kspace.n_states:

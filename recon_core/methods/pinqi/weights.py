@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from recon_core.errors import SettingError
+from recon_core.errors import ReconError
 from recon_core.methods.pinqi.model import Pinqi, PinqiSettings
 from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule
 from recon_core.signal_models import SaturationRecovery, SignalModel
@@ -82,6 +82,7 @@ def load_weights(
     """
     tensors, facts = read_weights(path, device, METHOD, FORMAT)
     where = Path(path).name
+    solver = NonlinearSettings.of(nonlinear_solver)
     if facts.get("signal_model") not in MODELS:
         got, known = str(facts.get("signal_model")), ", ".join(MODELS)
         raise WeightError("weights of another kind", where=where, got=got, expected=known)
@@ -92,10 +93,10 @@ def load_weights(
         settings = PinqiSettings(**{**facts["network"], "precision": precision})
         rule = NoiseRule.from_facts(facts["noise_rule"]) if "noise_rule" in facts else DEFAULT_RULE
         model: SignalModel = MODELS[facts["signal_model"]](times, is_complex=bool(facts["is_complex"]))
-    except (KeyError, TypeError, ValueError, SettingError) as error:
+        network = Pinqi(model, settings, nonlinear=solver)
+    except (AttributeError, KeyError, TypeError, ValueError, ReconError) as error:
         raise WeightError("incomplete description of weights", where=where, got=str(error)) from None
-    solver = NonlinearSettings.of(nonlinear_solver)
-    network = Pinqi(model, settings, nonlinear=solver).to(device).eval()
+    network = network.to(device).eval()
     load_into(network, tensors, where)
     return TrainedPinqi(network.requires_grad_(False), times, amplitude, facts, rule)
 

@@ -90,6 +90,42 @@ def test_without_networks_the_same_code_gives_the_true_maps_of_other_models(
     assert torch.allclose(found.images, model.signal(truth.movedim(1, 0)).movedim(0, 1), atol=2e-3)
 
 
+class Projections:
+    """A linear acquisition that is neither Cartesian nor a Fourier transform: random sums over all pixels, of each state its own."""
+
+    def __init__(self, n_states: int, shape: tuple[int, int], n_samples: int) -> None:
+        self.shape = shape
+        size = n_states, n_samples, shape[0] * shape[1]
+        generator = torch.Generator().manual_seed(4)
+        self.rows = torch.randn(size, dtype=torch.complex128, generator=generator) / n_samples**0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("snp,bsp->bsn", self.rows, x.flatten(2))
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return torch.einsum("snp,bsn->bsp", self.rows.conj(), y).unflatten(2, self.shape)
+
+    def normal(self, x: Tensor) -> Tensor:
+        return self.adjoint(self.forward(x))
+
+
+def test_the_same_code_serves_any_linear_acquisition() -> None:
+    """Eighty random sums of 64 pixels in each state, ill-conditioned by themselves; and the networks learn through it."""
+    truth, model = tissue(2, 8, torch.float64), SaturationRecovery(TIMES)
+    operator = Projections(model.n_states, (8, 8), 80)
+    signal = model.signal(truth.movedim(1, 0)).movedim(0, 1)
+    data = operator.forward(signal)
+    tight = {"linear": LinearSettings(tolerance=1e-10, max_iterations=400), "nonlinear": NonlinearSettings(tolerance=1e-9)}
+    plain = PinqiSettings(n_iterations=40, image_network="none", parameter_network="none")
+    found = Pinqi(model, plain, networks=SMALL, **tight).double()(operator, operator.adjoint(data))  # type: ignore[arg-type]
+    assert torch.allclose(found.parameters, truth, atol=5e-3)
+    net = network(n_iterations=2).double()
+    data.requires_grad_()
+    net(operator, operator.adjoint(data)).parameters.square().mean().backward()
+    assert data.grad is not None and data.grad.isfinite().all() and float(data.grad.abs().max()) > 0
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in net.parameters())
+
+
 def test_the_published_solver_gives_the_whole_network_the_same_answer() -> None:
     """Levenberg-Marquardt for every pixel and L-BFGS for all, through five iterations and both networks, and backwards."""
     operator, rhs = problem(SaturationRecovery(TIMES), tissue(2, 24))

@@ -61,6 +61,12 @@ def test_wrong_hash_other_methods_and_other_networks_are_refused(saved: Path, tm
         ({"amplitude": float("nan")}, "incomplete.*amplitude"),
         ({"amplitude": float("inf")}, "incomplete.*amplitude"),
         ({"network": {"depth": 3}}, "incomplete"),
+        ({"network": {**facts["network"], "n_iterations": 1.5}}, "incomplete"),
+        ({"network": [1]}, "incomplete"),
+        ({"noise_rule": [1, 2]}, "incomplete"),
+        ({"noise_rule": {"noise": 0.1}}, "incomplete"),
+        ({"times": [float("nan"), 1.0, 1.5, 2.0, 8.0]}, "incomplete.*not a time"),
+        ({"is_complex": False}, "incomplete.*no range is known"),
         ({"times": [0.5, 1.0, 8.0]}, "another network"),
     ):
         (tmp_path / "other.json").write_text(json.dumps({**facts, **change}))
