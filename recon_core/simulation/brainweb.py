@@ -51,7 +51,7 @@ class LabelledHeads:
     Raises
     ------
     DataError
-        Fewer than three heads, or files of another size.
+        Fewer than three heads.
     """
 
     name = "brainweb"
@@ -61,7 +61,13 @@ class LabelledHeads:
         self._files = brainweb_files(folder)
         subjects = sorted(self._files)
         if len(subjects) < 3:
-            raise DataError("too few heads", where="BrainWeb folder", got=len(subjects), expected="at least 3")
+            raise DataError(
+                "too few heads",
+                where=f"BrainWeb folder {Path(folder).name}",
+                got=len(subjects) if Path(folder).is_dir() else "no such folder",
+                expected="at least 3",
+                remedy="put subjectNN_crisp_v.rawb, or files of all ten classes, of every head into it",
+            )
         n_test = max(1, round(len(subjects) * 3 / 20))
         self._subjects = {
             "train": subjects[: -n_test - 1],
@@ -75,6 +81,18 @@ class LabelledHeads:
         """Names of the heads of a split."""
         check_split(split)
         return tuple(self._subjects[split])
+
+    def read(self, *splits: str) -> None:
+        """Read the heads of these splits now: a damaged one must not end a training that has run for hours.
+
+        Raises
+        ------
+        DataError
+            A file of another size, or that is no volume, or holds a label that BrainWeb does not have.
+        """
+        for split in splits:
+            for subject in self.subjects(split):
+                self._head(subject)
 
     def digest(self) -> str:
         """sha256 of the names and sha256 of all heads' files: the same for folders with the same heads."""
@@ -124,10 +142,13 @@ def brainweb_fractions(files: dict[str, Path], shape: Shape = BRAINWEB_SHAPE) ->
     Raises
     ------
     DataError
-        A label that BrainWeb does not have.
+        A label that BrainWeb does not have, classes of different sizes, or files that are no volumes.
     """
     if set(FRACTION_NAMES) <= set(files):
         shares = [np.asarray(read_volume(files[name], shape), np.float32) for name in CLASSES[:-1]]
+        for name, share in zip(CLASSES, shares, strict=False):
+            if share.shape != shares[0].shape:
+                raise DataError("classes of other sizes", where=files[name].name, got=share.shape, expected=shares[0].shape)
         return np.stack([_halved(s * (255.0 if s.max() <= 1.0 else 1.0)) for s in shares])
     labels = np.rint(np.asarray(read_volume(files["crisp"], shape), np.float32)).astype(np.int32)
     if labels.max() >= len(BRAINWEB_LABELS):

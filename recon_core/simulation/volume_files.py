@@ -40,10 +40,13 @@ def read_volume(path: str | Path, raw_shape: tuple[int, int, int] | None = None)
     path = Path(path)
     kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
     content = _content(path)
-    if kind == "nii":
-        return read_nifti(content)
-    if kind == "mnc":
-        return _read_minc(content)
+    if kind in ("nii", "mnc"):
+        try:
+            return read_nifti(content) if kind == "nii" else _read_minc(content)
+        except DataError as error:
+            raise DataError(error.what, where=path.name, got=error.got, expected=error.expected) from None
+        except (ArithmeticError, AssertionError, LookupError, OSError, TypeError, ValueError) as error:  # of the readers
+            raise DataError("damaged volume", where=path.name, got=type(error).__name__, expected="a whole file") from None
     if kind in ("rawb", "raws") and raw_shape is not None:
         data = np.frombuffer(content, dtype="u1" if kind == "rawb" else "<u2")
         if data.size != np.prod(raw_shape):
@@ -92,7 +95,8 @@ def nifti_series(content: bytes) -> tuple[NDArray[np.generic], tuple[float, floa
     dtype = np.dtype(order + NIFTI_TYPES[code])
     n = int(np.prod(shape, dtype=np.int64))
     if len(content) < offset + n * dtype.itemsize:
-        raise DataError("truncated", where="NIfTI", got=f"{len(content)} bytes")
+        needed = f"{offset + n * dtype.itemsize:.0f} bytes for sizes {shape}"
+        raise DataError("truncated", where="NIfTI", got=f"{len(content)} bytes", expected=needed)
     data = np.frombuffer(content, dtype, count=n, offset=int(offset)).reshape(shape)
     scaled = data if slope in (0.0, 1.0) and intercept == 0.0 else data * slope + intercept
     return scaled, (sides[3] * 1e-3, sides[2] * 1e-3, sides[1] * 1e-3)
@@ -114,7 +118,7 @@ def _read_minc(content: bytes) -> NDArray[np.generic]:
             low, high = group["image-min"][()], group["image-max"][()]
             valid = np.array(group["image"].attrs.get("valid_range", [])).ravel()
     else:
-        raise DataError("neither MINC 1 (netCDF) nor MINC 2 (HDF5)", where="MINC")
+        raise DataError("neither MINC 1 (netCDF) nor MINC 2 (HDF5)", where="MINC", got=content[:4])
     if data.dtype.kind == "f":
         return data
     if not signed:

@@ -92,6 +92,8 @@ def run(
     ------
     SettingError
         The folder holds a training and ``resume`` is off, or one of another recipe or from other heads.
+    DataError
+        Heads that are no heads.
     """
     settings = settings or RunSettings()
     output = Path(output)
@@ -99,6 +101,8 @@ def run(
     be_deterministic(device)
     recipe = replace(recipe, initial_sha256=initial_digest(settings.initial, output, settings.resume))
     anatomy = open_anatomy(settings.brainweb, device, atlas=settings.atlas)
+    if isinstance(anatomy, LabelledHeads):
+        anatomy.read("train", "validation")
     torch.manual_seed(sample_seed(recipe.seed, "weights"))
     choice = replace(
         ABLATIONS[recipe.ablation],

@@ -71,8 +71,26 @@ def test_files_that_are_not_volumes_say_why(tmp_path: Path) -> None:
         read_volume(tmp_path / "b.nii")
     nifti(tmp_path / "c.nii", np.zeros((2, 3, 4), np.float32))
     (tmp_path / "c.nii").write_bytes((tmp_path / "c.nii").read_bytes()[:-1])
-    with pytest.raises(DataError, match="truncated"):
+    with pytest.raises(DataError, match=r"c\.nii: truncated; got 447 bytes; expected 448 bytes"):
         read_volume(tmp_path / "c.nii")
+    minc1(tmp_path / "d.mnc", np.zeros((2, 3, 4), np.uint8), low=0.0, high=1.0, valid=(0, 255))
+    minc2(tmp_path / "e.mnc", np.zeros((2, 3, 4), np.uint8), np.zeros(2), np.ones(2))
+    for name in ("d.mnc", "e.mnc"):
+        content = (tmp_path / name).read_bytes()
+        for end in (8, len(content) // 3, len(content) - 9):
+            (tmp_path / name).write_bytes(content[:end])
+            with pytest.raises(DataError, match=rf"{name}: damaged volume"):
+                read_volume(tmp_path / name)
+
+
+def test_classes_of_different_sizes_are_refused(tmp_path: Path) -> None:
+    files = {name: tmp_path / f"subject04_{name}.nii" for name in CLASSES[:-1]}
+    for name, path in files.items():
+        nifti(path, np.zeros((4, 6, 8 if name != "dura" else 10), np.uint8))
+    with pytest.raises(
+        DataError, match=r"subject04_dura\.nii: classes of other sizes; got \(4, 6, 10\); expected \(4, 6, 8\)"
+    ):
+        brainweb_fractions(files)
 
 
 @pytest.mark.parametrize("ending", ["rawb", "raws.gz", "mnc.gz", "nii"])
@@ -156,5 +174,7 @@ def test_samples_are_made_of_labelled_heads(folder: Path) -> None:
 
 
 def test_too_few_heads_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="at least 3"):
+    with pytest.raises(DataError, match=rf"{tmp_path.name}: too few heads; got 0; expected at least 3. put subjectNN"):
         open_anatomy(tmp_path)
+    with pytest.raises(DataError, match=r"folder nowhere: .*no such folder"):
+        open_anatomy(tmp_path / "nowhere")

@@ -175,6 +175,20 @@ def test_a_training_goes_on_with_the_heads_it_was_begun_with(tmp_path: Path) -> 
         run(short, output, replace(CPU, resume=True))
 
 
+def test_a_damaged_head_is_found_before_the_training_begins(tmp_path: Path) -> None:
+    """Once it ended the training that first drew it, and with the head mended the folder was one of other heads."""
+    heads, output = tmp_path / "heads", tmp_path / "out"
+    heads.mkdir()
+    for i in range(20):
+        nifti(heads / f"subject{i:02d}_crisp_v.nii", np.full((12, 12, 12), 1 + i % 11, np.uint8))
+    damaged = heads / "subject07_crisp_v.nii"
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    short = replace(TINY, epochs=0.001, pretrain_epochs=0.0, n_validation=0)
+    with pytest.raises(DataError, match="subject07_crisp_v"):
+        run(short, output, replace(CPU, brainweb=str(heads)))
+    assert not output.exists()
+
+
 def test_devices_and_ablations_that_do_not_exist_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingError, match="no such device"):
         run(TINY, tmp_path, replace(CPU, device="cuda:99"))
