@@ -19,6 +19,7 @@ import torch
 from benchmarks import pinqi, pinqi_speed
 from benchmarks.common import RESULTS, training_options, training_words
 from recon_core.training import pinqi as training
+from recon_core.training.runs import RECIPE
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, of_training = parser.parse_known_args(arguments)
     where = ["--device", options.device, "--size", str(options.size)]
     if options.max_minutes > 0:
-        training.main([*training_words(options, training.RECIPE), "--size", str(options.size), *of_training])
+        training.main([*training_words(options, RECIPE), "--size", str(options.size), *of_training])
     weights = options.output / f"{training.NAME}.json"
     if options.slices:
         precisions = ["float32", "bfloat16"] if options.device.startswith("cuda") else ["float32"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, pinqi, pinqi_phantom, pinqi_server, pinqi_speed, pinqi_variants
+from benchmarks import common, pinqi, pinqi_gpu, pinqi_phantom, pinqi_server, pinqi_speed, pinqi_variants
 from benchmarks.pinqi_methods import (
     SWITCHED_OFF,
     T1_RANGE,
@@ -170,6 +170,24 @@ def test_variants_are_trained_alike_from_one_start_and_kept(
     pinqi_variants.main([*words.split(), "--rows", "h"])
     again = json.loads((tmp_path / "pinqi_variants.json").read_text())["rows"]
     assert again["h"]["sha256"] == rows["h"]["sha256"] and again["proposed"] == rows["proposed"]
+
+
+def test_the_one_command_trains_goes_on_and_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU machine, in miniature: called twice, the second call ends what the first began."""
+    for module in (common, pinqi, pinqi_gpu):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    output = tmp_path / "out"
+    words = f"--output {output} --device cpu --size 64 --samples 1 --slices 1 --ablation g1 --batch 1 --n-coils 2 --n-validation 0"
+    recipe = "--pretrain-epochs 0.001 --epochs 0.001 --samples-per-epoch 1000"
+    pinqi_gpu.main(f"{words} {recipe} --max-minutes 1e-6 --slices 0 --samples 0".split())
+    assert not json.loads((output / "pinqi.json").read_text())["finished"]
+    pinqi_gpu.main(f"{words} {recipe} --max-minutes 10".split())
+    facts = json.loads((output / "pinqi.json").read_text())
+    assert facts["finished"] and facts["steps_done"] == {"pretraining": 1, "training": 1}
+    speed, quality = (json.loads((output / f"pinqi_{name}.json").read_text()) for name in ("speed_gpu", "gpu"))
+    assert set(speed["float32"]["parts_s"]) == set(pinqi_speed.PARTS.values())
+    assert speed["float32"]["weights"] == facts["sha256"][:8]
+    assert all(f"g1 ({facts['sha256'][:8]})" in quality["summary"][key] for key in "468")
 
 
 def test_claimed_deviations_are_compared_tube_by_tube() -> None:
