@@ -139,7 +139,7 @@ def read_pair(path: str | Path, device: torch.device | str = "cpu") -> tuple[dic
     Raises
     ------
     WeightError
-        No such pair, not JSON, a digest that differs from the stated one, or a file that is not safetensors.
+        No such pair, files that cannot be read, not JSON, a digest that differs from the stated one, or a file that is not safetensors.
     """
     path = Path(path)
     try:
@@ -148,6 +148,8 @@ def read_pair(path: str | Path, device: torch.device | str = "cpu") -> tuple[dic
         stated = facts["sha256"]
     except FileNotFoundError:
         raise WeightError("no such weights", where=path.name) from None
+    except OSError as error:
+        raise WeightError("cannot be read", where=path.name, got=error.strerror) from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise WeightError("not a description of weights", where=path.name, got=type(error).__name__) from None
     if _largest(facts.get("network")) > MAX_NETWORK_NUMBER:
@@ -156,7 +158,10 @@ def read_pair(path: str | Path, device: torch.device | str = "cpu") -> tuple[dic
         )
     if not file.is_file():
         raise WeightError("the tensors are missing", where=path.name, got=f"no {file.name}")
-    found = sha256_of(file)
+    try:
+        found = sha256_of(file)
+    except OSError as error:
+        raise WeightError("cannot be read", where=file.name, got=error.strerror) from None
     if found != stated:
         raise WeightError(
             "wrong sha256",

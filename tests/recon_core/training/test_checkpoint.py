@@ -120,6 +120,19 @@ def test_damage_is_named(tmp_path: Path, damage: object, why: str) -> None:
         read_pair(tmp_path / "w.json")
 
 
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_pair(tmp_path, "w", {"a": torch.zeros(2)}, {})
+    for owner, name, where in ((Path, "read_text", r"w\.json"), (checkpoint, "sha256_of", r"w\.safetensors")):
+
+        def refused(*_: object, **__: object) -> None:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+        with monkeypatch.context() as closed:
+            closed.setattr(owner, name, refused)
+            with pytest.raises(WeightError, match=f"{where}: cannot be read; got Permission denied"):
+                read_pair(path)
+
+
 def test_a_pickle_is_not_read_even_with_the_right_digest(tmp_path: Path) -> None:
     torch.save({"a": torch.zeros(2)}, tmp_path / "w.safetensors")
     (tmp_path / "w.json").write_text(json.dumps({"file": "w.safetensors", "sha256": sha256_of(tmp_path / "w.safetensors")}))
