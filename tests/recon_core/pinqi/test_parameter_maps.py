@@ -12,6 +12,7 @@ from recon_core.methods.pinqi.settings import Settings
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.signal_models import SaturationRecovery
 from recon_core.solvers.least_squares import levenberg_marquardt
+from recon_core.solvers.nonlinear_layer import NonlinearReport
 from tests.recon_core.small_series import coil_maps
 
 TIMES = (0.5, 1.0, 1.5, 2.0, 8.0)
@@ -103,3 +104,24 @@ def test_a_rate_at_the_end_of_what_the_network_predicts_is_not_believed() -> Non
 
     free, held = valid(None), valid((0.1, 10.0))
     assert bool(free.all()) and int((~held).sum()) == 3
+
+
+def test_pixels_on_a_bound_or_without_an_end_of_the_fit_are_emptied_whatever_their_parameters() -> None:
+    """Of the last fit, and where they lie: working images are ``(x, y)``, maps ``(y, x)``."""
+    p = parameters(20 * 16).double().reshape(1, 3, 16, 20)
+    operator = BatchedSense(torch.ones(1, 1, 20, 16, dtype=torch.complex128), torch.ones(1, 5, 20))
+    signal = MODEL.signal(p[0]).to(torch.complex128)[None]
+    none = torch.zeros(1, 16, 20, dtype=torch.bool)
+
+    def report(on_bound: tuple[int, int], unfinished: tuple[int, int]) -> NonlinearReport:
+        at_bound, converged = none[:, None].repeat(1, 3, 1, 1), ~none
+        at_bound[0, 0, on_bound[0], on_bound[1]] = True  # of M0: T1 of the pixel is no more to be believed
+        converged[0, unfinished[0], unfinished[1]] = False
+        return NonlinearReport(none.int(), converged, at_bound)
+
+    found = PinqiOutput(p, signal, (p,), nonlinear=(report((9, 9), (8, 8)), report((3, 7), (12, 2))))
+    agreed = agreement(operator, operator.forward(signal), found, signal, 1e-9)
+    maps, share = parameter_maps(MODEL, operator, found, agreed, 1e-9, 1.0, Settings(signal_floor=0.0), "")
+    empty = [tuple(where) for where in (~maps[0].valid[0]).nonzero().tolist()]
+    assert empty == [(2, 12), (7, 3)] and share == 1 - 2 / 320
+    assert all(float(m.data[0][y, x]) == 0 for m in maps for y, x in empty)

@@ -12,8 +12,14 @@ import torch
 
 from recon_core.errors import CalibrationError, DataError, NumericalError, ReconError
 from recon_core.methods.pinqi.installed import FOLDERS, find_weights
-from recon_core.methods.pinqi.model import PinqiSettings
-from recon_core.methods.pinqi.reconstruction import longest_delay_calibration, reconstruct, reconstruct_with
+from recon_core.methods.pinqi.model import PinqiSettings, Strengths
+from recon_core.methods.pinqi.noise_rule import NoiseRule
+from recon_core.methods.pinqi.reconstruction import (
+    apply_network,
+    longest_delay_calibration,
+    reconstruct,
+    reconstruct_with,
+)
 from recon_core.methods.pinqi.settings import Settings
 from recon_core.methods.pinqi.weights import TrainedPinqi
 from recon_core.training.checkpoint import WeightError
@@ -58,6 +64,34 @@ def test_the_true_maps_come_back_in_the_scans_units(physics: TrainedPinqi, shape
     truth = np.stack([s.m0 * (1 - np.exp(-t / s.t1)) for t in TIMES])
     assert np.linalg.norm(images - truth) < 0.005 * np.linalg.norm(truth)
     assert result.quality["t1_valid"] == 1.0 and not result.notes
+
+
+@pytest.mark.parametrize("amplitude", [0.6, 1.8])
+@pytest.mark.parametrize("scale", [1.0, 3e-7])
+def test_the_network_sees_the_amplitude_that_it_was_trained_on(
+    physics: TrainedPinqi, amplitude: float, scale: float
+) -> None:
+    s = saturation_scan(scale=scale, noise=1e-3)
+    applied = apply_network(replace(physics, amplitude=amplitude), s.kspace, torch.arange(4), "slice 0", Report())
+    assert float(applied.found.images.abs().flatten().quantile(0.999)) == pytest.approx(amplitude, rel=0.2)
+    assert applied.noise * applied.scale == pytest.approx(1e-3 * scale, rel=1e-4)
+
+
+def test_the_lambdas_follow_noise_and_acceleration_of_the_scan(
+    physics: TrainedPinqi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def at(self: NoiseRule, noise: float, acceleration: float = 0.0) -> Strengths:
+        seen.append((noise, acceleration))
+        return Strengths()
+
+    monkeypatch.setattr(NoiseRule, "at", at)
+    s = saturation_scan(noise=1e-3, keep=0.2)
+    applied = apply_network(physics, s.kspace, torch.arange(4), "slice 0", Report())
+    assert seen == [(applied.noise, pytest.approx(s.kspace.mask.numel() / int(s.kspace.mask.sum())))] and seen[0][1] > 2
+    apply_network(physics, s.kspace, torch.arange(4), "slice 0", Report(), "learned")
+    assert len(seen) == 1
 
 
 def test_undersampled_states_are_joined_by_the_signal_model(physics: TrainedPinqi) -> None:
