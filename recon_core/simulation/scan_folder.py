@@ -20,7 +20,7 @@ from recon_core.errors import DataError
 from recon_core.simulation.anatomy import check_split
 from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe
 from recon_core.simulation.random_fields import sample_seed
-from recon_core.training.checkpoint import read_pair, sha256_of, write_pair
+from recon_core.training.checkpoint import read_pair, sha256_of, stored_shape, write_pair
 
 FORMAT = "recon-gadgets multi-echo scan"
 TENSORS = ("images", "coil_maps", "brain", "head", "r2star", "field", "local_field", "chi", "labels")
@@ -118,6 +118,27 @@ class ScanFolder:
                 self._held.popitem(last=False)
         self._held.move_to_end(path)
         return self._held[path]
+
+    def require(self, plane: tuple[int, int], n_echoes: int, *, exactly: bool = False) -> None:
+        """See that every scan has planes ``(k2, k1)`` of this size and no more echoes; with ``exactly`` not fewer either.
+
+        Raises
+        ------
+        DataError
+            One has not; it is named.
+        WeightError
+            A damaged pair.
+        """
+        for path in self._places:
+            n, z, y, _ = shape if len(shape := stored_shape(path, "images")) == 4 else (0, 0, 0, 0)
+            if (z, y) != plane or not (n_echoes if exactly else 1) <= n <= n_echoes:
+                raise DataError(
+                    "a scan that does not fit the training",
+                    where=path.name,
+                    got=f"{n} echoes, planes of {z} x {y} (k2 x k1)",
+                    expected=f"{'' if exactly else 'up to '}{n_echoes} echoes, planes of {plane[0]} x {plane[1]}",
+                    remedy="state the scans' own size (recon train laro: --k2, --k1, --echoes), or leave that scan out",
+                )
 
     def digest(self) -> str:
         """sha256 of the names and of the descriptions, which state the tensors' sha256: the same for folders with the same scans."""

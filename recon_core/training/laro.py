@@ -62,6 +62,8 @@ def run(
     ------
     SettingError
         The folder holds a training and ``resume`` is off, one of another recipe, or one from other scans or masks.
+    DataError
+        A scan of the folder has another matrix than the recipe, or more echoes.
     """
     training = _Training(recipe, Path(output), settings or RunSettings(), progress)
     result = training.first()
@@ -112,6 +114,9 @@ class _Training:
         self.device = training_device(settings.device)
         be_deterministic(self.device)
         self.supply = scan_supply(recipe, settings.scans)
+        if isinstance(self.supply, ScanFolder):
+            k2, k1, _ = recipe.matrix
+            self.supply.require((k2, k1), recipe.n_echoes, exactly=recipe.kind == "modl")
         torch.manual_seed(sample_seed(recipe.seed, "weights"))
         self.module = LaroModule(recipe, recompute=settings.recompute).to(self.device)
         if settings.initial:  # a resumed phase replaces them by its checkpoint's

@@ -344,8 +344,8 @@ class LaroTask:
         return total / len(found), {"error": float(error), "rho": float(self.module.network.rho.detach())}
 
     def reconstruct(self, sample: PlaneSample, mask: Tensor) -> list[Tensor]:
-        """Images after every unroll."""
-        operator = Planes(sample.coil_maps, mask)
+        """Images after every unroll; of a mask for more echoes than the scan has, the first ones."""
+        operator = Planes(sample.coil_maps, mask[: sample.images.shape[1]])
         rhs = operator.adjoint(sample.kspace)
         start = least_squares_start(operator, rhs) if sample.start is None else sample.start
         return self.module.network(operator, rhs, start, self.unrolls)
@@ -387,8 +387,8 @@ class LaroTask:
 
 
 def least_squares_start_of(sample: PlaneSample, mask: Tensor) -> Tensor:
-    """The first images alone, for comparison."""
-    operator = Planes(sample.coil_maps, mask)
+    """The first images alone, for comparison; the mask as in `LaroTask.reconstruct`."""
+    operator = Planes(sample.coil_maps, mask[: sample.images.shape[1]])
     return least_squares_start(operator, operator.adjoint(sample.kspace))
 
 

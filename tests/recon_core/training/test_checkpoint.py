@@ -19,6 +19,7 @@ from recon_core.training.checkpoint import (
     restore_optimizer,
     restore_random_state,
     sha256_of,
+    stored_shape,
     write_pair,
 )
 
@@ -58,6 +59,23 @@ def test_damage_is_named(tmp_path: Path, damage: object, why: str) -> None:
     damage(tmp_path)  # type: ignore[operator]
     with pytest.raises(WeightError, match=why):
         read_pair(tmp_path / "w.json")
+
+
+def test_a_folder_is_no_description_of_weights(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no folder")
+    for path in (tmp_path, tmp_path / "text" / "w.json"):
+        with pytest.raises(WeightError, match="no such weights"):
+            read_pair(path)
+
+
+def test_a_shape_is_known_without_reading_the_tensors(tmp_path: Path) -> None:
+    path = write_pair(tmp_path, "w", {"a": torch.zeros(2, 3)}, {})
+    assert stored_shape(path, "a") == (2, 3)
+    with pytest.raises(WeightError, match="'b'"):
+        stored_shape(path, "b")
+    (tmp_path / "w.safetensors").write_bytes(b"half")
+    with pytest.raises(WeightError, match="not a safetensors file"):
+        stored_shape(path, "a")
 
 
 def test_a_pickle_is_not_read_even_with_the_right_digest(tmp_path: Path) -> None:

@@ -442,6 +442,31 @@ def test_scans_of_different_length_and_number_of_echoes_share_a_folder(tmp_path:
     assert measured.mask.shape[0] == measured.start.shape[0] == 2
 
 
+def test_scans_with_fewer_echoes_than_the_recipe_take_the_first_patterns(folder: str, tmp_path: Path) -> None:
+    recipe = replace(TINY, n_echoes=5, first_steps=1, second_steps=1, n_validation=1)
+    result, path = run(recipe, tmp_path / "out", RunSettings(scans=folder, validate_every=1))
+    assert result.finished and "psnr_3/2" in load_weights(path).facts["validation"]
+    assert read_mask(tmp_path / "out" / mask_name("3/2")).mask.shape == (5, 12, 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"matrix": (12, 24, 14)}, "planes of 12 x 20 .* planes of 12 x 24"),
+        ({"matrix": (20, 12, 14)}, "planes of 12 x 20 .* planes of 20 x 12"),
+        ({"n_echoes": 2}, "got 3 echoes.* expected up to 2 echoes"),
+        ({"kind": "modl", "n_echoes": 5}, "got 3 echoes.* expected 5 echoes"),
+    ],
+)
+def test_scans_that_do_not_fit_are_named_before_the_training_begins(
+    folder: str, tmp_path: Path, change: dict[str, object], words: str
+) -> None:
+    recipe = replace(TINY, **change)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=rf"s0\.json: a scan that does not fit the training; .*{words}"):
+        run(recipe, tmp_path / "out", RunSettings(scans=folder))
+    assert not (tmp_path / "out").exists()
+
+
 def test_measured_scans_of_a_folder_are_told_apart(folder: str) -> None:
     for path in sorted(Path(folder).glob("*.json")):  # as a converter writes them: every file says the same of itself
         write_scan(folder, path.stem, replace(read_scan(path), key=("measured", 0)))
