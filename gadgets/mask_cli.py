@@ -326,26 +326,28 @@ def install(
     ],
     masks: Annotated[Path | None, typer.Option(help="The server's folder of masks. Default: in the state folder.")] = None,
 ) -> None:
-    """Copy a mask to where the server finds it by the file's name: scans' headers name sampling masks, map_mask_file brain masks."""
-    import shutil
+    """Copy a mask to where the server finds it by the file's name: scans' headers name sampling masks, map_mask_file brain masks.
 
+    It takes the place of a mask of the same name.
+    """
     from gadgets.given_masks import ENDING, read_given_mask
-    from gadgets.mask_check import MASK_NAME, default_folder
+    from gadgets.mask_check import ENDINGS, MASK_NAME, default_folder, install_mask
     from recon_core.sampling.agreement import pattern_digest
     from recon_core.sampling.mask_files import MaskError, read_mask
 
     if not MASK_NAME.fullmatch(file.stem):
         raise MaskError("not a name for a mask", where=file.name, expected="letters, digits, '_', '-' and '.', at most 64")
-    if file.suffix.lower() == ENDING:
+    is_given = file.suffix.lower() == ENDING
+    if is_given:
         inside = read_given_mask(file)
         facts = f"{' x '.join(map(str, inside.shape))} (z, y, x), {int(inside.sum())} voxels inside"
     else:
         facts = f"sha256 {pattern_digest(read_mask(file).mask)}"
     folder = masks or default_folder()
     check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, folder / file.name)
-    _say(f"installed as {file.stem!r} in {folder}, {facts}")
+    removed = install_mask(file, folder, (ENDING,) if is_given else ENDINGS)
+    instead = f", in place of {', '.join(removed)}" if removed else ""
+    _say(f"installed as {file.stem!r} in {folder}{instead}, {facts}")
 
 
 def _largest_jump(mask: SamplingMask) -> float:

@@ -1,6 +1,7 @@
 """``recon mask``: from the density to the sequence, in four commands."""
 
 import json
+import re
 from pathlib import Path
 
 import ismrmrd
@@ -206,6 +207,15 @@ def test_attach_takes_the_sequence_from_one_header_and_the_rest_from_the_other(t
         _run("attach", _raw(tmp_path / "short.h5", 12), side, tmp_path / "x.h5")
     with pytest.raises(RawFileError, match="no MRD raw data"):
         _run("attach", tmp_path / "a.h5", side, tmp_path / "x.h5")
+    with pytest.raises(HeaderError, match=r"fixed\.h5: not an MRD header"):  # both files mixed up
+        _run("attach", side, tmp_path / "fixed.h5", tmp_path / "x.h5")
+    with pytest.raises(HeaderError, match=r"lost\.xml: no such file"):
+        _run("attach", raw, tmp_path / "lost.xml", tmp_path / "x.h5")
+    whole = side.read_text()
+    for part in ("encoding", "userParameters"):
+        side.write_text(re.sub(rf"<{part}>.*</{part}>", "", whole, flags=re.DOTALL))
+        with pytest.raises(HeaderError, match="not the header of a sequence"):
+            _run("attach", raw, side, tmp_path / "x.h5")
     side.write_text("<nothing/>")
     with pytest.raises(HeaderError, match="not an MRD header"):
         _run("attach", raw, side, tmp_path / "x.h5")
@@ -223,6 +233,20 @@ def test_install_puts_a_mask_where_the_server_looks(tmp_path: Path) -> None:
     (tmp_path / "b.h5").write_bytes(b"no mask")
     with pytest.raises(DataError, match="not a readable HDF5 file"):
         _run("install", tmp_path / "b.h5", "--masks", tmp_path / "masks")
+
+
+def test_one_name_is_one_mask_whatever_the_file_s_ending(tmp_path: Path) -> None:
+    """The server knows masks by name: after a table of another mask is installed, scans are compared with that."""
+    masks = tmp_path / "masks"
+    for number, name in enumerate(("a.h5", "a.csv", "a.hdf5")):
+        _run("draw", tmp_path / name, *SMALL, "--seed", number)
+        said = _run("install", tmp_path / name, "--masks", masks)
+        assert ("in place of" in said) == (number > 0)
+        found = read_mask(mask_names(masks)["a"])
+        np.testing.assert_array_equal(found.mask, read_mask(tmp_path / name).mask)
+    (masks / "a.npy").touch()  # a brain mask has the same name in another list
+    _run("install", masks / "a.hdf5", "--masks", masks)  # onto itself
+    assert sorted(path.name for path in masks.iterdir()) == ["a.hdf5", "a.npy"]
 
 
 def test_learn_writes_a_mask_that_can_be_ordered(tmp_path: Path) -> None:
