@@ -130,13 +130,16 @@ def learn(
     import torch
 
     from gadgets.train_cli import PhaseBars, progress_bars
+    from recon_core.sampling.learned import SamplingSettings, samples_for
     from recon_core.sampling.mask_files import read_mask
     from recon_core.training.laro import RunSettings, learn_masks
     from recon_core.training.laro_tasks import LaroRecipe
 
     if threads:
         torch.set_num_threads(threads)
-    check_file(output, ".h5", ".hdf5")  # before hours of training, not after them
+    # before hours of training, not after them: where the mask goes, and that the one that is drawn at the end can be
+    check_file(output, ".h5", ".hdf5")
+    SamplingSettings((k2, k1), echoes, samples_for((k2, k1), acceleration, segments), (acs_k2, acs_k1))
     folder = folder or output.with_suffix(".training")
     check_folder(folder)
     recipe = LaroRecipe(
@@ -383,7 +386,7 @@ def _write_draw(
     acs: tuple[int, int],
     facts: Mapping[str, str | float | int],
 ) -> None:
-    """A mask of exactly the size that segments need, drawn by ``facts["seed"]``."""
+    """A mask of exactly the size that segments need, drawn by ``facts["seed"]``; of one pattern for all echoes, by the first's."""
     import numpy as np
 
     from recon_core.sampling.learned import draw_mask, samples_for
@@ -391,8 +394,11 @@ def _write_draw(
 
     echoes, k2, k1 = probability.shape
     n_samples = samples_for((k2, k1), acceleration, segments)
-    drawn = draw_mask(probability if per_echo else probability[:1], n_samples, int(facts["seed"]), acs)
-    mask = SamplingMask(np.array(np.broadcast_to(drawn, probability.shape)), probability.astype(np.float32), facts=facts)
+    drawn_from = probability if per_echo else probability[:1]
+    drawn = draw_mask(drawn_from, n_samples, int(facts["seed"]), acs)
+    # of one pattern the file states that one for all echoes: a mask that is drawn like it is of one pattern too
+    every_echo, stated = (np.array(np.broadcast_to(part, probability.shape)) for part in (drawn, drawn_from))
+    mask = SamplingMask(every_echo, stated.astype(np.float32), facts=facts)
     write_mask(output, mask)
     if n_samples < k2 * k1 / acceleration - 1e-9:
         left = k2 * k1 - n_samples

@@ -109,6 +109,12 @@ def test_learned_probabilities_for_another_matrix_and_fewer_echoes(tmp_path: Pat
     mask = read_mask(tmp_path / "new.h5").mask
     assert mask.shape == (2, 16, 30) and mask.sum((1, 2)).tolist() == [80, 80]
     assert mask[0, :, :15].sum() > 60 and mask[1, :, 15:].sum() > 60
+    _run("draw", tmp_path / "one.h5", "--like", tmp_path / "trained.h5", *words, "--one-pattern")
+    one = read_mask(tmp_path / "one.h5")
+    assert one.probability is not None and (one.probability == one.probability[:1]).all()
+    _run("draw", tmp_path / "again.h5", "--like", tmp_path / "one.h5", *words)  # of one pattern, as what it is like
+    again = read_mask(tmp_path / "again.h5").mask
+    assert (again == again[:1]).all() and one.mask[1, :, :15].sum() > 60
     with pytest.raises(DataError, match="fewer echoes"):
         _run("draw", tmp_path / "x.h5", "--like", tmp_path / "trained.h5", "--echoes", "4")
     write_mask(tmp_path / "bare.h5", SamplingMask(mask))
@@ -267,4 +273,11 @@ def test_learn_writes_a_mask_that_can_be_ordered(tmp_path: Path) -> None:
     for ending in ("png", "csv"):  # a table would lose what was learned
         with pytest.raises(OutputError, match="unknown kind of file"):
             _run("learn", tmp_path / f"n.{ending}", *words)
+    full = [*words[:10], "--acceleration", "1", "--acs-k1", "24", "--acs-k2", "16"]
+    for refused, why in (
+        ([*words[:10], "--segments", "400"], "more segments than positions"),
+        ([*full, "--segments", "5"], "impossible number of samples; got 380; expected 384"),
+    ):  # before anything is learned
+        with pytest.raises(SettingError, match=why):
+            _run("learn", tmp_path / "n.h5", *refused)
     assert not (tmp_path / "n.training").exists()
