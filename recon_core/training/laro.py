@@ -145,7 +145,11 @@ class _Training:
             copied = (copies / name).is_file()
             if learned.settings.spo == FIXED or not (given or copied):
                 continue
-            mask = found[name] = read_mask(Path(given or copies) / name)
+            path = Path(given or copies) / name
+            if not path.is_file():
+                expected = f"the folder of a training that learned {pattern}"
+                raise SettingError("no mask of the pattern", where=str(path.parent), got=f"no {name}", expected=expected)
+            mask = found[name] = read_mask(path)
             if given and copied and self.settings.resume:
                 theirs, own = (masks_digest({name: m})[:16] for m in (read_mask(copies / name), mask))
                 if theirs != own:
