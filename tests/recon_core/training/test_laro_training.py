@@ -370,6 +370,14 @@ def test_the_decay_can_be_trained_on(folder: str, tmp_path: Path) -> None:
     assert "decay_weight" not in TINY.facts() and LaroRecipe.from_facts(recipe.facts()) == recipe
 
 
+def test_the_default_recipe_is_the_papers() -> None:
+    recipe = LaroRecipe()
+    assert (recipe.matrix[:2], recipe.n_echoes, recipe.n_coils, recipe.acs) == ((80, 206), 10, 8, (20, 20))
+    assert (recipe.first_unrolls, recipe.second_unrolls, recipe.batch, recipe.network_rate) == (2, 10, 1, 1e-3)
+    assert recipe.network(10).unrolls == 10 and recipe.pixel_weight == recipe.decay_weight == 0
+    assert recipe.patterns == ("8/2",) and recipe.sampling("8/2").n_samples == 80 * 206 // 8
+
+
 def test_recipes_that_cannot_be() -> None:
     for wrong in (
         {"patterns": ("8",)},
