@@ -273,7 +273,15 @@ class _Run:
         self.saved = time.monotonic()
 
     def _load(self, path: Path) -> None:
-        tensors, facts = read_pair(path)
+        try:
+            tensors, facts = read_pair(path)
+        except WeightError as error:
+            raise WeightError(
+                "the checkpoint is damaged",
+                where=f"{self.output.name}/{path.name}",
+                got=str(error),
+                remedy=f"put it back from a copy, or remove {path.name}: this phase of the training then begins anew",
+            ) from None
         try:
             if facts["task"] != _as_json(self.task.facts()) or facts["schedule"] != _as_json(self._schedule()):
                 raise SettingError(
