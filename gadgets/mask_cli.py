@@ -397,8 +397,8 @@ def _write_draw(
     drawn_from = probability if per_echo else probability[:1]
     drawn = draw_mask(drawn_from, n_samples, int(facts["seed"]), acs)
     # of one pattern the file states that one for all echoes: a mask that is drawn like it is of one pattern too
-    every_echo, stated = (np.array(np.broadcast_to(part, probability.shape)) for part in (drawn, drawn_from))
-    mask = SamplingMask(every_echo, stated.astype(np.float32), facts=facts)
+    stated = np.broadcast_to(drawn_from, probability.shape).astype(np.float32)
+    mask = SamplingMask(np.array(np.broadcast_to(drawn, probability.shape)), stated, facts=facts)
     write_mask(output, mask)
     if n_samples < k2 * k1 / acceleration - 1e-9:
         left = k2 * k1 - n_samples

@@ -135,7 +135,9 @@ def _sequence_header(side: Path) -> Any:
     except FileNotFoundError:
         raise HeaderError("no such file", where=side.name, expected="the .mrd.xml beside the sequence") from None
     except UnicodeDecodeError:
-        raise HeaderError("not an MRD header", where=side.name, got="no text", expected="the .mrd.xml of a sequence") from None
+        raise HeaderError(
+            "not an MRD header", where=side.name, got="no text", expected="the .mrd.xml of a sequence"
+        ) from None
     user = told.userParameters
     names = {parameter.name for parameter in user.userParameterString} if user is not None else set()
     if len(told.encoding) != 1 or told.sequenceParameters is None or not {NAME_PARAMETER, DIGEST_PARAMETER} <= names:

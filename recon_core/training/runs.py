@@ -136,7 +136,10 @@ def _damaged(output: Path, got: str) -> SettingError:
 
 def _no_folder(output: Path, error: OSError) -> SettingError:
     return SettingError(
-        "the training's folder cannot be used", where=str(output), got=error.strerror, expected="a folder, or the name of a new one"
+        "the training's folder cannot be used",
+        where=str(output),
+        got=error.strerror,
+        expected="a folder, or the name of a new one",
     )
 
 
