@@ -119,8 +119,8 @@ class ScanFolder:
         self._held.move_to_end(path)
         return self._held[path]
 
-    def require(self, plane: tuple[int, int], n_echoes: int, *, exactly: bool = False) -> None:
-        """See that every scan has planes ``(k2, k1)`` of this size and no more echoes; with ``exactly`` not fewer either.
+    def require(self, plane: tuple[int, int], fewest: int, most: int) -> None:
+        """See that every scan has planes ``(k2, k1)`` of this size, and not fewer or more echoes.
 
         Raises
         ------
@@ -131,12 +131,13 @@ class ScanFolder:
         """
         for path in self._places:
             n, z, y, _ = shape if len(shape := stored_shape(path, "images")) == 4 else (0, 0, 0, 0)
-            if (z, y) != plane or not (n_echoes if exactly else 1) <= n <= n_echoes:
+            if (z, y) != plane or not fewest <= n <= most:
+                echoes = f"{fewest} to {most}" if fewest < most else most
                 raise DataError(
                     "a scan that does not fit the training",
                     where=path.name,
                     got=f"{n} echoes, planes of {z} x {y} (k2 x k1)",
-                    expected=f"{'' if exactly else 'up to '}{n_echoes} echoes, planes of {plane[0]} x {plane[1]}",
+                    expected=f"{echoes} echoes, planes of {plane[0]} x {plane[1]}",
                     remedy="state the scans' own size (recon train laro: --k2, --k1, --echoes), or leave that scan out",
                 )
 

@@ -63,7 +63,7 @@ def run(
     SettingError
         The folder holds a training and ``resume`` is off, one of another recipe, or one from other scans or masks.
     DataError
-        A scan of the folder has another matrix than the recipe, or more echoes.
+        A scan of the folder has another matrix than the recipe, or a number of echoes that the recipe has no use for.
     """
     training = _Training(recipe, Path(output), settings or RunSettings(), progress)
     result = training.first()
@@ -115,8 +115,7 @@ class _Training:
         be_deterministic(self.device)
         self.supply = scan_supply(recipe, settings.scans)
         if isinstance(self.supply, ScanFolder):
-            k2, k1, _ = recipe.matrix
-            self.supply.require((k2, k1), recipe.n_echoes, exactly=recipe.kind == "modl")
+            self.supply.require(recipe.matrix[:2], recipe.fewest_echoes, recipe.n_echoes)
         torch.manual_seed(sample_seed(recipe.seed, "weights"))
         self.module = LaroModule(recipe, recompute=settings.recompute).to(self.device)
         if settings.initial:  # a resumed phase replaces them by its checkpoint's

@@ -31,6 +31,8 @@ Tensor = torch.Tensor
 EVALUATION_SEED = 20230306  # of validation and test scans, whatever the training's seed is
 TYPICAL_SCANS, NOISE_SCANS = 3, 12
 SHOWN_ERROR = 10.0
+LEAST_OF_DECAY = 3
+"""Echoes of a training on the decay rate."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,13 @@ class LaroRecipe(TrainingRecipe):
         known = self.mask_start in ("density", "uniform") and self.second_start in ("cg_sense", *STARTS)
         if not self.patterns or not known:
             raise SettingError("impossible recipe", where="LARO training", got=self)
+        if self.n_echoes < self.fewest_echoes:
+            raise SettingError(
+                "too few echoes for the decay's error",
+                where="LARO training",
+                got=self.n_echoes,
+                expected=f"{LEAST_OF_DECAY} or more",
+            )
         _ = self.scans, self.network(self.second_unrolls)  # they raise
         for name in self.patterns:
             self.sampling(name)
@@ -149,6 +158,11 @@ class LaroRecipe(TrainingRecipe):
     def pattern_of(self, step: int) -> str:
         """The pattern of a step: all in turn."""
         return self.patterns[step % len(self.patterns)]
+
+    @property
+    def fewest_echoes(self) -> int:
+        """That a scan may have: MoDL's network is for one number, and a decay has to be seen where it is trained on."""
+        return self.n_echoes if self.kind == "modl" else LEAST_OF_DECAY if self.decay_weight else 1
 
     @property
     def scans(self) -> ScanRecipe:

@@ -393,6 +393,7 @@ def test_recipes_that_cannot_be() -> None:
         {"network_rate": 0.0},
         {"mask_rate": -1.0},
         {"decay_weight": -1.0},
+        {"decay_weight": 0.5, "n_echoes": 2},
         {"warmup_steps": -1},
         {"n_validation": -1},
         {"second_unrolls": 0},
@@ -462,7 +463,7 @@ def test_scans_with_fewer_echoes_than_the_recipe_take_the_first_patterns(folder:
     [
         ({"matrix": (12, 24, 14)}, "planes of 12 x 20 .* planes of 12 x 24"),
         ({"matrix": (20, 12, 14)}, "planes of 12 x 20 .* planes of 20 x 12"),
-        ({"n_echoes": 2}, "got 3 echoes.* expected up to 2 echoes"),
+        ({"n_echoes": 2}, "got 3 echoes.* expected 1 to 2 echoes"),
         ({"kind": "modl", "n_echoes": 5}, "got 3 echoes.* expected 5 echoes"),
     ],
 )
