@@ -63,6 +63,8 @@ def read_scan(path: str | Path) -> BrainScan:
     images, maps = tensors["images"], tensors["coil_maps"]
     if images.ndim != 4 or maps.shape[1:] != images.shape[1:] or len(facts["echo_times"]) != len(images):
         raise DataError("images, maps and echo times do not fit", where=Path(path).name, got=tuple(images.shape))
+    if not bool(tensors["brain"].any()):
+        raise DataError("a scan without a brain", where=Path(path).name, expected="a brain to learn from")
     z, y, x = facts["voxel"]
     b0 = tuple(facts["b0"])
     split, index = facts["key"]

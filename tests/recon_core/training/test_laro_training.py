@@ -435,6 +435,17 @@ def test_a_short_readout_is_part_of_the_whole_one() -> None:
     assert len(begins) > 1 and cut_readout(scan, 14, 0) is scan
 
 
+def test_scans_with_few_readout_positions_can_be_validated_on(tmp_path: Path) -> None:
+    for number, scan in enumerate(scans()):
+        write_scan(tmp_path / "scans", f"s{number}", cut_readout(scan, 5, number))
+    recipe = replace(TINY, patterns=("3/2",), first_steps=0, second_steps=1, second_unrolls=1, n_validation=1)
+    result, _ = run(recipe, tmp_path / "out", RunSettings(scans=str(tmp_path / "scans"), validate_every=1))
+    assert result.finished and math.isfinite(result.figures["psnr_3/2"])
+    write_scan(tmp_path / "scans", "s1", replace(scans()[0], brain=torch.zeros_like(scans()[0].brain)))
+    with pytest.raises(DataError, match=r"s1\.json: a scan without a brain"):
+        ScanFolder(tmp_path / "scans").scan("test", 0)
+
+
 def test_scans_of_different_length_and_number_of_echoes_share_a_folder(tmp_path: Path) -> None:
     words = "--matrix 12 20 14 --voxel 7 9 --coils 4 --echoes 3 2 --planes 5 --output"
     command([*words.split(), str(tmp_path), "--count", "2"])
