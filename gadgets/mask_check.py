@@ -68,6 +68,24 @@ def mask_names(folder: Path | None, endings: tuple[str, ...] = ENDINGS) -> dict[
     return {path.stem: path for path in files if MASK_NAME.fullmatch(path.stem)}
 
 
+def check_name(file: Path) -> None:
+    """Refuse a file whose mask no header could name.
+
+    Raises
+    ------
+    MaskError
+        Blanks, other signs, or too long.
+    """
+    if not MASK_NAME.fullmatch(file.stem):
+        raise MaskError(
+            "not a name for a mask",
+            where=file.name,
+            got=repr(file.stem[:80]),
+            expected="letters, digits, '_', '-' and '.', at most 64",
+            remedy="rename the file: its name is what scans and server call the mask",
+        )
+
+
 def install_mask(file: Path, folder: Path, endings: tuple[str, ...] = ENDINGS) -> list[str]:
     """Copy a mask's file into a server's folder, whole or not at all: a scan may read it at any moment.
 

@@ -275,6 +275,9 @@ def export(
         raise SettingError("nothing to write", where="recon mask export", expected="--seq, --csv or both")
     seq, csv = _named(seq, ".seq"), _named(csv, ".csv")
     if seq is not None:
+        from gadgets.mask_check import check_name
+
+        check_name(file)  # the sequence's header states it
         check_file(seq.with_suffix(".mrd.xml"))
     mask = read_mask(file)
     if csv is not None:
@@ -334,12 +337,11 @@ def install(
     It takes the place of a mask of the same name.
     """
     from gadgets.given_masks import ENDING, read_given_mask
-    from gadgets.mask_check import ENDINGS, MASK_NAME, default_folder, install_mask
+    from gadgets.mask_check import ENDINGS, check_name, default_folder, install_mask
     from recon_core.sampling.agreement import pattern_digest
-    from recon_core.sampling.mask_files import MaskError, read_mask
+    from recon_core.sampling.mask_files import read_mask
 
-    if not MASK_NAME.fullmatch(file.stem):
-        raise MaskError("not a name for a mask", where=file.name, expected="letters, digits, '_', '-' and '.', at most 64")
+    check_name(file)
     is_given = file.suffix.lower() == ENDING
     if is_given:
         inside = read_given_mask(file)

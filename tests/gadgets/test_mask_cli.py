@@ -236,6 +236,9 @@ def test_install_puts_a_mask_where_the_server_looks(tmp_path: Path) -> None:
     (tmp_path / "bad name.h5").write_bytes((tmp_path / "a.h5").read_bytes())
     with pytest.raises(DataError, match="not a name for a mask"):
         _run("install", tmp_path / "bad name.h5", "--masks", tmp_path / "masks")
+    with pytest.raises(DataError, match=r"got 'bad name'.*rename the file"):  # nor can a header name it
+        _run("export", tmp_path / "bad name.h5", "--seq", tmp_path / "scan.seq")
+    _run("export", tmp_path / "bad name.h5", "--csv", tmp_path / "table.csv")
     (tmp_path / "b.h5").write_bytes(b"no mask")
     with pytest.raises(DataError, match="not a readable HDF5 file"):
         _run("install", tmp_path / "b.h5", "--masks", tmp_path / "masks")
