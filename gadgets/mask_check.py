@@ -11,7 +11,9 @@ number of echoes belongs to another scan: the chain is refused, and its fallback
 from __future__ import annotations
 
 import math
+import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +66,54 @@ def mask_names(folder: Path | None, endings: tuple[str, ...] = ENDINGS) -> dict[
         return {}
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and path.is_file())
     return {path.stem: path for path in files if MASK_NAME.fullmatch(path.stem)}
+
+
+def check_name(file: Path) -> None:
+    """Refuse a file whose mask no header could name.
+
+    Raises
+    ------
+    MaskError
+        Blanks, other signs, or too long.
+    """
+    if not MASK_NAME.fullmatch(file.stem):
+        raise MaskError(
+            "not a name for a mask",
+            where=file.name,
+            got=repr(file.stem[:80]),
+            expected="letters, digits, '_', '-' and '.', at most 64",
+            remedy="rename the file: its name is what scans and server call the mask",
+        )
+
+
+def install_mask(file: Path, folder: Path, endings: tuple[str, ...] = ENDINGS) -> list[str]:
+    """Copy a mask's file into a server's folder, whole or not at all: a scan may read it at any moment.
+
+    Parameters
+    ----------
+    endings
+        Of the masks that share the name: one of them is what a scan is told of, so the others make way.
+
+    Returns
+    -------
+    list of str
+        Names of the files that were removed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / file.name
+    if not (target.exists() and target.samefile(file)):
+        part = folder / f".{file.name}.part"
+        try:
+            shutil.copyfile(file, part)
+            os.replace(part, target)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
+    same_name = [path for path in folder.iterdir() if path.stem == file.stem and path.suffix.lower() in endings]
+    others = sorted(path for path in same_name if path.name != file.name and path.is_file())
+    for path in others:
+        path.unlink()
+    return [path.name for path in others]
 
 
 def check_samples(scan: SortedScan, folder: Path | None) -> MaskReport:

@@ -130,13 +130,16 @@ def learn(
     import torch
 
     from gadgets.train_cli import PhaseBars, progress_bars
+    from recon_core.sampling.learned import SamplingSettings, samples_for
     from recon_core.sampling.mask_files import read_mask
     from recon_core.training.laro import RunSettings, learn_masks
     from recon_core.training.laro_tasks import LaroRecipe
 
     if threads:
         torch.set_num_threads(threads)
-    check_file(output, ".h5", ".hdf5")  # before hours of training, not after them
+    # before hours of training, not after them: where the mask goes, and that the one that is drawn at the end can be
+    check_file(output, ".h5", ".hdf5")
+    SamplingSettings((k2, k1), echoes, samples_for((k2, k1), acceleration, segments), (acs_k2, acs_k1))
     folder = folder or output.with_suffix(".training")
     check_folder(folder)
     recipe = LaroRecipe(
@@ -272,6 +275,9 @@ def export(
         raise SettingError("nothing to write", where="recon mask export", expected="--seq, --csv or both")
     seq, csv = _named(seq, ".seq"), _named(csv, ".csv")
     if seq is not None:
+        from gadgets.mask_check import check_name
+
+        check_name(file)  # the sequence's header states it
         check_file(seq.with_suffix(".mrd.xml"))
     mask = read_mask(file)
     if csv is not None:
@@ -326,26 +332,27 @@ def install(
     ],
     masks: Annotated[Path | None, typer.Option(help="The server's folder of masks. Default: in the state folder.")] = None,
 ) -> None:
-    """Copy a mask to where the server finds it by the file's name: scans' headers name sampling masks, map_mask_file brain masks."""
-    import shutil
+    """Copy a mask to where the server finds it by the file's name: scans' headers name sampling masks, map_mask_file brain masks.
 
+    It takes the place of a mask of the same name.
+    """
     from gadgets.given_masks import ENDING, read_given_mask
-    from gadgets.mask_check import MASK_NAME, default_folder
+    from gadgets.mask_check import ENDINGS, check_name, default_folder, install_mask
     from recon_core.sampling.agreement import pattern_digest
-    from recon_core.sampling.mask_files import MaskError, read_mask
+    from recon_core.sampling.mask_files import read_mask
 
-    if not MASK_NAME.fullmatch(file.stem):
-        raise MaskError("not a name for a mask", where=file.name, expected="letters, digits, '_', '-' and '.', at most 64")
-    if file.suffix.lower() == ENDING:
+    check_name(file)
+    is_given = file.suffix.lower() == ENDING
+    if is_given:
         inside = read_given_mask(file)
         facts = f"{' x '.join(map(str, inside.shape))} (z, y, x), {int(inside.sum())} voxels inside"
     else:
         facts = f"sha256 {pattern_digest(read_mask(file).mask)}"
     folder = masks or default_folder()
     check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(file, folder / file.name)
-    _say(f"installed as {file.stem!r} in {folder}, {facts}")
+    removed = install_mask(file, folder, (ENDING,) if is_given else ENDINGS)
+    instead = f", in place of {', '.join(removed)}" if removed else ""
+    _say(f"installed as {file.stem!r} in {folder}{instead}, {facts}")
 
 
 def _largest_jump(mask: SamplingMask) -> float:
@@ -381,7 +388,7 @@ def _write_draw(
     acs: tuple[int, int],
     facts: Mapping[str, str | float | int],
 ) -> None:
-    """A mask of exactly the size that segments need, drawn by ``facts["seed"]``."""
+    """A mask of exactly the size that segments need, drawn by ``facts["seed"]``; of one pattern for all echoes, by the first's."""
     import numpy as np
 
     from recon_core.sampling.learned import draw_mask, samples_for
@@ -389,8 +396,11 @@ def _write_draw(
 
     echoes, k2, k1 = probability.shape
     n_samples = samples_for((k2, k1), acceleration, segments)
-    drawn = draw_mask(probability if per_echo else probability[:1], n_samples, int(facts["seed"]), acs)
-    mask = SamplingMask(np.array(np.broadcast_to(drawn, probability.shape)), probability.astype(np.float32), facts=facts)
+    drawn_from = probability if per_echo else probability[:1]
+    drawn = draw_mask(drawn_from, n_samples, int(facts["seed"]), acs)
+    # of one pattern the file states that one for all echoes: a mask that is drawn like it is of one pattern too
+    stated = np.broadcast_to(drawn_from, probability.shape).astype(np.float32)
+    mask = SamplingMask(np.array(np.broadcast_to(drawn, probability.shape)), stated, facts=facts)
     write_mask(output, mask)
     if n_samples < k2 * k1 / acceleration - 1e-9:
         left = k2 * k1 - n_samples

@@ -96,11 +96,11 @@ def attach_header(raw: Path, side: Path, out: Path, group: str = "dataset") -> N
     RawFileError
         The raw file cannot be read, ``out`` is one of the others, or the readouts are not as long as the sequence's.
     HeaderError
-        One of the headers is no MRD header.
+        One of the headers is no MRD header, or ``side`` is not that of a sequence.
     """
     if out.exists() and (out.samefile(raw) or out.samefile(side)):
         raise RawFileError("would be overwritten", where=out.name, remedy="Name another file")
-    told = _parsed(side.read_text(encoding="utf-8"), side.name)
+    told = _sequence_header(side)
     try:
         with h5py.File(raw, "r") as file:
             text = file[group]["xml"][0]
@@ -126,6 +126,29 @@ def attach_header(raw: Path, side: Path, out: Path, group: str = "dataset") -> N
         del file[group]["xml"]
         kind = h5py.special_dtype(vlen=bytes)
         file[group].create_dataset("xml", data=np.array([str(xsd.ToXML(header)).encode()], dtype=object), dtype=kind)
+
+
+def _sequence_header(side: Path) -> Any:
+    """The header that was written with a sequence."""
+    try:
+        told = _parsed(side.read_text(encoding="utf-8"), side.name)
+    except FileNotFoundError:
+        raise HeaderError("no such file", where=side.name, expected="the .mrd.xml beside the sequence") from None
+    except UnicodeDecodeError:
+        raise HeaderError(
+            "not an MRD header", where=side.name, got="no text", expected="the .mrd.xml of a sequence"
+        ) from None
+    user = told.userParameters
+    names = {parameter.name for parameter in user.userParameterString} if user is not None else set()
+    if len(told.encoding) != 1 or told.sequenceParameters is None or not {NAME_PARAMETER, DIGEST_PARAMETER} <= names:
+        raise HeaderError(
+            "not the header of a sequence",
+            where=side.name,
+            got=f"{len(told.encoding)} encodings, user parameters {', '.join(sorted(names)) or 'none'}",
+            expected=f"one encoding, sequence parameters, and the mask ({NAME_PARAMETER}, {DIGEST_PARAMETER})",
+            remedy="Take the .mrd.xml that recon mask export wrote beside the sequence",
+        )
+    return told
 
 
 def _parsed(text: str, where: str) -> Any:

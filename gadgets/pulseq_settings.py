@@ -56,13 +56,16 @@ class SequenceSettings:
     name: str = "laro_mgre"
 
     def __post_init__(self) -> None:
-        numbers = (*self.fov, *self.echo_times, self.repetition_time, self.flip_angle, self.dwell, self.rf_duration)
-        if (
-            not all(math.isfinite(v) and v > 0 for v in numbers)
-            or min(self.dummies, self.noise_readouts) < 0
-            or not self.echo_times
-        ):
-            raise SettingError("must be above 0", where="sequence", expected="lengths, times and angles above 0")
+        above_0 = ("fov", "echo_times", "repetition_time", "flip_angle", "dwell", "rf_duration", "slab_thickness",
+                   "max_grad_mt_m", "max_slew_t_m_s", "field_strength")  # fmt: skip
+        for name in above_0:
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            if value == () or not all(math.isfinite(v) and v > 0 for v in numbers):
+                raise SettingError("must be above 0", where=f"sequence.{name}", got=value, expected="finite numbers above 0")
+        for name in ("dummies", "noise_readouts"):
+            if getattr(self, name) < 0:
+                raise SettingError("must be 0 or more", where=f"sequence.{name}", got=getattr(self, name))
         if any(b <= a for a, b in zip(self.echo_times, self.echo_times[1:], strict=False)):
             raise SettingError("echo times do not rise", where="sequence.echo_times", got=self.echo_times)
         if self.matrix_x < 2 or self.oversampling < 1 or (self.matrix_x * self.oversampling) % 4:

@@ -288,7 +288,10 @@ def laro_scan(
     group: Annotated[str, typer.Option(help="Group of the raw data in an MRD file.")] = "dataset",
 ) -> None:
     """Make training scans of measured data: recon train laro --scans FOLDER learns from three or more of them."""
+    from gadgets.outputs import check_folder
     from gadgets.training_scans import convert
+
+    check_folder(output)
 
     def tell(words: str) -> None:
         out.print(words, markup=False, highlight=False, soft_wrap=True)

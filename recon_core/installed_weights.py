@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -27,7 +28,7 @@ def find_installed(name: str, method: str) -> Path:
     Parameters
     ----------
     method
-        For messages.
+        For messages, which name the weights that are of this method.
 
     Raises
     ------
@@ -42,7 +43,7 @@ def find_installed(name: str, method: str) -> Path:
         for path in sorted(folder.glob("*.json")):
             if path.stem == name:
                 return path
-    known = sorted({path.stem for folder in weight_folders() for path in folder.glob("*.json")})
+    known = sorted({path.stem for folder in weight_folders() for path in folder.glob("*.json") if _is_of(path, method)})
     raise WeightError(
         "no such weights are installed",
         where=where,
@@ -50,3 +51,11 @@ def find_installed(name: str, method: str) -> Path:
         expected=", ".join(known) or "(none is installed)",
         remedy=f"Train them (recon train {method}), or name their folder in the environment variable {FOLDERS}",
     )
+
+
+def _is_of(path: Path, method: str) -> bool:
+    try:
+        stated = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(stated, dict) and stated.get("method") == method

@@ -188,7 +188,7 @@ def v_sharp(
     step = max(voxel)
     largest = min(s.vsharp_radius, float(depth.max()) - step)
     if largest < step:
-        raise DataError("no sphere fits the mask", where="V-SHARP", got=f"{float(depth.max()) * 1e3:.3g} mm deep")
+        raise _too_thin("V-SHARP", depth, 2 * step)
     filtered = torch.zeros_like(data)
     valid = torch.zeros_like(inside)
     outermost: SphericalMean | None = None
@@ -216,9 +216,10 @@ def resharp(
     s = settings or BackgroundSettings()
     inside, data = checked_field(field, mask, "RESHARP")
     radius = max(s.resharp_radius, max(voxel))
-    valid = inner_distance(inside, voxel) > radius
+    depth = inner_distance(inside, voxel)
+    valid = depth > radius
     if not bool(valid.any()):
-        raise DataError("no sphere fits the mask", where="RESHARP", got=f"radius {radius * 1e3:.3g} mm")
+        raise _too_thin("RESHARP", depth, radius)
     sphere = SphericalMean(field.shape, voxel, radius, data)
     rhs = sphere.adjoint(sphere.forward(data) * valid)
     found = conjugate_gradient(
@@ -229,6 +230,16 @@ def resharp(
         n_batch_axes=0,
     )
     return LocalField(found.solution * valid, valid, int(found.iterations), float(found.residual), found.all_converged)
+
+
+def _too_thin(method: str, depth: Tensor, least: float) -> DataError:
+    return DataError(
+        "no sphere fits the mask",
+        where=method,
+        got=f"{float(depth.max()) * 1e3:.3g} mm deep",
+        expected=f"more than {least * 1e3:.3g} mm",
+        remedy="map_background = pdf keeps the whole of any mask",
+    )
 
 
 def without_outliers(local: LocalField, mask: Tensor, voxel: Sequence[float], most: float = 4.0) -> LocalField:

@@ -240,7 +240,7 @@ def csf_region(
             "no cerebrospinal fluid found",
             where="cerebrospinal fluid",
             expected=f"R2* below {threshold:g} 1/s within {radius * 1e3:g} mm of the brain's centre",
-            remedy="Use TV-ADMM, whose zero is the mean of the mask, or give a reference region.",
+            remedy="The mean of the brain can be the zero: map_reference = brain, with map_inversion = tv, medi or tkd",
         )
     sizes = torch.bincount(torch.from_numpy(parts).reshape(-1))
     sizes[0] = 0

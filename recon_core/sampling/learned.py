@@ -87,13 +87,17 @@ def samples_for(shape: tuple[int, int], acceleration: float, n_segments: int = 1
     Raises
     ------
     SettingError
-        An acceleration below 1, or no segments.
+        An acceleration below 1, no segments, or more of them than positions.
     """
     if not (math.isfinite(acceleration) and acceleration >= 1):
         raise SettingError("not an acceleration", where="mask.acceleration", got=acceleration, expected="1 or more")
     if n_segments < 1:
         raise SettingError("no segments", where="mask.segments", got=n_segments, expected="1 or more")
     available = shape[0] * shape[1]
+    if n_segments > available:
+        raise SettingError(
+            "more segments than positions", where="mask.segments", got=n_segments, expected=f"at most {available}"
+        )
     wanted = n_segments * math.ceil(round(available / acceleration, 9) / n_segments)
     return wanted if wanted <= available else n_segments * (available // n_segments)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,7 +79,7 @@ class SamplingMask:
 
 
 def write_mask(path: str | Path, mask: SamplingMask) -> None:
-    """Write ``.h5``/``.hdf5`` or ``.csv``, by the name's ending.
+    """Write ``.h5``/``.hdf5`` or ``.csv``, by the name's ending; whoever reads the file finds the old one or the new one, whole.
 
     Raises
     ------
@@ -86,10 +87,21 @@ def write_mask(path: str | Path, mask: SamplingMask) -> None:
         Another ending.
     """
     path = Path(path)
-    if path.suffix.lower() == ".csv":
-        path.write_text(_csv_text(mask), encoding="utf-8")
-        return
-    _check_ending(path)
+    is_table = path.suffix.lower() == ".csv"
+    if not is_table:
+        _check_ending(path)
+    part = path.with_name(f".{path.name}.part")
+    try:
+        if is_table:
+            part.write_text(_csv_text(mask), encoding="utf-8")
+        else:
+            _write_hdf5(part, mask)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_hdf5(path: Path, mask: SamplingMask) -> None:
     with h5py.File(path, "w") as file:
         file.attrs.update({"format": FORMAT, "version": VERSION, "axes": "echo, k2, k1", "n_segments": mask.n_segments})
         for key, value in mask.facts.items():

@@ -20,7 +20,7 @@ from recon_core.errors import DataError
 from recon_core.simulation.anatomy import check_split
 from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe
 from recon_core.simulation.random_fields import sample_seed
-from recon_core.training.checkpoint import read_pair, sha256_of, write_pair
+from recon_core.training.checkpoint import read_pair, sha256_of, stored_shape, write_pair
 
 FORMAT = "recon-gadgets multi-echo scan"
 TENSORS = ("images", "coil_maps", "brain", "head", "r2star", "field", "local_field", "chi", "labels")
@@ -63,6 +63,8 @@ def read_scan(path: str | Path) -> BrainScan:
     images, maps = tensors["images"], tensors["coil_maps"]
     if images.ndim != 4 or maps.shape[1:] != images.shape[1:] or len(facts["echo_times"]) != len(images):
         raise DataError("images, maps and echo times do not fit", where=Path(path).name, got=tuple(images.shape))
+    if not bool(tensors["brain"].any()):
+        raise DataError("a scan without a brain", where=Path(path).name, expected="a brain to learn from")
     z, y, x = facts["voxel"]
     b0 = tuple(facts["b0"])
     split, index = facts["key"]
@@ -118,6 +120,28 @@ class ScanFolder:
                 self._held.popitem(last=False)
         self._held.move_to_end(path)
         return self._held[path]
+
+    def require(self, plane: tuple[int, int], fewest: int, most: int) -> None:
+        """See that every scan has planes ``(k2, k1)`` of this size, and not fewer or more echoes.
+
+        Raises
+        ------
+        DataError
+            One has not; it is named.
+        WeightError
+            A damaged pair.
+        """
+        for path in self._places:
+            n, z, y, _ = shape if len(shape := stored_shape(path, "images")) == 4 else (0, 0, 0, 0)
+            if (z, y) != plane or not fewest <= n <= most:
+                echoes = f"{fewest} to {most}" if fewest < most else most
+                raise DataError(
+                    "a scan that does not fit the training",
+                    where=path.name,
+                    got=f"{n} echoes, planes of {z} x {y} (k2 x k1)",
+                    expected=f"{echoes} echoes, planes of {plane[0]} x {plane[1]}",
+                    remedy="state the scans' own size (recon train laro: --k2, --k1, --echoes), or leave that scan out",
+                )
 
     def digest(self) -> str:
         """sha256 of the names and of the descriptions, which state the tensors' sha256: the same for folders with the same scans."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -142,22 +142,7 @@ def read_pair(path: str | Path, device: torch.device | str = "cpu") -> tuple[dic
         No such pair, files that cannot be read, not JSON, a digest that differs from the stated one, or a file that is not safetensors.
     """
     path = Path(path)
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        file = path.parent / Path(str(facts["file"])).name
-        stated = facts["sha256"]
-    except FileNotFoundError:
-        raise WeightError("no such weights", where=path.name) from None
-    except OSError as error:
-        raise WeightError("cannot be read", where=path.name, got=error.strerror) from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise WeightError("not a description of weights", where=path.name, got=type(error).__name__) from None
-    if _largest(facts.get("network")) > MAX_NETWORK_NUMBER:
-        raise WeightError(
-            "not a network that fits into a machine", where=path.name, expected=f"numbers up to {MAX_NETWORK_NUMBER}"
-        )
-    if not file.is_file():
-        raise WeightError("the tensors are missing", where=path.name, got=f"no {file.name}")
+    facts, file, stated = _described(path)
     try:
         found = sha256_of(file)
     except OSError as error:
@@ -174,6 +159,44 @@ def read_pair(path: str | Path, device: torch.device | str = "cpu") -> tuple[dic
         return load_file(file, device=str(device)), facts
     except SafetensorError as error:
         raise WeightError("not a safetensors file", where=file.name, got=str(error)) from None
+
+
+def stored_shape(path: str | Path, name: str) -> tuple[int, ...]:
+    """Shape of one tensor of the pair whose JSON is ``path``; the tensors are not read, and no digest is compared.
+
+    Raises
+    ------
+    WeightError
+        No such pair, a file that is not safetensors, or one without that tensor.
+    """
+    path = Path(path)
+    _, file, _ = _described(path)
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+    except SafetensorError as error:
+        raise WeightError("not a safetensors file", where=file.name, got=str(error), expected=f"tensor '{name}'") from None
+
+
+def _described(path: Path) -> tuple[dict[str, Any], Path, str]:
+    """What the JSON of a pair says, the file of its tensors, which exists, and the digest that they should have."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        file = path.parent / Path(str(facts["file"])).name
+        stated = facts["sha256"]
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        raise WeightError("no such weights", where=path.name, expected="the JSON file that names them") from None
+    except OSError as error:
+        raise WeightError("cannot be read", where=path.name, got=error.strerror) from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise WeightError("not a description of weights", where=path.name, got=type(error).__name__) from None
+    if _largest(facts.get("network")) > MAX_NETWORK_NUMBER:
+        raise WeightError(
+            "not a network that fits into a machine", where=path.name, expected=f"numbers up to {MAX_NETWORK_NUMBER}"
+        )
+    if not file.is_file():
+        raise WeightError("the tensors are missing", where=path.name, got=f"no {file.name}")
+    return facts, file, stated
 
 
 def _largest(value: object) -> float:

@@ -63,6 +63,8 @@ def run(
     ------
     SettingError
         The folder holds a training and ``resume`` is off, one of another recipe, or one from other scans or masks.
+    DataError
+        A scan of the folder has another matrix than the recipe, or a number of echoes that the recipe has no use for.
     """
     training = _Training(recipe, Path(output), settings or RunSettings(), progress)
     with asked_to_stop() as stop:
@@ -114,6 +116,8 @@ class _Training:
         self.device = training_device(settings.device)
         be_deterministic(self.device)
         self.supply = scan_supply(recipe, settings.scans)
+        if isinstance(self.supply, ScanFolder):
+            self.supply.require(recipe.matrix[:2], recipe.fewest_echoes, recipe.n_echoes)
         torch.manual_seed(sample_seed(recipe.seed, "weights"))
         self.module = LaroModule(recipe, recompute=settings.recompute).to(self.device)
         if settings.initial:  # a resumed phase replaces them by its checkpoint's
@@ -142,7 +146,11 @@ class _Training:
             copied = (copies / name).is_file()
             if learned.settings.spo == FIXED or not (given or copied):
                 continue
-            mask = found[name] = read_mask(Path(given or copies) / name)
+            path = Path(given or copies) / name
+            if not path.is_file():
+                expected = f"the folder of a training that learned {pattern}"
+                raise SettingError("no mask of the pattern", where=str(path.parent), got=f"no {name}", expected=expected)
+            mask = found[name] = read_mask(path)
             if given and copied and self.settings.resume:
                 theirs, own = (masks_digest({name: m})[:16] for m in (read_mask(copies / name), mask))
                 if theirs != own:

@@ -31,6 +31,8 @@ Tensor = torch.Tensor
 EVALUATION_SEED = 20230306  # of validation and test scans, whatever the training's seed is
 TYPICAL_SCANS, NOISE_SCANS = 3, 12
 SHOWN_ERROR = 10.0
+LEAST_OF_DECAY = 3
+"""Echoes of a training on the decay rate."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,13 @@ class LaroRecipe(TrainingRecipe):
         known = self.mask_start in ("density", "uniform") and self.second_start in ("cg_sense", *STARTS)
         if not self.patterns or not known:
             raise SettingError("impossible recipe", where="LARO training", got=self)
+        if self.n_echoes < self.fewest_echoes:
+            raise SettingError(
+                "too few echoes for the decay's error",
+                where="LARO training",
+                got=self.n_echoes,
+                expected=f"{LEAST_OF_DECAY} or more",
+            )
         _ = self.scans, self.network(self.second_unrolls)  # they raise
         for name in self.patterns:
             self.sampling(name)
@@ -149,6 +158,11 @@ class LaroRecipe(TrainingRecipe):
     def pattern_of(self, step: int) -> str:
         """The pattern of a step: all in turn."""
         return self.patterns[step % len(self.patterns)]
+
+    @property
+    def fewest_echoes(self) -> int:
+        """That a scan may have: MoDL's network is for one number, and a decay has to be seen where it is trained on."""
+        return self.n_echoes if self.kind == "modl" else LEAST_OF_DECAY if self.decay_weight else 1
 
     @property
     def scans(self) -> ScanRecipe:
@@ -344,8 +358,8 @@ class LaroTask:
         return total / len(found), {"error": float(error), "rho": float(self.module.network.rho.detach())}
 
     def reconstruct(self, sample: PlaneSample, mask: Tensor) -> list[Tensor]:
-        """Images after every unroll."""
-        operator = Planes(sample.coil_maps, mask)
+        """Images after every unroll; of a mask for more echoes than the scan has, the first ones."""
+        operator = Planes(sample.coil_maps, mask[: sample.images.shape[1]])
         rhs = operator.adjoint(sample.kspace)
         start = least_squares_start(operator, rhs) if sample.start is None else sample.start
         return self.module.network(operator, rhs, start, self.unrolls)
@@ -362,7 +376,7 @@ class LaroTask:
         pictures: dict[str, NDArray[np.floating]] = {}
         for i in range(self.recipe.n_validation):
             scan = self._evaluation.scan("validation", i)
-            columns = scan.brain.any(0).any(0).nonzero().flatten()[4:-4:6]
+            columns = _shown_columns(scan.brain)
             for name in dict.fromkeys(self.recipe.patterns):
                 sample, mask = self._validation_sample(scan, i, name, columns)
                 found = self.reconstruct(sample, mask)[-1]
@@ -386,9 +400,16 @@ class LaroTask:
         return sample, mask.to(self._device).float()
 
 
+def _shown_columns(brain: Tensor) -> Tensor:
+    """Readout positions that are validated on: some away from the brain's ends; of a short readout the middle one."""
+    inside = brain.any(0).any(0).nonzero().flatten()
+    chosen = inside[4:-4:6]
+    return chosen if len(chosen) else inside[len(inside) // 2 :][:1]
+
+
 def least_squares_start_of(sample: PlaneSample, mask: Tensor) -> Tensor:
-    """The first images alone, for comparison."""
-    operator = Planes(sample.coil_maps, mask)
+    """The first images alone, for comparison; the mask as in `LaroTask.reconstruct`."""
+    operator = Planes(sample.coil_maps, mask[: sample.images.shape[1]])
     return least_squares_start(operator, operator.adjoint(sample.kspace))
 
 

@@ -109,12 +109,14 @@ def read_recipe(output: Path) -> dict[str, Any] | None:
     Raises
     ------
     SettingError
-        The file is damaged.
+        The file is damaged, or the folder is none.
     """
     try:
         stated = json.loads((output / RECIPE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _no_folder(output, error) from None
     except (ValueError, RecursionError) as error:
         raise _damaged(output, str(error)) from None
     if not isinstance(stated, dict) or not isinstance(stated.get(DATA, {}), dict):
@@ -132,6 +134,15 @@ def _damaged(output: Path, got: str) -> SettingError:
     )
 
 
+def _no_folder(output: Path, error: OSError) -> SettingError:
+    return SettingError(
+        "the training's folder cannot be used",
+        where=str(output),
+        got=error.strerror,
+        expected="a folder, or the name of a new one",
+    )
+
+
 def settle_recipe(recipe: TrainingRecipe, output: Path, resume: bool, data: Mapping[str, str] | None = None) -> None:
     """Write the recipe, or see that the one there is the same.
 
@@ -146,12 +157,16 @@ def settle_recipe(recipe: TrainingRecipe, output: Path, resume: bool, data: Mapp
     Raises
     ------
     SettingError
-        The folder holds a training and ``resume`` is off, one of another recipe or from other data, or a damaged recipe.
+        The folder holds a training and ``resume`` is off, one of another recipe or from other data, or a damaged recipe; or it is no
+        folder, and cannot be made.
     """
     data = dict(data or {})
     stated = read_recipe(output)
     if stated is None:
-        output.mkdir(parents=True, exist_ok=True)
+        try:
+            output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _no_folder(output, error) from None
         write_json(output / RECIPE, {**recipe.facts(), **({DATA: data} if data else {})})
         return
     if not resume:

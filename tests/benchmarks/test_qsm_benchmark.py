@@ -94,6 +94,7 @@ def test_the_command_scores_a_challenge_folder(tmp_path: Path, monkeypatch: pyte
     rows = {row["method"]: row for row in head["rows"]}
     assert set(rows) == {"TKD", "TV-ADMM"} and head["snr"] is None
     assert rows["TV-ADMM"]["nRMSE %"] < rows["TKD"]["nRMSE %"] < 90
+    assert {name: row["published %"] for name, row in rows.items()} == {"TKD": 36.3, "TV-ADMM": 26.5}
     assert status == int(rows["TV-ADMM"]["nRMSE %"] > qsm.GOAL)
 
 

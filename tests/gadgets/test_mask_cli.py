@@ -1,6 +1,7 @@
 """``recon mask``: from the density to the sequence, in four commands."""
 
 import json
+import re
 from pathlib import Path
 
 import ismrmrd
@@ -108,6 +109,12 @@ def test_learned_probabilities_for_another_matrix_and_fewer_echoes(tmp_path: Pat
     mask = read_mask(tmp_path / "new.h5").mask
     assert mask.shape == (2, 16, 30) and mask.sum((1, 2)).tolist() == [80, 80]
     assert mask[0, :, :15].sum() > 60 and mask[1, :, 15:].sum() > 60
+    _run("draw", tmp_path / "one.h5", "--like", tmp_path / "trained.h5", *words, "--one-pattern")
+    one = read_mask(tmp_path / "one.h5")
+    assert one.probability is not None and (one.probability == one.probability[:1]).all()
+    _run("draw", tmp_path / "again.h5", "--like", tmp_path / "one.h5", *words)  # of one pattern, as what it is like
+    again = read_mask(tmp_path / "again.h5").mask
+    assert (again == again[:1]).all() and one.mask[1, :, :15].sum() > 60
     with pytest.raises(DataError, match="fewer echoes"):
         _run("draw", tmp_path / "x.h5", "--like", tmp_path / "trained.h5", "--echoes", "4")
     write_mask(tmp_path / "bare.h5", SamplingMask(mask))
@@ -206,6 +213,15 @@ def test_attach_takes_the_sequence_from_one_header_and_the_rest_from_the_other(t
         _run("attach", _raw(tmp_path / "short.h5", 12), side, tmp_path / "x.h5")
     with pytest.raises(RawFileError, match="no MRD raw data"):
         _run("attach", tmp_path / "a.h5", side, tmp_path / "x.h5")
+    with pytest.raises(HeaderError, match=r"fixed\.h5: not an MRD header"):  # both files mixed up
+        _run("attach", side, tmp_path / "fixed.h5", tmp_path / "x.h5")
+    with pytest.raises(HeaderError, match=r"lost\.xml: no such file"):
+        _run("attach", raw, tmp_path / "lost.xml", tmp_path / "x.h5")
+    whole = side.read_text()
+    for part in ("encoding", "userParameters"):
+        side.write_text(re.sub(rf"<{part}>.*</{part}>", "", whole, flags=re.DOTALL))
+        with pytest.raises(HeaderError, match="not the header of a sequence"):
+            _run("attach", raw, side, tmp_path / "x.h5")
     side.write_text("<nothing/>")
     with pytest.raises(HeaderError, match="not an MRD header"):
         _run("attach", raw, side, tmp_path / "x.h5")
@@ -220,9 +236,26 @@ def test_install_puts_a_mask_where_the_server_looks(tmp_path: Path) -> None:
     (tmp_path / "bad name.h5").write_bytes((tmp_path / "a.h5").read_bytes())
     with pytest.raises(DataError, match="not a name for a mask"):
         _run("install", tmp_path / "bad name.h5", "--masks", tmp_path / "masks")
+    with pytest.raises(DataError, match=r"got 'bad name'.*rename the file"):  # nor can a header name it
+        _run("export", tmp_path / "bad name.h5", "--seq", tmp_path / "scan.seq")
+    _run("export", tmp_path / "bad name.h5", "--csv", tmp_path / "table.csv")
     (tmp_path / "b.h5").write_bytes(b"no mask")
     with pytest.raises(DataError, match="not a readable HDF5 file"):
         _run("install", tmp_path / "b.h5", "--masks", tmp_path / "masks")
+
+
+def test_one_name_is_one_mask_whatever_the_file_s_ending(tmp_path: Path) -> None:
+    """The server knows masks by name: after a table of another mask is installed, scans are compared with that."""
+    masks = tmp_path / "masks"
+    for number, name in enumerate(("a.h5", "a.csv", "a.hdf5")):
+        _run("draw", tmp_path / name, *SMALL, "--seed", number)
+        said = _run("install", tmp_path / name, "--masks", masks)
+        assert ("in place of" in said) == (number > 0)
+        found = read_mask(mask_names(masks)["a"])
+        np.testing.assert_array_equal(found.mask, read_mask(tmp_path / name).mask)
+    (masks / "a.npy").touch()  # a brain mask has the same name in another list
+    _run("install", masks / "a.hdf5", "--masks", masks)  # onto itself
+    assert sorted(path.name for path in masks.iterdir()) == ["a.hdf5", "a.npy"]
 
 
 def test_learn_writes_a_mask_that_can_be_ordered(tmp_path: Path) -> None:
@@ -243,4 +276,11 @@ def test_learn_writes_a_mask_that_can_be_ordered(tmp_path: Path) -> None:
     for ending in ("png", "csv"):  # a table would lose what was learned
         with pytest.raises(OutputError, match="unknown kind of file"):
             _run("learn", tmp_path / f"n.{ending}", *words)
+    full = [*words[:10], "--acceleration", "1", "--acs-k1", "24", "--acs-k2", "16"]
+    for refused, why in (
+        ([*words[:10], "--segments", "400"], "more segments than positions"),
+        ([*full, "--segments", "5"], "impossible number of samples; got 380; expected 384"),
+    ):  # before anything is learned
+        with pytest.raises(SettingError, match=why):
+            _run("learn", tmp_path / "n.h5", *refused)
     assert not (tmp_path / "n.training").exists()

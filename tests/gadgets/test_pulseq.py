@@ -1,5 +1,6 @@
 """The exported sequence: timing, labels, trajectory and header, all on the file as another program reads it."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -197,6 +198,23 @@ def test_what_cannot_be_played_is_refused(tmp_path: Path, change: dict, words: s
     with pytest.raises(SequenceError, match=words):
         write_sequence(tmp_path / "a.seq", MASK, replace(SETTINGS, **change))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("fov", (0.05, 0.0, 0.16)),
+        ("fov", (0.05, float("nan"), 0.16)),
+        ("echo_times", ()),
+        ("repetition_time", float("inf")),
+        ("field_strength", float("inf")),
+        ("slab_thickness", 0.0),
+        ("noise_readouts", -1),
+    ],
+)
+def test_a_number_that_cannot_be_is_named(name: str, value: object) -> None:
+    with pytest.raises(SettingError, match=rf"sequence\.{name}: must be .*; got {re.escape(str(value))}"):
+        replace(SETTINGS, **{name: value})  # type: ignore[arg-type]
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:

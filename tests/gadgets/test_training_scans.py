@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from gadgets.cli import app
+from gadgets.errors import OutputError
 from gadgets.simulate import simulate
 from gadgets.training_scans import training_scan
 from recon_core.errors import DataError, ReconError
@@ -77,3 +78,7 @@ def test_what_cannot_be_trained_on_is_refused_in_words(full: SimulatedScan, tmp_
             training_scan(path)
     result = CliRunner().invoke(app, ["train", "laro-scan", str(undersampled), "--output", str(tmp_path / "none")])
     assert result.exit_code != 0 and not (tmp_path / "none").exists()
+    with pytest.raises(OutputError, match="is no folder"):  # before anything is read
+        CliRunner().invoke(
+            app, ["train", "laro-scan", "nowhere.h5", "--output", str(tmp_path / "text.h5")], catch_exceptions=False
+        )

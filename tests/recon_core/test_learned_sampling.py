@@ -31,7 +31,7 @@ def _module(spo: int, echoes: int = 3) -> LearnedSampling:
 def test_the_papers_number_of_samples() -> None:
     assert samples_for((80, 206), 8, 11) == 188 * 11 == 2068
     assert samples_for((80, 206), 4) == 4120 and samples_for((3, 5), 1, 4) == 12
-    for wrong in ((0.5, 1), (float("nan"), 1), (2, 0)):
+    for wrong in ((0.5, 1), (float("nan"), 1), (2, 0), (2, 80 * 206 + 1)):
         with pytest.raises(SettingError):
             samples_for((80, 206), *wrong)
 
@@ -45,6 +45,19 @@ def test_renormalisation_is_loupes(mean: float) -> None:
     found = p.mean(-1, keepdim=True)
     expected = torch.where(found >= mean, p * mean / found, 1 - (1 - p) * (1 - mean) / (1 - found))
     torch.testing.assert_close(q, expected)
+
+
+@pytest.mark.parametrize("spo", [1, 2])
+def test_probabilities_are_the_papers(spo: int) -> None:
+    """Eq. 4: a sigmoid of slope 0.25, renormalised, outside the block; weights that are zero, as at first, give equal ones."""
+    fresh = LearnedSampling(SamplingSettings(SHAPE, 3, N, ACS, spo))
+    free = ~torch.from_numpy(centre_block(SHAPE, ACS))
+    assert bool((fresh.weights == 0).all())
+    share = (N - 24) / (16 * 24 - 24)
+    torch.testing.assert_close(fresh.probability()[:, free], torch.full((3, 360), share))
+    module = _module(spo)
+    raised = renormalise(1 / (1 + torch.exp(-0.25 * module.weights[:, free])), share)
+    torch.testing.assert_close(module.probability()[:, free], raised.expand(3, -1))
 
 
 @pytest.mark.parametrize("spo", [0, 1, 2])

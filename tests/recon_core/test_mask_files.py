@@ -47,6 +47,22 @@ def test_csv_round_trip(tmp_path: Path, ordered: bool) -> None:
         np.testing.assert_array_equal(back.order, ORDER)
 
 
+@pytest.mark.parametrize("name", ["a.h5", "a.csv"])
+def test_a_writer_that_dies_leaves_the_old_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    write_mask(tmp_path / name, SamplingMask(MASK))
+
+    def half(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("recon_core.sampling.mask_files._write_hdf5", half)
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="no space"):
+        write_mask(tmp_path / name, SamplingMask(~MASK))
+    np.testing.assert_array_equal(read_mask(tmp_path / name).mask, MASK)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     good = tmp_path / "good.csv"
     write_mask(good, SamplingMask(MASK, order=ORDER, n_segments=4))

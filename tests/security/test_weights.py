@@ -149,3 +149,14 @@ def test_shapes_of_another_network(tmp_path: Path) -> None:
 def test_names_are_not_paths(name: str) -> None:
     with pytest.raises(WeightError):
         find_installed(name, "laro")
+
+
+def test_weights_that_are_not_there_are_answered_with_those_of_the_method(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.json").write_text("[")
+    monkeypatch.setenv("RECON_WEIGHTS", str(tmp_path))
+    for method, known in (("laro", "laro, laro_206x80"), ("pinqi", "pinqi_t1")):
+        with pytest.raises(WeightError, match="no such weights") as found:
+            find_installed("lost", method)
+        assert found.value.expected == known

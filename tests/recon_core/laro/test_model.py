@@ -76,6 +76,64 @@ def test_fusion_sees_earlier_echoes_only_or_all() -> None:
         assert difference.tolist() == moved, (recurrent, direction)
 
 
+@pytest.mark.parametrize("direction", ["forward", "both"])
+def test_fusion_is_equation_8(direction: str) -> None:
+    torch.manual_seed(1)
+    fusion = TemporalFusion(4, recurrent=True, direction=direction)
+    images = torch.randn(1, 4, 2, 6, 7)
+
+    def states(order: list[int]) -> dict[int, torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        past = torch.zeros(1, 4, 6, 7)
+        for j in order:
+            from_state = fusion.norm_state(fusion.from_state(past)) if found else past
+            found[j] = past = (fusion.norm_image(fusion.from_image(images[:, j])) + from_state).clamp_min(0)
+        return found
+
+    onwards, back = states([0, 1, 2, 3]), states([3, 2, 1, 0])
+    expected = torch.stack([onwards[j] + (back[j] if direction == "both" else 0) for j in range(4)], dim=1)
+    torch.testing.assert_close(fusion(images), expected)
+
+
+class Dimming(torch.nn.Module):
+    """A denoiser that takes off a part of what it is given, another one in every echo."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.linspace(0.1, 0.4, images.shape[1])[:, None, None] * images
+
+
+@pytest.mark.parametrize("kind", ["laro", "modl"])
+def test_iterations_are_those_of_equation_7(kind: str) -> None:
+    """Against dense matrices: ``v = z - D z`` with ``z = x + w``, ``(A^H A + rho) x = A^H b + rho (v - w)``, ``w += x - v``."""
+    settings = LaroSettings(
+        kind, channels=4, features=(4, 4), unrolls=4, n_echoes=3 * (kind == "modl"), cg_tolerance=1e-12, cg_iterations=200
+    )
+    network = Laro(settings).double()
+    network.denoiser = Dimming()
+    operator, truth = problem()
+    size = truth[0].numel()  # the planes do not meet: one matrix for each
+    rhs = operator.adjoint(operator.forward(truth))
+    units = torch.eye(size, dtype=truth.dtype).reshape(size, *truth.shape[1:])
+    start = torch.randn_like(truth)
+    with torch.no_grad():
+        found = network(operator, rhs, start)
+        for plane in range(len(truth)):
+            one = Planes(operator._maps[plane : plane + 1].expand(size, -1, -1, -1), operator.sampling)
+            matrix = one.normal(units).reshape(size, size).T + 0.1 * torch.eye(size)
+            x, w = start[plane], torch.zeros_like(truth[plane])
+            for images in found:
+                z = x + w
+                v = z - Dimming()(z[None])[0]
+                x = torch.linalg.solve(matrix, (rhs[plane] + 0.1 * (v - w)).reshape(-1)).reshape(x.shape)
+                w = torch.zeros_like(w) if kind == "modl" else w + x - v
+                torch.testing.assert_close(images[plane], x, rtol=1e-6, atol=1e-8)
+
+
+def test_the_defaults_are_the_papers() -> None:
+    settings = LaroSettings()
+    assert (settings.unrolls, settings.channels, settings.fusion) == (10, 64, 1)
+
+
 @pytest.mark.parametrize("n_echoes", [1, 2, 5])
 def test_any_number_of_echoes(n_echoes: int) -> None:
     network = Laro(SMALL)

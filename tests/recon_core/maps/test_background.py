@@ -215,7 +215,8 @@ def test_nonsense_is_refused() -> None:
         v_sharp(field, mask[1:], VOXEL)
     with pytest.raises(DataError, match="not finite"):
         resharp(field * float("nan"), mask, VOXEL)
-    with pytest.raises(DataError, match="no sphere fits"):
-        resharp(field, ball(0.003), VOXEL)
+    for method, mask, least in ((resharp, ball(0.003), 6), (v_sharp, ball(0.002), 4)):
+        with pytest.raises(DataError, match=rf"no sphere fits the mask; got \d mm deep; expected more than {least} mm.*pdf"):
+            method(field, mask, VOXEL)
     with pytest.raises(DataError, match="weights"):
         pdf(field, mask, VOXEL, B0, weights=-torch.ones(SHAPE))

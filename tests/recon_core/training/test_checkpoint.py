@@ -23,6 +23,7 @@ from recon_core.training.checkpoint import (
     restore_optimizer,
     restore_random_state,
     sha256_of,
+    stored_shape,
     write_json,
     write_pair,
 )
@@ -131,6 +132,23 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest
             closed.setattr(owner, name, refused)
             with pytest.raises(WeightError, match=f"{where}: cannot be read; got Permission denied"):
                 read_pair(path)
+
+
+def test_a_folder_is_no_description_of_weights(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("no folder")
+    for path in (tmp_path, tmp_path / "text" / "w.json"):
+        with pytest.raises(WeightError, match="no such weights"):
+            read_pair(path)
+
+
+def test_a_shape_is_known_without_reading_the_tensors(tmp_path: Path) -> None:
+    path = write_pair(tmp_path, "w", {"a": torch.zeros(2, 3)}, {})
+    assert stored_shape(path, "a") == (2, 3)
+    with pytest.raises(WeightError, match="'b'"):
+        stored_shape(path, "b")
+    (tmp_path / "w.safetensors").write_bytes(b"half")
+    with pytest.raises(WeightError, match="not a safetensors file"):
+        stored_shape(path, "a")
 
 
 def test_a_pickle_is_not_read_even_with_the_right_digest(tmp_path: Path) -> None:

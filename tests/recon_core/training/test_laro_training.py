@@ -370,6 +370,14 @@ def test_the_decay_can_be_trained_on(folder: str, tmp_path: Path) -> None:
     assert "decay_weight" not in TINY.facts() and LaroRecipe.from_facts(recipe.facts()) == recipe
 
 
+def test_the_default_recipe_is_the_papers() -> None:
+    recipe = LaroRecipe()
+    assert (recipe.matrix[:2], recipe.n_echoes, recipe.n_coils, recipe.acs) == ((80, 206), 10, 8, (20, 20))
+    assert (recipe.first_unrolls, recipe.second_unrolls, recipe.batch, recipe.network_rate) == (2, 10, 1, 1e-3)
+    assert recipe.network(10).unrolls == 10 and recipe.pixel_weight == recipe.decay_weight == 0
+    assert recipe.patterns == ("8/2",) and recipe.sampling("8/2").n_samples == 80 * 206 // 8
+
+
 def test_recipes_that_cannot_be() -> None:
     for wrong in (
         {"patterns": ("8",)},
@@ -385,6 +393,7 @@ def test_recipes_that_cannot_be() -> None:
         {"network_rate": 0.0},
         {"mask_rate": -1.0},
         {"decay_weight": -1.0},
+        {"decay_weight": 0.5, "n_echoes": 2},
         {"warmup_steps": -1},
         {"n_validation": -1},
         {"second_unrolls": 0},
@@ -426,6 +435,17 @@ def test_a_short_readout_is_part_of_the_whole_one() -> None:
     assert len(begins) > 1 and cut_readout(scan, 14, 0) is scan
 
 
+def test_scans_with_few_readout_positions_can_be_validated_on(tmp_path: Path) -> None:
+    for number, scan in enumerate(scans()):
+        write_scan(tmp_path / "scans", f"s{number}", cut_readout(scan, 5, number))
+    recipe = replace(TINY, patterns=("3/2",), first_steps=0, second_steps=1, second_unrolls=1, n_validation=1)
+    result, _ = run(recipe, tmp_path / "out", RunSettings(scans=str(tmp_path / "scans"), validate_every=1))
+    assert result.finished and math.isfinite(result.figures["psnr_3/2"])
+    write_scan(tmp_path / "scans", "s1", replace(scans()[0], brain=torch.zeros_like(scans()[0].brain)))
+    with pytest.raises(DataError, match=r"s1\.json: a scan without a brain"):
+        ScanFolder(tmp_path / "scans").scan("test", 0)
+
+
 def test_scans_of_different_length_and_number_of_echoes_share_a_folder(tmp_path: Path) -> None:
     words = "--matrix 12 20 14 --voxel 7 9 --coils 4 --echoes 3 2 --planes 5 --output"
     command([*words.split(), str(tmp_path), "--count", "2"])
@@ -440,6 +460,31 @@ def test_scans_of_different_length_and_number_of_echoes_share_a_folder(tmp_path:
         acs=FROM_LLR.acs, draws=2, seed=0, keep=4, device=torch.device("cpu"),
     ).measured("test", 0, "3/2")  # fmt: skip
     assert measured.mask.shape[0] == measured.start.shape[0] == 2
+
+
+def test_scans_with_fewer_echoes_than_the_recipe_take_the_first_patterns(folder: str, tmp_path: Path) -> None:
+    recipe = replace(TINY, n_echoes=5, first_steps=1, second_steps=1, n_validation=1)
+    result, path = run(recipe, tmp_path / "out", RunSettings(scans=folder, validate_every=1))
+    assert result.finished and "psnr_3/2" in load_weights(path).facts["validation"]
+    assert read_mask(tmp_path / "out" / mask_name("3/2")).mask.shape == (5, 12, 20)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"matrix": (12, 24, 14)}, "planes of 12 x 20 .* planes of 12 x 24"),
+        ({"matrix": (20, 12, 14)}, "planes of 12 x 20 .* planes of 20 x 12"),
+        ({"n_echoes": 2}, "got 3 echoes.* expected 1 to 2 echoes"),
+        ({"kind": "modl", "n_echoes": 5}, "got 3 echoes.* expected 5 echoes"),
+    ],
+)
+def test_scans_that_do_not_fit_are_named_before_the_training_begins(
+    folder: str, tmp_path: Path, change: dict[str, object], words: str
+) -> None:
+    recipe = replace(TINY, **change)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=rf"s0\.json: a scan that does not fit the training; .*{words}"):
+        run(recipe, tmp_path / "out", RunSettings(scans=folder))
+    assert not (tmp_path / "out").exists()
 
 
 def test_measured_scans_of_a_folder_are_told_apart(folder: str) -> None:

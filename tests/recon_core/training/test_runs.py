@@ -62,6 +62,23 @@ def test_a_start_that_is_refused_leaves_the_folder_free(recipe: Any, settings: A
     assert not output.exists()
 
 
+def test_masks_that_are_not_there_are_named(tmp_path: Path) -> None:
+    settings = laro.RunSettings(device="cpu", masks=str(tmp_path))
+    with pytest.raises(SettingError, match=rf"{tmp_path}: no mask of the pattern; got no laro_mask_r3_spo2\.h5"):
+        laro.run(SMALL, tmp_path / "out", settings)
+
+
+@pytest.mark.parametrize("place", ["file", "file/out"])
+def test_a_file_is_no_folder_for_a_training(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("something else")
+    for resume in (False, True):
+        with pytest.raises(SettingError, match=rf"{place}: the training's folder cannot be used; got Not a directory"):
+            laro.run(SMALL, tmp_path / place, laro.RunSettings(device="cpu", resume=resume))
+    with pytest.raises(SettingError, match="cannot be used"):
+        settle_recipe(SMALL, Path("/proc/nowhere/out"), False)
+    assert (tmp_path / "file").read_text() == "something else"
+
+
 def test_a_damaged_recipe_is_a_typed_error_and_stays(tmp_path: Path) -> None:
     settle_recipe(SMALL, tmp_path, resume=False)
     path = tmp_path / RECIPE
