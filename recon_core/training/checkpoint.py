@@ -108,7 +108,7 @@ def writing(path: Path) -> Iterator[None]:
         raise WriteError(
             "cannot be written",
             where=f"{path.parent.name}/{path.name}",
-            got=error.strerror or type(error).__name__,
+            got=error.strerror or str(error),
             expected="a folder with room, and permission to write",
             remedy="what was written before stays",
         ) from None

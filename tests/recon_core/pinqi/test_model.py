@@ -214,6 +214,51 @@ def test_first_lambdas_are_the_published_ones() -> None:
     assert torch.allclose(net.lambda_q(), 0.1 + 0.05 * torch.arange(1.0, 6.0))  # type: ignore[misc]
 
 
+def test_the_published_network_in_figures() -> None:
+    """Sections III-B and III-D, and the authors' code where the paper is silent."""
+    net = Pinqi(SaturationRecovery((0.5, 1.0, 1.5, 2.0, 8.0)))
+    assert (net.settings.n_iterations, net.settings.n_gradient_steps) == (5, 5)
+    assert net.bounds == ((-2.0, -2.0, -1.0), (2.0, 2.0, 20.0))
+    assert net.parameter_net is not None and net.image_net is not None
+    assert net.parameter_net.offset.flatten().tolist() == pytest.approx([0.9, 0.0, 0.8])
+    assert net.parameter_net.scale.flatten().tolist() == pytest.approx([0.2, 0.1, 0.6])
+    for part, groups in ((net.parameter_net, 16), (net.image_net, 8)):
+        assert {m.num_groups for m in part.modules() if isinstance(m, torch.nn.GroupNorm)} == {groups}
+        assert float(part.unet.last.weight.detach().std()) == pytest.approx(0.05, rel=0.35) and not part.unet.last.bias.any()
+
+
+def test_first_images_are_two_steps_of_conjugate_gradients() -> None:
+    operator, rhs = problem(SaturationRecovery(TIMES), tissue(2))
+    found = network().first_images(operator, rhs)
+    for i in range(2):  # Hestenes and Stiefel, from A^H k
+        x, r = rhs[i : i + 1], None
+        single = BatchedSense(operator.coil_maps[i : i + 1], operator.weights[i : i + 1])
+        r = x - single.normal(x)
+        p = r
+        for _ in range(2):
+            q = single.normal(p)
+            alpha = r.abs().square().sum() / (p.conj() * q).sum().real
+            x, new = x + alpha * p, r - alpha * q
+            p, r = new + new.abs().square().sum() / r.abs().square().sum() * p, new
+        assert torch.allclose(found[i], x[0], atol=1e-4 * float(x.abs().max()))
+
+
+def test_variant_e_descends_five_times_along_the_gradient_of_its_subproblem() -> None:
+    operator, rhs = problem(SaturationRecovery(TIMES), tissue())
+    net = network("e", n_iterations=1)
+    with torch.no_grad():
+        found = net(operator, rhs)
+        reference, step, weight = net.predict_parameters(found.images, 2.0), net.step_sizes()[0], net.lambda_p()[0]  # type: ignore[misc]
+    p = found.predictions[0].clone()
+    for _ in range(5):
+        p.requires_grad_()
+        misfit = net.model.signal(p.movedim(1, 0)).movedim(0, 1) - found.images
+        cost = misfit.abs().square().sum() + weight * (p - reference).square().sum()
+        p = (p - step * torch.autograd.grad(cost, p)[0]).detach()
+    assert torch.allclose(found.parameters, p, atol=1e-4)
+    assert float((found.parameters - found.predictions[0]).abs().max()) > 1e-2
+
+
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     truth = tissue(3)
     model = SaturationRecovery(TIMES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import torch
 
 from recon_core.errors import DataError
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
+from recon_core.methods.pinqi.installed import find_weights
 from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
 from recon_core.methods.pinqi.weights import check_times, load_weights, save_weights
 from recon_core.signal_models import SaturationRecovery
 from recon_core.training.checkpoint import WeightError, write_pair
+from recon_core.training.pinqi_tasks import PinqiRecipe
 
 TIMES = (0.5, 1.0, 1.5, 2.0, 8.0)
 
@@ -77,6 +80,19 @@ def test_wrong_hash_other_methods_and_other_networks_are_refused(saved: Path, tm
     )
     with pytest.raises(WeightError, match="another network"):
         load_weights(path)
+
+
+def test_the_shipped_weights_say_what_they_are_and_were_trained_for() -> None:
+    trained = load_weights(find_weights("pinqi_t1"))  # checks the sha256
+    facts, recipe = trained.facts, PinqiRecipe.from_facts(trained.facts["recipe"])
+    assert trained.times == (0.5, 1.0, 1.5, 2.0, 8.0) == recipe.times and recipe.size == 192
+    assert (min(recipe.accelerations), max(recipe.accelerations)) == (4.0, 8.0)
+    assert facts["seed"] == recipe.seed and re.fullmatch("[0-9a-f]{40}", facts["commit"])
+    assert set(facts["validation"]) == {"nrmse", "mae", "ssim"} and facts["finished"]
+    assert facts["steps_done"] == facts["steps"] and facts["minutes"] > 0
+    assert recipe.initial_sha256 and all(
+        "what" in stage and "minutes" in stage for stage in facts["stages"] if "steps" in stage
+    )
 
 
 def test_figures_of_a_t1_map_by_hand() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from recon_core.training.checkpoint import WeightError, read_pair
 from recon_core.training.laro import RunSettings, learn_masks, main, mask_name, run
 from recon_core.training.laro_starts import MeasuredScans, measure
 from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, plane_sample
+from recon_core.training.loop import Progress
 from recon_core.training.losses import channel_ssim, decay_error
 
 TINY = LaroRecipe(
@@ -103,6 +105,17 @@ def test_a_training_in_parts_equals_one_in_one(folder: str, tmp_path: Path, stop
         assert set(one) == set(other) and all(torch.equal(one[k], other[k]) for k in one), name
     masks = [read_mask(tmp_path / way / "laro_mask_r3_spo2.h5") for way in ("whole", "parts")]
     assert np.array_equal(masks[0].mask, masks[1].mask)
+
+
+def test_a_stop_in_the_last_step_of_phase_one_holds_for_phase_two(folder: str, tmp_path: Path) -> None:
+    def stop(phase: str, progress: Progress) -> None:
+        if (phase, progress.step) == ("phase1", 1):
+            signal.raise_signal(signal.SIGTERM)
+
+    recipe, settings = replace(TINY, first_steps=1, second_steps=1), RunSettings(scans=folder, validate_every=0)
+    result, weights = run(recipe, tmp_path, settings, stop)
+    assert not result.finished and json.loads(weights.read_text())["steps_done"] == {"phase1": 1, "phase2": 0}
+    assert run(recipe, tmp_path, replace(settings, resume=True))[0].finished
 
 
 def test_a_time_limit_leaves_something_to_resume(folder: str, tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ import csv
 import json
 import math
 import signal
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import matplotlib.image
@@ -31,6 +32,7 @@ from recon_core.training.pinqi_tasks import (
     PinqiRecipe,
     Pretraining,
     TrainingSamples,
+    _met,
     posed,
     typical_amplitude,
 )
@@ -215,6 +217,84 @@ def test_numbers_that_cannot_be_trained_with_are_refused_before_anything_is_writ
         with pytest.raises(ReconError):
             print(replace(TINY, **change))  # type: ignore[arg-type]  # shown where it is not refused
     assert replace(TINY, image_rate=0.0, lambda_rate=0.0).lambda_rate == 0
+
+
+def test_the_losses_are_the_published_ones(atlas: HeadAtlas, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written out: parameters without factors, brain 1.01 and elsewhere 0.01, the first prediction 0.1 and the others 0.05."""
+    recipe = replace(TINY, ablation="g2", batch=2, first_weight=0.1, other_weight=0.05)
+    network = small_network(recipe)
+    task = EndToEnd(network, recipe, atlas, torch.device("cpu"), 0)
+    batch = task.samples.batch(3)
+    operator = batch.operator()
+    with torch.no_grad():
+        found = network(operator, operator.adjoint(operator.enter_data(batch.kspace))).predictions
+        loss, _ = task.loss(3)
+        weight = batch.brain[:, None] + 0.01
+        first, second, last = (float((weight * (p.mT - batch.parameters) ** 2).mean()) for p in found)
+    assert float(loss) == pytest.approx(last + 0.1 * first + 0.05 * second, rel=1e-4)
+
+    task_h = EndToEnd(
+        small_network(replace(recipe, ablation="h")), replace(recipe, ablation="h"), atlas, torch.device("cpu"), 0
+    )
+    with torch.no_grad():
+        images = task_h.network(operator, operator.adjoint(operator.enter_data(batch.kspace))).images.mT
+        weight = 0.9 * batch.brain[:, None] + 0.1
+        error = float((weight * (images - batch.images).abs() ** 2).mean()) / 2
+        assert float(task_h.loss(3)[0]) == pytest.approx(error, rel=1e-4)
+
+
+def test_pretraining_mixes_truth_and_first_images_as_published(atlas: HeadAtlas) -> None:
+    """The first call sees ``y_0``, the later ones ``r y_truth + (1 - r) y_0`` and noise of at most the data's; brain 1, elsewhere 0.05."""
+    recipe = replace(TINY, ablation="g2", batch=2)
+    network = small_network(recipe)
+    task = Pretraining(network, recipe, atlas, torch.device("cpu"), 0)
+    batch = task.samples.batch(0)
+    held = task._posed(batch)
+    first = network.first_images(batch.operator(), batch.operator().adjoint(batch.operator().enter_data(batch.kspace)))
+    call, share, quiet = torch.tensor([0.0, 0.99]), torch.tensor([0.5, 0.25]), torch.zeros(2)
+    tags, images = _met(held, (0.0, 1.5, 2.0), call, share, quiet)
+    assert tags.tolist() == [0.0, 2.0] and torch.equal(images[0], first[0])
+    assert torch.allclose(images[1], 0.75 * first[1] + 0.25 * batch.images[1].mT, atol=1e-6)
+    noisy = _met(held, (0.0, 1.5, 2.0), call, share, torch.tensor([1.0, 1.0]))[1] - images
+    assert not noisy[0].any()
+    assert float(noisy[1].abs().square().mean().sqrt()) == pytest.approx(float(batch.noise_std[1]), rel=0.1)
+    with torch.no_grad():
+        _, figures = task._loss(held, torch.zeros(2), share, quiet)
+        parameters, clean = network.predict_parameters(first, 0.0), network.predict_images(first, 0.5)
+    weight = torch.clamp(batch.brain[:, None] + 0.05, max=1.0)
+    expected = float((weight * (parameters.mT - batch.parameters) ** 2).mean())
+    assert figures["parameter_loss"] == pytest.approx(expected, rel=1e-4)
+    expected = float(((0.9 * batch.brain[:, None] + 0.1) * (clean.mT - batch.images).abs() ** 2).mean())
+    assert figures["image_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_shares_of_the_truth_are_squares_of_uniform_numbers(atlas: HeadAtlas, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Pretraining(small_network(TINY), TINY, atlas, torch.device("cpu"), 0)
+    seen: list[torch.Tensor] = []
+    monkeypatch.setattr(task, "_loss", lambda posed, call, share, noise: (seen.append(share), {}))
+    monkeypatch.setattr(task, "_posed", lambda batch: _Truth(torch.zeros(4000, 1)))
+    task.loss(0)
+    assert float(seen[0].mean()) == pytest.approx(1 / 3, abs=0.03) and float(seen[0].median()) == pytest.approx(
+        0.25, abs=0.03
+    )
+
+
+@dataclass(frozen=True)
+class _Truth:
+    truth: torch.Tensor
+
+
+def test_the_amplitude_is_that_of_the_samples(atlas: HeadAtlas) -> None:
+    """Twice as bright samples have twice the amplitude."""
+    brains = QuantitativeBrains(atlas, TINY.samples)
+
+    class Brighter(QuantitativeBrains):
+        def batch(self, split: str, indices: Sequence[int]) -> BrainBatch:
+            plain = super().batch(split, indices)
+            return replace(plain, kspace=2 * plain.kspace, noise_std=2 * plain.noise_std)
+
+    brighter = Brighter(atlas, TINY.samples)
+    assert typical_amplitude(brighter, 3) == pytest.approx(2 * typical_amplitude(brains, 3), rel=1e-4)
 
 
 def overfitted(recipe: PinqiRecipe, atlas: HeadAtlas, folder: Path, steps: int) -> list[float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from recon_core.errors import ReconError, SettingError
+from recon_core.errors import ReconError, SettingError, WriteError
 from recon_core.training import laro, pinqi
 from recon_core.training.laro_tasks import LaroRecipe
 from recon_core.training.loop import Progress, Validation
@@ -112,7 +112,7 @@ def test_a_recipe_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
         raise OSError("the disk is full")
 
     monkeypatch.setattr("recon_core.training.checkpoint.os.replace", full)
-    with pytest.raises(OSError, match="full"):
+    with pytest.raises(WriteError, match=rf"{tmp_path.name}/recipe.json: cannot be written; got the disk is full"):
         settle_recipe(SMALL, tmp_path, False)
     assert not (tmp_path / RECIPE).exists()
 
