@@ -35,6 +35,15 @@ class CalibrationLines:
     placement: Placement
     complete_states: tuple[int, ...]
 
+    def share_of_states(self, n_states: int) -> float:
+        """Mean part of the states that a calibrated position was measured in; 1 where a state alone has all of them."""
+        if self.complete_states:
+            return 1.0
+        places = np.stack((self.placement.k2, self.placement.k1))
+        n_places = np.unique(places, axis=1).shape[1]
+        n_measured = np.unique(np.vstack((places, self.placement.state)), axis=1).shape[1]
+        return float(n_measured / n_places / n_states)
+
 
 def calibration_lines(
     imaging: Placement, calibration: Placement, slice_index: int, grid: tuple[int, int], settings: AcquisitionSettings
