@@ -35,14 +35,14 @@ class CalibrationLines:
     placement: Placement
     complete_states: tuple[int, ...]
 
-    def share_of_states(self, n_states: int) -> float:
-        """Mean part of the states that a calibrated position was measured in; 1 where a state alone has all of them."""
+    def states_of_lines(self, n_states: int, grid: tuple[int, int]) -> NDArray[np.bool_] | None:
+        """``(state, k2, k1)``: in which states a position was measured; ``None`` where a state alone has all of them."""
         if self.complete_states:
-            return 1.0
-        places = np.stack((self.placement.k2, self.placement.k1))
-        n_places = np.unique(places, axis=1).shape[1]
-        n_measured = np.unique(np.vstack((places, self.placement.state)), axis=1).shape[1]
-        return float(n_measured / n_places / n_states)
+            return None
+        measured = np.zeros((n_states, *grid), bool)
+        own = self.placement.take(self.placement.state >= 0)
+        measured[own.state, own.k2, own.k1] = True
+        return measured
 
 
 def calibration_lines(

@@ -42,9 +42,9 @@ class KSpace:
         states and repetitions that have them), zero elsewhere; ``None`` when the scan has none.
     acs_mask
         bool ``(k2, k1)``, the positions that ``acs`` fills.
-    acs_share
-        Mean part of the states that a calibration line was measured in; 1 where a single state (or a scan of its own) has all lines.
-        Otherwise lines side by side differ in contrast.
+    acs_states
+        bool ``(state, k2, k1)``, in which of all states each position of ``acs`` was measured, where no state (and no scan of its own)
+        has all of them: then lines side by side differ in contrast. ``None``: one has.
     coil_maps
         complex64 ``(coil, z, y, x)``, unit root-sum-of-squares inside the object; ``None`` until estimated.
     noise_std
@@ -62,7 +62,7 @@ class KSpace:
     counts: Tensor
     acs: Tensor | None = None
     acs_mask: Tensor | None = None
-    acs_share: float = 1.0
+    acs_states: Tensor | None = None
     coil_maps: Tensor | None = None
     noise_std: float | None = None
     readout_range: tuple[int, int] | None = None
@@ -123,6 +123,7 @@ class KSpace:
             counts=self.counts.to(device),
             acs=move(self.acs),
             acs_mask=move(self.acs_mask),
+            acs_states=move(self.acs_states),
             coil_maps=move(self.coil_maps),
             whole=None if self.whole is None else self.whole.to(device),
         )
