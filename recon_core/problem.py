@@ -19,7 +19,7 @@ PEAK = 0.999
 
 LOUDEST = 1.33
 """A noise scan may say so many times what outer k-space shows, where signal comes on top: few samples, and noise bandwidths that differ by
-12 %. Good T1 scans show 0.5 to 0.85."""
+12 %. Good T1 scans show 0.47 to 0.75 (`benchmarks.t1_checks`)."""
 
 MOST_WEIGHT = 2.0
 """Averages count by their number up to this many times the typical one: more would slow every solver (condition number)."""

@@ -23,15 +23,16 @@ OBJECT = 0.1
 """A pixel belongs to the object if its RMS over the states is at least this part of the 99.9th percentile."""
 
 MOST_LEFT = 0.04
-"""Part of M0 left by the saturation above which the operator is told: T1 is then up to 6 % wrong. Good scans show up to 0.016, and 0.03
+"""Part of M0 left by the saturation above which the operator is told: T1 is then up to 6 % wrong. Good scans show up to 0.01, and 0.03
 where noise is 15 % of M0 at 8x."""
 
 MOST_GAIN = 0.03
-"""The same of one state's gain: T1 is then 1 to 5 % wrong, short ones up to 8 %. Good scans show up to 0.016."""
+"""The same of one state's gain: T1 is then 1 to 5 % wrong, short ones up to 8 %. Good scans show up to 0.014
+(`benchmarks.t1_checks`)."""
 
 MOST_SHARED = 0.007
 """RMS, as a part of M0, of what all pixels share beside the best explanation. Good scans, and such with one delay wrong by 10 %, show up
-to 0.006, two of five delays that are 5 % brighter 0.008 to 0.018 (`benchmarks.t1_checks` has some of them)."""
+to 0.005, two of five delays that are 5 % brighter 0.008 to 0.017 (`benchmarks.t1_checks`)."""
 
 MOST_OF_BEST = 0.25
 """... and as a part of that explanation: a large one is not exact to first order."""
@@ -43,8 +44,8 @@ NO_SATURATION = 0.3
 """Above this the recovery is none from saturation: other delays, or an inversion."""
 
 ALIKE = 0.8
-"""Two explanations cannot be told apart if one explains at least this part of what the other does. The most similar two, a
-remainder and a gain of 0.5 s in the brain, explain half of each other without noise, two thirds where noise rules."""
+"""Two explanations cannot be told apart if one explains at least this part of what the other does. The most similar two
+are a remainder and a gain of the shortest delay."""
 
 FEWEST_PIXELS = 50
 
@@ -139,9 +140,10 @@ class Judgement:
     def note(self) -> str:
         """What the operator has to know; empty where that is next to nothing."""
         if self.several:
+            unexplained = 100 * math.hypot(self.likely[0].effect, self.shared)
             return (
-                "the images of several delays do not belong together (drifting receiver gain, flip angle or scaling, or wrong delays; "
-                f"{100 * math.hypot(self.likely[0].effect, self.shared):.1f} % of M0 are unexplained in all pixels alike): T1 is wrong"
+                "the images of several delays do not belong together (drifting receiver gain, flip angle or scaling, motion, or wrong "
+                f"delays; {unexplained:.1f} % of M0 are unexplained in all pixels alike): T1 is wrong"
             )
         if not any(deviation.matters for deviation in self.likely):
             return ""

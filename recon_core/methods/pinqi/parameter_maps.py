@@ -30,7 +30,7 @@ Tensor = torch.Tensor
 WINDOW = 7  # pixels: a residual is judged as a mean over so many squared
 SIGNAL_QUANTILE = 0.999
 LEAST_RESIDUAL = 0.8
-"""Of the maps over a measured noise: good scans leave 0.98 and more, with one coil and at 8x as well: maps are few numbers."""
+"""Of the maps over a measured noise: good scans leave about 1 and more, however undersampled: maps are few numbers."""
 AT_END = 0.01
 """Part of a limit of the predicted rate from which on a pixel counts as held by it: the fit is drawn there and ends close by."""
 

@@ -125,11 +125,21 @@ def test_data_that_contradict_the_model_are_marked_or_refused(physics: TrainedPi
     assert "do not fit the measured data" in result.notes[0]
     assert all("do not fit" in m.comment for m in result.maps)
     assert result.quality["t1_valid"] < 0.5 and result.quality["residual_maps"] > 2
-    with pytest.raises(NumericalError, match="do not fit") as refused:
+    with pytest.raises(NumericalError, match="do not belong together") as refused:
         run(physics, s, k, quality_failure="error")
     assert refused.value.remedy
     good = run(physics, s)
     assert not good.notes and "do not fit" not in good.maps[0].comment and good.quality["residual_maps"] < 1.2
+
+
+def test_maps_that_leave_too_much_unexplained_are_refused(physics: TrainedPinqi) -> None:
+    """What one place has wrong is nothing that all pixels share."""
+    s = saturation_scan(noise=1e-3)
+    spoiled = s.kspace.data.clone()
+    spoiled[3, ..., 6:10] *= 0.3  # four columns of the longest delay
+    with pytest.raises(NumericalError, match="do not fit the measured data") as refused:
+        run(physics, s, replace(s.kspace, data=spoiled), quality_failure="error")
+    assert refused.value.remedy
 
 
 def test_pixels_at_a_bound_are_marked(physics: TrainedPinqi) -> None:
