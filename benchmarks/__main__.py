@@ -12,6 +12,7 @@ NAMES = (
     "quality",
     "llr_weight",
     "t1_maps",
+    "t1_checks",
     "qsm",
     "qsm_server",
     "prospective",

@@ -73,7 +73,7 @@ def assemble(scan: SortedScan, slice_index: int, rows: Rows, *, noise_std: float
         ``data`` complex64 ``(state, coil, k2, k1, x)``, repeated positions as means; ``counts`` float32
         ``(state, k2, k1)``; ``acs`` complex64 ``(coil, k2, k1, x)`` and ``acs_mask`` from the flagged calibration lines, or
         from the sampled centre if there are none: their principal component over states, or their mean, or the state with the
-        strongest signal (setting ``calibration``).
+        strongest signal (setting ``calibration``); ``acs_states`` where they mix the states.
 
     Raises
     ------
@@ -88,7 +88,7 @@ def assemble(scan: SortedScan, slice_index: int, rows: Rows, *, noise_std: float
         )
     imaging = scan.imaging.take(scan.imaging.slice == slice_index)
     data, counts = _mean(scan, slice_index, rows, imaging)
-    acs = acs_mask = None
+    acs = acs_mask = acs_states = None
     lines = calibration_lines(scan.imaging, scan.calibration, slice_index, scan.grid, scan.settings)
     if lines is not None:
         if scan.settings.calibration == "principal" and len(lines.complete_states) > 1:
@@ -98,11 +98,14 @@ def assemble(scan: SortedScan, slice_index: int, rows: Rows, *, noise_std: float
             merged = Placement(chosen.rows, chosen.slice, np.zeros_like(chosen.state), chosen.k2, chosen.k1)
             mean, n_lines = _mean(scan, slice_index, rows, merged, calibration=True)
         acs, acs_mask = torch.from_numpy(mean[0]), torch.from_numpy(n_lines[0] > 0)
+        measured = lines.states_of_lines(scan.n_states, scan.grid)
+        acs_states = None if measured is None else torch.from_numpy(measured)
     return KSpace(
         data=torch.from_numpy(data),
         counts=torch.from_numpy(counts.astype(np.float32)),
         acs=acs,
         acs_mask=acs_mask,
+        acs_states=acs_states,
         noise_std=noise_std,
         readout_range=readout_range(scan.readouts, imaging.rows),
     )

@@ -35,6 +35,15 @@ class CalibrationLines:
     placement: Placement
     complete_states: tuple[int, ...]
 
+    def states_of_lines(self, n_states: int, grid: tuple[int, int]) -> NDArray[np.bool_] | None:
+        """``(state, k2, k1)``: in which states a position was measured; ``None`` where a state alone has all of them."""
+        if self.complete_states:
+            return None
+        measured = np.zeros((n_states, *grid), bool)
+        own = self.placement.take(self.placement.state >= 0)
+        measured[own.state, own.k2, own.k1] = True
+        return measured
+
 
 def calibration_lines(
     imaging: Placement, calibration: Placement, slice_index: int, grid: tuple[int, int], settings: AcquisitionSettings

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
 
 from recon_core.coils.estimate import CoilSettings, estimate_coil_maps
-from recon_core.errors import DataError, ReconError
+from recon_core.errors import CalibrationError, DataError, ReconError
 from recon_core.fourier import fft_centred, ifft_centred
 from recon_core.maps.regrid import map_on_recon_matrix
 from recon_core.maps.series import ImageNoise, image_noise
@@ -21,7 +21,7 @@ from recon_core.preprocess.coil_compression import compress, compress_geometric,
 from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.preprocess.partial_fourier import Extent, complete, measured_extent, partial_axes
 from recon_core.preprocess.settings import PreprocessSettings
-from recon_core.problem import noise_of
+from recon_core.problem import LOUDEST, noise_of, noise_scan_excess
 from recon_core.state_images import StateImages
 from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, Report, Result, ScanInfo, Tensor, X
 
@@ -35,6 +35,11 @@ GAPS = (
     "every echo samples the same positions, with gaps at the centre of k-space: R2* may come out 10 to 40 % too low in places; "
     f"llr_qsm with iterations = {ENOUGH_ITERATIONS} is slower and right (docs/qsm.md)"
 )
+
+MOST_MIXED = 0.085
+"""Most that `calibration_contrast` may be for T1 to be right. Without calibration (2 to 4x, random and interleaved lines) nine tubes by
+saturation are at most 4 % wrong up to 0.08, 7 to 10 % at 0.09, up to 40 % above; MOLLI is right at 0.02, 8 % wrong at 0.4
+(`benchmarks.t1_checks`)."""
 
 MAP_NAMES = {"t1": "T1", "r2star": "R2*", "qsm": "susceptibility"}
 
@@ -104,7 +109,8 @@ def reconstruct_images(
     Raises
     ------
     ReconError
-        From the stage that failed; ``DataError`` where some of the states are wanted of a method that reconstructs them together.
+        From the stage that failed; ``CalibrationError`` where coil maps would make T1 wrong; ``DataError`` where some of the
+        states are wanted of a method that reconstructs them together.
     """
     report = report or Report()
     method = get_method(recipe.method)
@@ -116,6 +122,10 @@ def reconstruct_images(
         raise DataError("nothing was sampled", where=f"slice {scan.slice_index}")
     if recipe.maps.maps != "none" and recipe.maps.map_failure == "error":
         _require_times(scan, kspace.n_states, recipe.maps)  # known before anything is computed
+    mixed = _mixed_calibration(kspace, scan, method, recipe)
+    if mixed is not None and recipe.maps.map_failure == "error":
+        raise mixed
+    kspace, loud = _with_believable_noise(kspace, recipe, report)
     empty = not bool((kspace.data != 0).any())
     if empty:
         report.warn(f"slice {scan.slice_index}: all samples are zero")
@@ -139,7 +149,8 @@ def reconstruct_images(
         report.warn(GAPS)
         result = replace(result, notes=(*result.notes, GAPS))
     noise = None if recipe.maps.maps == "none" or result.maps else _noise_of(kspace, scan)
-    return StateImages(result, noise)
+    result = replace(result, notes=(*loud, *result.notes))
+    return StateImages(result, noise, "" if mixed is None else str(mixed))
 
 
 def finish(
@@ -180,6 +191,59 @@ def _has_harmful_gaps(kspace: KSpace, recipe: Recipe) -> bool:
     centre = mask[0, max(0, z - 1) : z + 2, max(0, y - 1) : y + 2]
     few = getattr(recipe.settings, "iterations", 0) < ENOUGH_ITERATIONS
     return few and kspace.n_states > 1 and bool((mask == mask[:1]).all()) and not bool(centre.all())
+
+
+def _mixed_calibration(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe) -> CalibrationError | None:
+    """Why T1 would be wrong by the coil maps: calibration lines that lie side by side and come from states of unlike contrast."""
+    estimated = needs_coil_maps(method, recipe.settings) and kspace.coil_maps is None and kspace.n_coils > 1
+    if recipe.maps.maps != "t1" or not estimated or kspace.acs_states is None:
+        return None
+    saturated = recipe.maps.map_model == "saturation_recovery"
+    times = scan.saturation_times if saturated else scan.inversion_times
+    if len(times) != len(kspace.acs_states):
+        return None  # no T1 without times, and whoever asks for it says so
+    spread = calibration_contrast(kspace.acs_states, times, inverted=not saturated)
+    if spread <= MOST_MIXED:
+        return None
+    return CalibrationError(
+        "calibration lines of states that differ in contrast: coil maps of them make T1 wrong",
+        where=f"slice {scan.slice_index}",
+        got=f"lines of which the signal differs by {100 * spread:.0f} % at a T1 of 1 s",
+        expected=f"one state, or a scan of its own, with all of them, or at most {100 * MOST_MIXED:g} %",
+        remedy="Acquire calibration lines; maps = none sends the images alone",
+    )
+
+
+def calibration_contrast(states: Tensor, times: Sequence[float], *, inverted: bool) -> float:
+    """By how much the signal differs between calibration lines, standard deviation over mean, where T1 is 1 s.
+
+    Parameters
+    ----------
+    states
+        bool ``(state, k2, k1)``: in which states each line was measured, which are averaged.
+    times
+        s after saturation, or inversion if ``inverted``.
+    """
+    signal = 1 - (2 if inverted else 1) * torch.exp(-torch.tensor(times, dtype=torch.float64))
+    measured = states.flatten(1).double().cpu()
+    measured = measured[:, measured.any(0)]
+    lines = signal @ measured / measured.sum(0)
+    return float(lines.std(correction=0) / lines.mean().abs().clamp_min(1e-3))
+
+
+def _with_believable_noise(kspace: KSpace, recipe: Recipe, report: Report) -> tuple[KSpace, tuple[str, ...]]:
+    """The k-space without its noise measurement where that is louder than the samples can be, and what to tell of it.
+
+    A noise level too high would blind T1's checks, which ask whether the misfit is more than noise.
+    """
+    if recipe.maps.maps != "t1" or (excess := noise_scan_excess(kspace)) <= LOUDEST:
+        return kspace, ()
+    note = (
+        f"the noise measurement is {excess:.1f} times louder than the outer k-space of the images, which cannot be (its scaling, or "
+        "another bandwidth): noise is estimated from outer k-space instead"
+    )
+    report.warn(note)
+    return replace(kspace, noise_std=None), (note,)
 
 
 def _equal_coils(kspace: KSpace) -> torch.Tensor:
@@ -275,6 +339,10 @@ def _with_parameter_maps(
 ) -> Result:
     """The maps that the recipe asks for, fitted to the final images of the method's first series."""
     result = final.result
+    if final.no_maps:
+        text = f"no {MAP_NAMES[settings.maps]} map: {final.no_maps}"
+        report.warn(text)
+        return replace(result, maps=(), notes=(*result.notes, text))
     if settings.maps == "none" or result.maps:
         return result
     series = result.images[0]
@@ -309,6 +377,4 @@ def _noise_of(kspace: KSpace, scan: ScanInfo) -> ImageNoise | None:
     noise, measured = noise_of(kspace)
     if not noise > 0:
         return None
-    n_x = int(kspace.data.shape[X])
-    start, stop = kspace.readout_range or (0, n_x)
-    return image_noise(noise, kspace.counts, scan, measured=measured, readout_share=(stop - start) / n_x)
+    return image_noise(noise, kspace.counts, scan, measured=measured, readout_share=kspace.readout_share)

@@ -17,10 +17,12 @@ class StateImages:
     """Images on the console's matrix, before the recipe's maps.
 
     ``noise`` is that of the images of *all* states of the slice, for maps; ``None`` when no maps are to be made, or without any noise.
+    ``no_maps`` says why maps of these images would be wrong; empty where they would not.
     """
 
     result: Result
     noise: ImageNoise | None = None
+    no_maps: str = ""
 
 
 def join_states(parts: Sequence[StateImages]) -> StateImages:
@@ -49,4 +51,4 @@ def join_states(parts: Sequence[StateImages]) -> StateImages:
         for name, value in result.quality.items():
             quality[name] = max(value, quality.get(name, value))
     notes = tuple(dict.fromkeys(note for result in results for note in result.notes))
-    return StateImages(replace(first, images=images, quality=quality, notes=notes), parts[0].noise)
+    return StateImages(replace(first, images=images, quality=quality, notes=notes), parts[0].noise, parts[0].no_maps)

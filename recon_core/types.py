@@ -42,6 +42,9 @@ class KSpace:
         states and repetitions that have them), zero elsewhere; ``None`` when the scan has none.
     acs_mask
         bool ``(k2, k1)``, the positions that ``acs`` fills.
+    acs_states
+        bool ``(state, k2, k1)``, in which of all states each position of ``acs`` was measured, where no state (and no scan of its own)
+        has all of them: then lines side by side differ in contrast. ``None``: one has.
     coil_maps
         complex64 ``(coil, z, y, x)``, unit root-sum-of-squares inside the object; ``None`` until estimated.
     noise_std
@@ -59,6 +62,7 @@ class KSpace:
     counts: Tensor
     acs: Tensor | None = None
     acs_mask: Tensor | None = None
+    acs_states: Tensor | None = None
     coil_maps: Tensor | None = None
     noise_std: float | None = None
     readout_range: tuple[int, int] | None = None
@@ -80,6 +84,13 @@ class KSpace:
     @property
     def is_3d(self) -> bool:
         return int(self.data.shape[K2]) > 1
+
+    @property
+    def readout_share(self) -> float:
+        """Part of the readout that was measured, above 0."""
+        n_x = int(self.data.shape[X])
+        start, stop = self.readout_range or (0, n_x)
+        return (stop - start) / n_x
 
     @property
     def all_states(self) -> KSpace:
@@ -112,6 +123,7 @@ class KSpace:
             counts=self.counts.to(device),
             acs=move(self.acs),
             acs_mask=move(self.acs_mask),
+            acs_states=move(self.acs_states),
             coil_maps=move(self.coil_maps),
             whole=None if self.whole is None else self.whole.to(device),
         )

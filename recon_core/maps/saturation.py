@@ -1,14 +1,17 @@
-"""Does a saturation recovery begin at zero? What an incomplete saturation leaves makes every T1 of the scan wrong, and hardly shows.
+"""Do the delays of a saturation recovery belong together, and does it begin at zero? If not, every T1 is wrong, and it hardly shows.
 
-A fit of M0 and T1 takes most of it up: with 10 % of M0 left, T1 of 0.3 to 1.8 s comes out 5 to 16 % too short, and what remains
-unexplained is 2 % of the signal, no more than many a good scan leaves. But it has the same sign in all pixels. So the residual of the
-fit is compared with the change that a remainder would make, ``M0 exp(-t R1)``, as far as M0 and T1 cannot imitate it.
+A fit of M0 and T1 takes most of it up. With 10 % of M0 left by the saturation, T1 of 0.3 to 1.8 s comes out 5 to 16 % too short; with
+the longest delay 5 % too bright, 9 % too long; and what remains unexplained is 2 to 3 % of the signal, little more than many a good scan
+leaves. But it has the same sign in all pixels. So the residual of the fit is compared with the change that a remainder, ``M0 exp(-t R1)``,
+or another gain of one state would make, as far as M0 and T1 cannot imitate it. What explains most of it is told, and if that
+does not explain it, several delays are wrong.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,17 +26,148 @@ MOST_LEFT = 0.04
 """Part of M0 left by the saturation above which the operator is told: T1 is then up to 6 % wrong. Good scans show up to 0.01, and 0.03
 where noise is 15 % of M0 at 8x."""
 
+MOST_GAIN = 0.03
+"""The same of one state's gain: T1 is then 1 to 5 % wrong, short ones up to 8 %. Good scans show up to 0.014
+(`benchmarks.t1_checks`)."""
+
+MOST_SHARED = 0.007
+"""RMS, as a part of M0, of what all pixels share beside the best explanation. Good scans, and such with one delay wrong by 10 %, show up
+to 0.005, two of five delays that are 5 % brighter 0.008 to 0.017 (`benchmarks.t1_checks`)."""
+
+MOST_OF_BEST = 0.25
+"""... and as a part of that explanation: a large one is not exact to first order."""
+
+MOST_WRONG = 0.1
+"""No T1 map where a quarter of the object would be further off than this part."""
+
 NO_SATURATION = 0.3
 """Above this the recovery is none from saturation: other delays, or an inversion."""
 
+ALIKE = 0.8
+"""Two explanations cannot be told apart if one explains at least this part of what the other does. The most similar two
+are a remainder and a gain of the shortest delay."""
+
 FEWEST_PIXELS = 50
 
+MEDIAN_TO_MEAN = 1.25
+"""Standard error of a median over that of a mean, for Gaussian noise."""
 
-def magnetisation_left(images: Tensor, m0: Tensor, t1: Tensor, times: Sequence[float]) -> float | None:
-    """Part of M0 with which the recovery begins, 0 after a complete saturation: the median over pixels, to first order.
 
-    ``r_i = M0 (1 - (1 - a) exp(-t_i / T1))``, ``a`` from the residual of the fit with ``a = 0``; a pixel counts by what it tells of ``a``.
-    Neither ``M0`` nor ``T1`` has to be exact. An ``a`` that is not small comes out too large by a fifth or, if negative, too near to zero.
+@dataclass(frozen=True)
+class Deviation:
+    """One way in which all pixels may differ alike from the recovery that was fitted to them.
+
+    Attributes
+    ----------
+    state, delay
+        Which state's gain differs, and its delay in s; ``None``: the saturation left a part of M0.
+    size
+        Part by which the state is brighter than the others, or part of M0 that is left; to first order.
+    doubt
+        Two standard errors of ``size``.
+    effect, explained
+        RMS of what M0 and T1 cannot imitate of it, as a part of M0; and how much smaller, in the mean over pixels, it makes the residual.
+    t1_median, t1_quartile
+        Relative error of T1 that follows: its median, and the size that a quarter of the pixels exceed.
+    """
+
+    state: int | None
+    delay: float | None
+    size: float
+    doubt: float
+    effect: float
+    explained: float
+    t1_median: float
+    t1_quartile: float
+
+    @property
+    def matters(self) -> bool:
+        """Whether the operator has to know."""
+        return abs(self.size) - self.doubt > (MOST_LEFT if self.delay is None else MOST_GAIN)
+
+    @property
+    def sure_effect(self) -> float:
+        """The part of the effect that is beyond doubt."""
+        return self.effect * max(0.0, 1 - self.doubt / abs(self.size)) if self.size else 0.0
+
+    @property
+    def text(self) -> str:
+        """What seems to be wrong with the scan."""
+        if self.delay is None:
+            why = "incomplete saturation" if self.size > 0 else "inverted magnetisation"
+            return (
+                f"the recovery seems to begin at {100 * self.size:.0f} % of M0 and not at zero ({why}, wrong delays, or states of "
+                "unlike gain)"
+            )
+        how = "brighter" if self.size > 0 else "darker"
+        return (
+            f"the images of the delay {self.delay:g} s seem to be {100 * abs(self.size):.0f} % {how} than the others (receiver gain, "
+            "flip angle or scaling, or that delay is wrong)"
+        )
+
+    @property
+    def consequence(self) -> str:
+        """What follows for T1."""
+        if self.t1_quartile > 0.5:
+            return "T1 is wrong by half and more"
+        quarter = f"a quarter of the pixels by {100 * self.t1_quartile:.0f} % or more"
+        if abs(self.t1_median) < 0.005:
+            return f"T1 is wrong, {quarter}"
+        return f"T1 is {100 * abs(self.t1_median):.0f} % too {'long' if self.t1_median > 0 else 'short'} (median), {quarter}"
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What all pixels together say of a scan.
+
+    Attributes
+    ----------
+    likely
+        The best explanation, and those that cannot be told from it. Empty: nobody can tell.
+    shared
+        RMS of what the pixels share beside it beyond doubt, as a part of M0.
+    """
+
+    likely: tuple[Deviation, ...] = ()
+    shared: float = 0.0
+
+    @property
+    def several(self) -> bool:
+        """Whether no single delay explains what the pixels share."""
+        return self.shared > max(MOST_SHARED, MOST_OF_BEST * self.likely[0].effect) if self.likely else False
+
+    @property
+    def note(self) -> str:
+        """What the operator has to know; empty where that is next to nothing."""
+        if self.several:
+            unexplained = 100 * math.hypot(self.likely[0].effect, self.shared)
+            return (
+                "the images of several delays do not belong together (drifting receiver gain, flip angle or scaling, motion, or wrong "
+                f"delays; {unexplained:.1f} % of M0 are unexplained in all pixels alike): T1 is wrong"
+            )
+        if not any(deviation.matters for deviation in self.likely):
+            return ""
+        worst = max(self.likely, key=lambda deviation: deviation.t1_quartile)
+        return f"{', or '.join(deviation.text for deviation in self.likely)}: {worst.consequence}"
+
+    @property
+    def forbids_map(self) -> bool:
+        """Whether T1 is too wrong to be shown."""
+        wrong = any(d.matters and d.t1_quartile > MOST_WRONG for d in self.likely)
+        return self.several or self.is_no_saturation or wrong
+
+    @property
+    def is_no_saturation(self) -> bool:
+        """Whether the recovery begins too far from zero for a remainder."""
+        return any(d.delay is None and abs(d.size) > NO_SATURATION for d in self.likely)
+
+
+def judge_recovery(images: Tensor, m0: Tensor, t1: Tensor, times: Sequence[float]) -> Judgement:
+    """What explains best that pixels differ alike from the recovery ``M0 (1 - exp(-t / T1))`` that was fitted to them.
+
+    Neither ``M0`` nor ``T1`` has to be exact. A gain common to all states is none, and of one that drifts along the delays T1 takes up
+    nearly all: from 0.95 to 1.05 it makes T1 9 to 18 % wrong (median) and leaves 0.5 to 2 % of M0, which is found in tubes and mostly
+    not in brains.
 
     Parameters
     ----------
@@ -46,28 +180,107 @@ def magnetisation_left(images: Tensor, m0: Tensor, t1: Tensor, times: Sequence[f
 
     Returns
     -------
-    ``None`` where fewer than `FEWEST_PIXELS` pixels or than three different delays can tell.
+    Judgement
+        An empty one where fewer than `FEWEST_PIXELS` pixels or than three different delays can tell.
     """
     if t1.numel() < FEWEST_PIXELS or len(set(times)) < 3:
-        return None
-    amplitude = m0.abs().double()
-    along = images * (m0.conj() / m0.abs().clamp_min(torch.finfo(amplitude.dtype).tiny))
-    axis = (along.real if along.is_complex() else along).double()
-    rate = 1 / t1.double()
-    delays = along_states(times, rate)
-    decay = torch.exp(-delays * rate)
-    recovered, slope = 1 - decay, delays * decay  # derivatives by M0 and (over M0) by the rate
-    slope = _without(slope, recovered)
-    change = _without(_without(decay, recovered), slope)
-    tells = change.square().sum(0)
-    left = (change * (axis / amplitude - recovered)).sum(0) / tells
-    weight = amplitude.square() * tells
-    known = torch.isfinite(left) & torch.isfinite(weight) & (weight > 0)
-    if int(known.sum()) < FEWEST_PIXELS:
-        return None
-    left, order = left[known].sort()
-    share = weight[known][order].cumsum(0)
-    return float(left[int((share < share[-1] / 2).sum())])
+        return Judgement()
+    fitted = _Fitted.of(images, m0, t1, times)
+    found = fitted.deviations()
+    if not found:
+        return Judgement()
+    best = max(found, key=lambda deviation: deviation.explained)
+    alike = [d for d in found if d is not best and d.explained >= ALIKE * best.explained]
+    shared = max(deviation.sure_effect for deviation in fitted.less(best).deviations())
+    return Judgement((best, *alike), shared)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """Pixels and the recovery that was fitted to them: all float64, ``(state, pixel)`` over M0 or ``(pixel,)``.
+
+    Attributes
+    ----------
+    residual
+        Along M0 in the complex plane, as far as neither M0 nor R1 can imitate it.
+    decay, recovered
+        ``exp(-t R1)`` and what has recovered, ``1 - exp(-t R1)``.
+    slope
+        Derivative by R1, less its part along ``recovered``: what M0 cannot imitate.
+    """
+
+    times: tuple[float, ...]
+    residual: Tensor
+    decay: Tensor
+    recovered: Tensor
+    slope: Tensor
+    amplitude: Tensor
+    rate: Tensor
+
+    @classmethod
+    def of(cls, images: Tensor, m0: Tensor, t1: Tensor, times: Sequence[float]) -> _Fitted:
+        magnitude = m0.abs()
+        along = images * (m0.conj() / magnitude.clamp_min(torch.finfo(magnitude.dtype).tiny))
+        axis = (along.real if along.is_complex() else along).double()
+        amplitude, rate = magnitude.double(), 1 / t1.double()
+        delays = along_states(times, rate)
+        decay = torch.exp(-delays * rate)
+        recovered = 1 - decay
+        slope = _without(delays * decay, recovered)
+        residual = _without(_without(axis / amplitude, recovered), slope)
+        return cls(tuple(times), residual, decay, recovered, slope, amplitude, rate)
+
+    def deviations(self) -> tuple[Deviation, ...]:
+        """What the saturation left and the gain of every state, each as if it were the only one: medians over pixels.
+
+        ``r_i = M0 (1 - (1 - a) exp(-t_i R1))`` or ``r_k = (1 + a) M0 (1 - exp(-t_k R1))``; a pixel counts by what it tells of ``a``. A
+        remainder that is not small comes out too large by a fifth or, if negative, too near to zero. Three different delays leave
+        one number beside M0 and T1, which cannot tell one from the other: it is called a remainder.
+        """
+        gains = range(len(self.times)) if len(set(self.times)) > 3 else ()
+        found = (self._deviation(state) for state in (None, *gains))
+        return tuple(deviation for deviation in found if deviation is not None)
+
+    def less(self, deviation: Deviation) -> _Fitted:
+        """The same pixels without a deviation."""
+        return replace(self, residual=self.residual - deviation.size * self._beyond(self._change(deviation.state)))
+
+    def _beyond(self, change: Tensor) -> Tensor:
+        """What neither M0 nor R1 can imitate."""
+        return _without(_without(change, self.recovered), self.slope)
+
+    def _change(self, state: int | None) -> Tensor:
+        """What a deviation of size 1 adds, over M0."""
+        if state is None:
+            return self.decay
+        change = torch.zeros_like(self.recovered)
+        change[state] = self.recovered[state]
+        return change
+
+    def _deviation(self, state: int | None) -> Deviation | None:
+        """``None`` where too few pixels tell."""
+        change = self._change(state)
+        beyond = self._beyond(change)
+        tells = beyond.square().sum(0)
+        sizes = (beyond * self.residual).sum(0) / tells
+        rate_change = (self.slope * change).sum(0) / self.slope.square().sum(0) / self.rate
+        weight = self.amplitude.square() * tells
+        known = torch.isfinite(sizes) & torch.isfinite(weight) & torch.isfinite(rate_change) & (weight > 0)
+        if int(known.sum()) < FEWEST_PIXELS:
+            return None
+        size, spread = _weighted_median(sizes[known], weight[known])
+        effect = abs(size) * math.sqrt(float(weight[known].sum() / self.amplitude[known].square().sum()))
+        # lengths and not squares: single pixels with artefacts must not decide
+        shorter = torch.linalg.vector_norm(self.residual, dim=0) - torch.linalg.vector_norm(
+            self.residual - size * beyond, dim=0
+        )
+        explained = float((self.amplitude * shorter)[known].sum() / self.amplitude[known].sum())
+        n_equal = float(weight[known].sum().square() / weight[known].square().sum())
+        doubt = 2 * MEDIAN_TO_MEAN * spread / math.sqrt(n_equal)
+        t1_error = (-size * rate_change[known]).sort().values
+        quartile = t1_error.abs().sort().values[3 * len(t1_error) // 4]
+        delay = None if state is None else self.times[state]
+        return Deviation(state, delay, size, doubt, effect, explained, float(t1_error[len(t1_error) // 2]), float(quartile))
 
 
 def strong_signal(images: Tensor) -> Tensor:
@@ -78,15 +291,12 @@ def strong_signal(images: Tensor) -> Tensor:
     return (strength >= OBJECT * top) & (strength > 0)
 
 
-def saturation_note(left: float | None) -> str:
-    """What the operator has to know of what the saturation left; empty where that is next to nothing."""
-    if left is None or abs(left) <= MOST_LEFT:
-        return ""
-    wrong, why = ("too short", "incomplete saturation") if left > 0 else ("too long", "inverted magnetisation")
-    return (
-        f"the recovery seems to begin at {100 * left:.0f} % of M0 and not at zero ({why}, wrong delays, or states of unlike gain): "
-        f"T1 is {wrong}"
-    )
+def _weighted_median(values: Tensor, weight: Tensor) -> tuple[float, float]:
+    """And half the distance of the two values that hold 68 % of the weight between them."""
+    values, order = values.sort()
+    share = weight[order].cumsum(0)
+    low, middle, high = (float(values[int((share < part * share[-1]).sum())]) for part in (0.16, 0.5, 0.84))
+    return middle, (high - low) / 2
 
 
 def _without(vector: Tensor, direction: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 
 from recon_core.errors import DataError
-from recon_core.maps.saturation import NO_SATURATION, magnetisation_left, saturation_note, strong_signal
+from recon_core.maps.saturation import MOST_WRONG, judge_recovery, strong_signal
 from recon_core.maps.series import ImageNoise, SeriesMaps
 from recon_core.maps.settings import MapSettings
 from recon_core.maps.t1 import T1Maps, inversion_recovery_t1, molli_t1, saturation_recovery_t1
@@ -95,8 +95,8 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     Raises
     ------
     DataError
-        Times as in `recovery_times`; images that are not finite; a sign from the phase asked of magnitude images; a recovery that
-        begins far from zero though it should after a saturation.
+        Times as in `recovery_times`; images that are not finite; a sign from the phase asked of magnitude images; of a
+        saturation recovery, delays that do not belong together or a beginning far from zero, where T1 would be too wrong.
     """
     times = recovery_times(scan, len(series.data), settings)
     signed, sign_note = _with_sign(series.data, settings.map_sign)
@@ -118,21 +118,22 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
 
 
 def _judged_saturation(images: Tensor, maps: T1Maps, times: tuple[float, ...]) -> str:
-    """What is to be said of what the saturation left; raises ``DataError`` where there was none."""
+    """What is to be said of delays that do not belong together; raises ``DataError`` where T1 would be too wrong."""
     seen = maps.t1.valid
     m0 = maps.m0.data[seen]
     if maps.m0_phase is not None:
         m0 = torch.polar(m0, maps.m0_phase.data[seen])
-    left = magnetisation_left(images[:, seen], m0, maps.t1.data[seen], times)
-    if left is not None and abs(left) > NO_SATURATION:
+    judged = judge_recovery(images[:, seen], m0, maps.t1.data[seen], times)
+    if judged.forbids_map:
+        what = "this is no recovery from saturation" if judged.is_no_saturation else "T1 would be wrong"
         raise DataError(
-            "this is no recovery from saturation",
+            what,
             where="T1 map",
-            got=f"a signal that begins at {100 * left:.0f} % of M0",
-            expected="near zero",
-            remedy="Check the preparation and the delays in the header",
+            got=judged.note,
+            expected=f"delays that belong together, and T1 within {100 * MOST_WRONG:g} % of the truth",
+            remedy="Check the preparation and the delays in the header, and whether the scanner or a converter scaled images by themselves",
         )
-    return saturation_note(left)
+    return judged.note
 
 
 def _with_sign(images: Tensor, sign: str) -> tuple[Tensor, str]:

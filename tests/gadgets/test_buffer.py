@@ -254,6 +254,10 @@ def test_calibration_lines_of_unlike_contrast_are_told() -> None:
         return any("different contrast" in n for n in sort_readouts(headers, header).notes)
 
     assert told(mixed, recovery)
+    states = assemble(sort_readouts(mixed, recovery), 0, numbered_rows(len(mixed), 2, 16)).acs_states
+    assert states is not None
+    assert [own[0].nonzero().flatten().tolist() for own in states] == [[7, 8, 9], [6, 8, 10], [5, 8, 11]]
+    assert assemble(sort_readouts(shared, recovery), 0, numbered_rows(len(shared), 2, 16)).acs_states is None
     assert not told(mixed, mrd_header(16, 16)) and not told(shared, recovery)
 
 

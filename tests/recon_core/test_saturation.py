@@ -1,4 +1,4 @@
-"""What a saturation leaves makes every T1 wrong and hardly shows: it is found from all pixels together, and said."""
+"""What a saturation leaves, or a delay of another gain, makes every T1 wrong and hardly shows: all pixels together tell."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recon_core.errors import DataError
-from recon_core.maps.saturation import MOST_LEFT, magnetisation_left
+from recon_core.maps.saturation import MOST_LEFT, Judgement, judge_recovery
 from recon_core.maps.series import ImageNoise
 from recon_core.maps.series_t1 import recovery_times, t1_maps
 from recon_core.maps.settings import MapSettings
@@ -33,37 +33,87 @@ def recovery(left: float, noise: float = 0.005, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(images.astype(np.complex64))
 
 
-@pytest.mark.parametrize("magnitude", [False, True])
-@pytest.mark.parametrize("left", [0.0, 0.02, 0.05, 0.1, -0.1])
-def test_what_the_saturation_left_is_found_from_a_fit_that_knows_nothing_of_it(left: float, magnitude: bool) -> None:
-    images = recovery(left)
-    images = images.abs() if magnitude else images
-    fitted = saturation_recovery_t1(images, TIMES)
+def judged(images: torch.Tensor, times: tuple[float, ...] = TIMES) -> Judgement:
+    """What is said of a fit that knows nothing of what may be wrong."""
+    fitted = saturation_recovery_t1(images, times)
     seen = fitted.t1.valid
     m0 = fitted.m0.data[seen]
     if fitted.m0_phase is not None:
         m0 = torch.polar(m0, fitted.m0_phase.data[seen])
-    found = magnetisation_left(images[:, seen], m0, fitted.t1.data[seen], TIMES)
-    assert found == pytest.approx(left, abs=0.004 + 0.2 * abs(left))
+    return judge_recovery(images[:, seen], m0, fitted.t1.data[seen], times)
+
+
+def scaled(images: torch.Tensor, gains: dict[float, float]) -> torch.Tensor:
+    """The images of some delays made brighter."""
+    return images * torch.tensor([1 + gains.get(t, 0.0) for t in TIMES])[:, None, None, None]
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize("left", [0.0, 0.02, 0.05, 0.1, -0.1])
+def test_what_the_saturation_left_is_found_from_a_fit_that_knows_nothing_of_it(left: float, magnitude: bool) -> None:
+    images = recovery(left)
+    found = judged(images.abs() if magnitude else images)
+    if left == 0:
+        assert found.likely[0].effect < 0.001
+    else:
+        assert found.likely[0].delay is None
+        assert found.likely[0].size == pytest.approx(left, abs=0.004 + 0.2 * abs(left))
+    assert bool(found.note) == (abs(left) > MOST_LEFT) and not found.several
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize("gain", [0.05, -0.05, 0.1])
+@pytest.mark.parametrize("delay", TIMES)
+def test_a_delay_of_another_gain_is_named_with_its_size_and_what_follows(delay: float, gain: float, magnitude: bool) -> None:
+    images = scaled(recovery(0.0), {delay: gain})
+    images = images.abs() if magnitude else images
+    found = judged(images)
+    (said,) = found.likely
+    assert said.delay == delay and said.size == pytest.approx(gain, abs=0.01) and not found.several
+    assert f"delay {delay:g} s" in found.note and ("brighter" if gain > 0 else "darker") in found.note
+    fitted, true = saturation_recovery_t1(images, TIMES).t1, 1.15 + 0.85 * np.linspace(-1, 1, N)
+    error = np.sort((fitted.data[0].numpy() / true - 1)[fitted.valid[0].numpy()])
+    assert said.t1_median == pytest.approx(np.median(error), abs=0.02)
+    assert said.t1_quartile == pytest.approx(np.quantile(np.abs(error), 0.75), abs=0.03)
+
+
+def test_small_gains_and_a_gain_of_all_delays_are_nothing() -> None:
+    assert not judged(scaled(recovery(0.0), {8.0: 0.02})).note
+    assert not judged(1.3 * recovery(0.0)).note
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_noise_is_no_remainder(seed: int) -> None:
-    images = recovery(0.0, noise=0.05, seed=seed)
-    fitted = saturation_recovery_t1(images, TIMES)
-    seen = fitted.t1.valid
-    m0 = torch.polar(fitted.m0.data[seen], fitted.m0_phase.data[seen])  # type: ignore[union-attr]
-    found = magnetisation_left(images[:, seen], m0, fitted.t1.data[seen], TIMES)
-    assert found is not None and abs(found) < MOST_LEFT / 2
+def test_noise_is_no_remainder_and_no_gain(seed: int) -> None:
+    found = judged(recovery(0.0, noise=0.05, seed=seed))
+    assert not found.note and not found.forbids_map
+    few = judged(recovery(0.0, noise=0.05, seed=seed)[..., :3, :])
+    assert not few.note and not few.forbids_map and max(d.doubt for d in few.likely) > 0.02
 
 
 def test_too_few_pixels_or_delays_tell_nothing() -> None:
     images, m0, t1 = torch.ones(5, 40, dtype=torch.complex64), torch.ones(40), torch.ones(40)
-    assert magnetisation_left(images, m0, t1, TIMES) is None
-    assert magnetisation_left(torch.ones(3, 90), torch.ones(90), torch.ones(90), (0.5, 0.5, 8.0)) is None
+    assert judge_recovery(images, m0, t1, TIMES) == Judgement()
+    assert judge_recovery(torch.ones(3, 90), torch.ones(90), torch.ones(90), (0.5, 0.5, 8.0)) == Judgement()
 
 
-@pytest.mark.parametrize(("left", "said"), [(0.0, ""), (0.1, "too short"), (-0.1, "too long")])
+def test_three_delays_cannot_tell_a_gain_from_a_remainder() -> None:
+    times = TIMES[:3]
+    found = judged(scaled(recovery(0.0), {0.5: 0.1})[:3], times)
+    assert [d.delay for d in found.likely] == [None] and "states of unlike gain" in found.note
+
+
+@pytest.mark.parametrize(("gains", "said"), [
+    ({8.0: 0.1}, "delay 8 s .*10 % brighter.*T1 is 1. % too long"),
+    ({0.5: -0.3}, "delay 0.5 s .*3. % darker.*too long"),
+    ({8.0: 0.06, 2.0: 0.06}, "several delays"),
+    ({0.5: 0.05, 1.0: -0.05, 1.5: 0.05}, "several delays"),
+])  # fmt: skip
+def test_a_map_that_would_be_wrong_by_a_tenth_is_not_made(gains: dict[float, float], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        t1_maps(ImageSeries("image", scaled(recovery(0.0), gains)), SCAN, ImageNoise(0.005, measured=True), SATURATION)
+
+
+@pytest.mark.parametrize(("left", "said"), [(0.0, ""), (0.06, "too short"), (-0.06, "too long")])
 def test_a_fitted_map_says_that_the_saturation_was_incomplete(left: float, said: str) -> None:
     found = t1_maps(ImageSeries("image", recovery(left)), SCAN, ImageNoise(0.005, measured=True), SATURATION)
     told = [note for note in found.notes if "of M0" in note]

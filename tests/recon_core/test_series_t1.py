@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from recon_core.errors import DataError
+from recon_core.errors import CalibrationError, DataError
 from recon_core.maps.regrid import map_on_recon_matrix
 from recon_core.maps.series import ImageNoise, image_noise
 from recon_core.maps.series_t1 import recovery_times, t1_maps
@@ -283,3 +283,48 @@ def test_images_that_are_not_finite_are_refused() -> None:
     images[2, 0, 5, 5] = math.nan
     with pytest.raises(DataError, match="not finite"):
         t1_maps(ImageSeries("image", images), SCAN, None, T1)
+
+
+# ---------------------------------------------------------------------------------------- what a reconstruction cannot be given
+
+
+def mixed_calibration(kspace: KSpace, n_shifts: int) -> KSpace:
+    """No state has all calibration lines: state q was measured at lines q, q + n_shifts, ..., and the mean over states is all there is."""
+    line = torch.arange(N)
+    measured = torch.stack([line % n_shifts == q % n_shifts for q in range(len(TIMES))])[:, None]
+    data = kspace.data * measured[:, None, :, :, None]
+    assert kspace.acs_mask is not None
+    acs = data.sum(0) / measured.sum(0)[None, ..., None] * kspace.acs_mask[None, ..., None]
+    states = measured & kspace.acs_mask
+    return replace(kspace, data=data, counts=measured.float(), acs=acs, acs_states=states, coil_maps=None)
+
+
+def test_coil_maps_of_unlike_contrast_make_no_t1_map() -> None:
+    k = mixed_calibration(molli_kspace(0.003), 4)
+    with pytest.raises(CalibrationError, match="differ in contrast") as refused:
+        reconstruct(k, SCAN, recipe("cg_sense"))
+    assert refused.value.remedy
+    warned = reconstruct(k, SCAN, recipe("cg_sense", maps=replace(T1, map_failure="warn")))
+    assert not warned.maps and len(warned.images[0].data) == len(TIMES)
+    assert any("no T1 map" in note and "differ in contrast" in note for note in warned.notes)
+    assert reconstruct(k, SCAN, recipe("cg_sense", maps=MapSettings())).images
+
+
+def test_calibration_lines_of_several_states_serve_where_their_contrast_is_alike() -> None:
+    """At 2x the even and the odd states of 5(3)3 are as bright on average."""
+    found = reconstruct(mixed_calibration(molli_kspace(0.003), 2), SCAN, recipe("cg_sense")).maps[0]
+    truth, _ = object_t1()
+    inside = interior() & found.valid[0].numpy()
+    assert inside.sum() > 0.9 * interior().sum()
+    assert np.median(np.abs(found.data[0].numpy() / truth - 1)[inside]) < 0.05
+
+
+@pytest.mark.parametrize(("louder", "told"), [(1.0, False), (3.0, True)])
+def test_a_noise_measurement_louder_than_outer_kspace_is_told_and_not_used(louder: float, told: bool) -> None:
+    k = molli_kspace(0.02)
+    report = Listener()
+    result = reconstruct(replace(k, noise_std=louder * 0.02), SCAN, recipe("cg_sense"), report)
+    assert any("noise measurement is" in note for note in result.notes) == told
+    assert any("noise measurement is" in text for text in report.warnings) == told
+    comment = next(m.comment for m in result.maps if m.name == "T1_SD")
+    assert ("noise of outer k-space" in comment) == told

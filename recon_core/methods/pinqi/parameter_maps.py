@@ -29,6 +29,8 @@ Tensor = torch.Tensor
 
 WINDOW = 7  # pixels: a residual is judged as a mean over so many squared
 SIGNAL_QUANTILE = 0.999
+LEAST_RESIDUAL = 0.8
+"""Of the maps over a measured noise: good scans leave about 1 and more, however undersampled: maps are few numbers."""
 AT_END = 0.01
 """Part of a limit of the predicted rate from which on a pixel counts as held by it: the fit is drawn there and ends close by."""
 
@@ -54,6 +56,11 @@ class Agreement:
     unexplained: float
     local: Tensor
     misfit: Tensor
+
+    @property
+    def noise_too_loud(self) -> bool:
+        """Whether even the noise in the data is less than was measured."""
+        return 0 < self.maps < LEAST_RESIDUAL
 
     def fails(self, settings: Settings) -> bool:
         """Whether the maps contradict the data."""
@@ -164,6 +171,8 @@ def parameter_maps(
     settings: Settings,
     comment: str,
     rates: tuple[float, float] | None = None,
+    *,
+    believed: bool = True,
 ) -> tuple[tuple[ParameterMap, ...], float]:
     """T1 and its SD (s), M0's magnitude (images' unit) and phase (rad): float32 ``(1, y, x)``, one common ``valid``, 0 elsewhere.
 
@@ -178,6 +187,8 @@ def parameter_maps(
         Said with every map.
     rates
         Between which the network's prediction is held, in 1/s: a pixel at an end of it is as little believed as one on a bound of the fit.
+    believed
+        False: no pixel is.
     """
     parameters = operator.leave_image(found.parameters)[0]  # (parameter, y, x)
     t1, crlb = relaxation_deviation(model, parameters, image_noise_variance(operator, noise))
@@ -185,7 +196,7 @@ def parameter_maps(
     m0 = torch.complex(parameters[0], parameters[1])
     strength = operator.leave_image(found.images)[0].abs().square().mean(0).sqrt()
     has_signal = (strength >= settings.signal_floor * _quantile(strength)) & (strength > 0)
-    valid = has_signal & (parameters[-1] > 0) & (t1 >= settings.t1_min) & (t1 <= settings.t1_max)
+    valid = has_signal & believed & (parameters[-1] > 0) & (t1 >= settings.t1_min) & (t1 <= settings.t1_max)
     if rates is not None:
         valid &= (parameters[-1] > rates[0] * (1 + AT_END)) & (parameters[-1] < rates[1] * (1 - AT_END))
     valid &= deviation <= settings.max_relative_sd * t1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from recon_core.errors import DataError, NumericalError
-from recon_core.maps.saturation import magnetisation_left, saturation_note, strong_signal
+from recon_core.maps.saturation import MOST_WRONG, Judgement, judge_recovery, strong_signal
 from recon_core.methods.pinqi.installed import installed_weights
 from recon_core.methods.pinqi.model import AS_LEARNED, PinqiOutput, Strengths
 from recon_core.methods.pinqi.noise_rule import acceleration_of
@@ -85,7 +86,8 @@ def reconstruct_with(trained: TrainedPinqi, kspace: KSpace, scan: ScanInfo, sett
     CalibrationError
         No usable coil maps.
     NumericalError
-        Results that are not finite, or (``quality_failure = error``) maps that contradict the data.
+        Results that are not finite, or (``quality_failure = error``) maps that contradict the data or come from delays that
+        contradict each other.
 
     References
     ----------
@@ -101,12 +103,14 @@ def reconstruct_with(trained: TrainedPinqi, kspace: KSpace, scan: ScanInfo, sett
     applied = apply_network(trained, kspace, order, where, report, settings.regularisation)
     found, scale, noise = applied.found, applied.scale, applied.noise
     report.progress(0.9, NAME)
-    agreed = agreement(applied.operator, applied.data, found, applied.signal, noise)
-    notes = _judge(agreed, applied.noise_measured, settings, where) + _saturation(trained, applied)
+    agreed = agreement(applied.operator, applied.data, found, applied.signal, applied.sample_noise)
+    judged = _judged_recovery(trained, applied)
+    notes = _judge(agreed, judged, applied.noise_measured, settings, where)
     comment = "; ".join((_origin(trained), *notes))
     rates = trained.network.predicted_rates
+    believed = not judged.forbids_map
     maps, share = parameter_maps(
-        trained.network.model, applied.operator, found, agreed, noise, scale, settings, comment, rates
+        trained.network.model, applied.operator, found, agreed, noise, scale, settings, comment, rates, believed=believed
     )
     if share < 1 - MOST_EMPTY:
         notes = (
@@ -146,7 +150,9 @@ class Applied:
     scale
         Measured units per unit of the network.
     noise, noise_measured
-        SD of a complex sample of ``data``, and whether it was measured or estimated from the outer lines.
+        SD of a complex sample of a complete readout of ``data``, and whether it was measured or estimated from the outer lines.
+    readout_share
+        Part of the readout that was measured.
     """
 
     operator: BatchedSense
@@ -157,6 +163,12 @@ class Applied:
     scale: float
     noise: float
     noise_measured: bool
+    readout_share: float = 1.0
+
+    @property
+    def sample_noise(self) -> float:
+        """SD of a sample as the data have it: what an asymmetric echo left out is zero and has no noise."""
+        return self.noise * math.sqrt(self.readout_share) if self.noise_measured else self.noise
 
 
 def apply_network(
@@ -189,7 +201,7 @@ def apply_network(
         signal = trained.network.model.signal(found.parameters.movedim(1, 0)).movedim(0, 1)
     if not bool(torch.isfinite(found.parameters).all() & torch.isfinite(torch.view_as_real(found.images)).all()):
         raise NumericalError("the network's result is not finite", where=where, remedy="The chain's fallback can answer")
-    return Applied(operator, data, found, signal, start, scale, noise, problem.noise_measured)
+    return Applied(operator, data, found, signal, start, scale, noise, problem.noise_measured, kspace.readout_share)
 
 
 def _nearly_real(
@@ -319,37 +331,60 @@ def calibration(kspace: KSpace, scan: ScanInfo, settings: Settings) -> KSpace:
     return longest_delay_calibration(kspace, scan) if settings.coil_map_source == "longest" else kspace
 
 
-def _judge(agreed: Agreement, noise_measured: bool, settings: Settings, where: str) -> tuple[str, ...]:
-    """Nothing, or what the operator has to know of maps that contradict the data."""
-    if not agreed.fails(settings):
-        return ()
+def _judge(agreed: Agreement, judged: Judgement, noise_measured: bool, settings: Settings, where: str) -> tuple[str, ...]:
+    """Nothing, or what the operator has to know of maps that contradict the data or of delays that contradict each other.
+
+    Raises
+    ------
+    NumericalError
+        Such maps, if they are not to be sent.
+    """
     source = "measured noise" if noise_measured else "noise of outer k-space"
-    text = (
-        f"pinqi: the maps do not fit the measured data (residual {agreed.maps:.1f} times the {source}, "
-        f"{100 * agreed.unexplained:.0f} % of the signal unexplained)"
-    )
+    misfit = f"residual {agreed.maps:.1f} times the {source}, {100 * agreed.unexplained:.0f} % of the signal unexplained"
     if settings.quality_failure == "error":
+        _refuse_wrong(agreed, judged, misfit, settings, where)
+    told = [judged.note] if judged.note else []
+    if agreed.fails(settings):
+        told.append(f"the maps do not fit the measured data ({misfit})")
+    if noise_measured and agreed.noise_too_loud:
+        told.append(
+            f"the residual is {agreed.maps:.1f} times the measured noise, which cannot be: the noise measurement is too loud (its "
+            "scaling, or another bandwidth), and whether the maps fit the data cannot be told"
+        )
+    # one story: delays that do not belong together are why the maps do not fit
+    return (f"pinqi: {'; '.join(told)}",) if told else ()
+
+
+def _refuse_wrong(agreed: Agreement, judged: Judgement, misfit: str, settings: Settings, where: str) -> None:
+    """Raise ``NumericalError`` for maps that are not to be sent."""
+    if judged.forbids_map:
+        raise NumericalError(
+            "T1 would be wrong",
+            where=where,
+            got=judged.note,
+            expected=f"delays that belong together, and T1 within {100 * MOST_WRONG:g} % of the truth",
+            remedy="Another method's T1 would be as wrong; the images are not",
+        )
+    if agreed.fails(settings):
         raise NumericalError(
             "the maps do not fit the measured data",
             where=where,
-            got=f"residual {agreed.maps:.1f} times the {source}, {100 * agreed.unexplained:.0f} % of the signal unexplained",
+            got=misfit,
             expected=f"below {settings.quality_noise:g} times, or below {100 * settings.quality_signal:g} %",
-            remedy="The chain's fallback can answer; motion and wrong delays are common causes",
+            remedy=f"The chain's fallback can answer; {judged.note or 'motion and wrong delays are common causes'}",
         )
-    return (text,)
 
 
-def _saturation(trained: TrainedPinqi, applied: Applied) -> tuple[str, ...]:
-    """Nothing, or what the operator has to know of a saturation that left something."""
+def _judged_recovery(trained: TrainedPinqi, applied: Applied) -> Judgement:
+    """Whether the delays belong together, by images that the model has not touched."""
     model = trained.network.model
     if not isinstance(model, SaturationRecovery) or not model.is_complex:
-        return ()
+        return Judgement()
     images = applied.found.images if applied.start is None else applied.start
     parameters = applied.found.parameters[0]
     inside = strong_signal(images[0]) & (parameters[-1] > 0)
     m0 = torch.complex(parameters[0], parameters[1])[inside]
-    note = saturation_note(magnetisation_left(images[0][:, inside], m0, 1 / parameters[-1][inside], trained.times))
-    return (f"pinqi: {note}",) if note else ()
+    return judge_recovery(images[0][:, inside], m0, 1 / parameters[-1][inside], trained.times)
 
 
 def _origin(trained: TrainedPinqi) -> str:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from recon_core.errors import CalibrationError, DataError, NumericalError, ReconError
+from recon_core.fourier import fft_centred, ifft_centred
 from recon_core.methods.pinqi.installed import FOLDERS, find_weights
 from recon_core.methods.pinqi.model import PinqiSettings, Strengths
 from recon_core.methods.pinqi.noise_rule import NoiseRule
@@ -151,17 +152,28 @@ def test_nothing_but_zeros_gives_nothing_and_says_so(physics: TrainedPinqi) -> N
 def test_data_that_contradict_the_model_are_marked_or_refused(physics: TrainedPinqi) -> None:
     s = saturation_scan(noise=1e-3)
     spoiled = s.kspace.data.clone()
-    spoiled[3] *= 0.3  # the longest delay is darker than the shorter ones: no recovery looks like that
+    n = spoiled.shape[-2]
+    spoiled[3] *= torch.exp(2j * torch.pi * 4 / n * (torch.arange(n) - n // 2))[:, None]  # moved by four pixels
     k = replace(s.kspace, data=spoiled)
     result = run(physics, s, k)
     assert "do not fit the measured data" in result.notes[0]
     assert all("do not fit" in m.comment for m in result.maps)
     assert result.quality["t1_valid"] < 0.5 and result.quality["residual_maps"] > 2
-    with pytest.raises(NumericalError, match="do not fit") as refused:
+    with pytest.raises(NumericalError, match="do not belong together") as refused:
         run(physics, s, k, quality_failure="error")
     assert refused.value.remedy
     good = run(physics, s)
     assert not good.notes and "do not fit" not in good.maps[0].comment and good.quality["residual_maps"] < 1.2
+
+
+def test_maps_that_leave_too_much_unexplained_are_refused(physics: TrainedPinqi) -> None:
+    """What one place has wrong is nothing that all pixels share."""
+    s = saturation_scan(noise=1e-3)
+    spoiled = s.kspace.data.clone()
+    spoiled[3, ..., 6:10] *= 0.3  # four columns of the longest delay
+    with pytest.raises(NumericalError, match="do not fit the measured data") as refused:
+        run(physics, s, replace(s.kspace, data=spoiled), quality_failure="error")
+    assert refused.value.remedy
 
 
 def test_pixels_at_a_bound_are_marked(physics: TrainedPinqi) -> None:
@@ -195,13 +207,59 @@ def test_averages_lower_the_standard_deviation(physics: TrainedPinqi) -> None:
     assert np.median(really.maps[1].data[0].numpy()[s.body] / once) == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize(("left", "said"), [(0.0, ""), (0.15, "too short"), (-0.15, "too long")])
+@pytest.mark.parametrize(("left", "said"), [(0.0, ""), (0.07, "too short"), (-0.07, "too long")])
 def test_an_incomplete_saturation_is_said_with_every_map(physics: TrainedPinqi, left: float, said: str) -> None:
     """Though M0 and T1 take up nearly all of it."""
     result = run(physics, saturation_scan(left=left))
     told = [note for note in result.notes if "of M0" in note]
     assert len(told) == bool(said)
     assert all(said in note and all(note in m.comment for m in result.maps) for note in told)
+
+
+def brightened(s: SaturationScan, gain: float) -> KSpace:
+    """The longest delay louder than the others."""
+    data = s.kspace.data.clone()
+    data[TIMES.index(max(TIMES))] *= 1 + gain
+    return replace(s.kspace, data=data)
+
+
+def test_a_delay_of_another_gain_is_said_with_every_map_and_once(physics: TrainedPinqi) -> None:
+    s = saturation_scan()
+    result = run(physics, s, brightened(s, 0.05))
+    (told,) = [note for note in result.notes if "brighter" in note]
+    assert "delay 8 s seem to be 5 % brighter" in told and "too long" in told
+    assert all(told in m.comment and bool(m.valid.any()) for m in result.maps)
+    assert not any("do not fit the measured data" in note for note in result.notes if note != told)
+
+
+@pytest.mark.parametrize("failure", ["mark", "error"])
+def test_a_gain_that_makes_t1_wrong_by_a_tenth_leaves_no_map(physics: TrainedPinqi, failure: str) -> None:
+    s = saturation_scan()
+    if failure == "error":
+        with pytest.raises(NumericalError, match=r"T1 would be wrong.*delay 8 s.*1. % brighter"):
+            run(physics, s, brightened(s, 0.1), quality_failure=failure)
+    else:
+        result = run(physics, s, brightened(s, 0.1))
+        assert not any(bool(m.valid.any()) for m in result.maps) and bool((result.images[0].data != 0).any())
+        assert any("delay 8 s" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("times", [1.0, 1.5, 3.0])
+def test_a_noise_measurement_that_is_too_loud_is_told(physics: TrainedPinqi, times: float) -> None:
+    """The residual is then less than noise, which made the quality check blind."""
+    s = saturation_scan(noise=3e-3)
+    result = run(physics, s, replace(s.kspace, noise_std=times * 3e-3))
+    assert any("noise measurement is too loud" in note for note in result.notes) == (times > 1)
+
+
+def test_an_asymmetric_echo_has_less_noise_and_is_no_loud_measurement(physics: TrainedPinqi) -> None:
+    s = saturation_scan(noise=0.05)
+    n = s.kspace.data.shape[-1]
+    kept = torch.arange(n) >= n // 2 - 2
+    data = ifft_centred(fft_centred(s.kspace.data, -1) * kept, -1)
+    result = run(physics, s, replace(s.kspace, data=data, readout_range=(n // 2 - 2, n)))
+    assert not any("too loud" in note for note in result.notes)
+    assert 0.95 < result.quality["residual_maps"] < 1.3
 
 
 def test_calibration_from_the_longest_delay() -> None:

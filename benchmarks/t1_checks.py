@@ -1,0 +1,221 @@
+"""Question: what do the checks of a T1 scan find, what do they not, and do they leave good scans alone?
+
+* Delays whose images are brighter or darker than the others' (`recon_core.maps.saturation`): simulated brains, nine tubes and the measured
+  brain, ``llr`` with coil maps estimated from eight lines. T1's error is that of a plain fit, against the fit of the scan as it was.
+* Scans without calibration lines: T1 by coil maps of what all states have together, beside the contrast between those lines.
+* A noise measurement three times too loud, against outer k-space and (``--pinqi``) against the residual of the maps.
+
+    python -m benchmarks.t1_checks --pinqi
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks import pinqi_measured
+from benchmarks.common import print_table, write_result
+from benchmarks.pinqi_methods import Sample
+from benchmarks.pinqi_phantom import acquired
+from recon_core.errors import ReconError
+from recon_core.maps.saturation import judge_recovery
+from recon_core.maps.settings import MapSettings
+from recon_core.maps.t1 import T1Maps, molli_t1, saturation_recovery_t1
+from recon_core.methods import get_method
+from recon_core.problem import noise_scan_excess
+from recon_core.reconstruct import Recipe, calibration_contrast, reconstruct
+from recon_core.simulation.head_atlas import HeadAtlas
+from recon_core.simulation.options import settings_for
+from recon_core.simulation.quantitative_brain import QuantitativeBrains, SampleRecipe
+from recon_core.simulation.scan import Scan, simulate_scan
+from recon_core.simulation.tubes import PROTOCOL, compare_tubes
+from recon_core.training.pinqi_tasks import EVALUATION_SEED
+from recon_core.types import KSpace, ScanInfo
+
+MATRIX = 96
+EXTENT = 24  # calibration lines of a scan without calibration, at most
+GAINS: dict[str, tuple[float, ...]] = {
+    "as it was": (0, 0, 0, 0, 0),
+    "0.5 s +5 %": (0.05, 0, 0, 0, 0),
+    "0.5 s -10 %": (-0.1, 0, 0, 0, 0),
+    "1.5 s -5 %": (0, 0, -0.05, 0, 0),
+    "2 s +10 %": (0, 0, 0, 0.1, 0),
+    "8 s +5 %": (0, 0, 0, 0, 0.05),
+    "8 s -10 %": (0, 0, 0, 0, -0.1),
+    "2 and 8 s +5 %": (0, 0, 0, 0.05, 0.05),
+    "drift -5 to +5 %": (-0.05, -0.025, 0, 0.025, 0.05),
+    "drift +5 to -5 %": (0.05, 0.025, 0, -0.025, -0.05),
+}
+
+
+def brain(acceleration: float, noise: float) -> tuple[KSpace, ScanInfo]:
+    """A held-out simulated brain without its coil maps."""
+    recipe = SampleRecipe(size=MATRIX, accelerations=(acceleration,), noise=(noise, noise))
+    sample = Sample.of(QuantitativeBrains(HeadAtlas(), recipe, seed=EVALUATION_SEED).batch("test", [1]), recipe)
+    return replace(sample.kspace, coil_maps=None), sample.scan
+
+
+def tubes(acceleration: float, seed: int = 0, **change: Any) -> tuple[Scan, KSpace, ScanInfo]:
+    """Nine tubes, six coils."""
+    values = {
+        **PROTOCOL,
+        "matrix_x": MATRIX,
+        "matrix_y": MATRIX,
+        "acceleration": acceleration,
+        "coils": 6,
+        "snr": 60.0,
+        "seed": seed,
+    }
+    scan = simulate_scan("satrec", settings_for("satrec", {**values, **change}))
+    return scan, *acquired(scan, seed)
+
+
+def cases() -> dict[str, tuple[KSpace, ScanInfo]]:
+    """Good scans."""
+    measured = pinqi_measured.truth()
+    return {
+        **{f"brain {r:g}x, noise {noise:g}": brain(r, noise) for r, noise in ((4.0, 0.003), (6.0, 0.01), (8.0, 0.03))},
+        "tubes 4x": tubes(4.0)[1:],
+        "measured brain 6x": pinqi_measured.acquired(measured, "brain", 6.0, 0.01, 0),
+    }
+
+
+def images_of(kspace: KSpace, scan: ScanInfo) -> torch.Tensor:
+    """``(state, z, y, x)`` by ``llr``."""
+    return reconstruct(kspace, scan, Recipe("llr", get_method("llr").Settings())).images[0].data
+
+
+def gain_rows(name: str, kspace: KSpace, scan: ScanInfo) -> list[list[Any]]:
+    """What is found of every entry of `GAINS`, and what T1 makes of it."""
+    rows, reference = [], None
+    order = sorted(range(len(scan.saturation_times)), key=scan.saturation_times.__getitem__)
+    for label, gains in GAINS.items():
+        factor = torch.ones(len(order))
+        factor[order] += torch.tensor(gains)
+        data = kspace.data * factor[:, None, None, None, None]
+        acs = None if kspace.acs_mask is None else data.mean(0) * kspace.acs_mask[None, ..., None]
+        images = images_of(replace(kspace, data=data, acs=acs), scan)
+        maps = saturation_recovery_t1(images, scan.saturation_times)
+        valid = maps.t1.valid
+        assert maps.m0_phase is not None
+        m0 = torch.polar(maps.m0.data[valid], maps.m0_phase.data[valid])
+        judged = judge_recovery(images[:, valid], m0, maps.t1.data[valid], scan.saturation_times)
+        reference = maps if reference is None else reference
+        both = valid & reference.t1.valid
+        error = (maps.t1.data[both] / reference.t1.data[both] - 1).numpy()
+        best = judged.likely[0]
+        found = "M0 left" if best.delay is None else f"{best.delay:g} s"
+        rows.append([
+            name, label, found, f"{100 * best.size:+.1f}", f"{100 * best.effect:.2f}", f"{100 * judged.shared:.2f}",
+            "no map" if judged.forbids_map else "told" if judged.note else "-",
+            f"{100 * np.median(error):+.0f}", f"{100 * np.quantile(np.abs(error), 0.75):.0f}",
+        ])  # fmt: skip
+    return rows
+
+
+def without_calibration(kspace: KSpace) -> KSpace:
+    """Calibrated as the server would: the centre that the states sample together, each line the mean of the states that have it."""
+    counts = kspace.counts.sum(0)
+    sampled = (counts[0] > 0).tolist()
+    first = last = len(sampled) // 2
+    for _ in range(EXTENT // 2):
+        first -= first > 0 and sampled[first - 1] and last - first + 1 < EXTENT
+        last += last + 1 < len(sampled) and sampled[last + 1] and last - first + 1 < EXTENT
+    mask = torch.zeros_like(counts, dtype=torch.bool)
+    mask[0, first : last + 1] = True
+    acs = kspace.data.sum(0) / counts.clamp_min(1)[None, ..., None] * mask[None, ..., None]
+    return replace(kspace, acs=acs, acs_mask=mask, acs_states=kspace.mask & mask)
+
+
+def calibration_row(kind: str, scan: Scan, kspace: KSpace, info: ScanInfo, label: str) -> list[Any]:
+    """Contrast of the calibration lines, and the worst tube or tissue."""
+    kspace = without_calibration(kspace)
+    assert kspace.acs_states is not None
+    times = info.saturation_times or info.inversion_times
+    contrast = calibration_contrast(kspace.acs_states, times, inverted=kind == "molli")
+    fit: Callable[[torch.Tensor, Sequence[float]], T1Maps] = molli_t1 if kind == "molli" else saturation_recovery_t1
+    try:
+        t1 = fit(images_of(kspace, info), times).t1
+    except ReconError as error:
+        return [kind, label, f"{contrast:.3f}", str(error), ""]
+    values, valid = t1.data[0].numpy(), t1.valid[0].numpy()
+    if kind == "satrec":
+        relative = compare_tubes(values, scan.truth.labels[0, 0, 0], valid).relative
+    else:
+        truth, inside = scan.truth.maps["t1"][0, 0], scan.truth.interior[0, 0] & valid
+        labels: NDArray[Any] = scan.truth.labels[0, 0, 0]
+        relative = np.array([np.median((values / truth - 1)[inside & (labels == n)]) for n in np.unique(labels[inside])])
+    return [
+        kind,
+        label,
+        f"{contrast:.3f}",
+        f"{100 * np.nanmax(np.abs(relative)):.0f}",
+        f"{100 * np.nanmedian(np.abs(relative)):.0f}",
+    ]
+
+
+def calibration_rows() -> list[list[Any]]:
+    """Random and interleaved lines, delays in several orders; MOLLI 5(3)3."""
+    rows = []
+    none = {"calibration": "none", "acs": 0}
+    regular = {"mask": "uniform", "interleaved": True}
+    for r, delays in ((2.0, "0.5,1,1.5,2,8"), (2.0, "0.5,1,1.5,8,2"), (2.0, "0.5,8,1,2,1.5"), (3.0, "0.5,1,1.5,2,8")):
+        scan, kspace, info = tubes(r, **none, **regular, delays=delays)
+        rows.append(calibration_row("satrec", scan, kspace, info, f"{r:g}x interleaved, {delays}"))
+    for r in (2.0, 3.0, 4.0):
+        for seed in (1, 2):
+            scan, kspace, info = tubes(r, seed, **none)
+            rows.append(calibration_row("satrec", scan, kspace, info, f"{r:g}x random, seed {seed}"))
+    for r, mask in ((2.0, regular), (2.0, {"mask": "random"}), (3.0, {"mask": "random"}), (3.0, regular)):
+        values = {"matrix_x": MATRIX, "matrix_y": MATRIX, "acceleration": r, "coils": 6, "snr": 60.0, **none, **mask}
+        scan = simulate_scan("molli", settings_for("molli", values))
+        kspace, info = acquired(scan, 0)
+        info = replace(info, saturation_times=(), inversion_times=tuple(scan.truth.states))
+        rows.append(calibration_row("molli", scan, kspace, info, f"{r:g}x {mask['mask']}"))
+    return rows
+
+
+def noise_row(name: str, kspace: KSpace, scan: ScanInfo, pinqi: bool) -> list[Any]:
+    """The noise measurement over outer k-space, and PINQI's residual over it, as it is and three times too loud."""
+    row: list[Any] = [name]
+    for louder in (1.0, 3.0):
+        assert kspace.noise_std is not None
+        loud = replace(kspace, noise_std=louder * kspace.noise_std)
+        row.append(f"{noise_scan_excess(loud):.2f}")
+        if pinqi:
+            recipe = Recipe("pinqi", get_method("pinqi").Settings(), maps=MapSettings())
+            row.append(f"{reconstruct(loud, scan, recipe).quality['residual_maps']:.2f}")
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pinqi", action="store_true", help="the residual of PINQI's maps as well; slower")
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    good = cases()
+    gains = [row for name, (kspace, scan) in good.items() for row in gain_rows(name, kspace, scan)]
+    gain_columns = ["scan", "gain", "found", "size %", "effect %", "shared %", "verdict", "T1 off %", "a quarter, %"]
+    print_table("delays that are brighter or darker; effect and shared: of M0", gain_columns, gains)
+    calibration = calibration_rows()
+    calibration_columns = ["kind", "lines", "contrast", "T1 off %, worst", "median"]
+    print_table("without calibration lines", calibration_columns, calibration)
+    noise = [noise_row(name, kspace, scan, options.pinqi) for name, (kspace, scan) in good.items()]
+    per = ["over outer", "residual"] if options.pinqi else ["over outer"]
+    noise_columns = ["scan", *(f"{text} {times}" for times in ("1x", "3x") for text in per)]
+    print_table("noise measurement", noise_columns, noise)
+    tables = {"gains": gains, "calibration": calibration, "noise": noise}
+    columns = {"gains": gain_columns, "calibration": calibration_columns, "noise": noise_columns}
+    write_result("t1_checks", {"settings": vars(options), "columns": columns, "rows": tables})
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
