@@ -31,15 +31,16 @@ def main() -> None:
         with h5py.File(out) as file:
             group = file[result.group]
             ours = np.concatenate([group[name]["data"][:] for name in sorted(group)])
-    rows = []
+    rows, worst = [], 0.0
     for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         error = float(np.linalg.norm(a.astype(float) - b) / np.linalg.norm(b))
         largest = float(np.abs(a.astype(float) - b).max() / np.abs(b).max())
+        worst = max(worst, error)
         rows.append([number + 1, str(a.dtype), "x".join(map(str, a.shape)), error, largest, TARGET])
     columns = ["image", "pixels", "shape", "relative error", "largest / maximum", "target"]
     print_table("fourier against the real Gadgetron's default.xml", columns, rows)
     write_result("gadgetron_reference", {"columns": columns, "rows": rows})
-    if max(row[3] for row in rows) > TARGET:
+    if worst > TARGET:
         raise SystemExit("target missed")
 
 

@@ -24,6 +24,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -154,6 +155,10 @@ class Site:
         finally:
             journal.close()
 
+    def ended(self, capture: str) -> JobRow | None:
+        """The row of a scan, once it is over."""
+        return next((row for row in self.rows() if row.capture == capture and row.is_over), None)
+
 
 def key(image: Image) -> tuple[int, int, int]:
     return tuple(int(image.header[name]) for name in ("image_series_index", "image_index", "slice"))  # type: ignore[return-value]
@@ -221,7 +226,7 @@ def undisturbed(site: Site) -> Reference:
         capture = site.newest()
         assert capture is not None
         name = capture.name
-        row = until(lambda name=name: next((r for r in site.rows() if r.capture == name and r.is_over), None), "its row")
+        row = until(partial(site.ended, name), "its row")
         computing = row.timings["last_image"]
         rate = client.n_readouts / computing if again < 2 else rate
     assert rate is not None and capture is not None

@@ -38,7 +38,7 @@ RINGS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.5)
 Row = dict[str, Any]
 
 
-def probabilities(source: str, kind: str, shape: tuple[int, int], n_echoes: int) -> NDArray[np.floating]:
+def probabilities(source: str, kind: str, shape: tuple[int, int], n_echoes: int) -> NDArray[np.float64]:
     """``(echo or 1, k2, k1)`` of ``R/SPO`` from one of the sources above; of one pattern for all echoes one."""
     acceleration, spo = kind.split("/")
     if source == DENSITY:
@@ -48,7 +48,7 @@ def probabilities(source: str, kind: str, shape: tuple[int, int], n_echoes: int)
     path = WEIGHTS / mask_name(kind).replace(".h5", "_206x80.h5") if source == SHIPPED else Path(source) / mask_name(kind)
     found = read_mask(path).probability
     assert found is not None and found.shape[1:] == shape and len(found) >= n_echoes
-    return found[: 1 if spo == "1" else n_echoes].astype(float)
+    return found[: 1 if spo == "1" else n_echoes].astype(np.float64)
 
 
 def figures_of(

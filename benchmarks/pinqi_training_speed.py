@@ -66,7 +66,7 @@ class Stopwatch:
     @contextmanager
     def watching(self, task: EndToEnd) -> Iterator[None]:
         """Every part of a training step is timed; the code under test stays as it is."""
-        net = task.module
+        net = task.network
         linear, nonlinear = linear_layer._Attached, nonlinear_layer._Attached
         with (
             mock.patch.object(unrolled, "solve_linear", self.timed("linear", linear_layer.solve_linear)),

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -40,12 +41,9 @@ def slab() -> SliceJob:
         kept.append(job.packed("cpu"))
         return reconstruct_slice(job)
 
-    usual, slice_work.reconstruct_slice = slice_work.reconstruct_slice, keep
-    try:
-        with Service(ServiceOptions(port=0, workers=0, threads=1, rehearse=False, previews=False)) as service:
-            ask(service, CASE.chain, in_memory(CASE.kind, **CASE.scan), **CASE.settings)
-    finally:
-        slice_work.reconstruct_slice = usual
+    options = ServiceOptions(port=0, workers=0, threads=1, rehearse=False, previews=False)
+    with mock.patch.object(slice_work, "reconstruct_slice", keep), Service(options) as service:
+        ask(service, CASE.chain, in_memory(CASE.kind, **CASE.scan), **CASE.settings)
     return kept[0]
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from benchmarks.latency import server
 from benchmarks.soak_disk import SPOOL_GB
-from gadgets.journal import OPEN_STATES, Journal, JournalError
+from gadgets.job_row import OPEN_STATES
+from gadgets.journal import Journal, JournalError
 from gadgets.scratch import SCRATCH_PREFIX
 
 STALL_SECONDS = 5.0

@@ -163,8 +163,8 @@ def calibration_row(kind: str, scan: Scan, kspace: KSpace, info: ScanInfo, label
 def calibration_rows() -> list[list[Any]]:
     """Random and interleaved lines, delays in several orders; MOLLI 5(3)3."""
     rows = []
-    none = {"calibration": "none", "acs": 0}
-    regular = {"mask": "uniform", "interleaved": True}
+    none: dict[str, Any] = {"calibration": "none", "acs": 0}
+    regular: dict[str, Any] = {"mask": "uniform", "interleaved": True}
     for r, delays in ((2.0, "0.5,1,1.5,2,8"), (2.0, "0.5,1,1.5,8,2"), (2.0, "0.5,8,1,2,1.5"), (3.0, "0.5,1,1.5,2,8")):
         scan, kspace, info = tubes(r, **none, **regular, delays=delays)
         rows.append(calibration_row("satrec", scan, kspace, info, f"{r:g}x interleaved, {delays}"))

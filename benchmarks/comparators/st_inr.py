@@ -186,7 +186,7 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
         variation = (torch.view_as_real(steps).square().sum(-1) + 1e-8).sqrt().mean()
         return settings.low_rank * nuclear_norm(images) + settings.temporal_variation * variation
 
-    groups = [
+    groups: list[dict[str, object]] = [
         {"params": [network.table]},
         {"params": list(network.body.parameters()), "weight_decay": settings.weight_decay},
     ]
