@@ -262,6 +262,8 @@ def export(
         int, typer.Option(help="Excitations before the first readout; 3 s in all let brain tissue settle.", min=0)
     ] = 80,
     noise_readouts: Annotated[int, typer.Option(help="Readouts of noise before the first pulse.", min=0)] = 16,
+    max_grad: Annotated[float, typer.Option(help="Largest gradient of one axis, mT/m.", min=1.0)] = 32.0,
+    max_slew: Annotated[float, typer.Option(help="Largest slew rate of one axis, T/m/s.", min=1.0)] = 130.0,
     field_strength: Annotated[float, typer.Option(help="T.", min=0.01)] = 3.0,
     pulseq_1_4: Annotated[
         bool, typer.Option("--pulseq-1.4", help="Version 1.4.1 of the file format, for older interpreters, not 1.5.")
@@ -297,6 +299,8 @@ def export(
             oversampling=oversampling,
             dummies=dummies,
             noise_readouts=noise_readouts,
+            max_grad_mt_m=max_grad,
+            max_slew_t_m_s=max_slew,
             field_strength=field_strength,
         )
         facts = write_sequence(seq, mask, settings, mask_name=file.stem, pulseq_1_4=pulseq_1_4)

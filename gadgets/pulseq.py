@@ -117,7 +117,7 @@ def make_sequence(mask: SamplingMask, settings: SequenceSettings) -> tuple[Any, 
             "the gradients do not fit",
             where="sequence",
             got=str(error),
-            remedy="allow longer echo times or a smaller max_jump",
+            remedy="allow longer echo times, a longer dwell time or a larger field of view, or order with a smaller max_jump",
         ) from None
     sequence = pp.Sequence(system=system)
     _play(pp, sequence, mask.order, k, events, settings)

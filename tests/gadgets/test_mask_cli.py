@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from gadgets.errors import HeaderError, OutputError, RawFileError
 from gadgets.mask_check import mask_names
 from gadgets.mask_cli import app
+from gadgets.pulseq_settings import SequenceError
 from gadgets.raw_source import RawFile
 from gadgets.wire.header import parse_header
 from recon_core.errors import DataError, SettingError
@@ -59,6 +60,14 @@ def test_from_density_to_sequence(tmp_path: Path) -> None:
     assert "96 readouts in 0.7 s, largest gradient" in said and "echo times 3.99" in said and "timing check passed" in said
     assert (tmp_path / "scan.seq").is_file() and (tmp_path / "scan.mrd.xml").is_file()
     np.testing.assert_array_equal(read_mask(tmp_path / "scan.csv").order, read_mask(ordered).order)
+    gentle = _run(
+        "export", ordered, "--seq", tmp_path / "gentle.seq", "--matrix", "16", "--fov-mm", "160", "160", "80", "--tr-ms", "20",
+        *["--first-echo-ms", "6", "--echo-spacing-ms", "5", "--dummies", "1", "--max-grad", "14", "--max-slew", "40", "--dwell-us", "12"],
+    )  # fmt: skip
+    grad, slew = (float(n) for n in re.findall(r"largest gradient ([\d.]+) mT/m and slew rate ([\d.]+)", gentle)[0])
+    assert 0 < grad <= 14 * 3**0.5 and 0 < slew <= 40 * 3**0.5  # three axes together
+    with pytest.raises(SequenceError, match=r"the gradients do not fit.*longer dwell time"):
+        _run("export", ordered, "--seq", tmp_path / "x.seq", "--matrix", "16", "--max-grad", "1")
 
 
 def test_one_pattern_by_default_and_bounded_jumps(tmp_path: Path) -> None:
