@@ -79,6 +79,9 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         "swapped.csv": "".join([*rows[:2], rows[3], rows[2], *rows[4:]]),
         "short.csv": "".join(rows[:5]) + "1,2\n",
         "none.csv": "".join(rows[:2]),
+        "segments.csv": text.replace("segments 4", "segments four"),
+        "unsegmented.csv": text.replace("; segments 4", ""),
+        "nought.csv": text.replace("segments 4", "segments 0"),
         "text.h5": "hello",
         "mask.txt": text,
     }
