@@ -149,7 +149,8 @@ def read_mask(path: str | Path) -> SamplingMask:
                 int(file.attrs.get("n_segments", 1)),
                 facts,
             )
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    # the library has a RuntimeError for damage in its own structures
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise MaskError("not a readable HDF5 file", where=path.name, got=type(error).__name__) from None
 
 

@@ -103,6 +103,17 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         write_mask(tmp_path / "a.npz", SamplingMask(MASK))
 
 
+@pytest.mark.parametrize("structure", [b"HEAP", b"TREE", b"SNOD"])
+def test_damage_inside_an_hdf5_file_is_a_typed_error(tmp_path: Path, structure: bytes) -> None:
+    """The library raises RuntimeError for these."""
+    write_mask(tmp_path / "a.h5", SamplingMask(MASK, P.astype(np.float32)))
+    whole = (tmp_path / "a.h5").read_bytes()
+    assert structure in whole
+    (tmp_path / "a.h5").write_bytes(whole.replace(structure, b"lost"))
+    with pytest.raises(MaskError, match="not a readable HDF5 file"):
+        read_mask(tmp_path / "a.h5")
+
+
 def test_contradictions_are_refused() -> None:
     fine = SamplingMask(MASK, order=ORDER, n_segments=4)
     for change in ({"order": ORDER[::-1][:-1]}, {"probability": P[:2]}, {"n_segments": 5}, {"mask": ~MASK}):
