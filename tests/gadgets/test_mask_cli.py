@@ -151,6 +151,15 @@ def test_refusals(tmp_path: Path) -> None:
         _run("order", tmp_path / "a.h5", tmp_path / "b.h5", "--segments", "5")
 
 
+def test_masks_that_no_machine_holds_are_refused(tmp_path: Path) -> None:
+    for words in (("draw", tmp_path / "a.h5"), ("learn", tmp_path / "a.h5")):
+        with pytest.raises(SettingError, match="too large a mask; got 100000 x 100000, 10 echoes"):
+            _run(*words, "--k1", "100000", "--k2", "100000")
+        done = CliRunner().invoke(app, [str(word) for word in (*words, "--seed", 10**20)])
+        assert done.exit_code == 2 and "--seed" in done.output
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_missing_folder_is_named_before_anything_is_done(tmp_path: Path) -> None:
     _run("draw", tmp_path / "a.h5", *SMALL)
     lost = tmp_path / "lost"
