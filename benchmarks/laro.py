@@ -184,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--split", choices=("test", "validation"), default="test", help="choices are made on validation heads"
     )
-    parser.add_argument("--kinds", nargs="+", default=["8/0", "8/1", "8/2", "4/0", "4/2"], help="R/SPO")
+    parser.add_argument("--kinds", nargs="+", default=["8/0", "8/1", "8/2", "4/0", "4/1", "4/2"], help="R/SPO")
     parser.add_argument("--weights", nargs="*", type=Path, default=[WEIGHTS], help="folders of networks")
     parser.add_argument("--methods", default="", help="names, comma separated; all if empty")
     parser.add_argument("--bart-weights", nargs="*", type=float, default=[], help="each is a method more, bart_llr_W")

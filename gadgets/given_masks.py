@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from recon_core.maps.brain_mask import given_mask
 from recon_core.sampling.mask_files import MaskError
 
 ENDING = ".npy"
+
+UNREADABLE = (OSError, ValueError, TypeError, OverflowError, EOFError, SyntaxError, TokenError)
+"""What numpy raises at a damaged file: its header is the text of a Python dictionary."""
 
 
 def given_mask_of(scan: SortedScan, name: str, folder: Path | None) -> NDArray[np.bool_]:
@@ -61,7 +65,7 @@ def read_given_mask(path: Path, shape: Sequence[int] | None = None) -> NDArray[n
         raise MaskError("no such file", where=path.name)
     try:
         stored = np.lib.format.open_memmap(path, mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except UNREADABLE as error:
         raise MaskError("not a readable mask", where=path.name, got=type(error).__name__, expected="a .npy file") from None
     if stored.ndim != 3 or stored.dtype.kind not in "buif" or not stored.size:
         raise MaskError("not a mask", where=path.name, got=f"{stored.dtype} {stored.shape}", expected="bool (z, y, x)")

@@ -26,6 +26,10 @@ app = typer.Typer(
 out = Console()
 
 ENDINGS = (".h5", ".hdf5", ".csv")
+MOST_POSITIONS = 1 << 26
+"""Of a mask that is drawn, over all echoes: four hundred times the paper's; probabilities take eight bytes each, several times."""
+
+LARGEST_SEED = (1 << 63) - 1  # a mask's file states it
 
 MaskFile = Annotated[Path, typer.Argument(help="Mask file, .h5 or .csv.")]
 K1 = Annotated[int, typer.Option(help="Phase-encoding positions along k1 (y).", min=1)]
@@ -67,7 +71,7 @@ def draw(
         bool | None,
         typer.Option("--per-echo/--one-pattern", help="Draw every echo anew. Default: where the probabilities differ."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same mask.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same mask.", min=0, max=LARGEST_SEED)] = 0,
 ) -> None:
     """Draw a mask with exactly as many samples in every echo as were asked for."""
     import numpy as np
@@ -76,6 +80,7 @@ def draw(
     from recon_core.sampling.mask_files import read_mask
 
     check_file(output, *ENDINGS)
+    _check_size(k1, k2, echoes)
     shape, acs = (k2, k1), (acs_k2, acs_k1)
     n_samples = samples_for(shape, acceleration, segments)
     if like is None:
@@ -116,7 +121,7 @@ def learn(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the training in the folder was stopped.")] = False,
     scans: Annotated[Path | None, typer.Option(help="Folder of scans to learn from; simulated heads otherwise.")] = None,
     features: Annotated[list[int] | None, typer.Option(help="Channels of the network's levels; repeat.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the training, and of the draw at its end.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the training, and of the draw at its end.", min=0, max=LARGEST_SEED)] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     precision: Annotated[str, typer.Option(help="Of the network: float32 or bfloat16.")] = "float32",
     threads: Annotated[int, typer.Option(help="CPU threads; 0 leaves them to torch.", min=0)] = 0,
@@ -139,6 +144,7 @@ def learn(
         torch.set_num_threads(threads)
     # before hours of training, not after them: where the mask goes, and that the one that is drawn at the end can be
     check_file(output, ".h5", ".hdf5")
+    _check_size(k1, k2, echoes)
     SamplingSettings((k2, k1), echoes, samples_for((k2, k1), acceleration, segments), (acs_k2, acs_k1))
     folder = folder or output.with_suffix(".training")
     check_folder(folder)
@@ -262,6 +268,8 @@ def export(
         int, typer.Option(help="Excitations before the first readout; 3 s in all let brain tissue settle.", min=0)
     ] = 80,
     noise_readouts: Annotated[int, typer.Option(help="Readouts of noise before the first pulse.", min=0)] = 16,
+    max_grad: Annotated[float, typer.Option(help="Largest gradient of one axis, mT/m.", min=1.0)] = 32.0,
+    max_slew: Annotated[float, typer.Option(help="Largest slew rate of one axis, T/m/s.", min=1.0)] = 130.0,
     field_strength: Annotated[float, typer.Option(help="T.", min=0.01)] = 3.0,
     pulseq_1_4: Annotated[
         bool, typer.Option("--pulseq-1.4", help="Version 1.4.1 of the file format, for older interpreters, not 1.5.")
@@ -297,6 +305,8 @@ def export(
             oversampling=oversampling,
             dummies=dummies,
             noise_readouts=noise_readouts,
+            max_grad_mt_m=max_grad,
+            max_slew_t_m_s=max_slew,
             field_strength=field_strength,
         )
         facts = write_sequence(seq, mask, settings, mask_name=file.stem, pulseq_1_4=pulseq_1_4)
@@ -377,6 +387,16 @@ def _named(path: Path | None, ending: str) -> Path | None:
         path = path.with_suffix(ending)
     check_file(path, ending)
     return path
+
+
+def _check_size(k1: int, k2: int, echoes: int) -> None:
+    from recon_core.errors import SettingError
+
+    if k1 * k2 * echoes > MOST_POSITIONS:
+        got = f"{k1} x {k2}, {echoes} echoes"
+        raise SettingError(
+            "too large a mask", where="recon mask", got=got, expected=f"at most {MOST_POSITIONS} positions in all"
+        )
 
 
 def _write_draw(

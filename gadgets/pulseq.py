@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -83,9 +84,16 @@ def write_sequence(
     fine, report = sequence.check_timing()
     if not fine:
         raise SequenceError("the timing check fails", where=path.name, got=f"{len(report)} errors, first: {report[0]}")
-    sequence.write(str(path), check_timing=False, v141_compat=pulseq_1_4)
-    header = header_text(mask, settings, facts, mask_name or path.stem)
-    path.with_suffix(".mrd.xml").write_text(header, encoding="utf-8")
+    # both files whole, or neither: a header of another sequence would be believed
+    parts = path.with_name(f".{path.stem}.part.seq"), path.with_name(f".{path.stem}.part.mrd.xml")
+    try:
+        sequence.write(str(parts[0]), check_timing=False, v141_compat=pulseq_1_4)
+        parts[1].write_text(header_text(mask, settings, facts, mask_name or path.stem), encoding="utf-8")
+        os.replace(parts[0], path)
+        os.replace(parts[1], path.with_suffix(".mrd.xml"))
+    finally:
+        for part in parts:
+            part.unlink(missing_ok=True)
     return facts
 
 
@@ -117,7 +125,7 @@ def make_sequence(mask: SamplingMask, settings: SequenceSettings) -> tuple[Any, 
             "the gradients do not fit",
             where="sequence",
             got=str(error),
-            remedy="allow longer echo times or a smaller max_jump",
+            remedy="allow longer echo times, a longer dwell time or a larger field of view, or order with a smaller max_jump",
         ) from None
     sequence = pp.Sequence(system=system)
     _play(pp, sequence, mask.order, k, events, settings)

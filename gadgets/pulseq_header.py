@@ -105,7 +105,7 @@ def attach_header(raw: Path, side: Path, out: Path, group: str = "dataset") -> N
         with h5py.File(raw, "r") as file:
             text = file[group]["xml"][0]
             lengths = np.unique(file[group]["data"].fields("head")[:]["number_of_samples"])
-    except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
+    except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
         raise RawFileError("no MRD raw data", where=f"{raw.name}, group {group}", got=type(error).__name__) from None
     expected = told.encoding[0].encodedSpace.matrixSize.x
     if expected not in lengths.tolist():

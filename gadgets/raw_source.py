@@ -26,8 +26,8 @@ from recon_core.hdf5_input import plain_dataset, plain_item
 SLAB_BYTES = 32 << 20
 """Read and sent as one piece."""
 
-UNREADABLE = (KeyError, IndexError, ValueError, TypeError, AttributeError, OSError)
-"""What h5py and numpy raise at a file that is not made as it has to be."""
+UNREADABLE = (KeyError, IndexError, ValueError, TypeError, AttributeError, OSError, RuntimeError)
+"""What h5py and numpy raise at a file that is not made as it has to be; RuntimeError at damage in HDF5's own structures."""
 
 VERSION_ELEMENT = re.compile(r"\s*<(?:\w+:)?version>[^<]*</(?:\w+:)?version>")
 
@@ -114,14 +114,10 @@ class RawFile:
     ) -> None:
         self.path, self.group, self._config, self._fire = path, group, config, fire
         with self._open() as file:
-            root = plain_item(file, group)
-            if not isinstance(root, h5py.Group) or "xml" not in root or "data" not in root:
-                known = ", ".join(name for name in file if isinstance(file.get(name), h5py.Group) and "xml" in file[name])
-                raise RawFileError("no raw data in this group", where=path.name, got=group, expected=known or "xml and data")
             try:
-                text = plain_dataset(root, "xml")[0]
-                self.header_text = text.decode("utf-8") if isinstance(text, bytes) else str(text)
-                self.n_readouts = len(plain_dataset(root, "data"))
+                self.header_text, self.n_readouts = self._content(file)
+            except ReconError:
+                raise
             except UNREADABLE as error:
                 got = type(error).__name__
                 raise RawFileError("no header or no readouts", where=path.name, got=got, expected="xml and data") from None
@@ -131,6 +127,16 @@ class RawFile:
             self.header: MrdHeader | None = parse_header(self.header_text)
         except ReconError:
             self.header = None  # the server's business
+
+    def _content(self, file: h5py.File) -> tuple[str, int]:
+        """Text of the header, and number of readouts."""
+        root = plain_item(file, self.group)
+        if not isinstance(root, h5py.Group) or "xml" not in root or "data" not in root:
+            known = ", ".join(name for name in file if isinstance(file.get(name), h5py.Group) and "xml" in file[name])
+            got, expected = self.group, known or "xml and data"
+            raise RawFileError("no raw data in this group", where=self.path.name, got=got, expected=expected)
+        text = plain_dataset(root, "xml")[0]
+        return text.decode("utf-8") if isinstance(text, bytes) else str(text), len(plain_dataset(root, "data"))
 
     def pieces(self) -> Iterator[Piece]:
         yield Piece(self._config + codec.header(self.header_text) + self._fire, NO_ENDS)

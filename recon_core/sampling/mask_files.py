@@ -149,7 +149,8 @@ def read_mask(path: str | Path) -> SamplingMask:
                 int(file.attrs.get("n_segments", 1)),
                 facts,
             )
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+    # the library has a RuntimeError for damage in its own structures
+    except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise MaskError("not a readable HDF5 file", where=path.name, got=type(error).__name__) from None
 
 
@@ -185,7 +186,7 @@ def _read_csv(path: Path) -> SamplingMask:
                 "not a sampling mask", where=path.name, expected=f"'# {FORMAT} {VERSION}; ...' and a line of columns"
             )
         sizes = dict(part.split(" ") for part in stated[:-1])
-        shape = (int(sizes["echoes"]), int(sizes["k2"]), int(sizes["k1"]))
+        shape, n_segments = (int(sizes["echoes"]), int(sizes["k2"]), int(sizes["k1"])), int(sizes["segments"])
         if min(shape) < 1 or np.prod([float(n) for n in shape]) > MAX_POSITIONS:
             raise MaskError("impossible matrix", where=path.name, got=shape)
         table = np.array([[int(word) for word in row] for row in csv.reader(lines[1:])], np.int64).reshape(-1, len(COLUMNS))
@@ -204,4 +205,4 @@ def _read_csv(path: Path) -> SamplingMask:
         return SamplingMask(mask)
     if len(table) % shape[0] or (table[:, 2].reshape(-1, shape[0]) != np.arange(shape[0])).any():
         raise MaskError("lines out of order", where=path.name, expected="every shot's echoes from 0 up")
-    return SamplingMask(mask, order=places[:, 1:].reshape(-1, shape[0], 2), n_segments=int(sizes["segments"]))
+    return SamplingMask(mask, order=places[:, 1:].reshape(-1, shape[0], 2), n_segments=n_segments)

@@ -57,6 +57,18 @@ def test_what_is_no_mask_of_this_scan_is_refused(values: np.ndarray, words: str,
         read_given_mask(saved(tmp_path / "a.npy", values), SHAPE)
 
 
+@pytest.mark.parametrize(
+    ("part", "instead"), [(b"False", b"Fals]"), (b"|b1", b"|,1"), (b"(3, 4", b"((, 4"), (b"'descr'", b"'descr ")]
+)
+def test_a_damaged_header_is_a_typed_error(tmp_path: Path, part: bytes, instead: bytes) -> None:
+    """numpy reads it as text of Python, with the errors of that."""
+    whole = saved(tmp_path / "a.npy", MASK).read_bytes()
+    assert part in whole
+    (tmp_path / "a.npy").write_bytes(whole.replace(part, instead))
+    with pytest.raises(MaskError, match="not a readable mask"):
+        read_given_mask(tmp_path / "a.npy", SHAPE)
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     whole = saved(tmp_path / "a.npy", MASK).read_bytes()
     for content in (b"", b"text", whole[:40], whole[:-1], whole.replace(b"(3, 4, 5)", b"(3, 4, 9)")):

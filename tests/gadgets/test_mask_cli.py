@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from gadgets.errors import HeaderError, OutputError, RawFileError
 from gadgets.mask_check import mask_names
 from gadgets.mask_cli import app
+from gadgets.pulseq_settings import SequenceError
 from gadgets.raw_source import RawFile
 from gadgets.wire.header import parse_header
 from recon_core.errors import DataError, SettingError
@@ -59,6 +60,14 @@ def test_from_density_to_sequence(tmp_path: Path) -> None:
     assert "96 readouts in 0.7 s, largest gradient" in said and "echo times 3.99" in said and "timing check passed" in said
     assert (tmp_path / "scan.seq").is_file() and (tmp_path / "scan.mrd.xml").is_file()
     np.testing.assert_array_equal(read_mask(tmp_path / "scan.csv").order, read_mask(ordered).order)
+    gentle = _run(
+        "export", ordered, "--seq", tmp_path / "gentle.seq", "--matrix", "16", "--fov-mm", "160", "160", "80", "--tr-ms", "20",
+        *["--first-echo-ms", "6", "--echo-spacing-ms", "5", "--dummies", "1", "--max-grad", "14", "--max-slew", "40", "--dwell-us", "12"],
+    )  # fmt: skip
+    grad, slew = (float(n) for n in re.findall(r"largest gradient ([\d.]+) mT/m and slew rate ([\d.]+)", gentle)[0])
+    assert 0 < grad <= 14 * 3**0.5 and 0 < slew <= 40 * 3**0.5  # three axes together
+    with pytest.raises(SequenceError, match=r"the gradients do not fit.*longer dwell time"):
+        _run("export", ordered, "--seq", tmp_path / "x.seq", "--matrix", "16", "--max-grad", "1")
 
 
 def test_one_pattern_by_default_and_bounded_jumps(tmp_path: Path) -> None:
@@ -140,6 +149,15 @@ def test_refusals(tmp_path: Path) -> None:
     assert f"written: {tmp_path / 'table.csv'}" in _run("export", tmp_path / "a.h5", "--csv", tmp_path / "table")
     with pytest.raises(SettingError, match="divides the samples"):
         _run("order", tmp_path / "a.h5", tmp_path / "b.h5", "--segments", "5")
+
+
+def test_masks_that_no_machine_holds_are_refused(tmp_path: Path) -> None:
+    for words in (("draw", tmp_path / "a.h5"), ("learn", tmp_path / "a.h5")):
+        with pytest.raises(SettingError, match="too large a mask; got 100000 x 100000, 10 echoes"):
+            _run(*words, "--k1", "100000", "--k2", "100000")
+        done = CliRunner().invoke(app, [str(word) for word in (*words, "--seed", 10**20)])
+        assert done.exit_code == 2 and "--seed" in done.output
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_folder_is_named_before_anything_is_done(tmp_path: Path) -> None:

@@ -170,6 +170,22 @@ def test_header_describes_the_full_grid(written: tuple[Path, SequenceFacts]) -> 
     assert encoding.acceleration == (3, 1)  # 60 positions, 20 samples
 
 
+def test_a_sequence_without_its_header_is_not_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C, or a full disk, after the sequence and before its header."""
+    path = tmp_path / "a.seq"
+    write_sequence(path, MASK, SETTINGS)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert sorted(before) == ["a.mrd.xml", "a.seq"]
+
+    def stopped(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gadgets.pulseq.header_text", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_sequence(path, MASK, replace(SETTINGS, flip_angle=0.5))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
 def test_older_file_format(tmp_path: Path) -> None:
     write_sequence(tmp_path / "a.seq", MASK, SETTINGS, mask_name="other", pulseq_1_4=True)
     text = (tmp_path / "a.seq").read_text()

@@ -79,6 +79,9 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         "swapped.csv": "".join([*rows[:2], rows[3], rows[2], *rows[4:]]),
         "short.csv": "".join(rows[:5]) + "1,2\n",
         "none.csv": "".join(rows[:2]),
+        "segments.csv": text.replace("segments 4", "segments four"),
+        "unsegmented.csv": text.replace("; segments 4", ""),
+        "nought.csv": text.replace("segments 4", "segments 0"),
         "text.h5": "hello",
         "mask.txt": text,
     }
@@ -98,6 +101,17 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         read_mask(tmp_path / "cut.h5")
     with pytest.raises(MaskError):
         write_mask(tmp_path / "a.npz", SamplingMask(MASK))
+
+
+@pytest.mark.parametrize("structure", [b"HEAP", b"TREE", b"SNOD"])
+def test_damage_inside_an_hdf5_file_is_a_typed_error(tmp_path: Path, structure: bytes) -> None:
+    """The library raises RuntimeError for these."""
+    write_mask(tmp_path / "a.h5", SamplingMask(MASK, P.astype(np.float32)))
+    whole = (tmp_path / "a.h5").read_bytes()
+    assert structure in whole
+    (tmp_path / "a.h5").write_bytes(whole.replace(structure, b"lost"))
+    with pytest.raises(MaskError, match="not a readable HDF5 file"):
+        read_mask(tmp_path / "a.h5")
 
 
 def test_contradictions_are_refused() -> None:

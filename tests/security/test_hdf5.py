@@ -190,3 +190,12 @@ def test_a_truncated_file(good: Path, tmp_path: Path) -> None:
         path.write_bytes(good.read_bytes()[: int(part * good.stat().st_size)])
         with pytest.raises(RawFileError):
             played(path)
+
+
+@pytest.mark.parametrize("structure", [b"HEAP", b"TREE", b"SNOD"])
+def test_damage_in_the_file_s_own_structures(structure: bytes, good: Path, tmp_path: Path) -> None:
+    """The library raises RuntimeError for these."""
+    path = tmp_path / "damaged.h5"
+    path.write_bytes(good.read_bytes().replace(structure, b"lost"))
+    with pytest.raises(ReconError):
+        played(path)
