@@ -16,17 +16,20 @@ from recon_core.maps.series import ImageNoise, image_noise
 from recon_core.maps.series_qsm import multi_echo_maps, multi_echo_times
 from recon_core.maps.series_t1 import recovery_times, t1_maps
 from recon_core.maps.settings import MapSettings
-from recon_core.methods import Method, get_method, is_separable, needs_coil_maps
+from recon_core.methods import Method, get_method, is_separable, llr, needs_coil_maps
 from recon_core.preprocess.coil_compression import compress, compress_geometric, compression_matrix, geometric_compression
 from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.preprocess.partial_fourier import Extent, complete, measured_extent, partial_axes
 from recon_core.preprocess.settings import PreprocessSettings
-from recon_core.problem import noise_of
+from recon_core.problem import noise_of, pose
 from recon_core.state_images import StateImages
 from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, Report, Result, ScanInfo, Tensor, X
 
 COIL_IMAGE_AXES = (K2, K1)
 """Phase-encoding axes of hybrid k-space, which become z and y."""
+
+COUPLES_ECHOES = ("llr", "laro")
+"""Methods that smooth over space what the echoes share, and with it the phase of faint structures."""
 
 SLOW_WITH_GAPS, ENOUGH_ITERATIONS = ("llr", "laro"), 150
 """Methods whose default iterations end before a regular pattern without a complete centre is unfolded, and how many of `llr` are enough."""
@@ -122,6 +125,7 @@ def reconstruct_images(
     else:
         kspace = compress_coils(kspace, recipe.preprocess)
     extents = extents_of(kspace)
+    phase: Tensor | None = None
     if needs_coil_maps(method, recipe.settings):
         if kspace.coil_maps is None and empty:
             kspace = replace(kspace, coil_maps=_equal_coils(kspace))
@@ -130,8 +134,10 @@ def reconstruct_images(
             kspace = replace(kspace, coil_maps=maps)
         wanted = kspace if states is None else kspace.part(*states)
         result = method.reconstruct(wanted, scan, recipe.settings, report)
-        result = _complete(result, extents, recipe.preprocess)
-        result = _on_console_matrix(result, scan)
+        if not empty and _is_restored(result, kspace, recipe):
+            restored = Result((_restored(result.images[0], wanted, recipe.maps.map_restore),))
+            phase = _to_console(restored, extents, scan, recipe).images[0].data
+        result = _to_console(result, extents, scan, recipe)
     else:
         wanted = kspace if states is None else kspace.part(*states)
         result = _without_coil_maps(wanted, extents, scan, method, recipe, report)
@@ -139,7 +145,7 @@ def reconstruct_images(
         report.warn(GAPS)
         result = replace(result, notes=(*result.notes, GAPS))
     noise = None if recipe.maps.maps == "none" or result.maps else _noise_of(kspace, scan)
-    return StateImages(result, noise)
+    return StateImages(result, noise, phase)
 
 
 def finish(
@@ -243,6 +249,23 @@ def _without_coil_maps(
     return method.reconstruct(kspace, scan, recipe.settings, report)
 
 
+def _is_restored(result: Result, kspace: KSpace, recipe: Recipe) -> bool:
+    """Whether the field is fitted to other phases than those of the images: see `llr.restore`."""
+    wanted = recipe.maps.maps == "qsm" and recipe.maps.map_restore > 0 and not result.maps
+    return wanted and recipe.method in COUPLES_ECHOES and kspace.n_states > 1 and result.images[0].data.is_complex()
+
+
+def _restored(series: ImageSeries, kspace: KSpace, steps: int) -> ImageSeries:
+    """The images with what the method held back of the data given back, noisier: for their phase."""
+    problem = pose(kspace, series.name, Report())
+    images = problem.operator.enter_image(series.data).div_(problem.scale)
+    return replace(series, data=problem.leave(llr.restore(problem, images, steps, Report()).solution))
+
+
+def _to_console(result: Result, extents: tuple[Extent, Extent, Extent], scan: ScanInfo, recipe: Recipe) -> Result:
+    return _on_console_matrix(_complete(result, extents, recipe.preprocess), scan)
+
+
 def _complete(result: Result, extents: tuple[Extent, Extent, Extent], settings: PreprocessSettings) -> Result:
     """Partial Fourier on the combined images of methods that keep the phase."""
 
@@ -282,7 +305,7 @@ def _with_parameter_maps(
         if settings.maps == "t1":
             found = t1_maps(series, scan, final.noise, settings)
         else:
-            found = multi_echo_maps(series, scan, final.noise, settings, mask)
+            found = multi_echo_maps(series, scan, final.noise, settings, mask, final.phase)
     except ReconError as error:
         if settings.map_failure == "error":
             raise

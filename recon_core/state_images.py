@@ -17,10 +17,12 @@ class StateImages:
     """Images on the console's matrix, before the recipe's maps.
 
     ``noise`` is that of the images of *all* states of the slice, for maps; ``None`` when no maps are to be made, or without any noise.
+    ``phase``: complex ``(state, z, y, x)``, what the field is fitted to in place of the images; ``None``: the images themselves.
     """
 
     result: Result
     noise: ImageNoise | None = None
+    phase: torch.Tensor | None = None
 
 
 def join_states(parts: Sequence[StateImages]) -> StateImages:

@@ -178,7 +178,12 @@ def _b0_direction(scan: ScanInfo, settings: MapSettings) -> tuple[float, float, 
 
 
 def multi_echo_maps(
-    series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, settings: MapSettings, mask: Tensor | None = None
+    series: ImageSeries,
+    scan: ScanInfo,
+    noise: ImageNoise | None,
+    settings: MapSettings,
+    mask: Tensor | None = None,
+    phase: Tensor | None = None,
 ) -> SeriesMaps:
     """R2* with its standard deviation and S0; for ``qsm`` also local field, susceptibility and brain mask, of one slab.
 
@@ -195,6 +200,8 @@ def multi_echo_maps(
     mask
         bool ``(z, y, x)`` on the images' matrix: where there is a susceptibility; ``None`` to find the brain in the magnitudes
         (``settings.map_mask``). R2* is not bound by it.
+    phase
+        Complex, as ``series``: what the field is fitted to; ``None``: the images themselves. Everything else comes from the images.
 
     Returns
     -------
@@ -209,7 +216,7 @@ def multi_echo_maps(
     """
     times = multi_echo_times(scan, len(series.data), settings)
     check_decay(series.data, times, None if noise is None else noise.std, "R2* map")
-    images = series.data.conj() if settings.map_phase_sign == "negative" and series.data.is_complex() else series.data
+    images = _signed(series.data, settings)
     combined = ImageSeries(
         "combined",
         torch.linalg.vector_norm(images, dim=0, keepdim=True).float(),
@@ -222,7 +229,8 @@ def multi_echo_maps(
     maps = [r2star.r2star, r2star.r2star_sd, r2star.s0]
     if settings.maps == "qsm":
         try:
-            found = _susceptibility(images, times, r2star, scan, noise, settings, mask)
+            fitted = images if phase is None else _signed(phase, settings)
+            found = _susceptibility(images, fitted, times, r2star, scan, noise, settings, mask)
         except ReconError as error:
             if settings.map_failure == "error":
                 raise
@@ -232,6 +240,10 @@ def multi_echo_maps(
             notes += found.notes
             quality |= found.quality
     return SeriesMaps(tuple(maps), tuple(notes), quality, shown)
+
+
+def _signed(images: Tensor, settings: MapSettings) -> Tensor:
+    return images.conj() if settings.map_phase_sign == "negative" and images.is_complex() else images
 
 
 def _r2star(images: Tensor, times: tuple[float, ...], noise: ImageNoise | None, settings: MapSettings) -> R2StarMaps:
@@ -252,6 +264,7 @@ def _r2star(images: Tensor, times: tuple[float, ...], noise: ImageNoise | None, 
 
 def _susceptibility(
     images: Tensor,
+    phase: Tensor,
     times: tuple[float, ...],
     r2star: R2StarMaps,
     scan: ScanInfo,
@@ -268,13 +281,13 @@ def _susceptibility(
     frame = field_frame(scan, settings)
     mask = _mask(images, frame, noise, settings, given)
     agreed = agreed_field(
-        images,
+        phase,
         times,
         mask,
         None if noise is None else noise.std,
         backwards=_backwards(scan, times, settings),
     )
-    images, field, notes = agreed.images, agreed.field, list(agreed.notes)
+    field, notes = agreed.field, list(agreed.notes)
     weights = field.weights
     local = _local_field(field, mask, frame, weights, settings)
     if given is None and settings.map_mask == "brain" and settings.map_background != "none":
