@@ -20,6 +20,7 @@ from recon_core.maps.dipole import Susceptibility, tkd, tv_admm
 from recon_core.maps.dipole_kernel import unit_vector
 from recon_core.maps.echo_agreement import agreed_field, check_decay
 from recon_core.maps.field import FieldMaps
+from recon_core.maps.field_noise import field_noise
 from recon_core.maps.medi import csf_region, medi
 from recon_core.maps.r2star import R2StarMaps, arlo, nonlinear_r2star
 from recon_core.maps.series import ImageNoise, SeriesMaps
@@ -298,9 +299,11 @@ def _susceptibility(
     if not chi.converged:
         notes.append(f"dipole inversion: still changing by {100 * chi.change:.1f} % after {chi.iterations} steps")
     method = settings.map_background
+    noise_ppb = 1e9 / frame.larmor * field_noise(local.field, local.mask)
+    facts = (f"background {method}", f"noise of the local field {noise_ppb:.1f} ppb", _conventions(frame, settings))
     maps = (
         ParameterMap("local_field", local.field, "Hz", local.mask, f"background removed by {method}"),
-        replace(chi.chi, comment="; ".join((chi.chi.comment, f"background {method}", _conventions(frame, settings)))),
+        replace(chi.chi, comment="; ".join((chi.chi.comment, *facts))),
         ParameterMap("brain_mask", mask.float(), "1", mask, region if given is None else f"as given; {region}"),
     )
     volume = float(mask.sum()) * math.prod(frame.voxel)
@@ -309,6 +312,7 @@ def _susceptibility(
         "susceptibility_ml": 1e6 * float(local.mask.sum()) * math.prod(frame.voxel),
         "phase_residual": agreed.residual,
         "background_residual": local.residual,
+        "field_noise_ppb": noise_ppb,
         "inversion_iterations": float(chi.iterations),
         "inversion_change": chi.change,
     }
