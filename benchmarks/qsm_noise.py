@@ -33,7 +33,7 @@ from recon_core.types import KSpace, ScanInfo, Tensor
 
 B0 = (1.0, 0.0, 0.0)
 MATRIX = {"matrix_x": 96, "matrix_y": 64, "partitions": 32, "states": 6, "coils": 8, "mask": "poisson", "acceleration": 3.0}
-FIXED = TVSettings(weight=5e-5, noise_weight=0.0, added_back=0, tolerance=1e-3)
+FIXED = TVSettings(weight=5e-5, noise_weight=0.0, added_back=0, shrinkage=2.5e-3, tolerance=1e-3)
 INVERSIONS = {"fixed weight": FIXED, "as the chains": TVSettings()}
 COLUMNS = ("T", "SNR", "images", "inversion", "noise, ppb", "correlation", "slope", "R2", "slope without veins")
 
