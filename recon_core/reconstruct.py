@@ -28,9 +28,6 @@ from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, Report, Result, 
 COIL_IMAGE_AXES = (K2, K1)
 """Phase-encoding axes of hybrid k-space, which become z and y."""
 
-COUPLES_ECHOES = ("llr", "laro")
-"""Methods that smooth over space what the echoes share, and with it the phase of faint structures."""
-
 RESTORED_FROM = 0.015
 """Noise, relative to the peak, from which on it is worth while: at 0.011 it gains a region at most 2 % of its contrast, at 0.022 four,
 at 0.045 ten (docs/qsm.md). With less noise the shrinkage keeps strong components whole."""
@@ -264,7 +261,7 @@ def _restored(result: Result, kspace: KSpace, recipe: Recipe) -> Result | None:
     """The images with what the method held back of the data given back, for their phase; ``None`` where that is of no use."""
     steps = recipe.maps.map_restore if recipe.maps.maps == "qsm" and not result.maps else 0
     series = result.images[0]
-    if not steps or recipe.method not in COUPLES_ECHOES or kspace.n_states < 2 or not series.data.is_complex():
+    if not steps or recipe.method != llr.NAME or kspace.n_states < 2 or not series.data.is_complex():
         return None
     problem = pose(kspace, series.name, Report())
     if problem.noise < RESTORED_FROM:

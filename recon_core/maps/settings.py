@@ -58,7 +58,7 @@ class MapSettings:
     )
     map_restore: int = setting(
         8,
-        "Susceptibility: steps that give back to the phase what the regularisation of llr or laro held back of the data (one Bregman "
+        "Susceptibility: steps that give back to the phase what the regularisation of llr held back of the data (one Bregman "
         "iteration) before the field is fitted; 0: the phase of the images as they are sent",
         low=0,
         high=100,
