@@ -29,8 +29,8 @@ COIL_IMAGE_AXES = (K2, K1)
 """Phase-encoding axes of hybrid k-space, which become z and y."""
 
 RESTORED_FROM = 0.015
-"""Noise, relative to the peak, from which on it is worth while: at 0.011 it gains a region at most 2 % of its contrast, at 0.022 four,
-at 0.045 ten (docs/qsm.md). With less noise the shrinkage keeps strong components whole."""
+"""Noise, relative to the peak, from which on `_restored` is worth while: at 0.011 a region gains 2 % of its contrast at most,
+at 0.022 four, at 0.045 ten (docs/qsm.md). With less noise the shrinkage keeps strong components whole."""
 
 FAINT = (
     "so much noise that the images are smoothed: the field comes from noisier ones (map_restore), and susceptibilities may still be 10 to "
