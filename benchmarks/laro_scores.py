@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from recon_core.maps.background import v_sharp
-from recon_core.maps.dipole import TVSettings, tv_admm
+from recon_core.maps.dipole import tv_admm
 from recon_core.maps.dipole_kernel import ppm_per_hz
 from recon_core.maps.field import fit_field
 from recon_core.maps.r2star import arlo
@@ -32,7 +32,6 @@ REGIONS = {
 }
 """Regions of Table S5 as labels of the simulated heads."""
 
-TV_ITERATIONS = 60
 LEAST_VOXELS = 4
 
 
@@ -48,7 +47,7 @@ class Maps:
 
 
 def maps_of(images: Tensor, scan: BrainScan) -> Maps:
-    """ARLO, complex field fit, V-SHARP and TV-ADMM, each with its defaults and the true brain mask."""
+    """ARLO, complex field fit, V-SHARP and TV-ADMM with their defaults, the true brain mask."""
     brain, times = scan.brain, scan.echo_times
     r2star = arlo(images, times, mask=brain).r2star
     fitted = fit_field(images, times, brain)
@@ -59,7 +58,6 @@ def maps_of(images: Tensor, scan: BrainScan) -> Maps:
         scan.voxel,
         scan.b0,
         weights=fitted.weights,
-        settings=TVSettings(max_iterations=TV_ITERATIONS),
     )
     inside = local.mask.numpy()
     return Maps(

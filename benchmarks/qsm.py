@@ -26,7 +26,7 @@ PUBLISHED = {"TV-ADMM": GOAL, "TKD": 36.3, "MEDI": 52.0}
 """nRMSE in percent on the 2019 challenge's in-silico head, local field given, as the QSM-CI scoreboard has it (18 August 2026; its
 definition takes a trend off, so compare with *detrended*)."""
 
-VALIDATION = "weights chosen on simulated heads 11 and 12, 3 mm, SNR 100 and 50; the heads scored here were not looked at"
+VALIDATION = "weights chosen on simulated heads 11 and 12, 3 mm, SNR 100 to 10; the heads scored here were not looked at"
 BESIDE = ("method", "nRMSE %", "detrended %", "published %")
 COLUMNS = ("method", "nRMSE %", "detrended %", "deep nuclei %", "HFEN %", "iterations", "s", "processor s")
 

@@ -18,11 +18,13 @@ class StateImages:
 
     ``noise`` is that of the images of *all* states of the slice, for maps; ``None`` when no maps are to be made, or without any noise.
     ``no_maps`` says why maps of these images would be wrong; empty where they would not.
+    ``phase``: complex ``(state, z, y, x)``, what the field is fitted to in place of the images; ``None``: the images themselves.
     """
 
     result: Result
     noise: ImageNoise | None = None
     no_maps: str = ""
+    phase: torch.Tensor | None = None
 
 
 def join_states(parts: Sequence[StateImages]) -> StateImages:

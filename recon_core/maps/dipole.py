@@ -7,6 +7,7 @@ says nothing about the mean of the susceptibility: every map states the region w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,16 @@ import torch
 from recon_core.errors import DataError, NumericalError
 from recon_core.maps.dipole_kernel import DipoleOperator
 from recon_core.maps.field_checks import checked_field, checked_mask, squared_weights
+from recon_core.maps.field_noise import field_noise
 from recon_core.maps.finite_differences import divergence, gradient, periodic_laplacian, relative_steps
 from recon_core.settings import setting
 from recon_core.types import ParameterMap
 
 Tensor = torch.Tensor
+
+
+ROUGH = 2.0
+"""Times the tolerance at which a minimisation ends that another one goes on from."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +40,17 @@ class TKDSettings:
 class TVSettings:
     """Total variation by ADMM. Weights multiply ``|gradient|`` in ppm per mean voxel side; data are in ppm."""
 
-    weight: float = setting(5e-5, "Weight of the total variation", unit="ppm", low=1e-8, high=1.0)
-    penalty: float = setting(2e-2, "ADMM penalty of the gradient's copy: speed only", low=1e-6, high=100.0)
+    weight: float = setting(1.5e-4, "Weight of the total variation", unit="ppm", low=1e-8, high=1.0)
+    noise_weight: float = setting(
+        0.1, "The weight's square is greater by that of this many SD of the field's noise", low=0.0, high=10.0
+    )
+    added_back: int = setting(1, "Bregman iterations: how often the field's residual is added to it", low=0, high=10)
+    shrinkage: float = setting(
+        0.011, "ADMM: what a step takes off the gradient's copy: speed only", unit="ppm", low=1e-6, high=10.0
+    )
     data_penalty: float = setting(0.1, "ADMM penalty of the field's copy: speed only", low=1e-6, high=100.0)
     max_iterations: int = setting(400, "Most steps", low=1, high=10000)
-    tolerance: float = setting(1e-3, "Relative change of the map to stop at", low=0.0, high=1.0)
+    tolerance: float = setting(2e-3, "Relative change of the map to stop at", low=0.0, high=1.0)
 
 
 @dataclass(frozen=True)
@@ -132,7 +144,11 @@ def tv_admm(
     reference_name: str = "",
     settings: TVSettings | None = None,
 ) -> Susceptibility:
-    """``min_chi 1/2 |w (D chi - f)|^2 + weight sum |grad chi|`` by ADMM.
+    """``min_chi 1/2 |w (D chi - f)|^2 + lambda sum |grad chi|`` by ADMM, twice: the second time of ``f + (f - D chi)``.
+
+    ``lambda^2 = weight^2 + (noise_weight sigma)^2`` follows the noise ``sigma`` of the field (`field_noise`). Total variation takes that
+    much off every contrast; adding the residual to the data (a Bregman iteration) gives it back, and less of the noise. The second
+    minimisation goes on from where the first one ends. ``max_iterations`` are of both together.
 
     Two copies, ``z = grad chi`` and ``y = D chi``, leave only closed forms: a division in k-space for ``chi``, shrinkage of the
     gradient's length, a weighted mean for ``y``. Outside the mask ``w`` is 0, so nothing is claimed about the field there.
@@ -153,45 +169,87 @@ def tv_admm(
 
     References
     ----------
-    Bilgic et al., Magn. Reson. Med. 72 (2014) 1444; Milovic et al., ibid. 80 (2018) 814 (both copies).
+    Bilgic et al., Magn. Reson. Med. 72 (2014) 1444; Milovic et al., ibid. 80 (2018) 814 (both copies); Osher et al., Multiscale Model.
+    Simul. 4 (2005) 460 (Bregman iterations).
     """
     s = settings or TVSettings()
     inside, data = checked_field(local, mask, "TV-ADMM")
     operator = DipoleOperator(local.shape, voxel, b0, data)
-    steps = relative_steps(voxel)
     squared = operator.pad(squared_weights(weights, inside, data))
-    seen = operator.pad(data).mul_(squared)  # w^2 f
-    squared += s.data_penalty  # from here on the denominator of y's update
-    d, shape = operator.spectrum, operator.padded
-    system = s.penalty * periodic_laplacian(shape, steps, data) + s.data_penalty * d.square()
-    system[0, 0, 0] = 1.0  # DC: no data, no edges; stays zero
+    given = operator.pad(data).mul_(squared)  # w^2 f
+    weight = math.hypot(s.weight, s.noise_weight * field_noise(data, inside))
+    split = _Splitting(operator, relative_steps(voxel), squared, given, weight, s)
+    seen, done = given, 0
+    for stage in range(s.added_back + 1):
+        left = s.added_back - stage  # a minimisation whose residual is only added back need not be as close
+        done += split.minimise(seen, max(1, (s.max_iterations - done) // (left + 1)), s.tolerance * (ROUGH if left else 1))
+        seen = seen + given - squared * split.field
+    name = "TV-ADMM"
+    return referenced(
+        operator.crop(split.chi), inside, reference, reference_name, name, done, split.change, split.change <= s.tolerance
+    )
 
-    z, z_dual = (data.new_zeros((3, *shape)) for _ in range(2))
-    y, y_dual = seen / squared, data.new_zeros(shape)
-    old = data.new_zeros(shape)
-    change, done = float("inf"), 0
-    for done in range(1, s.max_iterations + 1):
-        spectrum = torch.fft.rfftn(divergence(z - z_dual, steps, periodic=True)).mul_(-s.penalty)
-        spectrum += torch.fft.rfftn(y - y_dual).mul_(s.data_penalty * d)
-        spectrum /= system
+
+class _Splitting:
+    """ADMM's copies and multipliers on the padded volume, from which a second minimisation, of other data, goes on.
+
+    Attributes
+    ----------
+    chi, field
+        Susceptibility and ``D chi``, ppm.
+    change
+        Last relative change of ``chi``.
+    """
+
+    def __init__(
+        self,
+        operator: DipoleOperator,
+        steps: Sequence[float],
+        squared: Tensor,
+        seen: Tensor,
+        weight: float,
+        settings: TVSettings,
+    ) -> None:
+        s, shape, d = settings, operator.padded, operator.spectrum
+        self._settings, self._steps, self._d, self._shape = s, steps, d, shape
+        self._denominator = squared + s.data_penalty  # of y's update
+        self._penalty = weight / s.shrinkage  # a weight that follows the noise then needs no more steps
+        self._system = self._penalty * periodic_laplacian(shape, steps, squared) + s.data_penalty * d.square()
+        self._system[0, 0, 0] = 1.0  # DC: no data, no edges; stays zero
+        self._z, self._z_dual = (squared.new_zeros((3, *shape)) for _ in range(2))
+        self._y, self._y_dual = seen / self._denominator, squared.new_zeros(shape)
+        self.chi, self.field = squared.new_zeros(shape), squared.new_zeros(shape)
+        self.change = math.inf
+
+    def minimise(self, seen: Tensor, max_iterations: int, tolerance: float) -> int:
+        """How many steps it took, two or more where allowed (the first knows nothing of other data); ``seen`` is ``w^2 f``."""
+        for done in range(1, max_iterations + 1):
+            self._step(seen)
+            if not self.change < math.inf:
+                raise NumericalError("not finite", where="TV-ADMM", got=f"iteration {done}")
+            if done > 1 and self.change <= tolerance:
+                return done
+        return max_iterations
+
+    def _step(self, seen: Tensor) -> None:
+        s, steps = self._settings, self._steps
+        spectrum = torch.fft.rfftn(divergence(self._z - self._z_dual, steps, periodic=True)).mul_(-self._penalty)
+        spectrum += torch.fft.rfftn(self._y - self._y_dual).mul_(s.data_penalty * self._d)
+        spectrum /= self._system
         spectrum[0, 0, 0] = 0.0
-        field = torch.fft.irfftn(spectrum * d, s=shape)
-        chi = torch.fft.irfftn(spectrum, s=shape)
+        chi = torch.fft.irfftn(spectrum, s=self._shape)
+        self.field = torch.fft.irfftn(spectrum.mul_(self._d), s=self._shape)
         size = float(torch.linalg.vector_norm(chi))
-        change = float(torch.linalg.vector_norm(chi - old)) / size if size > 0 else 0.0
-        if not change < float("inf"):
-            raise NumericalError("not finite", where="TV-ADMM", got=f"iteration {done}")
-        old = chi
-        if change <= s.tolerance:
-            break
-        z_dual += gradient(chi, steps, periodic=True)
-        length = z_dual.square().sum(0).sqrt_()  # five times quicker than vector_norm over the first axis
-        z = z_dual * (1 - (s.weight / s.penalty) / length.clamp_min(torch.finfo(length.dtype).tiny)).clamp_min(0)
-        z_dual -= z
-        y_dual += field
-        y = (seen + s.data_penalty * y_dual) / squared
-        y_dual -= y
-    return referenced(operator.crop(old), inside, reference, reference_name, "TV-ADMM", done, change, change <= s.tolerance)
+        self.change = float(torch.linalg.vector_norm(chi - self.chi)) / size if size > 0 else 0.0
+        self.chi = chi
+        self._z_dual += gradient(chi, steps, periodic=True)
+        length = self._z_dual.square().sum(0).sqrt_()  # five times quicker than vector_norm over the first axis
+        tiny = torch.finfo(length.dtype).tiny
+        self._z = self._z_dual * (1 - s.shrinkage / length.clamp_min(tiny)).clamp_min(0)
+        self._z_dual -= self._z
+        self._y_dual += self.field
+        self._y = (seen + s.data_penalty * self._y_dual) / self._denominator
+        self._y_dual -= self._y
 
 
 def referenced(

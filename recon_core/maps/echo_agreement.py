@@ -34,10 +34,9 @@ REMEDY = "Check the echo times' order in the header, and the flag ACQ_IS_REVERSE
 
 @dataclass(frozen=True)
 class AgreedField:
-    """The field, the echoes that it was fitted to (alternating readouts corrected), and what was done."""
+    """The field, of echoes whose alternating readouts are corrected, and what was done."""
 
     field: FieldMaps
-    images: Tensor
     residual: float  # rad, median in the mask
     notes: tuple[str, ...]
 
@@ -118,7 +117,7 @@ def agreed_field(
         field = fit_field(corrected, echo_times, mask, noise_std=noise_std)
         residual, most = _residual(field, corrected, noise_std)
         if residual <= most:
-            return AgreedField(field, corrected, residual, notes)
+            return AgreedField(field, residual, notes)
     raise DataError(
         "the phases of the echoes lie on no straight line: R2* may be wrong as well",
         where="field map",

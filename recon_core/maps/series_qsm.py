@@ -20,6 +20,7 @@ from recon_core.maps.dipole import Susceptibility, tkd, tv_admm
 from recon_core.maps.dipole_kernel import unit_vector
 from recon_core.maps.echo_agreement import agreed_field, check_decay
 from recon_core.maps.field import FieldMaps
+from recon_core.maps.field_noise import field_noise
 from recon_core.maps.medi import csf_region, medi
 from recon_core.maps.r2star import R2StarMaps, arlo, nonlinear_r2star
 from recon_core.maps.series import ImageNoise, SeriesMaps
@@ -178,7 +179,12 @@ def _b0_direction(scan: ScanInfo, settings: MapSettings) -> tuple[float, float, 
 
 
 def multi_echo_maps(
-    series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, settings: MapSettings, mask: Tensor | None = None
+    series: ImageSeries,
+    scan: ScanInfo,
+    noise: ImageNoise | None,
+    settings: MapSettings,
+    mask: Tensor | None = None,
+    phase: Tensor | None = None,
 ) -> SeriesMaps:
     """R2* with its standard deviation and S0; for ``qsm`` also local field, susceptibility and brain mask, of one slab.
 
@@ -195,6 +201,8 @@ def multi_echo_maps(
     mask
         bool ``(z, y, x)`` on the images' matrix: where there is a susceptibility; ``None`` to find the brain in the magnitudes
         (``settings.map_mask``). R2* is not bound by it.
+    phase
+        Complex, as ``series``: what the field is fitted to; ``None``: the images themselves. Everything else comes from the images.
 
     Returns
     -------
@@ -209,7 +217,7 @@ def multi_echo_maps(
     """
     times = multi_echo_times(scan, len(series.data), settings)
     check_decay(series.data, times, None if noise is None else noise.std, "R2* map")
-    images = series.data.conj() if settings.map_phase_sign == "negative" and series.data.is_complex() else series.data
+    images = _signed(series.data, settings)
     combined = ImageSeries(
         "combined",
         torch.linalg.vector_norm(images, dim=0, keepdim=True).float(),
@@ -222,7 +230,8 @@ def multi_echo_maps(
     maps = [r2star.r2star, r2star.r2star_sd, r2star.s0]
     if settings.maps == "qsm":
         try:
-            found = _susceptibility(images, times, r2star, scan, noise, settings, mask)
+            fitted = images if phase is None else _signed(phase, settings)
+            found = _susceptibility(images, fitted, times, r2star, scan, noise, settings, mask)
         except ReconError as error:
             if settings.map_failure == "error":
                 raise
@@ -232,6 +241,10 @@ def multi_echo_maps(
             notes += found.notes
             quality |= found.quality
     return SeriesMaps(tuple(maps), tuple(notes), quality, shown)
+
+
+def _signed(images: Tensor, settings: MapSettings) -> Tensor:
+    return images.conj() if settings.map_phase_sign == "negative" and images.is_complex() else images
 
 
 def _r2star(images: Tensor, times: tuple[float, ...], noise: ImageNoise | None, settings: MapSettings) -> R2StarMaps:
@@ -252,6 +265,7 @@ def _r2star(images: Tensor, times: tuple[float, ...], noise: ImageNoise | None, 
 
 def _susceptibility(
     images: Tensor,
+    phase: Tensor,
     times: tuple[float, ...],
     r2star: R2StarMaps,
     scan: ScanInfo,
@@ -268,13 +282,13 @@ def _susceptibility(
     frame = field_frame(scan, settings)
     mask = _mask(images, frame, noise, settings, given)
     agreed = agreed_field(
-        images,
+        phase,
         times,
         mask,
         None if noise is None else noise.std,
         backwards=_backwards(scan, times, settings),
     )
-    images, field, notes = agreed.images, agreed.field, list(agreed.notes)
+    field, notes = agreed.field, list(agreed.notes)
     weights = field.weights
     local = _local_field(field, mask, frame, weights, settings)
     if given is None and settings.map_mask == "brain" and settings.map_background != "none":
@@ -285,9 +299,11 @@ def _susceptibility(
     if not chi.converged:
         notes.append(f"dipole inversion: still changing by {100 * chi.change:.1f} % after {chi.iterations} steps")
     method = settings.map_background
+    noise_ppb = 1e9 / frame.larmor * field_noise(local.field, local.mask)
+    facts = (f"background {method}", f"noise of the local field {noise_ppb:.1f} ppb", _conventions(frame, settings))
     maps = (
         ParameterMap("local_field", local.field, "Hz", local.mask, f"background removed by {method}"),
-        replace(chi.chi, comment="; ".join((chi.chi.comment, f"background {method}", _conventions(frame, settings)))),
+        replace(chi.chi, comment="; ".join((chi.chi.comment, *facts))),
         ParameterMap("brain_mask", mask.float(), "1", mask, region if given is None else f"as given; {region}"),
     )
     volume = float(mask.sum()) * math.prod(frame.voxel)
@@ -296,6 +312,7 @@ def _susceptibility(
         "susceptibility_ml": 1e6 * float(local.mask.sum()) * math.prod(frame.voxel),
         "phase_residual": agreed.residual,
         "background_residual": local.residual,
+        "field_noise_ppb": noise_ppb,
         "inversion_iterations": float(chi.iterations),
         "inversion_change": chi.change,
     }

@@ -56,6 +56,13 @@ class MapSettings:
         "Susceptibility: total variation by ADMM, MEDI, MEDI with uniform fluid as its zero (MEDI+0), or thresholded division",
         choices=("tv", "medi", "medi0", "tkd"),
     )
+    map_restore: int = setting(
+        8,
+        "Susceptibility: steps that give back to the phase what the regularisation of llr held back of the data (one Bregman "
+        "iteration) before the field is fitted; 0: the phase of the images as they are sent",
+        low=0,
+        high=100,
+    )
     map_reference: str = setting(
         "brain",
         "Region whose mean susceptibility is zero: the brain, or the ventricles' fluid, found by its R2* (MEDI+0: always)",

@@ -63,6 +63,33 @@ def test_total_variation_beats_the_threshold() -> None:
     assert relative_error(by_tv(head()), head()) < 0.25 * relative_error(by_tkd(head()), head())
 
 
+def test_noise_grows_and_contrast_stays() -> None:
+    """The nuclei of a field with 10 ppb of noise, against a fixed weight without the residual added back."""
+    h = small_head(noise=0.010)
+    inside, nuclei = h.mask, h.chi > 0.16
+
+    def contrast(chi: torch.Tensor) -> float:
+        return float(chi[nuclei].mean() - chi[inside & ~nuclei].mean())
+
+    true, quiet = contrast(h.chi), small_head(noise=1e-4)
+    found = tv_admm(h.field, h.mask, h.voxel, h.b0)
+    fixed = tv_admm(h.field, h.mask, h.voxel, h.b0, settings=TVSettings(weight=5e-5, noise_weight=0.0, added_back=0))
+    plain = tv_admm(h.field, h.mask, h.voxel, h.b0, settings=TVSettings(added_back=0))
+    assert relative_error(found, h) < 0.7 * relative_error(fixed, h)
+    assert contrast(found.chi.data) == pytest.approx(true, rel=0.12)
+    assert contrast(found.chi.data) > contrast(fixed.chi.data) and contrast(found.chi.data) > 1.05 * contrast(plain.chi.data)
+    without = tv_admm(quiet.field, quiet.mask, quiet.voxel, quiet.b0)
+    assert contrast(without.chi.data) == pytest.approx(true, rel=0.03)
+
+
+def test_steps_are_of_both_minimisations_together() -> None:
+    h = head()
+    few = tv_admm(h.field, h.mask, h.voxel, h.b0, settings=TVSettings(max_iterations=7))
+    assert few.iterations == 7 and not few.converged
+    enough = tv_admm(h.field, h.mask, h.voxel, h.b0)
+    assert enough.converged and enough.iterations < TVSettings.max_iterations
+
+
 def test_oblique_field_direction() -> None:
     h = small_head(b0=(0.8, 0.6, 0.0))
     right = tv_admm(h.field, h.mask, h.voxel, h.b0, settings=FEW)
