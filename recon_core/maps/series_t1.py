@@ -108,7 +108,9 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     seen = strong_signal(series.data)
     share = float(t1.valid[seen].float().mean()) if bool(seen.any()) else 0.0
     notes = [sign_note] if sign_note else []
-    if settings.map_model == "saturation_recovery" and (note := _judged_saturation(signed, maps, times)):
+    if settings.map_model == "saturation_recovery" and (
+        note := _judged_saturation(signed, maps, times, settings.map_delays)
+    ):
         notes.append(f"T1: {note}")
     if share < 1 - MOST_INVALID:
         notes.append(f"T1: {100 * (1 - share):.0f} % of the object's pixels have no believable T1 and are left empty")
@@ -117,21 +119,22 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     return SeriesMaps(complete.maps, tuple(notes), {"t1_valid": share})
 
 
-def _judged_saturation(images: Tensor, maps: T1Maps, times: tuple[float, ...]) -> str:
-    """What is to be said of delays that do not belong together; raises ``DataError`` where T1 would be too wrong."""
+def _judged_saturation(images: Tensor, maps: T1Maps, times: tuple[float, ...], delays: str) -> str:
+    """What is to be said of delays that do not belong together; raises ``DataError`` where T1 would be too wrong (``map_delays``)."""
     seen = maps.t1.valid
     m0 = maps.m0.data[seen]
     if maps.m0_phase is not None:
         m0 = torch.polar(m0, maps.m0_phase.data[seen])
     judged = judge_recovery(images[:, seen], m0, maps.t1.data[seen], times)
-    if judged.forbids_map:
+    if judged.is_no_saturation or (judged.forbids_map and delays == "require"):
         what = "this is no recovery from saturation" if judged.is_no_saturation else "T1 would be wrong"
         raise DataError(
             what,
             where="T1 map",
             got=judged.note,
             expected=f"delays that belong together, and T1 within {100 * MOST_WRONG:g} % of the truth",
-            remedy="Check the preparation and the delays in the header, and whether the scanner or a converter scaled images by themselves",
+            remedy="Check the preparation and the delays in the header, and whether the scanner or a converter scaled images by "
+            "themselves; map_delays = tell sends such a map, but none of an inversion",
         )
     return judged.note
 

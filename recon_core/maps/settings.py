@@ -36,6 +36,13 @@ class MapSettings:
         "the phase where the states share it.",
         choices=("auto", "phase", "magnitude"),
     )
+    map_delays: str = setting(
+        "require",
+        "Saturation recovery whose delays do not belong together, so that T1 would be more than a tenth wrong: 'require' makes no "
+        "map, 'tell' makes it and says how wrong (tissue that does not recover by one exponential looks alike). An inversion never "
+        "makes one.",
+        choices=("require", "tell"),
+    )
     map_t1_min: float = setting(T1Settings.t1_min, "Shortest plausible T1", unit="s", low=0.001, high=1.0)
     map_t1_max: float = setting(T1Settings.t1_max, "Longest plausible T1", unit="s", low=1.0, high=60.0)
     map_signal_floor: float = setting(

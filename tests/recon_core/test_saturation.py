@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -109,8 +110,11 @@ def test_three_delays_cannot_tell_a_gain_from_a_remainder() -> None:
     ({0.5: 0.05, 1.0: -0.05, 1.5: 0.05}, "several delays"),
 ])  # fmt: skip
 def test_a_map_that_would_be_wrong_by_a_tenth_is_not_made(gains: dict[float, float], said: str) -> None:
+    series, noise = ImageSeries("image", scaled(recovery(0.0), gains)), ImageNoise(0.005, measured=True)
     with pytest.raises(DataError, match=said):
-        t1_maps(ImageSeries("image", scaled(recovery(0.0), gains)), SCAN, ImageNoise(0.005, measured=True), SATURATION)
+        t1_maps(series, SCAN, noise, SATURATION)
+    asked_for = t1_maps(series, SCAN, noise, replace(SATURATION, map_delays="tell"))
+    assert bool(asked_for.maps[0].valid.any()) and any(re.search(said, note) for note in asked_for.notes)
 
 
 @pytest.mark.parametrize(("left", "said"), [(0.0, ""), (0.06, "too short"), (-0.06, "too long")])
@@ -127,6 +131,8 @@ def test_a_missing_declaration_of_the_times_is_named() -> None:
         recovery_times(undeclared, len(TIMES), SATURATION)
 
 
-def test_an_inversion_that_is_called_a_saturation_gives_no_map() -> None:
+@pytest.mark.parametrize("delays", ["require", "tell"])
+def test_an_inversion_that_is_called_a_saturation_gives_no_map(delays: str) -> None:
+    settings = replace(SATURATION, map_delays=delays)
     with pytest.raises(DataError, match="no recovery from saturation"):
-        t1_maps(ImageSeries("image", recovery(-1.0)), SCAN, ImageNoise(0.005, measured=True), SATURATION)
+        t1_maps(ImageSeries("image", recovery(-1.0)), SCAN, ImageNoise(0.005, measured=True), settings)

@@ -203,7 +203,7 @@ def parameter_maps(
     if found.nonlinear:
         last = found.nonlinear[-1]
         valid &= last.converged[0].mT & ~last.at_bound[0].any(0).mT
-    if agreed.fails(settings):
+    if agreed.fails(settings) and settings.quality_failure != "tell":
         valid &= (agreed.local <= settings.quality_noise) | (agreed.misfit <= settings.quality_signal)
 
     shown = valid[None]

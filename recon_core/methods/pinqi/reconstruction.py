@@ -108,7 +108,7 @@ def reconstruct_with(trained: TrainedPinqi, kspace: KSpace, scan: ScanInfo, sett
     notes = _judge(agreed, judged, applied.noise_measured, settings, where)
     comment = "; ".join((_origin(trained), *notes))
     rates = trained.network.predicted_rates
-    believed = not judged.forbids_map
+    believed = not judged.is_no_saturation and (settings.quality_failure == "tell" or not judged.forbids_map)
     maps, share = parameter_maps(
         trained.network.model, applied.operator, found, agreed, noise, scale, settings, comment, rates, believed=believed
     )
@@ -363,7 +363,7 @@ def _refuse_wrong(agreed: Agreement, judged: Judgement, misfit: str, settings: S
             where=where,
             got=judged.note,
             expected=f"delays that belong together, and T1 within {100 * MOST_WRONG:g} % of the truth",
-            remedy="Another method's T1 would be as wrong; the images are not",
+            remedy="Another method's T1 would be as wrong; the images are not. quality_failure = tell sends the map",
         )
     if agreed.fails(settings):
         raise NumericalError(

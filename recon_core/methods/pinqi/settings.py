@@ -9,7 +9,7 @@ from recon_core.settings import setting
 from recon_core.solvers.nonlinear_layer import SOLVERS
 
 DEFAULT_WEIGHTS = "pinqi_t1"
-FAILURES = ("mark", "error")
+FAILURES = ("tell", "mark", "error")
 COIL_MAP_SOURCES = ("longest", "chain")
 
 
@@ -60,6 +60,7 @@ class Settings:
     )
     quality_failure: str = setting(
         "mark",
-        "maps that fail: 'mark' says so and empties the pixels that do not fit, 'error' lets the chain's fallback answer",
+        "maps that fail: 'tell' says so, 'mark' also empties the pixels that do not fit (all where T1 would be a tenth wrong), "
+        "'error' lets the chain's fallback answer",
         choices=FAILURES,
     )
