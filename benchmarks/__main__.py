@@ -15,6 +15,8 @@ NAMES = (
     "t1_checks",
     "qsm",
     "qsm_server",
+    "qsm_surface",
+    "qsm_noise",
     "prospective",
     "moe_dqinr",
     "moe_dqinr_speed",
