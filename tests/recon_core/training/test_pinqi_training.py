@@ -424,7 +424,7 @@ def test_the_plain_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit):
         main([*words.split()[2:], "--output", str(tmp_path / "file" / "out")])
-    assert "Not a directory: " in (said := capsys.readouterr().err) and "Traceback" not in said
+    assert "folder cannot be used; got Not a directory" in (said := capsys.readouterr().err) and "Traceback" not in said
     given = parser().parse_args(["--output", "x", "--resume", "--max-minutes", "3"])
     assert given.resume and given.max_minutes == 3.0 and given.seed == 0
 
