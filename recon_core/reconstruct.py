@@ -33,8 +33,8 @@ RESTORED_FROM = 0.015
 at 0.022 four, at 0.045 ten (docs/qsm.md). With less noise the shrinkage keeps strong components whole."""
 
 FAINT = (
-    "so much noise that the images are smoothed: the field comes from noisier ones (map_restore), and susceptibilities may still be 10 to "
-    "20 % too low, those of veins and nuclei of few voxels by more (docs/qsm.md)"
+    "much noise: the field comes from less smoothed images (map_restore); susceptibilities may still be 10 to 20 % too low, veins and "
+    "small nuclei by more (docs/qsm.md)"
 )
 
 SLOW_WITH_GAPS, ENOUGH_ITERATIONS = ("llr", "laro"), 150

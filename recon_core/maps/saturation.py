@@ -94,16 +94,17 @@ class Deviation:
     def text(self) -> str:
         """What seems to be wrong with the scan."""
         if self.delay is None:
-            why = "incomplete saturation" if self.size > 0 else "inverted magnetisation"
-            return (
-                f"the recovery seems to begin at {100 * self.size:.0f} % of M0 and not at zero ({why}, wrong delays, or states of "
-                "unlike gain)"
-            )
+            return f"the recovery seems to begin at {100 * self.size:.0f} % of M0"
         how = "brighter" if self.size > 0 else "darker"
-        return (
-            f"the images of the delay {self.delay:g} s seem to be {100 * abs(self.size):.0f} % {how} than the others (receiver gain, "
-            "flip angle or scaling, or that delay is wrong)"
-        )
+        return f"the images of the delay {self.delay:g} s seem to be {100 * abs(self.size):.0f} % {how} than the others"
+
+    @property
+    def causes(self) -> str:
+        """What does such a thing."""
+        if self.delay is not None:
+            return "receiver gain, flip angle or scaling, or that delay is wrong"
+        why = "incomplete saturation" if self.size > 0 else "inverted magnetisation"
+        return f"{why}, wrong delays, or states of unlike gain"
 
     @property
     def consequence(self) -> str:
@@ -148,7 +149,9 @@ class Judgement:
         if not any(deviation.matters for deviation in self.likely):
             return ""
         worst = max(self.likely, key=lambda deviation: deviation.t1_quartile)
-        return f"{', or '.join(deviation.text for deviation in self.likely)}: {worst.consequence}"
+        # causes last: consoles show the beginning of a comment
+        seen, causes = (", or ".join(texts) for texts in zip(*((d.text, d.causes) for d in self.likely), strict=True))
+        return f"{seen}: {worst.consequence} ({causes})"
 
     @property
     def forbids_map(self) -> bool:

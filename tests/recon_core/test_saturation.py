@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recon_core.errors import DataError
-from recon_core.maps.saturation import MOST_LEFT, Judgement, judge_recovery
+from recon_core.maps.saturation import MOST_LEFT, Deviation, Judgement, judge_recovery
 from recon_core.maps.series import ImageNoise
 from recon_core.maps.series_t1 import recovery_times, t1_maps
 from recon_core.maps.settings import MapSettings
@@ -136,3 +136,11 @@ def test_an_inversion_that_is_called_a_saturation_gives_no_map(delays: str) -> N
     settings = replace(SATURATION, map_delays=delays)
     with pytest.raises(DataError, match="no recovery from saturation"):
         t1_maps(ImageSeries("image", recovery(-1.0)), SCAN, ImageNoise(0.005, measured=True), settings)
+
+
+def test_what_follows_for_t1_is_in_the_part_of_a_comment_that_consoles_get() -> None:
+    remainder = Deviation(None, None, 0.07, 0.0, 0.02, 1.0, -0.06, 0.084)
+    gain = Deviation(0, 0.5, -0.1, 0.0, 0.02, 1.0, 0.05, 0.091)
+    assert (
+        "T1 is 5 % too long (median), a quarter of the pixels by 9 %" in f"pinqi: {Judgement((remainder, gain)).note}"[:200]
+    )
