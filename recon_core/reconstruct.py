@@ -214,8 +214,8 @@ def _mixed_calibration(kspace: KSpace, scan: ScanInfo, method: Method, recipe: R
         return None
     saturated = recipe.maps.map_model == "saturation_recovery"
     times = scan.saturation_times if saturated else scan.inversion_times
-    if len(times) != len(kspace.acs_states):
-        return None  # no T1 without times, and whoever asks for it says so
+    if len(times) != len(kspace.acs_states) or not bool(kspace.acs_states.any()):
+        return None  # no T1 without times, and whoever asks for it says so; no line of these states mixes nothing
     spread = calibration_contrast(kspace.acs_states, times, inverted=not saturated)
     if spread <= MOST_MIXED:
         return None
