@@ -162,6 +162,9 @@ def pinqi(
     atlas: Annotated[
         Path | None, typer.Option(help="Folder nilearn/datasets/data, for the tissue atlas at 1 mm instead of 1.5 mm.")
     ] = None,
+    atlas_share: Annotated[
+        float, typer.Option(help="Part of the training samples from the atlas although BrainWeb's heads are given.", min=0.0)
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Of weights and samples.")] = 0,
     device: Device = "auto",
     precision: Precision = "float32",

@@ -54,7 +54,7 @@ class LabelledHeads:
         Fewer than three heads.
     """
 
-    name = "brainweb"
+    name: str = "brainweb"
 
     def __init__(self, folder: str | Path, device: torch.device | str = "cpu", shape: Shape = BRAINWEB_SHAPE) -> None:
         self._shape = shape
@@ -123,6 +123,42 @@ class LabelledHeads:
         return self._heads[subject]
 
 
+class HeadsAndAtlas(LabelledHeads):
+    """A BrainWeb folder's heads; of the *training* samples a part is drawn from an atlas instead.
+
+    Sixteen heads are few, and their crisp labels make sharper borders than an average atlas does: both teach more than either.
+    Validation and test see BrainWeb's heads alone.
+
+    Parameters
+    ----------
+    folder, device, shape
+        See `LabelledHeads`.
+    atlas
+        The other source.
+    share
+        Part of the training samples that come from it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        atlas: Anatomy,
+        share: float,
+        device: torch.device | str = "cpu",
+        shape: Shape = BRAINWEB_SHAPE,
+    ) -> None:
+        super().__init__(folder, device, shape)
+        self._atlas, self._share = atlas, share
+        self.name = f"{LabelledHeads.name}, {share:g} {atlas.name}"
+
+    def fractions(self, draws: Draws, n: int, split: str) -> Tensor:
+        """As `LabelledHeads.fractions`; which source a sample is of is its own first draw."""
+        if split != "train":
+            return super().fractions(draws, n, split)
+        drawn = draws.flip(self._share, 1, 1, 1)
+        return torch.where(drawn, self._atlas.fractions(draws, n, split), super().fractions(draws, n, split))
+
+
 def brainweb_files(folder: str | Path) -> dict[str, dict[str, Path]]:
     """Files by head and by class (or ``"crisp"``); heads that are incomplete are left out."""
     heads: dict[str, dict[str, Path]] = {}
@@ -166,9 +202,20 @@ def _halved(volume: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 
 def open_anatomy(
-    brainweb: str | Path | None = None, device: torch.device | str = "cpu", *, atlas: str | Path | None = None
+    brainweb: str | Path | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    atlas: str | Path | None = None,
+    atlas_share: float = 0.0,
 ) -> Anatomy:
-    """The heads of a BrainWeb folder when one is given, else heads drawn from an atlas: `nilearn`'s folder at 1 mm, or the packed one."""
-    if brainweb:
+    """The heads of a BrainWeb folder when one is given, else heads drawn from an atlas: `nilearn`'s folder at 1 mm, or the packed one.
+
+    Parameters
+    ----------
+    atlas_share
+        Part of the training samples that come from the atlas although there is a BrainWeb folder.
+    """
+    if brainweb and not atlas_share:
         return LabelledHeads(brainweb, device)
-    return HeadAtlas(atlas_from_folder(atlas) if atlas else None, device)
+    drawn = HeadAtlas(atlas_from_folder(atlas) if atlas else None, device)
+    return HeadsAndAtlas(brainweb, drawn, atlas_share, device) if brainweb else drawn

@@ -100,7 +100,14 @@ def run(
     device = training_device(settings.device)
     be_deterministic(device)
     recipe = replace(recipe, initial_sha256=initial_digest(settings.initial, output, settings.resume))
-    anatomy = open_anatomy(settings.brainweb, device, atlas=settings.atlas)
+    if recipe.atlas_share and not settings.brainweb:
+        raise SettingError(
+            "a part of all samples from the atlas, which gives them all",
+            where="PINQI training",
+            got=f"atlas_share {recipe.atlas_share:g} and no BrainWeb folder",
+            remedy="add --brainweb FOLDER, or leave --atlas-share out",
+        )
+    anatomy = open_anatomy(settings.brainweb, device, atlas=settings.atlas, atlas_share=recipe.atlas_share)
     if isinstance(anatomy, LabelledHeads):
         anatomy.read("train", "validation")
     torch.manual_seed(sample_seed(recipe.seed, "weights"))

@@ -53,6 +53,8 @@ class PinqiRecipe(TrainingRecipe):
         Of the samples.
     rate_spread, spread_part
         See `SampleRecipe`; training only.
+    atlas_share
+        Part of the training samples that are drawn from the atlas where a BrainWeb folder gives the others; 0 as published.
     columns
         Train on strips of so many readout positions, 0 for whole slices; validation always sees whole slices.
     batch, epochs, samples_per_epoch
@@ -113,6 +115,7 @@ class PinqiRecipe(TrainingRecipe):
     accelerations: tuple[float, ...] = (4.0, 5.0, 6.0, 7.0, 8.0)
     rate_spread: float = 1.0
     spread_part: float = 1.0
+    atlas_share: float = 0.0
     columns: int = 0
     batch: int = 16
     epochs: float = 80.0
@@ -144,6 +147,10 @@ class PinqiRecipe(TrainingRecipe):
                     f"unknown {name}", where="PINQI training", got=getattr(self, name), expected=", ".join(known)
                 )
         NonlinearSettings.of(self.nonlinear_solver)  # raises
+        if not 0 <= self.atlas_share < 1:
+            raise SettingError(
+                "no part of the samples", where="PINQI training", got=self.atlas_share, expected="0 or more, below 1"
+            )
         if self.noise_factors != "none" and self.batch != 1:
             raise SettingError(
                 "factors follow the noise of one sample",
@@ -185,7 +192,7 @@ class PinqiRecipe(TrainingRecipe):
         """As JSON; later choices are left out where they are the usual ones, so that trainings from before there was a choice go on."""
         facts = super().facts()
         usual: dict[str, Any] = {"nonlinear_solver": "lm", "held": 0, "noise_factors": "none"}
-        usual |= {"n_iterations": 0, "image_weight": 0.0, "image_rate": 0.0}
+        usual |= {"n_iterations": 0, "image_weight": 0.0, "image_rate": 0.0, "atlas_share": 0.0}
         return {key: value for key, value in facts.items() if key not in usual or value != usual[key]}
 
     @property
