@@ -11,7 +11,14 @@ import torch
 
 from recon_core.errors import DataError, SettingError
 from recon_core.simulation.anatomy import CLASSES
-from recon_core.simulation.brainweb import BRAINWEB_LABELS, LabelledHeads, brainweb_files, brainweb_fractions, open_anatomy
+from recon_core.simulation.brainweb import (
+    BRAINWEB_LABELS,
+    HeadsAndAtlas,
+    LabelledHeads,
+    brainweb_files,
+    brainweb_fractions,
+    open_anatomy,
+)
 from recon_core.simulation.quantitative_brain import QuantitativeBrains, SampleRecipe
 from recon_core.simulation.random_fields import Draws
 from recon_core.simulation.volume_files import read_volume
@@ -171,6 +178,29 @@ def test_samples_are_made_of_labelled_heads(folder: Path) -> None:
     heads = LabelledHeads(folder, shape=SHAPE)
     batch = QuantitativeBrains(heads, SampleRecipe(size=32, accelerations=(2.0,))).batch("train", [0, 1])
     assert torch.isfinite(torch.view_as_real(batch.kspace)).all() and float(batch.images.abs().max()) > 0.1
+
+
+class _Air:
+    """An atlas whose slices show nothing: what a sample shows tells whence it is."""
+
+    name = "air"
+
+    def fractions(self, draws: Draws, n: int, split: str) -> torch.Tensor:
+        return torch.zeros(len(draws), len(CLASSES), n, n)
+
+
+def test_a_part_of_the_training_samples_alone_is_from_the_atlas(folder: Path) -> None:
+    mixed, own = HeadsAndAtlas(folder, _Air(), 0.25, shape=SHAPE), LabelledHeads(folder, shape=SHAPE)
+    shown = mixed.fractions(Draws(range(200)), 32, "train").sum((1, 2, 3)) > 1
+    assert 0.65 < float(shown.float().mean()) < 0.85
+    for split in ("validation", "test"):
+        assert torch.equal(mixed.fractions(Draws(range(8)), 8, split), own.fractions(Draws(range(8)), 8, split))
+    assert mixed.name == "brainweb, 0.25 air" and mixed.digest() == own.digest()
+
+
+def test_both_sources_are_opened_only_when_both_are_asked_for(folder: Path) -> None:
+    assert type(open_anatomy(folder)) is LabelledHeads
+    assert open_anatomy(folder, atlas_share=0.3).name == f"brainweb, 0.3 {open_anatomy().name}"
 
 
 def test_too_few_heads_are_refused(tmp_path: Path) -> None:

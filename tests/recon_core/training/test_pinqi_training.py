@@ -177,6 +177,21 @@ def test_a_training_goes_on_with_the_heads_it_was_begun_with(tmp_path: Path) -> 
         run(short, output, replace(CPU, resume=True))
 
 
+def test_a_part_of_the_samples_from_the_atlas_is_told_with_the_weights(tmp_path: Path) -> None:
+    for i in range(3):
+        nifti(tmp_path / f"subject0{i}_crisp_v.nii", np.full((40, 80, 80), 1 + i, np.uint8))
+    short = replace(TINY, epochs=0.001, pretrain_epochs=0.0, n_validation=0, atlas_share=0.5)
+    _, weights = run(short, tmp_path / "out", replace(CPU, brainweb=str(tmp_path)))
+    facts = json.loads(weights.read_text(encoding="utf-8"))
+    assert facts["anatomy"].startswith("brainweb, 0.5 mni152") and facts["recipe"]["atlas_share"] == 0.5
+    assert "atlas_share" not in TINY.facts()
+    for share in (-0.1, 1.0, math.nan):
+        with pytest.raises(SettingError, match="no part of the samples"):
+            replace(TINY, atlas_share=share)
+    with pytest.raises(SettingError, match="add --brainweb FOLDER"):
+        run(short, tmp_path / "other", CPU)
+
+
 def test_a_damaged_head_is_found_before_the_training_begins(tmp_path: Path) -> None:
     """Once it ended the training that first drew it, and with the head mended the folder was one of other heads."""
     heads, output = tmp_path / "heads", tmp_path / "out"

@@ -49,6 +49,7 @@ SMALL = LaroRecipe(channels=4, features=(4, 4), patterns=("3/2",), matrix=(12, 2
         (PinqiRecipe(precision="foo"), pinqi.RunSettings(device="cpu")),
         (PinqiRecipe(), pinqi.RunSettings(device="cpu", brainweb="no such folder")),
         (PinqiRecipe(), pinqi.RunSettings(device="cpu", initial="no such file.json")),
+        (PinqiRecipe(atlas_share=0.3), pinqi.RunSettings(device="cpu")),
         (replace(SMALL, features=(4,)), laro.RunSettings(device="cpu")),
         (SMALL, laro.RunSettings(device="cpu", scans="no such folder")),
         (SMALL, laro.RunSettings(device="cpu", masks="no such folder")),
