@@ -6,6 +6,12 @@ a smooth phase, coils (measured arrays, of a head and of a heart, or simulated l
 measured map, beside ``llr`` + fit.
 
     python -m benchmarks.pinqi_measured --picture maps.png
+
+That map is noisy itself, so whatever smooths T1 is punished. ``--maps FILE`` takes another measured brain instead: a MATLAB file with one
+array ``(.., .., map)`` of proton density, T1 in s and more, as the numerical brain of MRzero's documentation is
+(``numerical_brain_cropped.mat``, 141 x 161, hardly any noise; users download it), in a field of view of 192 x 192 pixels:
+
+    python -m benchmarks.pinqi_measured --maps numerical_brain_cropped.mat --name pinqi_measured_numerical
 """
 
 from __future__ import annotations
@@ -16,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.io import loadmat
 
 from benchmarks.common import print_table, write_result
 from benchmarks.dynamic_cells import DONORS
@@ -36,6 +44,8 @@ from recon_core.types import KSpace, ScanInfo
 ACS = 8
 EMPTY_T1 = 1.0  # s where nothing was measured
 PHASE = 0.6  # rad, peak of the smooth phase
+MATRIX = 192  # that the weights are made for
+PIXEL = 0.0012  # m, of maps that do not state theirs
 METHODS = {"pinqi": MapSettings(), "llr": MapSettings(maps="t1", map_model="saturation_recovery", map_max_relative_sd=10.0)}
 
 
@@ -46,20 +56,38 @@ def truth() -> dict[str, Any]:
     valid, brain = maps.t1.valid[0].numpy(), series.roi
     t1 = np.where(valid, maps.t1.data[0].numpy(), EMPTY_T1)
     m0 = np.where(valid, maps.m0.data[0].numpy(), np.abs(series.images).max(0))
-    n_y, n_x = t1.shape
-    fov = tuple(n * series.pixel for n in t1.shape)
-    grid = Grid(np.zeros(1), centred_axis(n_y, fov[0]), centred_axis(n_x, fov[1]))
-    phase = smooth_field(grid, np.random.default_rng(5), PHASE)[0]
-    m0 = np.minimum(m0 / np.percentile(m0[brain], 99.5), 1.3)
     sd = maps.t1_sd.data[0].numpy()
-    return {
-        "t1": t1,
-        "m0": m0 * np.exp(1j * phase),
-        "brain": brain & valid,
-        "grid": grid,
-        "fov": fov,
-        "fit": {"median_t1_s": float(np.median(t1[brain & valid])), "median_sd_s": float(np.median(sd[brain & valid]))},
-    }
+    fit = {"median_t1_s": float(np.median(t1[brain & valid])), "median_sd_s": float(np.median(sd[brain & valid]))}
+    return posed(t1, m0, brain & valid, series.pixel, fit)
+
+
+def truth_of_maps(path: Path) -> dict[str, Any]:
+    """As `truth`, of a file with maps: the longer axis becomes y (the head's anterior-posterior one), air is added up to `MATRIX`."""
+    arrays = [value for value in loadmat(path).values() if isinstance(value, np.ndarray) and value.ndim == 3]
+    if not arrays or arrays[0].shape[-1] < 2 or max(arrays[0].shape[:2]) > MATRIX:
+        raise SystemExit(
+            f"{path.name}: expected an array (.., .., map) of proton density, T1 and more, at most {MATRIX} pixels wide"
+        )
+    density, t1 = (arrays[0][..., i].astype(np.float64) for i in range(2))
+    if density.shape[0] < density.shape[1]:
+        density, t1 = density.T, t1.T
+    before = [(MATRIX - n) // 2 for n in density.shape]
+    margins = [(b, MATRIX - n - b) for b, n in zip(before, density.shape, strict=True)]
+    density, t1 = np.pad(density, margins), np.pad(t1, margins)
+    brain = (density > 0) & (t1 > 0)
+    fit = {"median_t1_s": float(np.median(t1[brain]))}
+    return posed(np.where(brain, t1, EMPTY_T1), density + 0j, brain, PIXEL, fit)
+
+
+def posed(
+    t1: NDArray[np.floating], m0: NDArray[np.complexfloating], brain: NDArray[np.bool_], pixel: float, fit: dict[str, float]
+) -> dict[str, Any]:
+    """The maps with a smooth phase, brought to a peak of M0 of 1."""
+    fov = tuple(n * pixel for n in t1.shape)
+    grid = Grid(np.zeros(1), *(centred_axis(n, size) for n, size in zip(t1.shape, fov, strict=True)))
+    phase = smooth_field(grid, np.random.default_rng(5), PHASE)[0]
+    m0 = np.minimum(m0 / np.percentile(np.abs(m0)[brain], 99.5), 1.3)
+    return {"t1": t1, "m0": m0 * np.exp(1j * phase), "brain": brain, "grid": grid, "fov": fov, "fit": fit}
 
 
 def acquired(found: dict[str, Any], coils: str, acceleration: float, noise: float, seed: int) -> tuple[KSpace, ScanInfo]:
@@ -93,10 +121,14 @@ def main() -> int:
     parser.add_argument("--noise", type=float, default=0.01, help="of a complex sample; M0 is about 1")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--maps", type=Path, default=None, help="measured maps (.mat) instead of qMRLab's inversion recovery"
+    )
     parser.add_argument("--picture", type=Path, default=None)
+    parser.add_argument("--name", default="pinqi_measured", help="of the file in benchmarks/results")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found = truth()
+    found = truth_of_maps(options.maps) if options.maps else truth()
     rows: list[list[Any]] = []
     shown = {"truth": found["t1"], "brain": found["brain"]}
     for coils in options.coils:
@@ -117,8 +149,9 @@ def main() -> int:
     columns = ["coils", "", "method", "nRMSE", "MAE s", "SSIM", "warnings"]
     print_table(f"T1 of a measured brain as saturation recovery, noise {options.noise:g}", columns, rows)
     print(f"the measured map itself: {found['fit']}")
-    settings = {key: value for key, value in vars(options).items() if key != "picture"}
-    write_result("pinqi_measured", {"settings": settings, "reference": found["fit"], "columns": columns, "rows": rows})
+    settings = {key: value for key, value in vars(options).items() if key not in ("picture", "name", "maps")}
+    settings |= {"maps": options.maps.name} if options.maps else {}
+    write_result(options.name, {"settings": settings, "reference": found["fit"], "columns": columns, "rows": rows})
     if options.picture is not None:
         from benchmarks.pinqi_montage import montage
 

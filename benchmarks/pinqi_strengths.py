@@ -41,7 +41,7 @@ LEAST_BRAIN = 2000  # pixels: strips with less say little
 def strips(options: argparse.Namespace) -> list[tuple[str, BrainBatch]]:
     """``noise/acceleration/number`` and the strip, at every level and acceleration; slices differ between levels."""
     found = []
-    brains = QuantitativeBrains(open_anatomy(None), SampleRecipe(columns=options.columns), seed=EVALUATION_SEED)
+    brains = QuantitativeBrains(open_anatomy(options.brainweb), SampleRecipe(columns=options.columns), seed=EVALUATION_SEED)
     index = options.first
     for noise in options.noise:
         supply = brains.with_recipe(noise=(noise, noise))
@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=100, help="number of the first validation slice")
     parser.add_argument("--accelerations", type=float, nargs="+", default=[4.0, 8.0])
     parser.add_argument("--columns", type=int, default=64)
+    parser.add_argument("--brainweb", default=None, help="folder of BrainWeb heads; else heads drawn from the tissue atlas")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--fresh", action="store_true", help="forget earlier scores")
     parser.add_argument("--name", default="pinqi_strengths", help="of the file in benchmarks/results")
@@ -113,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "first": options.first,
         "accelerations": options.accelerations,
         "columns": options.columns,
+        **({"anatomy": open_anatomy(options.brainweb).name} if options.brainweb else {}),
     }
     path = RESULTS / f"{options.name}.json"
     kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and not options.fresh else {}
