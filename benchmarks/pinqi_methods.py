@@ -38,6 +38,9 @@ T1_RANGE = (0.05, 6.0)
 START = (0.9, 0.0, 0.8)
 """(Re M0, Im M0, R1) where fits begin."""
 
+TISSUE = "tissue_"
+"""Before the names of figures inside all tissue, scalp included; without it inside the brain."""
+
 BART_WEIGHTS = (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 MOBA_WEIGHTS = (0.01, 0.001, 0.0001)
 MOBA_NOTHING = 1e-6
@@ -50,6 +53,7 @@ class Sample:
 
     t1: T1Map
     brain: NDArray[np.bool_]
+    tissue: NDArray[np.bool_]
     kspace: KSpace
     scan: ScanInfo
     times: tuple[float, ...]
@@ -70,11 +74,13 @@ class Sample:
         )
         place = ((1, n, n), (0.008, 0.22, 0.22))
         scan = ScanInfo(*place, *place, saturation_times=recipe.times)
-        return cls(batch.t1[0].cpu().numpy(), batch.brain[0].cpu().numpy(), kspace, scan, recipe.times)
+        truth, brain, tissue = (values[0].cpu().numpy() for values in (batch.t1, batch.brain, batch.tissue))
+        return cls(truth, brain, tissue, kspace, scan, recipe.times)
 
     def score(self, t1: T1Map) -> dict[str, float]:
-        """nRMSE, MAE (s) and SSIM inside the brain."""
-        return t1_figures(t1, self.t1, self.brain)
+        """nRMSE, MAE (s) and SSIM inside the brain, and, as ``tissue_...``, inside all tissue."""
+        in_tissue = t1_figures(t1, self.t1, self.tissue)
+        return t1_figures(t1, self.t1, self.brain) | {f"{TISSUE}{key}": value for key, value in in_tissue.items()}
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,12 @@ class Plane:
     pixel: Tensor
 
 
+def straight_plane(n_samples: int, n: int, extent: float, device: torch.device | str = "cpu") -> Plane:
+    """The middle of the head upright, as it is, in a field of view of ``extent`` (mm)."""
+    y, x = (axis.expand(n_samples, n, n) * extent / 2 for axis in grid(n, device))
+    return Plane(y, x, torch.full((n_samples,), extent / n, device=device))
+
+
 def draw_plane(draws: Draws, n: int, *, extent: tuple[float, float] = (185.0, 245.0), warp: float = 1.0) -> Plane:
     """Rotation within 10 degrees, shear within 5, shift within 5 %, either flip, field of view in ``extent`` (mm), smooth warp.
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from recon_core.errors import DataError
-from recon_core.simulation.anatomy import CLASSES, Anatomy, check_split, draw_plane, with_vessels_and_lesions
+from recon_core.simulation.anatomy import CLASSES, Anatomy, check_split, draw_plane, straight_plane, with_vessels_and_lesions
 from recon_core.simulation.head_atlas import HeadAtlas, atlas_from_folder
 from recon_core.simulation.random_fields import Draws
 from recon_core.simulation.volume_files import read_volume
@@ -33,6 +33,7 @@ FRACTION_NAMES = {
     "skin": ("muscles_skin", "m-s"), "vessel": ("vessels", "ves"), "fat2": ("fat2",), "dura": ("dura",), "marrow": ("marrow", "mrw"),
 }  # fmt: skip
 AXIAL_MARGIN = 120 / 362  # of the volume's height: left out at the bottom and at the top
+TEST_FOV = 195.0  # mm: 390 voxels of 0.5 mm become the pixels of a test slice, as in the published method's code
 
 
 class LabelledHeads:
@@ -102,9 +103,14 @@ class LabelledHeads:
         return digest.hexdigest()
 
     def fractions(self, draws: Draws, n: int, split: str) -> Tensor:
-        """float32 ``(sample, class, n, n)``, see `Anatomy`; the first use of a head reads it."""
+        """float32 ``(sample, class, n, n)``, see `Anatomy`; the first use of a head reads it.
+
+        Slices of the test heads are as published: straight, of one size, and nothing added to what BrainWeb has. The others are turned,
+        sheared, shifted and scaled, with more vessels, and lesions.
+        """
         names = self.subjects(split)
-        plane = draw_plane(draws, n, warp=0.0)
+        as_published = split == "test"
+        plane = straight_plane(len(draws), n, TEST_FOV, draws.device) if as_published else draw_plane(draws, n, warp=0.0)
         which = draws.uniform(0.0, len(names), 1)[:, 0].long().clamp(max=len(names) - 1).tolist()
         height = draws.uniform(AXIAL_MARGIN, 1 - AXIAL_MARGIN, 1)[:, 0].tolist()
         out = plane.y.new_zeros(len(draws), len(CLASSES), n, n)
@@ -114,7 +120,7 @@ class LabelledHeads:
             size_y, size_x = planes.shape[-2:]
             where = torch.stack((plane.x[i] * 2 / size_x, plane.y[i] * 2 / size_y), dim=-1)[None]
             out[i, :-1] = functional.grid_sample(planes, where, align_corners=False)[0]
-        return with_vessels_and_lesions(draws, out, plane)
+        return out if as_published else with_vessels_and_lesions(draws, out, plane)
 
     def _head(self, subject: str) -> Tensor:
         if subject not in self._heads:

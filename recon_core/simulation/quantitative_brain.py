@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from recon_core.errors import SettingError
 from recon_core.fourier import fft_centred
@@ -50,6 +51,7 @@ TISSUE_RANGES: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
 }
 BRAIN_CLASSES = ("csf", "grey", "white", "vessel", "lesion")
 SOLID_CLASSES = ("grey", "white", "lesion")
+LEAST_TISSUE = 150 / 255
 EMPTY_R1 = 1.0  # 1/s where there is no tissue
 
 
@@ -123,6 +125,9 @@ class BrainBatch:
         bool ``(sample, y, x)``: mostly grey matter, white matter, fluid, vessel or lesion.
     solid
         bool ``(sample, y, x)``: mostly grey or white matter or lesion.
+    tissue
+        bool ``(sample, y, x)``: more than 150/255 of tissue of any class, scalp included, and so are the eight neighbours. That is where
+        the published method's code trains and judges.
     coil_maps
         complex64 ``(sample, coil, y, x)``, unit root-sum-of-squares.
     mask
@@ -137,6 +142,7 @@ class BrainBatch:
     images: Tensor
     brain: Tensor
     solid: Tensor
+    tissue: Tensor
     coil_maps: Tensor
     mask: Tensor
     kspace: Tensor
@@ -212,7 +218,7 @@ class QuantitativeBrains:
         brain, solid = (
             fractions[:, [CLASSES.index(name) for name in names]].sum(1) > 0.5 for names in (BRAIN_CLASSES, SOLID_CLASSES)
         )
-        return BrainBatch(parameters, images, brain, solid, coil_maps, mask, kspace, noise_std)
+        return BrainBatch(parameters, images, brain, solid, all_tissue(fractions), coil_maps, mask, kspace, noise_std)
 
     @staticmethod
     def _acquire(out: Tensor, images: Tensor, coil_maps: Tensor, mask: Tensor) -> None:
@@ -249,6 +255,12 @@ def _add_noise(draws: Draws, kspace: Tensor, mask: Tensor, noise_std: Tensor) ->
 
 
 # ------------------------------------------------------------------------------------------------------------------ maps
+
+
+def all_tissue(fractions: Tensor) -> Tensor:
+    """bool ``(sample, y, x)``, see `BrainBatch`; what lies beyond the image is none."""
+    none = functional.pad((fractions.sum(1) <= LEAST_TISSUE).float(), (1, 1, 1, 1), value=1.0)
+    return functional.max_pool2d(none, 3, stride=1) == 0
 
 
 def tissue_parameters(draws: Draws, fractions: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def _generator(*key: int | str) -> torch.Generator:
 
 def mirrored(batch: BrainBatch, posed: Posed) -> tuple[BrainBatch, Posed]:
     """Batch and problem with the readout reversed."""
-    along = ("parameters", "images", "brain", "solid", "coil_maps", "kspace")  # x is their last axis
+    along = ("parameters", "images", "brain", "solid", "tissue", "coil_maps", "kspace")  # x is their last axis
     flipped = replace(batch, **{name: getattr(batch, name).flip(-1) for name in along})
     _, rhs, start = posed  # working images end in (x, y)
     return flipped, (flipped.operator(), rhs.flip(-2), None if start is None else start.flip(-2))

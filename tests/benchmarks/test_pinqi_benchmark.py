@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import common, pinqi, pinqi_gpu, pinqi_phantom, pinqi_server, pinqi_speed, pinqi_variants
+from benchmarks.pinqi import FIGURES
 from benchmarks.pinqi_methods import (
     SWITCHED_OFF,
     T1_RANGE,
@@ -54,6 +55,18 @@ def test_complete_data_give_every_method_the_true_map(trained: TrainedPinqi) -> 
         assert s.score(answer.t1)["nrmse"] < 0.01, name
         assert answer.cpu_s > 0 and answer.wall_s > 0
         assert T1_RANGE[0] <= answer.t1.min() and answer.t1.max() <= T1_RANGE[1]
+
+
+def test_figures_are_of_the_brain_and_of_all_tissue() -> None:
+    s = sample(4.0, 0.02)
+    scalp = s.tissue & ~s.brain
+    assert scalp.any() and (s.brain & ~s.tissue).sum() < s.brain.sum()
+    wrong_scalp = np.where(scalp, 2 * s.t1, s.t1)
+    figures = s.score(wrong_scalp)
+    assert figures["mae"] == 0 and figures["tissue_mae"] == pytest.approx(s.t1[scalp].sum() / s.tissue.sum(), rel=1e-5)
+    assert figures["nrmse"] == 0 < figures["tissue_nrmse"] and set(figures) == {
+        p + k for p in ("", "tissue_") for k in FIGURES
+    }
 
 
 def test_a_part_that_is_switched_off_is_not_used_and_the_others_are_what_they_were(tmp_path: Path) -> None:

@@ -180,6 +180,22 @@ def test_samples_are_made_of_labelled_heads(folder: Path) -> None:
     assert torch.isfinite(torch.view_as_real(batch.kspace)).all() and float(batch.images.abs().max()) > 0.1
 
 
+def test_slices_of_test_heads_are_as_published(folder: Path) -> None:
+    """Straight, all of one size, nothing added: what differs between two slices of such heads is their height and tissue alone."""
+    heads = LabelledHeads(folder, shape=SHAPE)
+    n = 130  # pixels of 1.5 mm
+    test = heads.fractions(Draws(range(12)), n, "test")
+    added = [CLASSES.index(name) for name in ("vessel", "lesion")]
+    assert float(test[:, added].abs().max()) == 0
+    head = test.sum(1)
+    assert (
+        torch.equal(head, head[:1].expand_as(head)) and torch.equal(head, head.flip(-1)) and torch.equal(head, head.flip(-2))
+    )
+    assert (head[0] > 0.5).sum().item() == round(SHAPE[1] / 2 / 1.5) * round(SHAPE[2] / 2 / 1.5)
+    train = heads.fractions(Draws(range(12)), n, "train")
+    assert float(train[:, added].max()) > 0.3 and not torch.equal(train[0].sum(0), train[1].sum(0))
+
+
 class _Air:
     """An atlas whose slices show nothing: what a sample shows tells whence it is."""
 

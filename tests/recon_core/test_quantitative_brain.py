@@ -17,6 +17,7 @@ from recon_core.simulation.quantitative_brain import (
     BrainBatch,
     QuantitativeBrains,
     SampleRecipe,
+    all_tissue,
     birdcage_maps,
     tissue_parameters,
     vary,
@@ -39,6 +40,20 @@ def brains(atlas: HeadAtlas) -> QuantitativeBrains:
 @pytest.fixture(scope="module")
 def batch(brains: QuantitativeBrains) -> BrainBatch:
     return brains.batch("train", range(24))
+
+
+def test_tissue_is_what_has_tissue_all_round() -> None:
+    fractions = torch.zeros(1, len(CLASSES), 12, 12)
+    fractions[0, CLASSES.index("fat"), 2:9, 2:9] = 0.4
+    fractions[0, CLASSES.index("white"), 2:9, 2:9] = 0.3
+    fractions[0, :, 5, 3] = 0.0
+    fractions[0, CLASSES.index("grey"), 5, 3] = 150 / 255  # not more than that
+    expected = torch.zeros(12, 12, dtype=torch.bool)
+    expected[3:8, 3:8] = True
+    expected[4:7, 3:5] = False  # the neighbours of (5, 3)
+    assert torch.equal(all_tissue(fractions)[0], expected)
+    fractions[:] = 0.2
+    assert torch.equal(all_tissue(fractions)[0], torch.nn.functional.pad(torch.ones(10, 10, dtype=torch.bool), (1, 1, 1, 1)))
 
 
 def test_a_sample_depends_on_its_key_alone(brains: QuantitativeBrains, atlas: HeadAtlas) -> None:
