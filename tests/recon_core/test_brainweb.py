@@ -188,9 +188,8 @@ def test_slices_of_test_heads_are_as_published(folder: Path) -> None:
     added = [CLASSES.index(name) for name in ("vessel", "lesion")]
     assert float(test[:, added].abs().max()) == 0
     head = test.sum(1)
-    assert (
-        torch.equal(head, head[:1].expand_as(head)) and torch.equal(head, head.flip(-1)) and torch.equal(head, head.flip(-2))
-    )
+    for same in (head[:1].expand_as(head), head.flip(-1), head.flip(-2)):
+        assert torch.allclose(head, same, atol=1e-4)
     assert float((head[0] > 0.5).sum()) * 1.5**2 == pytest.approx(SHAPE[1] / 2 * SHAPE[2] / 2, rel=0.08)  # mm^2
     train = heads.fractions(Draws(range(12)), n, "train")
     assert float(train[:, added].max()) > 0.3 and not torch.equal(train[0].sum(0), train[1].sum(0))
