@@ -50,6 +50,8 @@ MOST_MIXED = 0.085
 saturation are at most 4 % wrong up to 0.08, 7 to 10 % at 0.09, up to 40 % above; MOLLI is right at 0.02, 8 % wrong at 0.4
 (`benchmarks.t1_checks`)."""
 
+SMOOTH_PHASE = "homodyne keeps the smooth part of the phase alone, and susceptibilities would be a quarter too low: pocs completes k-space instead"
+
 MAP_NAMES = {"t1": "T1", "r2star": "R2*", "qsm": "susceptibility"}
 
 
@@ -141,6 +143,7 @@ def reconstruct_images(
     else:
         kspace = compress_coils(kspace, recipe.preprocess)
     extents = extents_of(kspace)
+    recipe, smooth = _with_whole_phase(recipe, extents, scan, report)
     phase: Tensor | None = None
     if needs_coil_maps(method, recipe.settings):
         if kspace.coil_maps is None and empty:
@@ -163,7 +166,7 @@ def reconstruct_images(
         report.warn(GAPS)
         result = replace(result, notes=(*result.notes, GAPS))
     noise = None if recipe.maps.maps == "none" or result.maps else _noise_of(kspace, scan)
-    result = replace(result, notes=(*loud, *result.notes))
+    result = replace(result, notes=(*loud, *smooth, *result.notes))
     return StateImages(result, noise, "" if mixed is None else str(mixed), phase)
 
 
@@ -248,9 +251,10 @@ def calibration_contrast(states: Tensor, times: Sequence[float], *, inverted: bo
 def _with_believable_noise(kspace: KSpace, recipe: Recipe, report: Report) -> tuple[KSpace, tuple[str, ...]]:
     """The k-space without its noise measurement where that is louder than the samples can be, and what to tell of it.
 
-    A noise level too high would blind T1's checks, which ask whether the misfit is more than noise.
+    A noise level too high would blind T1's checks, which ask whether the misfit is more than noise, and bend R2* (noise lifts late
+    echoes).
     """
-    if recipe.maps.maps != "t1" or (excess := noise_scan_excess(kspace)) <= LOUDEST:
+    if recipe.maps.maps == "none" or (excess := noise_scan_excess(kspace)) <= LOUDEST:
         return kspace, ()
     note = (
         f"the noise measurement is {excess:.1f} times louder than the outer k-space of the images, which cannot be (its scaling, or "
@@ -258,6 +262,17 @@ def _with_believable_noise(kspace: KSpace, recipe: Recipe, report: Report) -> tu
     )
     report.warn(note)
     return replace(kspace, noise_std=None), (note,)
+
+
+def _with_whole_phase(
+    recipe: Recipe, extents: tuple[Extent, Extent, Extent], scan: ScanInfo, report: Report
+) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe that completes k-space by another method where homodyne would take the field's details, and what to tell of it."""
+    chosen = recipe.preprocess
+    if recipe.maps.maps != "qsm" or chosen.partial_fourier != "homodyne" or not partial_axes(extents, scan.matrix):
+        return recipe, ()
+    report.warn(SMOOTH_PHASE)
+    return replace(recipe, preprocess=replace(chosen, partial_fourier="pocs")), (SMOOTH_PHASE,)
 
 
 def _equal_coils(kspace: KSpace) -> torch.Tensor:
