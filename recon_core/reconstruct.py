@@ -50,7 +50,12 @@ MOST_MIXED = 0.085
 saturation are at most 4 % wrong up to 0.08, 7 to 10 % at 0.09, up to 40 % above; MOLLI is right at 0.02, 8 % wrong at 0.4
 (`benchmarks.t1_checks`)."""
 
-SMOOTH_PHASE = "homodyne keeps the smooth part of the phase alone, and susceptibilities would be a quarter too low: pocs completes k-space instead"
+UNLIKE_GAPS = (
+    "echoes lack different positions at the centre of k-space, which are unfolded: R2* and susceptibility may be far off where the coils "
+    "cannot; a complete centre in every echo prevents it (docs/qsm.md)"
+)
+
+SMOOTH_PHASE = "homodyne keeps the smooth part of the phase alone, and susceptibilities would be a quarter too low: pocs is used instead"
 
 MAP_NAMES = {"t1": "T1", "r2star": "R2*", "qsm": "susceptibility"}
 
@@ -162,9 +167,9 @@ def reconstruct_images(
     else:
         wanted = kspace if states is None else kspace.part(*states)
         result = _without_coil_maps(wanted, extents, scan, method, recipe, report)
-    if _has_harmful_gaps(kspace, recipe):
-        report.warn(GAPS)
-        result = replace(result, notes=(*result.notes, GAPS))
+    if gaps := _of_gaps(kspace, recipe):
+        report.warn(gaps)
+        result = replace(result, notes=(*result.notes, gaps))
     noise = None if recipe.maps.maps == "none" or result.maps else _noise_of(kspace, scan)
     result = replace(result, notes=(*loud, *smooth, *result.notes))
     return StateImages(result, noise, "" if mixed is None else str(mixed), phase)
@@ -198,16 +203,23 @@ def compress_coils(kspace: KSpace, settings: PreprocessSettings) -> KSpace:
     return replace(kspace, data=apply(kspace.data), acs=None if kspace.acs is None else apply(kspace.acs), coil_maps=None)
 
 
-def _has_harmful_gaps(kspace: KSpace, recipe: Recipe) -> bool:
-    """Whether all echoes share one pattern that misses positions next to the centre, as regular ones with separate calibration do:
-    such aliases vanish last of all, and slowest in the dim late echoes."""
-    if recipe.maps.maps not in ("r2star", "qsm") or recipe.method not in SLOW_WITH_GAPS:
-        return False
+def _of_gaps(kspace: KSpace, recipe: Recipe) -> str:
+    """A word where positions next to the centre were not measured, as with regular patterns whose calibration lines are separate: such
+    aliases vanish last of all, and slowest in the dim late echoes; where every echo has its own, its brightness is its own, too.
+
+    Gaps along k1 alone that differ unfold well (R = 2: R2* within 1 %).
+    """
+    if recipe.maps.maps not in ("r2star", "qsm") or kspace.n_states < 2:
+        return ""
     mask = kspace.mask
     z, y = (n // 2 for n in mask.shape[1:])
-    centre = mask[0, max(0, z - 1) : z + 2, max(0, y - 1) : y + 2]
-    few = getattr(recipe.settings, "iterations", 0) < ENOUGH_ITERATIONS
-    return few and kspace.n_states > 1 and bool((mask == mask[:1]).all()) and not bool(centre.all())
+    centre = mask[:, max(0, z - 1) : z + 2, max(0, y - 1) : y + 2]
+    if bool(centre.all()):
+        return ""
+    if bool((mask == mask[:1]).all()):
+        few = getattr(recipe.settings, "iterations", 0) < ENOUGH_ITERATIONS
+        return GAPS if recipe.method in SLOW_WITH_GAPS and few else ""
+    return "" if bool((centre == centre[:, :1]).all()) else UNLIKE_GAPS
 
 
 def _mixed_calibration(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe) -> CalibrationError | None:
