@@ -196,16 +196,24 @@ class Preparation:
         else:
             self._whitening = self._whiten(stored.covariance, stored.dwell_time)
 
-    def _whiten(self, covariance: NDArray[np.complex128], noise_dwell: float) -> NDArray[np.complex64]:
+    def _whiten(self, covariance: NDArray[np.complex128], noise_dwell: float) -> NDArray[np.complex64] | None:
+        """``None`` where a dwell time is missing: noise and images then have no common scale."""
         headers = self._index.headers
         first = np.flatnonzero(_carries(headers, self._header, self._acquisition))[0]
+        dwell = float(headers["sample_time_us"][first]) * 1e-6
+        if not (0 < dwell < np.inf and 0 < noise_dwell < np.inf):
+            self._warn(
+                f"no dwell time: sample_time_us is {1e6 * noise_dwell:g} in the noise readouts and {1e6 * dwell:g} in the imaging ones, "
+                "where both have to be above 0; images are not whitened, and noise is estimated from outer k-space"
+            )
+            return None
         matrix = torch.from_numpy(covariance)
         silent = dead_channels(matrix)
         if silent:
             self._warn(f"channels without noise are left out: {', '.join(map(str, silent))}")
         whitening = whitening_matrix(
             matrix,
-            dwell_time=float(headers["sample_time_us"][first]) * 1e-6,
+            dwell_time=dwell,
             noise_dwell_time=noise_dwell,
             relative_bandwidth=self._header.relative_noise_bandwidth or self._settings.relative_noise_bandwidth,
             silent=silent,
@@ -236,6 +244,9 @@ class Preparation:
 
     def _settle_noise(self, estimate: NoiseEstimate) -> None:
         self._whitening = self._whiten(estimate.covariance, estimate.dwell_time)
+        if self._whitening is None:
+            self._noise = None
+            return
         if self._store is not None and self._header.measurement_id:
             try:
                 self._store.put(self._header.measurement_id, estimate.covariance, estimate.dwell_time)

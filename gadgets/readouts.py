@@ -18,6 +18,10 @@ with these exceptions, because writers disagree about the centre of symmetric re
 * as many kept samples as grid points: ``k0_start = 0``, whatever ``center_sample`` says;
 * ``center_sample = 0``: not set; the readout is symmetric (no Cartesian readout has its centre at the first sample);
 * as many samples as grid points, and the position above would leave the grid: ``center_sample`` is ignored.
+
+Imaging readouts about the centre that have just as many samples as the image has pixels, on a grid that is oversampled, are refused:
+somebody took the oversampling off the samples and left the header as it was (Gadgetron's RemoveROOversamplingGadget does). Taken
+by that header they would be the centre of k-space, and the object twice as large.
 """
 
 from __future__ import annotations
@@ -249,10 +253,11 @@ def readout_geometry(
     Raises
     ------
     SortError
-        No samples left after the discarded ones, samples beyond the encoded grid, an unknown encoding space.
+        No samples left after the discarded ones, samples beyond the encoded grid, oversampling that the samples lack, an unknown
+        encoding space.
     """
     encoding = chosen_encoding(header, settings)
-    n = encoding.encoded_matrix[2]
+    n, n_x = encoding.encoded_matrix[2], cropped_readout(encoding)
     kind = classify(headers, header, settings, first_index=first_index)
     used = kind <= Kind.CALIBRATION_AND_IMAGING
     n_samples, pre, post, centre = (
@@ -269,6 +274,10 @@ def readout_geometry(
     _refuse(empty, headers, first_index, "no samples left", [n_samples, pre, post], "more samples than discarded ones")
     beyond = used & ((start < 0) | (start + kept > n))
     _refuse(beyond, headers, first_index, "samples beyond the readout grid", [start, start + kept], f"inside 0 to {n}")
+    is_image = (kind == Kind.IMAGING) | (kind == Kind.CALIBRATION_AND_IMAGING)
+    cropped = is_image & (kept == n_x) & (n_x < n) & (start == n // 2 - n_x // 2)
+    remedy = "Correct encodedSpace (matrix and field of view of the readout), or send the samples as they were acquired"
+    _refuse(cropped, headers, first_index, "readout oversampling is in the header alone", [kept], f"{n} samples", remedy)
     return ReadoutGeometry(
         kind=kind,
         first=pre,
@@ -276,7 +285,7 @@ def readout_geometry(
         reverse=reverse,
         k0_start=np.where(used, start, 0).astype(np.int32),
         n_encoded=n,
-        n_x=cropped_readout(encoding),
+        n_x=n_x,
     )
 
 
@@ -311,11 +320,13 @@ def readout_name(headers: Headers, i: int, first_index: int = 0) -> str:
     return f"readout {first_index + i} (scan counter {int(headers['scan_counter'][i])})"
 
 
-def _refuse(bad: NDArray[np.bool_], headers: Headers, first: int, what: str, values: list[NDArray], expected: str) -> None:
+def _refuse(
+    bad: NDArray[np.bool_], headers: Headers, first: int, what: str, values: list[NDArray], expected: str, remedy: str = ""
+) -> None:
     if bad.any():
         i = int(np.argmax(bad))
         got = ", ".join(str(int(v[i])) for v in values)
-        raise SortError(what, where=readout_name(headers, i, first), got=got, expected=expected)
+        raise SortError(what, where=readout_name(headers, i, first), got=got, expected=expected, remedy=remedy)
 
 
 def _grown(array: NDArray, n: int, size: int) -> NDArray:

@@ -161,16 +161,24 @@ def place_name(slice_counter: int, states: tuple[Mapping[str, int], ...], state:
     return " ".join([f"slice {slice_counter}", *(f"{n} {states[state][n]}" for n in varying)])
 
 
-def echo_times(header: MrdHeader, states: tuple[Mapping[str, int], ...]) -> tuple[float, ...]:
-    """TE of each state in s: by the contrast counter, or the only one there is; empty when the list does not fit."""
+def echo_times(header: MrdHeader, states: tuple[Mapping[str, int], ...], limit: Limit | None = None) -> tuple[float, ...]:
+    """TE of each state in s: by the contrast counter, or the only one there is; empty when the list does not fit.
+
+    A counter that begins above 0 says nothing about the list's first TE, unless ``limit`` (of the contrast) announces an echo 0 that is
+    missing or that TE is none: then the list has to have one TE for each value of the counter.
+    """
     times = header.echo_times
     contrasts = [s.get("contrast") for s in states]
     if len(times) == 1 and len(set(contrasts)) == 1:
         return times * len(states)
     known = [c for c in contrasts if c is not None]
-    if times and len(known) == len(states) and max(known) < len(times):
-        return tuple(times[c] for c in known)
-    return ()
+    if not times or len(known) != len(states):
+        return ()
+    values = sorted(set(known))
+    announced = limit is not None and limit.minimum == 0
+    if values[0] > 0 and not announced and times[0] > 0:
+        return tuple(times[values.index(c)] for c in known) if len(values) == len(times) else ()
+    return tuple(times[c] for c in known) if values[-1] < len(times) else ()
 
 
 def times_by_counter(

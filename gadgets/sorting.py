@@ -152,7 +152,7 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
         readouts=readouts,
         geometry=geometry,
         source_headers=source,
-        echo_times=echo_times(header, states),
+        echo_times=echo_times(header, states, encoding.limits.get("contrast")),
         inversion_times=inversions,
         saturation_times=times_by_counter(saturations, states, encoding.limits),
     )

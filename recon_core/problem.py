@@ -165,14 +165,15 @@ def signal_scale(kspace: KSpace) -> float:
     """99.9th percentile of the coil-combined magnitude images of the calibration lines, all states together.
 
     State by state where the states hold those lines themselves: in the mean over inversion times the signs cancel. Separate
-    calibration lines come next, and without any the zero-filled images.
+    calibration lines come next, as bright as the brightest state where both were sampled (a reference scan may have another flip angle),
+    and without any the zero-filled images.
     """
     centre = kspace.acs_mask if kspace.acs_mask is not None else kspace.mask.all(0)
-    source, window = kspace.data, None
+    source, window, gain = kspace.data, None, 1.0
     if bool(centre.any()) and bool(kspace.mask[:, centre].all()):
         window = centre[:, :, None]
     elif kspace.acs is not None:
-        source = kspace.acs[None]
+        source, gain = kspace.acs[None], _gain_over_calibration(kspace, kspace.acs, centre)
     # squares of raw data in volts underflow in float32
     peak = max(float(state.abs().max()) for state in source)
     if peak == 0:
@@ -188,7 +189,20 @@ def signal_scale(kspace: KSpace) -> float:
     magnitude = torch.stack(parts).flatten()
     quantile = float(magnitude.kthvalue(max(1, math.ceil(PEAK * magnitude.numel()))).values)
     # an object smaller than a thousandth of the image
-    return peak * (quantile if quantile > 0 else float(magnitude.max()))
+    return gain * peak * (quantile if quantile > 0 else float(magnitude.max()))
+
+
+def _gain_over_calibration(kspace: KSpace, acs: Tensor, acs_mask: Tensor) -> float:
+    """How many times brighter the brightest state is than the calibration lines, RMS over positions of both; 1 where there are none."""
+    largest = float(acs.abs().max())
+    gains = [0.0]
+    for data, mask in zip(kspace.data, kspace.mask, strict=True):
+        both = mask & acs_mask
+        own, reference = (
+            float((k[:, both].abs().double() / largest).square().sum()) if largest > 0 else 0.0 for k in (data, acs)
+        )
+        gains.append(math.sqrt(own / reference) if reference > 0 else 0.0)
+    return max(gains) or 1.0
 
 
 def outer_noise(kspace: KSpace) -> float:

@@ -50,6 +50,13 @@ MOST_MIXED = 0.085
 saturation are at most 4 % wrong up to 0.08, 7 to 10 % at 0.09, up to 40 % above; MOLLI is right at 0.02, 8 % wrong at 0.4
 (`benchmarks.t1_checks`)."""
 
+UNLIKE_GAPS = (
+    "echoes lack different positions at the centre of k-space, which are unfolded: R2* and susceptibility may be far off where the coils "
+    "cannot; a complete centre in every echo prevents it (docs/qsm.md)"
+)
+
+SMOOTH_PHASE = "homodyne keeps the smooth part of the phase alone, and susceptibilities would be a quarter too low: pocs is used instead"
+
 MAP_NAMES = {"t1": "T1", "r2star": "R2*", "qsm": "susceptibility"}
 
 
@@ -141,6 +148,7 @@ def reconstruct_images(
     else:
         kspace = compress_coils(kspace, recipe.preprocess)
     extents = extents_of(kspace)
+    recipe, smooth = _with_whole_phase(recipe, extents, scan, report)
     phase: Tensor | None = None
     if needs_coil_maps(method, recipe.settings):
         if kspace.coil_maps is None and empty:
@@ -159,11 +167,11 @@ def reconstruct_images(
     else:
         wanted = kspace if states is None else kspace.part(*states)
         result = _without_coil_maps(wanted, extents, scan, method, recipe, report)
-    if _has_harmful_gaps(kspace, recipe):
-        report.warn(GAPS)
-        result = replace(result, notes=(*result.notes, GAPS))
+    if gaps := _of_gaps(kspace, recipe):
+        report.warn(gaps)
+        result = replace(result, notes=(*result.notes, gaps))
     noise = None if recipe.maps.maps == "none" or result.maps else _noise_of(kspace, scan)
-    result = replace(result, notes=(*loud, *result.notes))
+    result = replace(result, notes=(*loud, *smooth, *result.notes))
     return StateImages(result, noise, "" if mixed is None else str(mixed), phase)
 
 
@@ -195,16 +203,23 @@ def compress_coils(kspace: KSpace, settings: PreprocessSettings) -> KSpace:
     return replace(kspace, data=apply(kspace.data), acs=None if kspace.acs is None else apply(kspace.acs), coil_maps=None)
 
 
-def _has_harmful_gaps(kspace: KSpace, recipe: Recipe) -> bool:
-    """Whether all echoes share one pattern that misses positions next to the centre, as regular ones with separate calibration do:
-    such aliases vanish last of all, and slowest in the dim late echoes."""
-    if recipe.maps.maps not in ("r2star", "qsm") or recipe.method not in SLOW_WITH_GAPS:
-        return False
+def _of_gaps(kspace: KSpace, recipe: Recipe) -> str:
+    """A word where positions next to the centre were not measured, as with regular patterns whose calibration lines are separate: such
+    aliases vanish last of all, and slowest in the dim late echoes; where every echo has its own, its brightness is its own, too.
+
+    Gaps along k1 alone that differ unfold well (R = 2: R2* within 1 %).
+    """
+    if recipe.maps.maps not in ("r2star", "qsm") or kspace.n_states < 2:
+        return ""
     mask = kspace.mask
     z, y = (n // 2 for n in mask.shape[1:])
-    centre = mask[0, max(0, z - 1) : z + 2, max(0, y - 1) : y + 2]
-    few = getattr(recipe.settings, "iterations", 0) < ENOUGH_ITERATIONS
-    return few and kspace.n_states > 1 and bool((mask == mask[:1]).all()) and not bool(centre.all())
+    centre = mask[:, max(0, z - 1) : z + 2, max(0, y - 1) : y + 2]
+    if bool(centre.all()):
+        return ""
+    if bool((mask == mask[:1]).all()):
+        few = getattr(recipe.settings, "iterations", 0) < ENOUGH_ITERATIONS
+        return GAPS if recipe.method in SLOW_WITH_GAPS and few else ""
+    return "" if bool((centre == centre[:, :1]).all()) else UNLIKE_GAPS
 
 
 def _mixed_calibration(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe) -> CalibrationError | None:
@@ -248,9 +263,10 @@ def calibration_contrast(states: Tensor, times: Sequence[float], *, inverted: bo
 def _with_believable_noise(kspace: KSpace, recipe: Recipe, report: Report) -> tuple[KSpace, tuple[str, ...]]:
     """The k-space without its noise measurement where that is louder than the samples can be, and what to tell of it.
 
-    A noise level too high would blind T1's checks, which ask whether the misfit is more than noise.
+    A noise level too high would blind T1's checks, which ask whether the misfit is more than noise, and bend R2* (noise lifts late
+    echoes).
     """
-    if recipe.maps.maps != "t1" or (excess := noise_scan_excess(kspace)) <= LOUDEST:
+    if recipe.maps.maps == "none" or (excess := noise_scan_excess(kspace)) <= LOUDEST:
         return kspace, ()
     note = (
         f"the noise measurement is {excess:.1f} times louder than the outer k-space of the images, which cannot be (its scaling, or "
@@ -258,6 +274,17 @@ def _with_believable_noise(kspace: KSpace, recipe: Recipe, report: Report) -> tu
     )
     report.warn(note)
     return replace(kspace, noise_std=None), (note,)
+
+
+def _with_whole_phase(
+    recipe: Recipe, extents: tuple[Extent, Extent, Extent], scan: ScanInfo, report: Report
+) -> tuple[Recipe, tuple[str, ...]]:
+    """The recipe that completes k-space by another method where homodyne would take the field's details, and what to tell of it."""
+    chosen = recipe.preprocess
+    if recipe.maps.maps != "qsm" or chosen.partial_fourier != "homodyne" or not partial_axes(extents, scan.matrix):
+        return recipe, ()
+    report.warn(SMOOTH_PHASE)
+    return replace(recipe, preprocess=replace(chosen, partial_fourier="pocs")), (SMOOTH_PHASE,)
 
 
 def _equal_coils(kspace: KSpace) -> torch.Tensor:

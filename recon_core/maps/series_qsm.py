@@ -18,7 +18,7 @@ from recon_core.maps.background import BackgroundSettings, LocalField, pdf, resh
 from recon_core.maps.brain_mask import brain_mask, given_mask, object_mask
 from recon_core.maps.dipole import Susceptibility, tkd, tv_admm
 from recon_core.maps.dipole_kernel import unit_vector
-from recon_core.maps.echo_agreement import agreed_field, check_decay
+from recon_core.maps.echo_agreement import agreed_field, check_decay, check_direction
 from recon_core.maps.field import FieldMaps
 from recon_core.maps.field_noise import field_noise
 from recon_core.maps.medi import csf_region, medi
@@ -212,11 +212,12 @@ def multi_echo_maps(
     Raises
     ------
     DataError
-        As `multi_echo_times`; a signal that grows with the echo time; ``map_failure = error`` and no susceptibility could be
-        made, for instance because the mask has another shape or nothing inside.
+        As `multi_echo_times`; a signal that grows with the echo time; echoes that are mirrored; ``map_failure = error``
+        and no susceptibility could be made, for instance because the mask has another shape or nothing inside.
     """
     times = multi_echo_times(scan, len(series.data), settings)
     check_decay(series.data, times, None if noise is None else noise.std, "R2* map")
+    check_direction(series.data, times, scan.reversed_readouts, "R2* map")
     images = _signed(series.data, settings)
     combined = ImageSeries(
         "combined",

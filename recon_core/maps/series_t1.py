@@ -16,6 +16,7 @@ from recon_core.errors import DataError
 from recon_core.maps.saturation import MOST_WRONG, judge_recovery, strong_signal
 from recon_core.maps.series import ImageNoise, SeriesMaps
 from recon_core.maps.settings import MapSettings
+from recon_core.maps.state_phase import note_of, turn_back, turns_of_states
 from recon_core.maps.t1 import T1Maps, inversion_recovery_t1, molli_t1, saturation_recovery_t1
 from recon_core.types import ImageSeries, ParameterMap, ScanInfo
 
@@ -26,6 +27,9 @@ LEAST_TIMES = 3
 
 SHARED_PHASE = 0.9
 """Part of the series' energy that must lie on one axis of the complex plane, pixel by pixel, for its phase to give the sign."""
+
+SHORTEST, LONGEST = 0.02, 60.0
+"""s; times that all lie below or above were given in s or in us."""
 
 TIMES_STAND = {
     "inversion": "one time for each image, in the header's TI list or in the readouts",
@@ -46,7 +50,7 @@ def recovery_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tupl
     Raises
     ------
     DataError
-        No times, another number of times than of states, or fewer than three different ones.
+        No times, another number of times than of states, fewer than three different ones, or times in another unit.
     """
     kind = "saturation" if settings.map_model == "saturation_recovery" else "inversion"
     times = scan.saturation_times if kind == "saturation" else scan.inversion_times
@@ -65,6 +69,14 @@ def recovery_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tupl
         )
     if len(times) != n_states:
         raise DataError(f"count of {kind} times and of images differ", where=where, got=f"{len(times)} and {n_states}")
+    if max(times) < SHORTEST or min(times) > LONGEST:
+        raise DataError(
+            f"not {kind} times",
+            where=where,
+            got=", ".join(f"{1e3 * t:g}" for t in times) + " ms",
+            expected=f"some between {1e3 * SHORTEST:g} and {1e3 * LONGEST:g} ms",
+            remedy="The header's times are in ms",
+        )
     if (n := len(set(times))) < LEAST_TIMES:
         raise DataError(f"too few different {kind} times", where=where, got=n, expected=f"at least {LEAST_TIMES}")
     return times
@@ -100,6 +112,10 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     """
     times = recovery_times(scan, len(series.data), settings)
     signed, sign_note = _with_sign(series.data, settings.map_sign)
+    turned = ""
+    if settings.map_model == "saturation_recovery" and signed.is_complex():
+        turns = turns_of_states(signed, max(range(len(times)), key=times.__getitem__))
+        signed, turned = turn_back(signed, turns), note_of(turns, times)
     fit = FITS[settings.map_model]
     fitted = fit(signed, times, noise_std=None if noise is None else noise.std, settings=settings.t1)
     maps = _honest_deviation(fitted, noise, settings)
@@ -108,6 +124,8 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     seen = strong_signal(series.data)
     share = float(t1.valid[seen].float().mean()) if bool(seen.any()) else 0.0
     notes = [sign_note] if sign_note else []
+    if turned:
+        notes.append(f"T1: {turned}")
     if settings.map_model == "saturation_recovery" and (
         note := _judged_saturation(signed, maps, times, settings.map_delays)
     ):

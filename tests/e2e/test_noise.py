@@ -157,6 +157,27 @@ def test_noise_readouts_with_other_channels_are_refused(service: Service, scan: 
     assert any(text.startswith("ERROR SortError") and "channels" in text for text in answer.texts)
 
 
+@pytest.mark.parametrize("kind", ["noise", "images"])
+def test_without_dwell_times_the_images_come_unwhitened_and_it_is_said(
+    service: Service, scan: SimulatedScan, kind: str
+) -> None:
+    def unset(batches: Batches) -> Batches:
+        return [(without_dwell_time(headers), samples) for headers, samples in batches]
+
+    noise, images = noise_part(scan), imaging_part(scan)
+    messages = encoded(unset(noise) + images if kind == "noise" else noise + unset(images))
+    answer = ask(service, "fourier", scan, messages=messages)
+    assert any("no dwell time" in text and "sample_time_us" in text for text in complaints(answer))
+    plain = ask(service, "fourier", scan, prewhiten=False)
+    np.testing.assert_array_equal(stack(answer.images, STATES), stack(plain.images, STATES))
+
+
+def without_dwell_time(headers: NDArray[np.void]) -> NDArray[np.void]:
+    unset = headers.copy()
+    unset["sample_time_us"] = 0
+    return unset
+
+
 def test_too_short_a_noise_scan_is_refused_with_the_remedy(service: Service, scan: SimulatedScan) -> None:
     ((headers, samples),) = noise_part(scan)
     short_headers = headers[:1].copy()

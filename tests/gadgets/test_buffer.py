@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from gadgets.buffer import AcquisitionSettings, Kind, ReadoutIndex, assemble, readout_geometry, sort_readouts
 from gadgets.calibration import sampled_centre
 from gadgets.errors import SortError
+from gadgets.sorted_scan import echo_times
 from gadgets.wire.dtypes import ACQUISITION_HEADER
 from gadgets.wire.header import Encoding, Limit, MrdHeader, parse_header
 from recon_core.errors import DataError
@@ -159,6 +160,22 @@ def test_impossible_readouts_are_refused_by_name(fields: dict[str, int], what: s
     with pytest.raises(SortError, match=what) as caught:
         readout_geometry(headers, mrd_header(16), DEFAULT, first_index=100)
     assert caught.value.where == "readout 101 (scan counter 77)"
+
+
+def test_oversampling_that_only_the_header_has_is_refused() -> None:
+    """16 samples about the centre for an image of 16 pixels, on a grid of 32: taken by the header, the object would be twice as large."""
+    header = mrd_header(32, 4, recon_x=16)
+    headers = readout_headers([{"k1": k, "center_sample": 8} for k in range(4)], n_samples=16)
+    with pytest.raises(
+        SortError, match=r"oversampling is in the header alone.*got 16; expected 32 samples.*encodedSpace"
+    ) as caught:
+        readout_geometry(headers, header, DEFAULT)
+    assert caught.value.where == "readout 0 (scan counter 0)"
+    # separate calibration lines may be short, and an asymmetric echo of that length is one
+    short = readout_headers([{"k1": k, "center_sample": 8, "flags": flag(20)} for k in range(4)], n_samples=16)
+    assert readout_geometry(short, header, DEFAULT).k0_start.tolist() == [8] * 4
+    partial = readout_headers([{"k1": 0, "center_sample": 4}], n_samples=16)
+    assert readout_geometry(partial, header, DEFAULT).k0_start.tolist() == [12]
 
 
 def test_noise_and_skipped_readouts_may_have_any_length() -> None:
@@ -593,6 +610,26 @@ def test_times_per_state() -> None:
     assert info.repetition_time is None and info.flip_angle == 0.1 and info.field_strength == 2.89
     unfit = sort_readouts(headers, mrd_header(echo_times=(0.001,), inversion_times=(1.0, 2.0, 3.0, 4.0))).scan_info(0)
     assert unfit.echo_times == () and unfit.inversion_times == ()
+
+
+@pytest.mark.parametrize(
+    ("first", "times", "limit", "expected"),
+    [
+        (0, (1, 2, 3, 4), None, (1, 2, 3)),  # converters list more than were acquired
+        (1, (1, 2, 3), None, (1, 2, 3)),  # counted from 1
+        (1, (1, 2, 3), Limit(1, 3, 0), (1, 2, 3)),
+        (1, (1, 2, 3, 4), Limit(1, 3, 0), ()),  # the first is of which echo?
+        (1, (1, 2, 3, 4), None, ()),
+        (1, (0, 2, 3, 4), None, (2, 3, 4)),  # 0 is no echo time
+        (1, (1, 2, 3, 4), Limit(0, 3, 0), (2, 3, 4)),  # echo 0 was announced and is missing
+    ],
+)
+def test_echo_times_of_a_counter_that_does_not_begin_at_zero(
+    first: int, times: tuple[int, ...], limit: Limit | None, expected: tuple[int, ...]
+) -> None:
+    """One place too far, R2* and susceptibility would be a quarter too low."""
+    states = tuple({"contrast": first + e} for e in range(3))
+    assert echo_times(mrd_header(echo_times=times), states, limit) == expected
 
 
 def test_ti_list_of_a_saturation_preparation() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from recon_core.errors import DataError, SettingError
 from recon_core.maps.dipole_kernel import ppm_per_hz
+from recon_core.maps.echo_agreement import check_direction
 from recon_core.maps.series import ImageNoise
 from recon_core.maps.series_qsm import field_frame, multi_echo_maps, multi_echo_times
 from recon_core.maps.settings import MapSettings
@@ -18,8 +19,9 @@ from recon_core.maps.spherical_mean import inner_distance
 from recon_core.methods.cg_sense import Settings as CgSettings
 from recon_core.methods.fourier import Settings as FourierSettings
 from recon_core.methods.llr import Settings as LlrSettings
+from recon_core.preprocess.settings import PreprocessSettings
 from recon_core.reconstruct import Recipe, reconstruct
-from recon_core.types import ImageSeries, KSpace, ParameterMap, ScanInfo
+from recon_core.types import ImageSeries, KSpace, ParameterMap, Result, ScanInfo
 from tests.recon_core.maps.analytic_fields import Head, small_head
 
 TIMES = (0.004, 0.009, 0.014, 0.019)
@@ -129,6 +131,38 @@ def test_echoes_that_do_not_belong_together_have_no_susceptibility_and_say_so() 
         found = multi_echo_maps(ImageSeries("image", data), header, ImageNoise(NOISE, True), warned)
         assert [m.name for m in found.maps] == ["R2star", "R2star_SD", "S0"]
         assert "R2* may be wrong as well" in found.notes[0] and "ACQ_IS_REVERSE" in found.notes[0]
+
+
+@pytest.mark.parametrize("n_echoes", [2, 4])
+@pytest.mark.parametrize("maps", ["qsm", "r2star"])
+@pytest.mark.parametrize("flagged", [False, True])
+def test_mirrored_echoes_have_no_map(n_echoes: int, maps: str, flagged: bool) -> None:
+    """A flag that is lost, or that is left on readouts which were put in order already."""
+    _, series, scan = scene()
+    one_sided = torch.linspace(0.7, 1.0, series.data.shape[-1])
+    sound = (series.data * one_sided)[:n_echoes]
+    assert sound.shape[-1] % 2 == 0
+    mirrored = sound.clone()
+    mirrored[1::2] = mirrored[1::2].flip(-1).roll(1, -1)  # about the pixel n // 2, as samples that run backwards do
+    flags = tuple(flagged and e % 2 == 1 for e in range(n_echoes))
+    header = replace(scan, echo_times=TIMES[:n_echoes], reversed_readouts=flags)
+    settings = replace(QSM, maps=maps, map_failure="warn")
+    with pytest.raises(
+        DataError, match=r"mirrored along the readout.*9 ms is brighter where 4 ms is darker.*ACQ_IS_REVERSE"
+    ):
+        multi_echo_maps(ImageSeries("image", mirrored), header, ImageNoise(NOISE, True), settings)
+    check_direction(sound, header.echo_times, flags, "R2* map")
+
+
+def test_a_brighter_side_that_decays_faster_is_not_mirrored() -> None:
+    """Of several echoes that were read alike the asymmetry changes its sign once; where the directions differ there, it is told."""
+    x = torch.linspace(-1, 1, 32).expand(1, 8, 32)
+    times = (0.005, 0.015, 0.025, 0.035)
+    images = torch.stack([(1 + 0.4 * x) * torch.exp(-t * (40 + 20 * x)) for t in times])
+    check_direction(images, times, (False,) * 4, "R2* map")
+    with pytest.raises(DataError, match="mirrored"):
+        check_direction(images, times, (False, True, False, True), "R2* map")
+    check_direction(torch.zeros(3, 1, 8, 32), times[:3], (), "R2* map")
 
 
 def test_a_signal_that_grows_has_other_echo_times_than_the_header_says() -> None:
@@ -287,6 +321,47 @@ def test_the_recipe_refuses_before_it_computes_and_the_method_s_images_stay() ->
     assert any("no susceptibility map" in note for note in images.notes)
 
 
+def test_homodyne_takes_no_detail_from_the_field() -> None:
+    """It keeps the smooth part of the phase alone; the recipe completes k-space by pocs instead, and says so."""
+    _, series, scan = scene()
+    shift = (1, 2)
+    data = torch.fft.fftshift(
+        torch.fft.fftn(torch.fft.ifftshift(series.data, dim=shift), dim=shift, norm="ortho"), dim=shift
+    )
+    counts = torch.ones(4, *data.shape[1:3])
+    counts[:, :, : counts.shape[2] // 4] = 0
+    data = (data * (counts > 0)[..., None])[:, None]
+    kspace = KSpace(data, counts, coil_maps=torch.ones_like(data[0]), noise_std=NOISE * 2**0.5)
+
+    def found(how: str, maps: str = "qsm") -> Result:
+        settings = PreprocessSettings(partial_fourier=how)
+        return reconstruct(kspace, scan, Recipe("cg_sense", CgSettings(), settings, maps=replace(QSM, maps=maps)))
+
+    told, pocs = found("homodyne"), found("pocs")
+    torch.testing.assert_close(by_name(told.maps)["QSM"].data, by_name(pocs.maps)["QSM"].data, atol=0, rtol=0)
+    assert any("homodyne keeps the smooth part" in note for note in told.notes) and not pocs.notes
+    assert not found("homodyne", "r2star").notes  # magnitudes lose nothing by it
+
+
+@pytest.mark.parametrize(("louder", "told"), [(1.0, False), (6.0, True)])
+def test_a_noise_measurement_louder_than_outer_kspace_bends_no_r2star(louder: float, told: bool) -> None:
+    _, series, scan = scene()
+    shift = (1, 2)
+    data = torch.fft.fftshift(
+        torch.fft.fftn(torch.fft.ifftshift(series.data, dim=shift), dim=shift, norm="ortho"), dim=shift
+    )
+    kspace = KSpace(
+        data[:, None],
+        torch.ones(4, *data.shape[1:3]),
+        coil_maps=torch.ones_like(data[:1]),
+        noise_std=louder * NOISE * 2**0.5,
+    )
+    result = reconstruct(kspace, scan, Recipe("cg_sense", CgSettings(), maps=replace(QSM, maps="r2star")))
+    assert any("noise measurement is" in note for note in result.notes) == told
+    sd = by_name(result.maps)["R2star_SD"]
+    assert ("noise of outer k-space" in sd.comment) == told
+
+
 def test_a_given_mask_is_the_map_s_and_is_checked() -> None:
     head, series, scan = scene()
     settings = replace(QSM, map_mask="brain")
@@ -334,7 +409,7 @@ def test_phases_of_smoothed_images_get_back_what_the_data_hold() -> None:
 
 
 def test_a_regular_pattern_without_a_centre_is_named() -> None:
-    """Shared by all echoes: its aliases need more iterations than the default, and the maps would not show it."""
+    """Shared by all echoes its aliases need more iterations than the default; where every echo has its own, no number helps."""
     data = torch.randn(3, 2, 8, 8, 6, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
     scan = ScanInfo((8, 8, 6), (0.08, 0.08, 0.06), (8, 8, 6), (0.08, 0.08, 0.06), echo_times=TIMES[:3], field_strength=3.0)
     maps = MapSettings(maps="r2star", map_failure="warn")
@@ -344,12 +419,17 @@ def test_a_regular_pattern_without_a_centre_is_named() -> None:
     centre[:, 3:6, 3:6] = 1
     turns = regular.clone()
     turns[1] = turns[1].roll(1, 0)
+    rows = torch.zeros(3, 8, 8)
+    rows[0, :, ::2] = rows[1, :, 1::2] = rows[2, :, ::2] = 1
     slow, long = (Recipe("llr", LlrSettings(iterations=n), maps=maps) for n in (2, 150))
     plain = Recipe("cg_sense", CgSettings(iterations=2), maps=maps)
     cases = (
         (regular, slow, True),
         (centre, slow, False),
-        (turns, slow, False),
+        (turns, slow, True),
+        (turns, plain, True),
+        (turns, long, True),
+        (rows, slow, False),  # along k1 alone they unfold well
         (regular, plain, False),
         (regular, long, False),
     )
@@ -357,4 +437,4 @@ def test_a_regular_pattern_without_a_centre_is_named() -> None:
     for counts, recipe, named in cases:
         kspace = KSpace(data * (counts > 0)[:, None, :, :, None], counts, noise_std=1.0, coil_maps=coil_maps)
         notes = reconstruct(kspace, scan, recipe).notes
-        assert any("gaps at the centre" in note for note in notes) == named
+        assert any("at the centre of k-space" in note for note in notes) == named

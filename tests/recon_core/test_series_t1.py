@@ -252,6 +252,34 @@ def test_other_recoveries_and_limits_are_settings() -> None:
         recovery_times(SCAN, 8, replace(T1, map_model="saturation_recovery"))
 
 
+@pytest.mark.parametrize(("turn", "taken_out"), [(0.01, False), (0.35, True), (3.1, False)])
+def test_a_turned_state_of_a_saturation_recovery(turn: float, taken_out: bool) -> None:
+    """0.35 rad would make the state 6 % darker; 3.1 rad is a sign, which an inversion may have."""
+    t1, density = object_t1()
+    tau = (0.5, 1.0, 1.5, 2.0, 8.0)
+    turns = np.exp(1j * turn * np.array([0, 0, 1, 0, 0]))
+    images = torch.from_numpy(np.stack([density * (1 - np.exp(-t / t1)) * u for t, u in zip(tau, turns, strict=True)]))
+    series = ImageSeries("image", images[:, None].to(torch.complex64))
+    kept = series.data.clone()
+    scan = replace(SCAN, inversion_times=(), saturation_times=tau)
+    settings = replace(T1, map_model="saturation_recovery", map_delays="tell")
+    found = t1_maps(series, scan, ImageNoise(0.004, True), settings)
+    assert torch.equal(series.data, kept)
+    assert any("the phase of the delay 1.5 s differs by 0.35 rad" in note for note in found.notes) == taken_out
+    inside = interior() & found.maps[0].valid[0].numpy()
+    right = inside.sum() > 0.95 * interior().sum() and np.allclose(
+        found.maps[0].data[0].numpy()[inside], t1[inside], rtol=0.02
+    )
+    assert right == (turn < 1)
+
+
+@pytest.mark.parametrize("unit", [1e-3, 1e3])
+def test_times_in_s_or_us_are_refused_before_anything_is_computed(unit: float) -> None:
+    scan = replace(SCAN, inversion_times=tuple(unit * t for t in TIMES))
+    with pytest.raises(DataError, match=r"not inversion times.*expected some between 20 and 60000 ms.*are in ms"):
+        recovery_times(scan, len(TIMES), T1)
+
+
 def test_a_methods_own_maps_stay_and_are_moved_without_ringing() -> None:
     valid = torch.ones(1, 8, 8, dtype=torch.bool)
     valid[:, :, 4:] = False

@@ -9,6 +9,7 @@ import torch
 
 from recon_core.errors import DataError, NumericalError
 from recon_core.maps.saturation import MOST_WRONG, Judgement, judge_recovery, strong_signal
+from recon_core.maps.state_phase import note_of, turn_back, turns_of_states
 from recon_core.methods.pinqi.installed import installed_weights
 from recon_core.methods.pinqi.model import AS_LEARNED, PinqiOutput, Strengths
 from recon_core.methods.pinqi.noise_rule import acceleration_of
@@ -100,12 +101,17 @@ def reconstruct_with(trained: TrainedPinqi, kspace: KSpace, scan: ScanInfo, sett
     if not bool((kspace.data != 0).any()):
         return _nothing(kspace, report)
     report.progress(0.0, NAME)
-    applied = apply_network(trained, kspace, order, where, report, settings.regularisation)
+    turns = _turns(kspace, scan)
+    applied = apply_network(
+        trained, replace(kspace, data=turn_back(kspace.data, turns)), order, where, report, settings.regularisation
+    )
     found, scale, noise = applied.found, applied.scale, applied.noise
     report.progress(0.9, NAME)
     agreed = agreement(applied.operator, applied.data, found, applied.signal, applied.sample_noise)
     judged = _judged_recovery(trained, applied)
     notes = _judge(agreed, judged, applied.noise_measured, settings, where)
+    if turned := note_of(turns, scan.saturation_times):
+        notes = (f"pinqi: {turned}", *notes)
     comment = "; ".join((_origin(trained), *notes))
     rates = trained.network.predicted_rates
     believed = not judged.is_no_saturation and (settings.quality_failure == "tell" or not judged.forbids_map)
@@ -119,7 +125,7 @@ def reconstruct_with(trained: TrainedPinqi, kspace: KSpace, scan: ScanInfo, sett
         )
     for note in notes:
         report.warn(note)
-    images = applied.operator.leave_image(found.images)[0, torch.argsort(order), None] * scale
+    images = turn_back(applied.operator.leave_image(found.images)[0, torch.argsort(order), None] * scale, -turns)
     report.progress(1.0)
     return Result(
         images=(ImageSeries("image", images.to(torch.complex64)),),
@@ -135,6 +141,14 @@ def reconstruct_with(trained: TrainedPinqi, kspace: KSpace, scan: ScanInfo, sett
         },
         notes=notes,
     )
+
+
+def _turns(kspace: KSpace, scan: ScanInfo) -> Tensor:
+    """By how much whole states are turned against the longest delay, rad ``(state,)``, in the positions that all have sampled."""
+    times = scan.saturation_times
+    shared = kspace.mask.all(0)
+    samples = kspace.data.movedim(1, -1)[:, shared]
+    return turns_of_states(samples, max(range(len(times)), key=times.__getitem__))
 
 
 @dataclass(frozen=True)
