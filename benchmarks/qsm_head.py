@@ -178,6 +178,8 @@ OPTIONAL_2016 = {"magnitude": "magn", "regions": "evaluation_mask"}
 FIELD_STRENGTH_2016 = 2.8936  # T
 ECHO_2016 = 0.025  # s
 VOXEL_2016 = (1.0714286e-3, 1.0625e-3, 1.0625e-3)
+MARGIN_2016 = 8
+"""Voxels around the mask that are kept: more than the reach of any score's filter."""
 
 MAT_ERRORS = (MatReadError, ArithmeticError, LookupError, NotImplementedError, OSError, TypeError, ValueError, zlib.error)
 """What the reader of damaged files raises; NotImplementedError: version 7.3."""
@@ -211,6 +213,7 @@ def challenge_2016(folder: Path) -> BrainInVivo:
 
     ``phs_tissue``, ``msk``, ``chi_cosmos`` and ``chi_33`` are needed; ``magn`` and ``evaluation_mask`` are read when they are there.
     Without ``magn`` every voxel of the mask has the same weight, and the magnitude has no edges. B0 lies along the files' last axis.
+    Volumes are cut to the mask and `MARGIN_2016` voxels around it.
 
     Raises
     ------
@@ -222,6 +225,9 @@ def challenge_2016(folder: Path) -> BrainInVivo:
     mask = read["mask"] > 0.5
     if not mask.any():
         raise DataError("mask is empty", where=where, got="msk", expected="1 in the brain")
+    (box,) = ndimage.find_objects(mask.astype(np.uint8))
+    box = tuple(slice(max(0, side.start - MARGIN_2016), side.stop + MARGIN_2016) for side in box)
+    read, mask = {name: volume[box].copy() for name, volume in read.items()}, mask[box].copy()
     magnitude = read.get("magnitude", np.ones(mask.shape, np.float32))
 
     def image(array: NDArray[np.float32]) -> torch.Tensor:

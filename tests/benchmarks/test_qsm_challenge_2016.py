@@ -63,6 +63,16 @@ def test_magnitude_and_regions_are_read_where_they_are(tmp_path: Path) -> None:
     np.testing.assert_array_equal(brain.regions.numpy(), labels * mask)
 
 
+def test_the_volumes_are_cut_to_the_mask(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    mask = np.zeros(SHAPE, np.float32)
+    mask[0:3, 2, 14] = 1
+    nifti(tmp_path / "msk.nii.gz", mask)
+    brain = challenge_2016(tmp_path)
+    assert brain.head.mask.shape == brain.cosmos.shape == brain.regions.shape == (11, 11, 12)
+    assert torch.equal(brain.head.mask.nonzero(), torch.tensor([[0, 2, 8], [1, 2, 8], [2, 2, 8]]))
+
+
 @pytest.mark.parametrize("name", ["phs_tissue.nii", "msk.nii.gz", "chi_cosmos.nii.gz", "chi_33.mat"])
 def test_a_folder_that_lacks_one_of_its_volumes(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path)
