@@ -1,14 +1,18 @@
-"""Heads for the benchmark of dipole inversion: one that is computed here, and the 2019 challenge's from a folder."""
+"""Heads for the benchmark of dipole inversion: one that is computed here, and those of the 2016 and 2019 challenges from a folder."""
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.io import loadmat
+from scipy.io.matlab import MatReadError
 
 from recon_core.errors import DataError
 from recon_core.maps.dipole_kernel import ppm_per_hz
@@ -146,19 +150,7 @@ def challenge_head(folder: Path, *, field_strength: float = 7.0, side: float = 1
     DataError
         A file is missing, or the volumes differ in size.
     """
-    read = {}
-    for name, stem in CHALLENGE.items():
-        if (path := _file(folder, stem)) is None:
-            raise DataError(
-                "no such file", where="QSM challenge", got=f"{stem}.nii", expected="the challenge's data in the folder"
-            )
-        read[name] = read_volume(path).astype(np.float32)
-    for name, stem in OPTIONAL.items():
-        if (path := _file(folder, stem)) is not None:
-            read[name] = read_volume(path).astype(np.float32)
-    sizes = {array.shape for array in read.values()}
-    if len(sizes) > 1:
-        raise DataError("volumes differ in size", where="QSM challenge", got=sorted(sizes))
+    read = _challenge_volumes(folder, CHALLENGE, OPTIONAL, "QSM challenge")
     mask = read["mask"] > 0.5
     magnitude = read.get("magnitude", np.ones(mask.shape, np.float32))
     ppm_to_hz = 1 / ppm_per_hz(field_strength)
@@ -179,8 +171,120 @@ def challenge_head(folder: Path, *, field_strength: float = 7.0, side: float = 1
     )
 
 
-def _file(folder: Path, stem: str) -> Path | None:
-    for ending in (".nii.gz", ".nii"):
+CHALLENGE_2016 = {"field": "phs_tissue", "mask": "msk", "cosmos": "chi_cosmos", "chi_33": "chi_33"}
+OPTIONAL_2016 = {"magnitude": "magn", "regions": "evaluation_mask"}
+"""Names of the 2016 challenge's files (``.nii.gz``, ``.nii`` or ``.mat``), field and susceptibility in ppm."""
+
+FIELD_STRENGTH_2016 = 2.8936  # T
+ECHO_2016 = 0.025  # s
+VOXEL_2016 = (1.0714286e-3, 1.0625e-3, 1.0625e-3)
+MARGIN_2016 = 8
+"""Voxels around the mask that are kept: more than the reach of any score's filter."""
+
+MAT_ERRORS = (MatReadError, ArithmeticError, LookupError, NotImplementedError, OSError, TypeError, ValueError, zlib.error)
+"""What the reader of damaged files raises; NotImplementedError: version 7.3."""
+
+
+@dataclass(frozen=True)
+class BrainInVivo:
+    """A measured local field, and what was found from twelve orientations; float32 ``(z, y, x)``.
+
+    Attributes
+    ----------
+    head
+        Its ``chi`` is chi33 of the susceptibility tensor, the challenge's reference.
+    cosmos
+        Susceptibility by COSMOS, ppm.
+    regions
+        The challenge's regions of white and grey matter, labels from 1; all 0 where they are not known.
+    """
+
+    head: Head
+    cosmos: torch.Tensor
+    regions: torch.Tensor
+
+    def to(self, device: str) -> BrainInVivo:
+        """The same brain on another device."""
+        return BrainInVivo(self.head.to(device), self.cosmos.to(device), self.regions.to(device))
+
+
+def challenge_2016(folder: Path) -> BrainInVivo:
+    """The 2016 challenge's brain, from the folder that its archive unfolds to (or the folder ``data`` in it).
+
+    ``phs_tissue``, ``msk``, ``chi_cosmos`` and ``chi_33`` are needed; ``magn`` and ``evaluation_mask`` are read when they are there.
+    Without ``magn`` every voxel of the mask has the same weight, and the magnitude has no edges. B0 lies along the files' last axis.
+    Volumes are cut to the mask and `MARGIN_2016` voxels around it.
+
+    Raises
+    ------
+    DataError
+        A file is missing or damaged, or the volumes differ in size.
+    """
+    where, inner = "2016 QSM challenge", folder / "data"
+    read = _challenge_volumes(inner if inner.is_dir() else folder, CHALLENGE_2016, OPTIONAL_2016, where, mat=True)
+    mask = read["mask"] > 0.5
+    if not mask.any():
+        raise DataError("mask is empty", where=where, got="msk", expected="1 in the brain")
+    (box,) = ndimage.find_objects(mask.astype(np.uint8))
+    box = tuple(slice(max(0, side.start - MARGIN_2016), side.stop + MARGIN_2016) for side in box)
+    read, mask = {name: volume[box].copy() for name, volume in read.items()}, mask[box].copy()
+    magnitude = read.get("magnitude", np.ones(mask.shape, np.float32))
+
+    def image(array: NDArray[np.float32]) -> torch.Tensor:
+        return torch.from_numpy(np.where(mask, array, 0).astype(np.float32))
+
+    nothing = torch.zeros(mask.shape, dtype=torch.bool)
+    head = Head(
+        "2016 challenge",
+        image(read["field"]),
+        image(read["chi_33"]),
+        torch.from_numpy(mask),
+        torch.from_numpy(magnitude),
+        image(magnitude),
+        nothing,
+        nothing,
+        VOXEL_2016,
+        (1.0, 0.0, 0.0),
+        2 * np.pi * ECHO_2016 / ppm_per_hz(FIELD_STRENGTH_2016),
+    )
+    regions = np.rint(read.get("regions", np.zeros(mask.shape, np.float32))) * mask
+    return BrainInVivo(head, image(read["cosmos"]), torch.from_numpy(regions.astype(np.int64)))
+
+
+def _challenge_volumes(
+    folder: Path, needed: dict[str, str], optional: dict[str, str], where: str, *, mat: bool = False
+) -> dict[str, NDArray[np.float32]]:
+    """The volumes ``(z, y, x)`` by what they are; optional ones where they are there."""
+    read = {}
+    for name, stem in (needed | optional).items():
+        if (path := _file(folder, stem, mat=mat)) is not None:
+            volume = _mat_volume(path, stem) if path.suffix == ".mat" else read_volume(path)
+            read[name] = np.array(volume, np.float32, order="C")  # torch wants to be allowed to write
+        elif name in needed:
+            raise DataError("no such file", where=where, got=f"{stem}.nii", expected="the challenge's data in the folder")
+    sizes = {array.shape for array in read.values()}
+    if len(sizes) > 1:
+        raise DataError("volumes differ in size", where=where, got=sorted(sizes))
+    return read
+
+
+def _mat_volume(path: Path, name: str) -> NDArray[np.generic]:
+    """MATLAB's array ``name`` ``(x, y, z)`` as ``(z, y, x)``."""
+    try:
+        content = loadmat(path)
+    except MAT_ERRORS as error:
+        raise DataError(
+            "damaged volume", where=path.name, got=type(error).__name__, expected="a MATLAB file up to version 7"
+        ) from None
+    volume = content.get(name)
+    if volume is None or volume.ndim != 3:
+        known = sorted(key for key in content if not key.startswith("__"))
+        raise DataError("not the volume", where=path.name, got=known, expected=f"an array {name} of three axes")
+    return np.asarray(volume).transpose(2, 1, 0)
+
+
+def _file(folder: Path, stem: str, *, mat: bool = False) -> Path | None:
+    for ending in (".nii.gz", ".nii", *((".mat",) if mat else ())):
         if (path := folder / f"{stem}{ending}").is_file():
             return path
     return None

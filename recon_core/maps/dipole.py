@@ -16,7 +16,7 @@ import torch
 from recon_core.errors import DataError, NumericalError
 from recon_core.maps.dipole_kernel import DipoleOperator
 from recon_core.maps.field_checks import checked_field, checked_mask, squared_weights
-from recon_core.maps.field_noise import field_noise
+from recon_core.maps.field_noise import field_noise, unexplained_field
 from recon_core.maps.finite_differences import divergence, gradient, periodic_laplacian, relative_steps
 from recon_core.settings import setting
 from recon_core.types import ParameterMap
@@ -42,7 +42,7 @@ class TVSettings:
 
     weight: float = setting(1.5e-4, "Weight of the total variation", unit="ppm", low=1e-8, high=1.0)
     noise_weight: float = setting(
-        0.1, "The weight's square is greater by that of this many SD of the field's noise", low=0.0, high=10.0
+        0.1, "The weight's square is greater by that of this many SD of the field's disturbance", low=0.0, high=10.0
     )
     added_back: int = setting(1, "Bregman iterations: how often the field's residual is added to it", low=0, high=10)
     shrinkage: float = setting(
@@ -146,9 +146,10 @@ def tv_admm(
 ) -> Susceptibility:
     """``min_chi 1/2 |w (D chi - f)|^2 + lambda sum |grad chi|`` by ADMM, twice: the second time of ``f + (f - D chi)``.
 
-    ``lambda^2 = weight^2 + (noise_weight sigma)^2`` follows the noise ``sigma`` of the field (`field_noise`). Total variation takes that
-    much off every contrast; adding the residual to the data (a Bregman iteration) gives it back, and less of the noise. The second
-    minimisation goes on from where the first one ends. ``max_iterations`` are of both together.
+    ``lambda^2 = weight^2 + (noise_weight sigma)^2``, ``sigma`` the noise of the field (`field_noise`) or, if that is more, what no
+    susceptibility explains of it (`unexplained_field`). Total variation takes that much off every contrast; adding the residual to the
+    data (a Bregman iteration) gives it back, and less of the noise. The second minimisation goes on from where the first one ends.
+    ``max_iterations`` are of both together.
 
     Two copies, ``z = grad chi`` and ``y = D chi``, leave only closed forms: a division in k-space for ``chi``, shrinkage of the
     gradient's length, a weighted mean for ``y``. Outside the mask ``w`` is 0, so nothing is claimed about the field there.
@@ -177,7 +178,8 @@ def tv_admm(
     operator = DipoleOperator(local.shape, voxel, b0, data)
     squared = operator.pad(squared_weights(weights, inside, data))
     given = operator.pad(data).mul_(squared)  # w^2 f
-    weight = math.hypot(s.weight, s.noise_weight * field_noise(data, inside))
+    disturbance = max(field_noise(data, inside), unexplained_field(data, inside, voxel, operator))
+    weight = math.hypot(s.weight, s.noise_weight * disturbance)
     split = _Splitting(operator, relative_steps(voxel), squared, given, weight, s)
     seen, done = given, 0
     for stage in range(s.added_back + 1):
