@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,8 @@ def inversions(head: Head, iterations: int, weights: list[float]) -> Iterator[tu
     yield from methods(head, iterations, head.radians_per_ppm).items()
     for weight in weights:
         settings = TVSettings(weight=weight, noise_weight=0.0, max_iterations=iterations)
-        yield (
-            FIXED.format(weight),
-            lambda s=settings: tv_admm(head.field, head.mask, head.voxel, head.b0, weights=head.weights, settings=s),
-        )
+        run = partial(tv_admm, head.field, head.mask, head.voxel, head.b0, weights=head.weights, settings=settings)
+        yield FIXED.format(weight), run
 
 
 def consistency(brain: BrainInVivo) -> dict[str, dict[str, float]]:

@@ -13,7 +13,7 @@ from recon_core.errors import DataError, SettingError
 from recon_core.maps.dipole_kernel import ppm_per_hz
 from recon_core.maps.echo_agreement import check_direction
 from recon_core.maps.series import ImageNoise
-from recon_core.maps.series_qsm import field_frame, multi_echo_maps, multi_echo_times
+from recon_core.maps.series_qsm import field_frame, multi_echo_maps, multi_echo_times, note_of_thin_slab
 from recon_core.maps.settings import MapSettings
 from recon_core.maps.spherical_mean import inner_distance
 from recon_core.methods.cg_sense import Settings as CgSettings
@@ -163,6 +163,24 @@ def test_a_brighter_side_that_decays_faster_is_not_mirrored() -> None:
     with pytest.raises(DataError, match="mirrored"):
         check_direction(images, times, (False, True, False, True), "R2* map")
     check_direction(torch.zeros(3, 1, 8, 32), times[:3], (), "R2* map")
+
+
+def test_a_thin_slab_through_a_head_is_told_and_a_small_object_is_none() -> None:
+    head, series, scan = scene()
+    n, side = len(head.chi) // 2, head.voxel[0]
+    middle = slice(n // 2, n // 2 + n)
+    cut = replace(series, data=series.data[:, middle])
+    fov = (n * side, *scan.fov[1:])
+    thin = replace(scan, matrix=(n, *scan.matrix[1:]), fov=fov, recon_matrix=(n, *scan.matrix[1:]), recon_fov=fov)
+    found = multi_echo_maps(cut, thin, ImageNoise(NOISE, True), QSM)
+    assert any(f"slab of {1e3 * n * side:.0f} mm, cut at both ends" in note for note in found.notes)
+    whole = multi_echo_maps(series, scan, ImageNoise(NOISE, True), QSM)
+    assert not any("slab" in note for note in whole.notes)
+    through = torch.ones(20, 4, 4, dtype=torch.bool)
+    ending = through.clone()
+    ending[-2:] = False
+    assert note_of_thin_slab(through, (1.9e-3, 1e-3, 1e-3)) and not note_of_thin_slab(through, (2e-3, 1e-3, 1e-3))
+    assert not note_of_thin_slab(ending, (1e-3, 1e-3, 1e-3))
 
 
 def test_a_signal_that_grows_has_other_echo_times_than_the_header_says() -> None:
