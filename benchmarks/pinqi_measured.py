@@ -58,7 +58,7 @@ def truth() -> dict[str, Any]:
     m0 = np.where(valid, maps.m0.data[0].numpy(), np.abs(series.images).max(0))
     sd = maps.t1_sd.data[0].numpy()
     fit = {"median_t1_s": float(np.median(t1[brain & valid])), "median_sd_s": float(np.median(sd[brain & valid]))}
-    return posed(t1, m0, brain & valid, series.pixel, fit)
+    return posed(t1, m0 / np.percentile(m0[brain], 99.5), brain & valid, series.pixel, fit)
 
 
 def truth_of_maps(path: Path) -> dict[str, Any]:
@@ -76,18 +76,17 @@ def truth_of_maps(path: Path) -> dict[str, Any]:
     density, t1 = np.pad(density, margins), np.pad(t1, margins)
     brain = (density > 0) & (t1 > 0)
     fit = {"median_t1_s": float(np.median(t1[brain]))}
-    return posed(np.where(brain, t1, EMPTY_T1), density + 0j, brain, PIXEL, fit)
+    return posed(np.where(brain, t1, EMPTY_T1), density / np.percentile(density[brain], 99.5), brain, PIXEL, fit)
 
 
 def posed(
-    t1: NDArray[np.floating], m0: NDArray[np.complexfloating], brain: NDArray[np.bool_], pixel: float, fit: dict[str, float]
+    t1: NDArray[np.floating], m0: NDArray[np.floating], brain: NDArray[np.bool_], pixel: float, fit: dict[str, float]
 ) -> dict[str, Any]:
-    """The maps with a smooth phase, brought to a peak of M0 of 1."""
+    """The maps with a smooth phase; M0 at most 1.3 times what all but the brightest of the brain have."""
     fov = tuple(n * pixel for n in t1.shape)
     grid = Grid(np.zeros(1), *(centred_axis(n, size) for n, size in zip(t1.shape, fov, strict=True)))
     phase = smooth_field(grid, np.random.default_rng(5), PHASE)[0]
-    m0 = np.minimum(m0 / np.percentile(np.abs(m0)[brain], 99.5), 1.3)
-    return {"t1": t1, "m0": m0 * np.exp(1j * phase), "brain": brain, "grid": grid, "fov": fov, "fit": fit}
+    return {"t1": t1, "m0": np.minimum(m0, 1.3) * np.exp(1j * phase), "brain": brain, "grid": grid, "fov": fov, "fit": fit}
 
 
 def acquired(found: dict[str, Any], coils: str, acceleration: float, noise: float, seed: int) -> tuple[KSpace, ScanInfo]:
