@@ -122,7 +122,7 @@ def main() -> int:
     if options.slabs:
         cut = [(head.name, *slab(head, 1e-3 * mm)) for head in heads for mm in options.slabs]
         print_table("Slabs about the deep nuclei", SLAB_COLUMNS, cut)
-        write_result("qsm_slabs", {"columns": SLAB_COLUMNS, "rows": cut})
+        write_result(f"qsm_slabs_{options.seed}", {"columns": SLAB_COLUMNS, "rows": cut})
         return 0
     result: dict[str, Any] = {"device": options.device, "goal_tv_nrmse": GOAL, "validation": VALIDATION, "heads": []}
     missed = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import qsm
+from benchmarks import common, qsm
 from benchmarks.qsm import scores
 from benchmarks.qsm_head import challenge_head
 from recon_core.errors import DataError
@@ -105,3 +106,13 @@ def test_missing_and_misfitting_files(tmp_path: Path) -> None:
     nifti(tmp_path / "Frequency.nii", np.zeros((4, 4, 4), np.float32))
     with pytest.raises(DataError, match="differ in size"):
         challenge_head(tmp_path)
+
+
+def test_a_thin_slab_keeps_less_of_the_contrast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (common, qsm):
+        monkeypatch.setattr(module, "RESULTS", tmp_path, raising=False)
+    monkeypatch.setattr("sys.argv", ["qsm", "--side", "4", "--slabs", "24", "160"])
+    assert qsm.main() == 0
+    (thin, whole) = json.loads((tmp_path / "qsm_slabs_1.json").read_text(encoding="utf-8"))["rows"]
+    assert thin[3] == pytest.approx(24) and whole[3] == pytest.approx(160)
+    assert 0 < thin[1] < 0.9 * whole[1] and thin[2] < 1
