@@ -29,10 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=192)
     parser.add_argument("--slices", type=int, default=8, help="of the speed measurement; 0: none")
     parser.add_argument("--comparators", action="store_true", help="zero-filled, CG-SENSE and LLR too")
+    parser.add_argument("--brainweb", default=None, help="folder of BrainWeb heads, for training and quality")
     options, of_training = parser.parse_known_args(arguments)
     where = ["--device", options.device, "--size", str(options.size)]
+    heads = ["--brainweb", options.brainweb] if options.brainweb else []
     if options.max_minutes > 0:
-        training.main([*training_words(options, RECIPE), "--size", str(options.size), *of_training])
+        training.main([*training_words(options, RECIPE), "--size", str(options.size), *heads, *of_training])
     weights = options.output / f"{training.NAME}.json"
     if options.slices:
         precisions = ["float32", "bfloat16"] if options.device.startswith("cuda") else ["float32"]
@@ -49,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pinqi_speed.main([*speed, *where])
         shutil.copy(RESULTS / "pinqi_speed_gpu.json", options.output)
     if options.samples:
-        quality = ["--weights", str(weights), "--samples", str(options.samples), "--name", "pinqi_gpu", "--no-bart"]
+        quality = ["--weights", str(weights), "--samples", str(options.samples), "--name", "pinqi_gpu", "--no-bart", *heads]
         pinqi.main([*quality, *where, *([] if options.comparators else ["--only-weights"])])
         shutil.copy(RESULTS / "pinqi_gpu.json", options.output)
     return 0

@@ -30,6 +30,7 @@ from recon_core.simulation.quantitative_brain import SATURATION_TIMES, Quantitat
 from recon_core.simulation.scan import simulate_scan
 from recon_core.simulation.tubes import PROTOCOL
 from tests.recon_core.pinqi.saturation_scan import save_network
+from tests.recon_core.volume_writers import nifti
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +202,21 @@ def test_the_one_command_trains_goes_on_and_measures(tmp_path: Path, monkeypatch
     assert set(speed["float32"]["parts_s"]) == set(pinqi_speed.PARTS.values())
     assert speed["float32"]["weights"] == facts["sha256"][:8]
     assert all(f"g1 ({facts['sha256'][:8]})" in quality["summary"][key] for key in "468")
+
+
+def test_the_one_command_takes_brainweb_for_training_and_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (common, pinqi, pinqi_gpu):
+        monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    heads, output = tmp_path / "heads", tmp_path / "out"
+    heads.mkdir()
+    for i in range(3):
+        nifti(heads / f"subject0{i}_crisp_v.nii", np.full((40, 360, 320), 2, np.uint8))  # grey matter alone
+    words = f"--output {output} --device cpu --size 64 --samples 1 --slices 0 --ablation g1 --batch 1 --n-coils 2 --n-validation 0"
+    recipe = "--pretrain-epochs 0 --epochs 0.001 --samples-per-epoch 1000 --max-minutes 10 --atlas-share 0.5"
+    pinqi_gpu.main(f"{words} {recipe} --brainweb {heads}".split())
+    facts, quality = (json.loads((output / f"{name}.json").read_text()) for name in ("pinqi", "pinqi_gpu"))
+    assert facts["anatomy"].startswith("brainweb, 0.5 ") and quality["settings"]["anatomy"] == "brainweb"
+    assert str(tmp_path) not in json.dumps(quality)
 
 
 def test_claimed_deviations_are_compared_tube_by_tube() -> None:
