@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
+import recon_core.maps.field_noise as field_noise_module
 from recon_core.maps.dipole import TVSettings, tv_admm
 from recon_core.maps.dipole_kernel import DipoleOperator
 from recon_core.maps.field_noise import field_noise, unexplained_field
@@ -52,6 +53,15 @@ def test_a_smooth_disturbance_is_seen_and_the_inversion_yields_less_to_it() -> N
         for s in (TVSettings(), by_noise)
     ]
     assert errors[0] < 0.9 * errors[1]
+
+
+def test_of_a_slab_too_thin_to_tell_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = small_head(noise=0.02)
+    field, mask = h.field[8:22], h.mask[8:22]
+    operator = DipoleOperator(tuple(mask.shape), h.voxel, h.b0, field)
+    assert unexplained_field(field, mask, h.voxel, operator) == 0.0
+    monkeypatch.setattr(field_noise_module, "LEAST_DEPTH", 0.0)
+    assert unexplained_field(field, mask, h.voxel, operator) > 0.01
 
 
 def test_nothing_is_said_of_a_mask_without_an_inside() -> None:
