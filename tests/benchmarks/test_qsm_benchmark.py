@@ -111,8 +111,8 @@ def test_missing_and_misfitting_files(tmp_path: Path) -> None:
 def test_a_thin_slab_keeps_less_of_the_contrast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (common, qsm):
         monkeypatch.setattr(module, "RESULTS", tmp_path, raising=False)
-    monkeypatch.setattr("sys.argv", ["qsm", "--side", "4", "--slabs", "24", "160"])
+    monkeypatch.setattr("sys.argv", ["qsm", "--side", "4", "--slabs", "32", "160"])
     assert qsm.main() == 0
     (thin, whole) = json.loads((tmp_path / "qsm_slabs_1.json").read_text(encoding="utf-8"))["rows"]
-    assert thin[3] == pytest.approx(24) and whole[3] == pytest.approx(160)
+    assert thin[3] == pytest.approx(32) and whole[3] == pytest.approx(160)
     assert 0 < thin[1] < 0.9 * whole[1] and thin[2] < 1
