@@ -41,6 +41,9 @@ START = (0.9, 0.0, 0.8)
 TISSUE = "tissue_"
 """Before the names of figures inside all tissue, scalp included; without it inside the brain."""
 
+IMAGE = "image_"
+"""Before the names of figures over the whole image, both maps zero outside all tissue: how the published method's code averages."""
+
 BART_WEIGHTS = (0.00025, 0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
 MOBA_WEIGHTS = (0.01, 0.001, 0.0001)
 MOBA_NOTHING = 1e-6
@@ -78,9 +81,14 @@ class Sample:
         return cls(truth, brain, tissue, kspace, scan, recipe.times)
 
     def score(self, t1: T1Map) -> dict[str, float]:
-        """nRMSE, MAE (s) and SSIM inside the brain, and, as ``tissue_...``, inside all tissue."""
-        in_tissue = t1_figures(t1, self.t1, self.tissue)
-        return t1_figures(t1, self.t1, self.brain) | {f"{TISSUE}{key}": value for key, value in in_tissue.items()}
+        """nRMSE, MAE (s) and SSIM inside the brain, and, as ``tissue_...`` and ``image_...``, by `TISSUE` and `IMAGE`."""
+        found, truth = np.where(self.tissue, t1, 0.0), np.where(self.tissue, self.t1, 0.0)
+        named = {
+            TISSUE: t1_figures(t1, self.t1, self.tissue),
+            IMAGE: t1_figures(found, truth, np.ones_like(self.tissue)),
+        }
+        others = {f"{which}{key}": value for which, figures in named.items() for key, value in figures.items()}
+        return t1_figures(t1, self.t1, self.brain) | others
 
 
 @dataclass(frozen=True)

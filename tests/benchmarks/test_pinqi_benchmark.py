@@ -58,16 +58,17 @@ def test_complete_data_give_every_method_the_true_map(trained: TrainedPinqi) -> 
         assert T1_RANGE[0] <= answer.t1.min() and answer.t1.max() <= T1_RANGE[1]
 
 
-def test_figures_are_of_the_brain_and_of_all_tissue() -> None:
+def test_figures_are_of_the_brain_of_all_tissue_and_of_the_whole_image() -> None:
     s = sample(4.0, 0.02)
     scalp = s.tissue & ~s.brain
     assert scalp.any() and (s.brain & ~s.tissue).sum() < s.brain.sum()
-    wrong_scalp = np.where(scalp, 2 * s.t1, s.t1)
-    figures = s.score(wrong_scalp)
+    wrong_air = np.where(s.tissue | s.brain, s.t1, 2 * s.t1)
+    figures = s.score(np.where(scalp, 2 * s.t1, wrong_air))
     assert figures["mae"] == 0 and figures["tissue_mae"] == pytest.approx(s.t1[scalp].sum() / s.tissue.sum(), rel=1e-5)
-    assert figures["nrmse"] == 0 < figures["tissue_nrmse"] and set(figures) == {
-        p + k for p in ("", "tissue_") for k in FIGURES
-    }
+    assert figures["image_mae"] == pytest.approx(s.t1[scalp].sum() / s.tissue.size, rel=1e-5)
+    assert figures["nrmse"] == 0 < figures["tissue_nrmse"] == pytest.approx(figures["image_nrmse"])
+    assert 0 < figures["image_ssim"] < 1 == pytest.approx(s.score(wrong_air)["image_ssim"])
+    assert set(figures) == {p + k for p in ("", "tissue_", "image_") for k in FIGURES}
 
 
 def test_a_part_that_is_switched_off_is_not_used_and_the_others_are_what_they_were(tmp_path: Path) -> None:
