@@ -109,6 +109,23 @@ def chain_names(directory: Path | None = None) -> tuple[str, ...]:
     return tuple(sorted(p.stem for p in (directory or config_directory()).glob("*.xml") if CHAIN_NAME.fullmatch(p.stem)))
 
 
+def require_chains(directory: Path | None) -> None:
+    """A server without chains would refuse every scan: its folder was misspelt, or is not mounted.
+
+    Raises
+    ------
+    SettingError
+        No chain file in the folder that was named.
+    """
+    if not chain_names(directory):
+        raise SettingError(
+            "no chain files",
+            where=f"configs {directory}",
+            expected="a folder with files such as the shipped configs/llr.xml",
+            remedy="Without --configs the shipped chains are used",
+        )
+
+
 def load_chain(name: str, overrides: Mapping[str, Any] | None = None, *, directory: Path | None = None) -> Chain:
     """The chain called ``name`` (an ``.xml`` suffix is allowed), with ``overrides`` on top of its file.
 
