@@ -170,11 +170,6 @@ class Listener:
             self._socket.close()
         self._socket = None
 
-    def wait(self) -> None:
-        """Until `stop` is called from elsewhere."""
-        if self._thread is not None:
-            self._thread.join()
-
     def stop(self) -> None:
         """Accept no more. Connections that were handed on go on."""
         self._closing = True
