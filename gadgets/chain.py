@@ -27,7 +27,7 @@ from recon_core.errors import SettingError, plain
 from recon_core.maps.settings import MapSettings
 from recon_core.methods import get_method, methods
 from recon_core.preprocess.settings import PreprocessSettings
-from recon_core.settings import SettingInfo, describe, parse_settings
+from recon_core.settings import SettingInfo, describe, parse_settings, unknown_setting
 
 MODULE = "gadgets"
 """The only ``<execute name=...>`` that a chain may have."""
@@ -239,9 +239,7 @@ def _build(name: str, properties: dict[str, str], overrides: dict[str, Any]) -> 
     values = {**own, **overrides}
     unknown = sorted({*values, *console} - set(owner))
     if unknown:
-        raise SettingError(
-            "unknown setting", where=f"chain {name}", got=", ".join(unknown), expected="one of " + ", ".join(owner)
-        )
+        raise unknown_setting(unknown, owner, where=f"chain {name}")
 
     def parse(chosen: Mapping[str, Any]) -> dict[str, Any]:
         return {
