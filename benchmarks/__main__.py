@@ -1,4 +1,7 @@
-"""``make bench``: every benchmark, one after the other, each in a process of its own."""
+"""``make bench``: one benchmark after the other, each in a process of its own.
+
+Not those that take many hours, a folder of data, weights or a GPU: `pinqi`, `laro`, `soak` and others are called by themselves.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ from recon_core.errors import SettingError, plain
 from recon_core.maps.settings import MapSettings
 from recon_core.methods import get_method, methods
 from recon_core.preprocess.settings import PreprocessSettings
-from recon_core.settings import SettingInfo, describe, parse_settings
+from recon_core.settings import SettingInfo, describe, parse_settings, unknown_setting
 
 MODULE = "gadgets"
 """The only ``<execute name=...>`` that a chain may have."""
@@ -107,6 +107,23 @@ def config_directory() -> Path:
 def chain_names(directory: Path | None = None) -> tuple[str, ...]:
     """Names of all installed chains, sorted."""
     return tuple(sorted(p.stem for p in (directory or config_directory()).glob("*.xml") if CHAIN_NAME.fullmatch(p.stem)))
+
+
+def require_chains(directory: Path | None) -> None:
+    """A server without chains would refuse every scan: its folder was misspelt, or is not mounted.
+
+    Raises
+    ------
+    SettingError
+        No chain file in the folder that was named.
+    """
+    if not chain_names(directory):
+        raise SettingError(
+            "no chain files",
+            where=f"configs {directory}",
+            expected="a folder with files such as the shipped configs/llr.xml",
+            remedy="Without --configs the shipped chains are used",
+        )
 
 
 def load_chain(name: str, overrides: Mapping[str, Any] | None = None, *, directory: Path | None = None) -> Chain:
@@ -222,9 +239,7 @@ def _build(name: str, properties: dict[str, str], overrides: dict[str, Any]) -> 
     values = {**own, **overrides}
     unknown = sorted({*values, *console} - set(owner))
     if unknown:
-        raise SettingError(
-            "unknown setting", where=f"chain {name}", got=", ".join(unknown), expected="one of " + ", ".join(owner)
-        )
+        raise unknown_setting(unknown, owner, where=f"chain {name}")
 
     def parse(chosen: Mapping[str, Any]) -> dict[str, Any]:
         return {

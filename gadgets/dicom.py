@@ -114,9 +114,12 @@ def convert(
 
 def _only_group(source: Path) -> str:
     groups = image_groups(source)
+    if not groups:
+        remedy = "Raw data become images first: recon run or recon replay"
+        raise DicomError("no images in this file", where=source.name, expected="an image file", remedy=remedy)
     if len(groups) != 1:
         expected = "one run, or --group with its name"
-        raise DicomError("which images?", where=source.name, got=", ".join(groups) or "no image", expected=expected)
+        raise DicomError("which images?", where=source.name, got=", ".join(groups), expected=expected)
     return groups[0]
 
 

@@ -161,7 +161,7 @@ def queue(
     with dicom_packages():
         from gadgets.pacs_queue import Queue
 
-        waiting = Queue(folder or default_queue())
+        waiting = Queue(_existing(folder or default_queue()))
         if remove is not None:
             waiting.remove(remove)
         if retry is not None:
@@ -235,9 +235,27 @@ def make_destination(
     return Destination(host, port, aet, calling, secure)
 
 
+def _existing(folder: Path) -> Path:
+    """A queue that is there: who only looks must not make one, and must not read "nothing waits" of a wrong folder."""
+    from gadgets.pacs import PacsError
+
+    if not folder.is_dir():
+        raise PacsError(
+            "no queue",
+            where=str(folder),
+            expected="the folder 'pacs' beside the server's --spool",
+            remedy="Name it with --queue; a server that never had images for an archive has none",
+        )
+    return folder
+
+
 def _files(sources: list[Path]) -> list[Path]:
+    from gadgets.pacs import PacsError
+
     found: list[Path] = []
     for source in sources:
+        if not source.exists():
+            raise PacsError("no such file", where=str(source), expected="DICOM files, or folders of them")
         found += sorted(p for p in source.rglob("*") if p.is_file()) if source.is_dir() else [source]
     return found
 

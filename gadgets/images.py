@@ -11,7 +11,7 @@ Source: ISMRMRD ``doc/mrd_image_data.md``.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -141,11 +141,6 @@ class ImageWriter:
         self.bits = self.settings.bits_stored or usable or DEFAULT_BITS
         integers = stated is not None if self.settings.pixel_type == "auto" else self.settings.pixel_type == "uint16"
         self.pixel_type = np.dtype("<u2") if integers else np.dtype("<f4")
-
-    @property
-    def next_series(self) -> int:
-        """The next free image series index."""
-        return self._numbers.upcoming
 
     def for_fallback(self, chain: str) -> ImageWriter:
         """A writer for another chain's images of the same scan. The two share one count of series, so they never collide."""
@@ -408,28 +403,6 @@ class ImageWriter:
         if self.preview_of is not None:
             return (*said, f"preview by {self.chain}: the final images of {self.preview_of} follow")
         return said if self.fallback_of is None else (*said, f"{self.fallback_of} failed: image from {self.chain} instead")
-
-
-def encode_results(
-    results: Iterable[tuple[int, Result]],
-    scans: Mapping[int, ScanInfo] | Sequence[ScanInfo],
-    geometries: Mapping[int, Geometry] | Sequence[Geometry],
-    header: MrdHeader,
-    chain: str,
-    settings: OutputSettings | None = None,
-    *,
-    stamps: Mapping[int, Sequence[Stamp]] | None = None,
-    first_series: int = 1,
-) -> Iterator[bytes]:
-    """Image messages of a whole scan, each as soon as ``results`` yields its slice.
-
-    ``results`` are pairs of position in the stack and result; ``scans``, ``geometries`` and ``stamps`` are looked up by
-    position.
-    """
-    writer = ImageWriter(header, chain, settings, first_series=first_series)
-    for position, result in results:
-        seen = () if stamps is None else stamps[position]
-        yield from writer.messages(result, scans[position], geometries[position], position=position, stamps=seen)
 
 
 def sending_order(n_slices: int, *, scaled: bool) -> tuple[int, ...]:

@@ -28,6 +28,12 @@ REPEAT_SECONDS = 60.0
 BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)
 """What accepting says when the listening socket itself is no more; all else passes."""
 
+REMEDIES = {
+    errno.EADDRINUSE: "Is another server running?",
+    errno.EACCES: "Ports below 1024 need a privilege: choose another one",
+}
+"""Where the server cannot listen; in all other cases the address is none of this machine."""
+
 AGAIN_SECONDS, AGAIN_SECONDS_AT_MOST = 1.0, 60.0
 """Pause before a socket that broke is opened again; twice as long after each try in vain."""
 
@@ -156,17 +162,13 @@ class Listener:
         except (OSError, OverflowError, UnicodeError) as error:
             got = getattr(error, "strerror", None) or type(error).__name__
             place = f"{self.host}:{self.port}"
-            raise WireError("cannot listen", where=place, got=got, remedy="Is another server running?") from error
+            remedy = REMEDIES.get(getattr(error, "errno", None) or 0, "Name an address of this machine: --host")
+            raise WireError("cannot listen", where=place, got=got, remedy=remedy) from error
 
     def _let_go(self) -> None:
         if self._socket is not None:
             self._socket.close()
         self._socket = None
-
-    def wait(self) -> None:
-        """Until `stop` is called from elsewhere."""
-        if self._thread is not None:
-            self._thread.join()
 
     def stop(self) -> None:
         """Accept no more. Connections that were handed on go on."""

@@ -135,7 +135,12 @@ def check(document: Any) -> None:
             expected=f"{len(errors)} errors fewer",
         )
     if re.fullmatch(r"[A-Za-z0-9]+", document["general"]["vendor"]) is None:
-        raise LabelRefused("not usable in a file name", where="label general.vendor", expected="letters and digits")
+        raise LabelRefused(
+            "not usable in a file name",
+            where="label general.vendor",
+            got=repr(document["general"]["vendor"]),
+            expected="letters and digits",
+        )
     ids = [parameter["id"] for parameter in document["parameters"]]
     if len({i.lower() for i in ids}) < len(ids):
         raise LabelRefused("two parameters with one id", where="label parameters", got=", ".join(ids))

@@ -151,8 +151,9 @@ class Queue:
                     _write(folder / "job.json", again)
                     os.rename(folder, self.root / "waiting" / name)
                 return again
-        known = ", ".join(job.id for job in self.jobs()) or "no job"
-        raise PacsError("no such job", where=f"queue {self.root}", got=repr(name), expected=known)
+        known = ", ".join(job.id for job in self.jobs())
+        expected = f"one of {known}" if known else "nothing: the queue is empty"
+        raise PacsError("no such job", where=f"queue {self.root}", got=repr(name), expected=expected)
 
     def remove(self, name: str) -> None:
         """Throw a failed job away, with its files and its record; also one whose record cannot be read.

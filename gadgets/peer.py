@@ -48,7 +48,6 @@ class Peer:
         self.socket = connection
         self.timing = timing
         self.gone = False  # sending is no longer possible
-        self.sent_messages = 0
         try:
             self._memory = _free_buffers.pop()
         except IndexError:
@@ -116,7 +115,6 @@ class Peer:
             except OSError as error:
                 self.gone = True
                 raise Disconnected("the connection broke while sending", got=error.strerror) from error
-            self.sent_messages += 1
 
     def close(self) -> bool:
         """CLOSE, end of sending, read until the peer has closed (or is silent), then close the socket. Never raises.

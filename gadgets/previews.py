@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from gadgets.chain import Chain, load_chain
+from gadgets.errors import UnknownChain
 from gadgets.images import ImageWriter
 from gadgets.reports import ReportReader
 from gadgets.sorted_scan import SortedScan
 from gadgets.tasks import from_portable
-from recon_core.errors import ReconError
+from recon_core.errors import ReconError, SettingError
 from recon_core.types import Result
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,21 @@ def quick_chain(chain: Chain, configs: Path | None) -> Chain | None:
     if preprocess.coil_compression == "none":
         preprocess = replace(preprocess, coil_compression="svd", virtual_coils=PREVIEW_COILS)
     return replace(quick, settings=settings, preprocess=preprocess)
+
+
+def require_preview(chain: Chain, configs: Path | None) -> None:
+    """A preview that was chosen for this scan names a chain. (One of a chain's file that is gone costs no scan: it is logged.)
+
+    Raises
+    ------
+    SettingError
+        It does not.
+    """
+    try:
+        quick_chain(chain, configs)
+    except UnknownChain as error:
+        where, expected = f"chain {chain.name}.preview", f"{AUTO}, {OFF} or {error.expected}"
+        raise SettingError("not a quick chain", where=where, got=error.got, expected=expected) from None
 
 
 class Previews:

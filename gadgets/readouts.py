@@ -166,11 +166,6 @@ class ReadoutGeometry:
         """Readouts that belong to the grid: imaging and calibration."""
         return self.kind <= Kind.CALIBRATION_AND_IMAGING
 
-    @property
-    def is_noise(self) -> NDArray[np.bool_]:
-        """Noise measurements."""
-        return self.kind == Kind.NOISE
-
 
 def chosen_encoding(header: MrdHeader, settings: AcquisitionSettings) -> Encoding:
     """The encoding to reconstruct, checked.

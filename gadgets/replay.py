@@ -173,12 +173,6 @@ def replay(
     return result
 
 
-def replays(loops: int, source: Path | str, **options: Any) -> Iterator[ReplayResult]:
-    """``replay`` again and again, each run in a fresh group."""
-    for _ in range(loops):
-        yield replay(source, **options)
-
-
 class _Images:
     """Where arriving images go; the file appears with the first one."""
 

@@ -119,12 +119,6 @@ class Server:
         self._listener.start()
         return self
 
-    def serve_forever(self) -> None:
-        """``start``, and wait until ``close`` is called from elsewhere."""
-        if not self._listener.running:
-            self.start()
-        self._listener.wait()
-
     def close(self, timeout: float = 10.0, hurry: threading.Event | None = None) -> None:
         """Stop accepting; connections without a scan end at once, scans may take ``timeout`` s and are abandoned then.
 

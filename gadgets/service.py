@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gadgets.chain import Chain, chain_from_script, chain_names, load_chain
+from gadgets.chain import Chain, chain_from_script, chain_names, load_chain, require_chains
 from gadgets.compute_pool import Events
 from gadgets.connection import ChainRequest
 from gadgets.devices import choose_device
@@ -25,6 +25,7 @@ from gadgets.noise_store import NoiseStore
 from gadgets.pacs_backlog import key_of
 from gadgets.peer import Timing
 from gadgets.pipeline import Scan, Services
+from gadgets.previews import require_preview
 from gadgets.results import Archives
 from gadgets.scheduler_options import SchedulerOptions
 from gadgets.scratch import remove_stale_scratch
@@ -121,6 +122,7 @@ class Service:
 
     def __init__(self, options: ServiceOptions, hurry: threading.Event | None = None) -> None:
         self.options, self._hurry = options, hurry
+        require_chains(options.configs)
         cores = os.cpu_count() or 1
         workers = max(1, cores // 2) if options.workers is None else options.workers
         stale = remove_stale_scratch()
@@ -217,9 +219,14 @@ class Service:
         return self.unattended.reconstruct(row, self.server.handlers, self.options.limits)
 
     def _chain(self, request: ChainRequest) -> Chain:
+        folder = self.options.configs
         if request.script is not None and request.name is None:
-            return chain_from_script(request.script, request.overrides, directory=self.options.configs)
-        return load_chain(request.name or "", request.overrides, directory=self.options.configs)
+            chain = chain_from_script(request.script, request.overrides, directory=folder)
+        else:
+            chain = load_chain(request.name or "", request.overrides, directory=folder)
+        if "preview" in chain.overrides:
+            require_preview(chain, folder)
+        return chain
 
     def _open_scan(self, request: ChainRequest, header_text: str, raw: ScanLog, say: Callable[[str], None]) -> OpenedScan:
         chain, header = self._chain(request), parse_header(header_text)

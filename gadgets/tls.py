@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import select
 import socket
 import ssl
@@ -54,7 +55,7 @@ class ServerTls:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         _settle(context, self.certificate, self.key)
         if self.client_ca is not None:
-            with _usable_files():
+            with _usable_files(self.client_ca):
                 context.load_verify_locations(self.client_ca)
             context.verify_mode = ssl.CERT_REQUIRED
         return context
@@ -79,7 +80,7 @@ class ClientTls:
         TlsError
             A file that is missing or is no certificate or key.
         """
-        with _usable_files():
+        with _usable_files(self.ca):
             context = ssl.create_default_context(cafile=self.ca)
         _settle(context, self.certificate, self.key)
         return context
@@ -117,16 +118,23 @@ def _settle(context: ssl.SSLContext, certificate: str | None, key: str | None) -
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
     if certificate is not None:
-        with _usable_files():
+        with _usable_files(certificate, key):
             # an encrypted key would make OpenSSL ask at the terminal
             context.load_cert_chain(certificate, key, password=lambda: "")
 
 
 class _usable_files(contextlib.AbstractContextManager[None]):
+    """Around what reads these files: an error names the one that cannot be read, or all of them."""
+
+    def __init__(self, *files: str | None) -> None:
+        self._files = [file for file in files if file is not None]
+
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):  # ssl.SSLError is one
             got = getattr(error, "reason", None) or error.strerror or type(error).__name__
-            raise TlsError("cannot use the TLS files", where="TLS", got=got, expected="PEM files, key unencrypted") from None
+            unreadable = [file for file in self._files if not os.access(file, os.R_OK)]
+            where = f"TLS {', '.join(unreadable or self._files)}"
+            raise TlsError("cannot use the TLS files", where=where, got=got, expected="PEM files, key unencrypted") from None
 
 
 class TlsBridge:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, TypeVar, get_type_hints
 
 from recon_core.errors import SettingError
@@ -18,6 +19,9 @@ T = TypeVar("T")
 
 TRUE_WORDS = frozenset({"true", "1", "yes", "on"})
 FALSE_WORDS = frozenset({"false", "0", "no", "off"})
+
+KIND_WORDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+"""What a value has to be, in the words of an operator."""
 
 
 def setting(
@@ -68,6 +72,15 @@ def describe(cls: type) -> tuple[SettingInfo, ...]:
     )
 
 
+def unknown_setting(names: Sequence[str], known: Iterable[str], *, where: str) -> SettingError:
+    """The error of names that are no setting: the known ones, and the one that the first was probably meant to be."""
+    known = list(known)
+    alike = get_close_matches(names[0], known, n=1)
+    remedy = f"Is {alike[0]} meant?" if alike else None
+    got, expected = ", ".join(names), "one of " + ", ".join(known)
+    return SettingError("unknown setting", where=where, got=got, expected=expected, remedy=remedy)
+
+
 def parse_settings(cls: type[T], values: Mapping[str, Any], *, where: str = "settings") -> T:
     """Build ``cls`` from typed or textual values.
 
@@ -79,27 +92,35 @@ def parse_settings(cls: type[T], values: Mapping[str, Any], *, where: str = "set
     infos = {info.name: info for info in describe(cls)}
     unknown = sorted(set(values) - set(infos))
     if unknown:
-        raise SettingError("unknown setting", where=where, got=", ".join(unknown), expected="one of " + ", ".join(infos))
+        raise unknown_setting(unknown, infos, where=where)
     return cls(**{name: parse_value(infos[name], value, where=where) for name, value in values.items()})
 
 
 def parse_value(info: SettingInfo, value: Any, *, where: str = "settings") -> Any:
     """One value, typed or textual, checked against its field."""
     place = f"{where}.{info.name}"
+    wanted = ", ".join(filter(None, (KIND_WORDS[info.kind], _range(info))))
     try:
         parsed = _convert(info.kind, value)
     except (ValueError, OverflowError):
-        raise SettingError("not a valid value", where=place, got=repr(value), expected=info.kind.__name__) from None
+        raise SettingError("not a valid value", where=place, got=repr(value), expected=wanted) from None
     if info.choices and parsed not in info.choices:
         raise SettingError("not a valid choice", where=place, got=repr(parsed), expected="one of " + ", ".join(info.choices))
     if info.kind in (int, float):
         if isinstance(parsed, float) and not math.isfinite(parsed):
-            raise SettingError("not a finite number", where=place, got=repr(value))
+            raise SettingError("not a finite number", where=place, got=repr(value), expected=wanted)
         if (info.low is not None and parsed < info.low) or (info.high is not None and parsed > info.high):
-            low = "-inf" if info.low is None else info.low
-            high = "inf" if info.high is None else info.high
-            raise SettingError("out of range", where=place, got=parsed, expected=f"{low} to {high} {info.unit}".strip())
+            raise SettingError("out of range", where=place, got=parsed, expected=_range(info))
     return parsed
+
+
+def _range(info: SettingInfo) -> str:
+    """``"1 to 128 pixels"``; empty for texts, switches and numbers without bounds."""
+    if info.low is None and info.high is None:
+        return ""
+    low = "-inf" if info.low is None else info.low
+    high = "inf" if info.high is None else info.high
+    return f"{low} to {high} {info.unit}".strip()
 
 
 def _convert(kind: type, value: Any) -> Any:

@@ -91,7 +91,7 @@ def test_the_defaults_of_a_console_are_no_choice(service: Service, scan: Simulat
     ("parameters", "words"),
     [
         ({"virtualCoils": "-3"}, "virtual_coils: out of range; got -3; expected 1 to 128"),
-        ({"virtualCoils": "many"}, "virtual_coils: not a valid value; got 'many'; expected int"),
+        ({"virtualCoils": "many"}, "virtual_coils: not a valid value; got 'many'; expected a whole number, 1 to 128"),
         ({"phase": "perhaps"}, "phase: not a valid value"),
         ({"partialFourier": "magic"}, "expected one of zero_fill, homodyne, pocs"),
         ({"noSuchThing": "1"}, "unknown setting; got noSuchThing"),

@@ -112,7 +112,6 @@ def test_integer_previews_have_a_scale_of_their_own_series(service: Service, sca
 @pytest.mark.parametrize(
     ("chain", "preview", "log"),
     [
-        ("llr", "no_such_chain", "event=preview_refused"),
         ("llr", "fourier", "event=preview_failed"),  # aliased: not shown
         ("fourier", "grasp_pro", "event=preview_failed"),  # no common lines
     ],
@@ -126,6 +125,17 @@ def test_a_preview_that_fails_is_only_logged(
     assert not previews(answer) and not [text for text in complaints(answer) if "aliased" not in text]
     assert len(final_images(answer)) == small["states"]
     assert log in caplog.text
+
+
+@pytest.mark.parametrize("name", ["preview", "script"])
+def test_a_preview_that_does_not_exist_stops_the_scan(service: Service, scan: SimulatedScan, name: str) -> None:
+    if name == "script":
+        script = SCRIPT.replace("grasp_pro", "no_such_chain")
+        answer = StrictClient(service.host, service.port).scan(script=script, header=scan.header, messages=scan.messages)
+    else:
+        answer = ask(service, "llr", scan, preview="no_such_chain")
+    words = "chain llr.preview: not a quick chain; got 'no_such_chain'; expected auto, off or one of cg_sense"
+    assert words in "".join(complaints(answer)) and not answer.images
 
 
 def test_a_quick_chain_is_quick() -> None:

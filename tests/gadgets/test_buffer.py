@@ -184,7 +184,6 @@ def test_noise_and_skipped_readouts_may_have_any_length() -> None:
     )
     g = readout_geometry(headers, mrd_header(16), DEFAULT)
     assert g.kind.tolist() == [Kind.NOISE, Kind.SKIPPED]
-    assert g.is_noise.tolist() == [True, False]
     assert g.last[0] == 999
 
 

@@ -15,8 +15,10 @@ from gadgets.chain import (
     describe_chain,
     load_chain,
     noise_dependency_request,
+    require_chains,
 )
 from gadgets.errors import ConfigRefused, UnknownChain
+from gadgets.service import Service, ServiceOptions
 from recon_core.errors import SettingError
 from recon_core.methods import methods
 
@@ -161,6 +163,13 @@ def site_chain(folder: Path, prewhiten: str) -> Path:
     path = folder / "our_llr.xml"
     path.write_text(text.replace(end, f'<property name="prewhiten" value="{prewhiten}"/>{end}'))
     return path
+
+
+def test_a_folder_without_chains_is_refused_before_a_scanner_finds_out(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "misspelt"):
+        with pytest.raises(SettingError, match=r"configs .*: no chain files; expected a folder .*--configs"):
+            Service(ServiceOptions(port=0, spool=None, configs=folder))
+    require_chains(None)
 
 
 def test_an_edited_chain_file_holds_from_the_next_scan_on(tmp_path: Path) -> None:

@@ -354,6 +354,8 @@ def test_what_cannot_be_converted_is_said_and_leaves_nothing_behind(tmp_path: Pa
     known.write(source, "second")
     with pytest.raises(DicomError, match="images, second"):
         convert(source, tmp_path / "out")
+    with pytest.raises(DicomError, match=r"no images in this file.*recon run"):
+        convert(DATA / "shepp_logan_raw.h5", tmp_path / "out")
     assert convert(source, tmp_path / "one", group="second").files
     with ImageFile(tmp_path / "colour.h5") as file:
         header = known.events[0].header.copy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import ismrmrd
@@ -12,7 +11,7 @@ import torch
 
 from gadgets.geometry import Geometry
 from gadgets.image_attributes import Stamp, is_preview, read_stamp
-from gadgets.images import ImageWriter, OutputSettings, encode_results, sending_order
+from gadgets.images import ImageWriter, OutputSettings, sending_order
 from gadgets.meta import BOTH_FAMILIES
 from gadgets.wire.dtypes import ACQUISITION_HEADER
 from gadgets.wire.header import Encoding, MrdHeader
@@ -323,7 +322,7 @@ def test_a_fallback_never_shares_a_series_with_the_chain_it_stands_in_for() -> N
     spare = writer.for_fallback("cg_sense")
     a = received(spare, result(), scan_info(0))
     b = received(writer, result(), scan_info(1))
-    assert a[0].image_series_index != b[0].image_series_index and writer.next_series == spare.next_series == 3
+    assert a[0].image_series_index != b[0].image_series_index
     assert "llr failed: image from cg_sense instead" in values(a[0].meta, "ImageComments")
     assert "cg_sense" in a[0].meta["SequenceDescriptionAdditional"]
 
@@ -364,21 +363,6 @@ def test_a_preview_of_the_final_images_has_their_pixels_and_window() -> None:
         np.testing.assert_array_equal(a.data, b.data)
         for key in ("WindowCenter", "WindowWidth", "GADGETRON_ScaleRatio"):
             assert a.meta[key] == b.meta[key]
-
-
-def test_whole_scans_are_encoded_lazily() -> None:
-    drawn = []
-
-    def results() -> Any:
-        for n in range(3):
-            drawn.append(n)
-            yield n, result(data=cine(n))
-
-    scans: Sequence[ScanInfo] = [scan_info(n) for n in range(3)]
-    stream = encode_results(results(), scans, [OBLIQUE] * 3, mrd_header(), "fourier")
-    first = ismrmrd.Image.from_bytes(next(stream)[2:])
-    assert drawn == [0] and first.image_index == 1
-    assert len(list(stream)) == 8
 
 
 def test_inputs_are_not_changed() -> None:

@@ -16,7 +16,7 @@ from gadgets import listener as listening
 from gadgets.admission import Place
 from gadgets.errors import JobFailed, WireError
 from gadgets.jobs import Jobs
-from gadgets.listener import Listener
+from gadgets.listener import Access, Listener
 from gadgets.service import Service, ServiceOptions
 from tests.gadgets.serving import serving
 from tests.gadgets.test_server import still_works
@@ -68,8 +68,10 @@ def test_a_claimed_address_is_nobody_elses_and_lets_nobody_in() -> None:
     assert one.port == port and not refused(port)
     with pytest.raises(WireError, match=r"cannot listen.*in use"):
         other.start()
-    with pytest.raises(WireError, match=r"cannot listen.*in use"):
+    with pytest.raises(WireError, match=r"cannot listen.*in use.*another server"):
         Listener("127.0.0.1", port, serve).claim()
+    with pytest.raises(WireError, match=r"192\.0\.2\.1:.*cannot listen.*Name an address of this machine: --host"):
+        Listener("192.0.2.1", 0, serve, Access(allow_any=True)).claim()
     until(lambda: served)
     one.stop()
     assert refused(port)

@@ -292,3 +292,23 @@ def test_nothing_is_remembered_of_what_is_gone(image: Path, tmp_path: Path) -> N
     watch.look(tmp_path)
     queue.send_due(archives)
     assert watch.look(tmp_path) == () and not watch._known and not has_work(tmp_path)
+
+
+def test_a_folder_that_is_no_queue_is_not_an_empty_one(tmp_path: Path) -> None:
+    wrong = tmp_path / "misspelt"
+    done = CliRunner().invoke(pacs_app, ["queue", "--queue", str(wrong)])
+    assert isinstance(done.exception, PacsError) and not wrong.exists(), done.output
+    assert str(done.exception).startswith(f"{wrong}: no queue; expected the folder 'pacs' beside the server's --spool")
+
+
+def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
+    missing, queue = tmp_path / "series", tmp_path / "queue"
+    words = ["send", str(missing), "--host", "127.0.0.1", "--aet", "ARCHIVE", "--queue", str(queue)]
+    done = CliRunner().invoke(pacs_app, words)
+    assert str(done.exception) == f"{missing}: no such file; expected DICOM files, or folders of them", done.output
+    assert not queue.exists()
+
+
+def test_an_empty_queue_says_so(tmp_path: Path) -> None:
+    with pytest.raises(PacsError, match="no such job; got 'x'; expected nothing: the queue is empty"):
+        Queue(tmp_path).retry("x")

@@ -18,7 +18,7 @@ from gadgets.cli import app
 from gadgets.errors import ImageFileError, MalformedText, RawFileError, ReplayFailed, SpoolError
 from gadgets.image_file import image_groups, read_images
 from gadgets.raw_source import open_source
-from gadgets.replay import ReplayResult, fresh_group, replay, replays
+from gadgets.replay import ReplayResult, fresh_group, replay
 from gadgets.wire import codec
 from gadgets.wire.events import Image
 from gadgets.wire.framing import FrameParser
@@ -151,7 +151,7 @@ def test_images_go_to_a_file_as_the_real_client_writes_it(served: Served, tmp_pa
 
 def test_every_run_has_a_fresh_group(served: Served, tmp_path: Path) -> None:
     out = tmp_path / "out.h5"
-    runs = list(replays(3, CAPTURES / "replayed.h5", port=served.server.port, config="fourier", out=out))
+    runs = [replay(CAPTURES / "replayed.h5", port=served.server.port, config="fourier", out=out) for _ in range(3)]
     assert len({run.group for run in runs}) == 3
     assert image_groups(out) == sorted(run.group or "" for run in runs)
     assert fresh_group(out, runs[0].group) not in image_groups(out)

@@ -201,15 +201,16 @@ def test_files_that_cannot_be_used(tmp_path: Path, ours: Authority) -> None:
     certificate, key = ours.issue("server")
     text = tmp_path / "text.pem"
     text.write_text("no certificate")
-    for tls in (
-        ServerTls(str(tmp_path / "none.pem")),
-        ServerTls(str(text)),
-        ServerTls(certificate, str(text)),
-        ServerTls(certificate, key, client_ca=str(text)),
-        ClientTls(str(text)),
-        ClientTls(ours.certificate, certificate),
+    for tls, named in (
+        (ServerTls(str(tmp_path / "none.pem")), "none.pem"),
+        (ServerTls(str(text)), "text.pem"),
+        (ServerTls(certificate, str(text)), "text.pem"),
+        (ServerTls(certificate, str(tmp_path / "none.pem")), r"TLS [^,]*none.pem"),
+        (ServerTls(certificate, key, client_ca=str(text)), "text.pem"),
+        (ClientTls(str(text)), "text.pem"),
+        (ClientTls(ours.certificate, certificate), Path(certificate).name),
     ):
-        with pytest.raises(TlsError, match="cannot use the TLS files"):
+        with pytest.raises(TlsError, match=f"{named}: cannot use the TLS files"):
             tls.context()
     with pytest.raises(TlsError, match="no certificate"):
         server_tls(None, None, Path(ours.certificate))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 
@@ -166,26 +166,6 @@ def fit(
         The loss is not finite.
     """
     return _Fit(field, objective, settings or FitSettings(), on_iteration).run()
-
-
-def fit_slices(
-    fields: Sequence[MoeField],
-    objectives: Sequence[Target],
-    settings: FitSettings,
-    on_iteration: Callable[[int, IterationReport], None] | None = None,
-) -> list[FitResult]:
-    """Slice after slice, each started from the parameters of its neighbour.
-
-    A loop, not a batch axis: one slice at the published sizes fills a GPU, and a neighbour's parameters are a better start than
-    random ones. The first slice starts from its own field. All fields must have the same configuration and grid.
-    """
-    results: list[FitResult] = []
-    for index, (field, objective) in enumerate(zip(fields, objectives, strict=True)):
-        if index:
-            field.load_state_dict(fields[index - 1].state_dict())
-        report = None if on_iteration is None else lambda r, i=index: on_iteration(i, r)
-        results.append(fit(field, objective, settings, report))
-    return results
 
 
 def memory_plan(field: MoeField, n_pixels: int, settings: FitSettings, precision: torch.dtype | None) -> tuple[int, bool]:

@@ -10,7 +10,7 @@ import torch
 from recon_core.errors import NumericalError, SettingError
 from recon_core.methods.moe_dqinr.configurations import TINY
 from recon_core.methods.moe_dqinr.diagnostics import casorati_singular_values, diagnose, numerical_rank
-from recon_core.methods.moe_dqinr.fit import CPU_CHUNK, FitSettings, IterationReport, fit, fit_slices, memory_plan
+from recon_core.methods.moe_dqinr.fit import CPU_CHUNK, FitSettings, IterationReport, fit, memory_plan
 from recon_core.methods.moe_dqinr.gradients import Evaluation, Part, activation_bytes
 from recon_core.methods.moe_dqinr.model import MoeField
 from recon_core.methods.moe_dqinr.objective import Objective, make_objective
@@ -172,18 +172,6 @@ def test_one_state() -> None:
     result = fit(tiny_field(problem), objective, FitSettings(iterations=60, lr_image=1e-2))
     assert result.images.shape == (1, 10, 1, 12)
     assert float(result.losses[-1]) < 0.5 * float(result.losses[0])
-
-
-def test_slices_start_from_their_neighbour() -> None:
-    problem, objective = tiny_problem(tiny_series())
-    fields = [tiny_field(problem, seed) for seed in range(2)]
-    first, second = fit_slices(fields, [objective, objective], FitSettings(iterations=20, lr_image=1e-2))
-    assert float(second.losses[0]) < float(first.losses[0])
-    assert float(second.losses[0]) == pytest.approx(objective_value(objective, first), rel=1e-9)
-
-
-def objective_value(objective: Objective, result: object) -> float:
-    return float(objective.value_and_gradient(result.images)[0].sum())  # type: ignore[attr-defined]
 
 
 def test_bfloat16_loss_stays_close() -> None:
