@@ -3,6 +3,7 @@
 * Delays whose images are brighter or darker than the others' (`recon_core.maps.saturation`): simulated brains, nine tubes and the measured
   brain, ``llr`` with coil maps estimated from eight lines. T1's error is that of a plain fit, against the fit of the scan as it was.
 * Scans without calibration lines: T1 by coil maps of what all states have together, beside the contrast between those lines.
+* Scans with separate calibration lines whose states lack lines at the centre of k-space, beside how many.
 * A noise measurement three times too loud, against outer k-space and (``--pinqi``) against the residual of the maps.
 
     python -m benchmarks.t1_checks --pinqi
@@ -24,7 +25,9 @@ from benchmarks.common import print_table, write_result
 from benchmarks.pinqi_methods import Sample
 from benchmarks.pinqi_phantom import acquired
 from recon_core.errors import ReconError
+from recon_core.maps.sampled_centre import doubtful_centre, missing_at_centre, missing_centre
 from recon_core.maps.saturation import judge_recovery
+from recon_core.maps.series_t1 import t1_maps
 from recon_core.maps.settings import MapSettings
 from recon_core.maps.t1 import T1Maps, molli_t1, saturation_recovery_t1
 from recon_core.methods import get_method
@@ -33,10 +36,10 @@ from recon_core.reconstruct import Recipe, calibration_contrast, reconstruct
 from recon_core.simulation.head_atlas import HeadAtlas
 from recon_core.simulation.options import settings_for
 from recon_core.simulation.quantitative_brain import QuantitativeBrains, SampleRecipe
-from recon_core.simulation.scan import Scan, simulate_scan
+from recon_core.simulation.scan import Scan, make_mask, simulate_scan
 from recon_core.simulation.tubes import PROTOCOL, compare_tubes
 from recon_core.training.pinqi_tasks import EVALUATION_SEED
-from recon_core.types import KSpace, ScanInfo
+from recon_core.types import ImageSeries, KSpace, ScanInfo
 
 MATRIX = 96
 EXTENT = 24  # calibration lines of a scan without calibration, at most
@@ -181,6 +184,51 @@ def calibration_rows() -> list[list[Any]]:
     return rows
 
 
+def centre_row(scan: Scan, n_coils: int, pattern: dict[str, Any], seed: int) -> list[Any]:
+    """The worst tube of a saturation recovery with coil maps of all central lines of the longest delay, which the images may lack."""
+    complete, info = acquired(replace(scan, truth=replace(scan.truth, mask=np.ones_like(scan.truth.mask))), seed)
+    values = {"calibration": "separate", **pattern}
+    settings = replace(scan.settings, **values)
+    mask = torch.from_numpy(make_mask("satrec", settings, np.random.default_rng(seed), complete.n_states)[0])
+    acs_mask = torch.zeros_like(mask[0])
+    middle = mask.shape[-1] // 2
+    acs_mask[0, middle - EXTENT // 2 : middle + EXTENT // 2] = True
+    acs = complete.data[-1] * acs_mask[None, ..., None]
+    kspace = replace(
+        complete, data=complete.data * mask[:, None, ..., None], counts=mask.float(), acs=acs, acs_mask=acs_mask
+    )
+    missing = missing_at_centre(mask)
+    label = f"{pattern['acceleration']:g}x {pattern['mask']}{', interleaved' if pattern.get('interleaved') else ''}"
+    if missing_centre(kspace.mask, n_coils, "saturation", label) is not None:
+        verdict = "no map"
+    else:
+        verdict = "told" if doubtful_centre(kspace.mask) else "-"
+    try:
+        images = images_of(kspace, info)
+        t1 = t1_maps(ImageSeries("image", images), info, None, MapSettings(maps="t1", map_model="saturation_recovery")).maps[
+            0
+        ]
+    except ReconError as error:
+        return [n_coils, label, seed, max(missing), verdict, "no map", str(error).split(";")[1]]
+    relative = compare_tubes(t1.data[0].numpy(), scan.truth.labels[0, 0, 0], t1.valid[0].numpy()).relative
+    return [n_coils, label, seed, max(missing), verdict, f"{100 * np.nanmax(np.abs(relative)):.0f}", ""]
+
+
+def centre_rows() -> list[list[Any]]:
+    """One, four and eight coils; random lines and regular ones."""
+    rows = []
+    for n_coils, accelerations in ((1, (2.0, 3.0)), (4, (4.0, 6.0)), (8, (6.0, 8.0))):
+        scan = tubes(1.0, mask="full", coils=n_coils)[0]
+        random = [({"mask": "random", "acceleration": r, "acs": 8}, seed) for r in accelerations for seed in range(5)]
+        regular = [
+            ({"mask": "uniform", "acceleration": r, "acs": 8, "interleaved": i}, 0)
+            for r in (2.0, 3.0, 4.0)
+            for i in (False, True)
+        ]
+        rows += [centre_row(scan, n_coils, pattern, seed) for pattern, seed in (*random, *regular)]
+    return rows
+
+
 def noise_row(name: str, kspace: KSpace, scan: ScanInfo, pinqi: bool) -> list[Any]:
     """The noise measurement over outer k-space, and PINQI's residual over it, as it is and three times too loud."""
     row: list[Any] = [name]
@@ -207,12 +255,20 @@ def main() -> int:
     calibration = calibration_rows()
     calibration_columns = ["kind", "lines", "contrast", "T1 off %, worst", "median"]
     print_table("without calibration lines", calibration_columns, calibration)
+    centre = centre_rows()
+    centre_columns = ["coils", "lines", "seed", "missing at the centre", "centre", "worst tube %", "delays"]
+    print_table("with separate calibration lines, and gaps at the centre of k-space", centre_columns, centre)
     noise = [noise_row(name, kspace, scan, options.pinqi) for name, (kspace, scan) in good.items()]
     per = ["over outer", "residual"] if options.pinqi else ["over outer"]
     noise_columns = ["scan", *(f"{text} {times}" for times in ("1x", "3x") for text in per)]
     print_table("noise measurement", noise_columns, noise)
-    tables = {"gains": gains, "calibration": calibration, "noise": noise}
-    columns = {"gains": gain_columns, "calibration": calibration_columns, "noise": noise_columns}
+    tables = {"gains": gains, "calibration": calibration, "centre": centre, "noise": noise}
+    columns = {
+        "gains": gain_columns,
+        "calibration": calibration_columns,
+        "centre": centre_columns,
+        "noise": noise_columns,
+    }
     write_result("t1_checks", {"settings": vars(options), "columns": columns, "rows": tables})
     return 0
 

@@ -273,6 +273,17 @@ def test_without_calibration_lines_of_one_contrast_there_is_no_t1(
     assert any("no T1 map" in text and "differ in contrast" in text for text in complaints(answer))
 
 
+@pytest.mark.parametrize("chain", list(CHAINS))
+def test_without_the_centre_of_k_space_one_coil_gives_no_t1(service: Service, chain: str) -> None:
+    """Separate calibration lines do not tell how bright a delay is: single tubes were 139 % too long, and 5 % was said."""
+    scan = in_memory("satrec", **{**SMALL, "calibration": "separate", "coils": 1, "seed": 2})
+    answer = ask(service, chain, scan, **CHAINS[chain])
+    found = by_role(answer)
+    assert len(found["Image"]) == 5 and "T1" not in found
+    assert any("no T1 map" in text and "centre of k-space is not measured" in text for text in complaints(answer))
+    assert any("centre of k-space" in text for text in meta(found["Image"][0])["ImageComment"])
+
+
 @pytest.mark.parametrize(("change", "reason", "maps"), [
     ({"delays": "0.5,1,2,8"}, "trained for other delays", True),
     ({"delays": "0.5,1,1.5,2,6"}, "trained for other delays", True),
