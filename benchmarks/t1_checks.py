@@ -2,6 +2,8 @@
 
 * Delays whose images are brighter or darker than the others' (`recon_core.maps.saturation`): simulated brains, nine tubes and the measured
   brain, ``llr`` with coil maps estimated from eight lines. T1's error is that of a plain fit, against the fit of the scan as it was.
+* What the physics of a scan does to T1 by saturation, and what is said of it: a saturation that leaves something, readout pulses before the
+  centre of k-space, delays counted to another moment. Nine tubes, in which T1 is known.
 * Scans without calibration lines: T1 by coil maps of what all states have together, beside the contrast between those lines.
 * Scans with separate calibration lines whose states lack lines at the centre of k-space, beside how many.
 * A noise measurement three times too loud, against outer k-space and (``--pinqi``) against the residual of the maps.
@@ -113,12 +115,47 @@ def gain_rows(name: str, kspace: KSpace, scan: ScanInfo) -> list[list[Any]]:
         both = valid & reference.t1.valid
         error = (maps.t1.data[both] / reference.t1.data[both] - 1).numpy()
         best = judged.likely[0]
-        found = "M0 left" if best.delay is None else f"{best.delay:g} s"
+        unit = 1000 if best.shifted else 100
+        found = "delays, ms" if best.shifted else "M0 left" if best.delay is None else f"{best.delay:g} s"
         rows.append([
-            name, label, found, f"{100 * best.size:+.1f}", f"{100 * best.effect:.2f}", f"{100 * judged.shared:.2f}",
+            name, label, found, f"{unit * best.size:+.1f}", f"{100 * best.effect:.2f}", f"{100 * judged.shared:.2f}",
             "no map" if judged.forbids_map else "told" if judged.note else "-",
             f"{100 * np.median(error):+.0f}", f"{100 * np.quantile(np.abs(error), 0.75):.0f}",
         ])  # fmt: skip
+    return rows
+
+
+PHYSICS: dict[str, tuple[dict[str, Any], float]] = {
+    "as it should be": ({}, 0.0),
+    **{f"{100 * left:g} % of M0 left": ({"saturation_left": left}, 0.0) for left in (0.02, 0.05, 0.1)},
+    **{f"{n} pulses of 6 deg": ({"pulses_before_centre": n}, 0.0) for n in (3, 6, 12, 24)},
+    "12 pulses, counted to the centre": ({"pulses_before_centre": 12}, 0.072),
+    "24 pulses, counted to the centre": ({"pulses_before_centre": 24}, 0.144),
+    **{f"delays {1e3 * d:+g} ms": ({}, d) for d in (-0.05, -0.02, -0.01, 0.01, 0.02, 0.05)},
+}
+"""Settings of the simulation, and by how much the delays of the header are longer than those to the first pulse, s."""
+
+
+def physics_rows() -> list[list[Any]]:
+    """How far the tubes are off by ``llr`` with a fit, shortest T1, median and longest, and what is said."""
+    rows = []
+    settings = MapSettings(maps="t1", map_model="saturation_recovery", map_delays="tell")
+    for label, (change, later) in PHYSICS.items():
+        real = [float(t) - later for t in PROTOCOL["delays"].split(",")]
+        scan, kspace, info = tubes(4.0, delays=",".join(f"{t:g}" for t in real), **change)
+        stated = replace(info, saturation_times=tuple(t + later for t in info.saturation_times))
+        images = ImageSeries("image", images_of(kspace, stated))
+        strict = replace(settings, map_delays="require")
+        found = t1_maps(images, stated, None, settings)
+        try:
+            verdict = "told" if any("T1 is" in note for note in t1_maps(images, stated, None, strict).notes) else "-"
+        except ReconError:
+            verdict = "no map"
+        t1 = found.maps[0]
+        relative = compare_tubes(t1.data[0].numpy(), scan.truth.labels[0, 0, 0], t1.valid[0].numpy()).relative
+        off = [f"{100 * value:+.1f}" for value in (relative[0], np.nanmedian(relative), relative[-1])]
+        said = next((note for note in found.notes if "T1 is" in note), "")
+        rows.append([label, *off, verdict, said.partition(" (")[0] + said.partition(" (median)")[2].partition(" (")[0]])
     return rows
 
 
@@ -252,6 +289,9 @@ def main() -> int:
     gains = [row for name, (kspace, scan) in good.items() for row in gain_rows(name, kspace, scan)]
     gain_columns = ["scan", "gain", "found", "size %", "effect %", "shared %", "verdict", "T1 off %", "a quarter, %"]
     print_table("delays that are brighter or darker; effect and shared: of M0", gain_columns, gains)
+    physics = physics_rows()
+    physics_columns = ["the scan", "T1 off %, 0.28 s", "median", "1.76 s", "verdict", "said"]
+    print_table("what a scan's physics does to T1 of nine tubes", physics_columns, physics)
     calibration = calibration_rows()
     calibration_columns = ["kind", "lines", "contrast", "T1 off %, worst", "median"]
     print_table("without calibration lines", calibration_columns, calibration)
@@ -262,9 +302,10 @@ def main() -> int:
     per = ["over outer", "residual"] if options.pinqi else ["over outer"]
     noise_columns = ["scan", *(f"{text} {times}" for times in ("1x", "3x") for text in per)]
     print_table("noise measurement", noise_columns, noise)
-    tables = {"gains": gains, "calibration": calibration, "centre": centre, "noise": noise}
+    tables = {"gains": gains, "physics": physics, "calibration": calibration, "centre": centre, "noise": noise}
     columns = {
         "gains": gain_columns,
+        "physics": physics_columns,
         "calibration": calibration_columns,
         "centre": centre_columns,
         "noise": noise_columns,
