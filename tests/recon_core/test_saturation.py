@@ -151,6 +151,23 @@ def test_a_missing_declaration_of_the_times_is_named() -> None:
         recovery_times(undeclared, len(TIMES), SATURATION)
 
 
+@pytest.mark.parametrize("longest", [0.0, 0.4])
+@pytest.mark.parametrize("delays", ["require", "tell"])
+def test_a_reference_without_saturation_that_is_called_the_shortest_delay_is_refused_in_words(
+    delays: str, longest: float
+) -> None:
+    """Nothing fits, and an empty map would tell nobody why."""
+    scan = replace(SCAN, saturation_times=(longest, *TIMES[1:]))
+    with pytest.raises(DataError, match="shortest delay are the brightest") as refused:
+        t1_maps(
+            ImageSeries("image", recovery(0.0)),
+            scan,
+            ImageNoise(0.005, measured=True),
+            replace(SATURATION, map_delays=delays),
+        )
+    assert "reference without saturation" in str(refused.value)
+
+
 @pytest.mark.parametrize("delays", ["require", "tell"])
 def test_an_inversion_that_is_called_a_saturation_gives_no_map(delays: str) -> None:
     settings = replace(SATURATION, map_delays=delays)
