@@ -15,13 +15,13 @@ Tensor = torch.Tensor
 
 MOST_MISSING = {"saturation": 3, "inversion": 4}
 """Positions side by side that coils tell, of which there have to be `COILS_EACH` for every one; T1 is refused beyond. In scans with
-separate calibration lines (random and uniform patterns, 4 and 8 coils) T1 by saturation was wrong by up to 16 % at worst with 4, and by
-24 % with 3 and 4 coils; MOLLI by 7 % with 4 and 8 coils, by 14 % with 3 and 4 coils (`benchmarks.t1_checks`)."""
+separate calibration lines (random and regular) single tubes by saturation were 35 % wrong with 4 and more, 24 % with 3 and 4 coils
+(`benchmarks.t1_checks`). MOLLI forgives more, since it has more images: 7 % with 4 and 8 coils, 14 % with 3 and 4 coils."""
 
 COILS_EACH = 2
 
 SURE = 2
-"""Up to so many T1 is as with a complete centre; with 3 it was 9 % wrong in one of nine tubes, up to 13 % in a tissue of a brain."""
+"""Up to so many T1 is as with a complete centre (2 % in nine tubes); with 3 it was 5 % wrong there, up to 13 % in a tissue of a brain."""
 
 
 def missing_centre(mask: Tensor, n_coils: int, preparation: str, where: str) -> CalibrationError | None:
