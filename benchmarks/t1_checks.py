@@ -2,7 +2,10 @@
 
 * Delays whose images are brighter or darker than the others' (`recon_core.maps.saturation`): simulated brains, nine tubes and the measured
   brain, ``llr`` with coil maps estimated from eight lines. T1's error is that of a plain fit, against the fit of the scan as it was.
+* What the physics of a scan does to T1 by saturation, and what is said of it: a saturation that leaves something, readout pulses before the
+  centre of k-space, delays counted to another moment. Nine tubes, in which T1 is known.
 * Scans without calibration lines: T1 by coil maps of what all states have together, beside the contrast between those lines.
+* Scans with separate calibration lines whose states lack lines at the centre of k-space, beside how many.
 * A noise measurement three times too loud, against outer k-space and (``--pinqi``) against the residual of the maps.
 
     python -m benchmarks.t1_checks --pinqi
@@ -24,7 +27,9 @@ from benchmarks.common import print_table, write_result
 from benchmarks.pinqi_methods import Sample
 from benchmarks.pinqi_phantom import acquired
 from recon_core.errors import ReconError
+from recon_core.maps.sampled_centre import doubtful_centre, missing_at_centre, missing_centre
 from recon_core.maps.saturation import judge_recovery
+from recon_core.maps.series_t1 import t1_maps
 from recon_core.maps.settings import MapSettings
 from recon_core.maps.t1 import T1Maps, molli_t1, saturation_recovery_t1
 from recon_core.methods import get_method
@@ -33,10 +38,10 @@ from recon_core.reconstruct import Recipe, calibration_contrast, reconstruct
 from recon_core.simulation.head_atlas import HeadAtlas
 from recon_core.simulation.options import settings_for
 from recon_core.simulation.quantitative_brain import QuantitativeBrains, SampleRecipe
-from recon_core.simulation.scan import Scan, simulate_scan
+from recon_core.simulation.scan import Scan, make_mask, simulate_scan
 from recon_core.simulation.tubes import PROTOCOL, compare_tubes
 from recon_core.training.pinqi_tasks import EVALUATION_SEED
-from recon_core.types import KSpace, ScanInfo
+from recon_core.types import ImageSeries, KSpace, ScanInfo
 
 MATRIX = 96
 EXTENT = 24  # calibration lines of a scan without calibration, at most
@@ -110,12 +115,47 @@ def gain_rows(name: str, kspace: KSpace, scan: ScanInfo) -> list[list[Any]]:
         both = valid & reference.t1.valid
         error = (maps.t1.data[both] / reference.t1.data[both] - 1).numpy()
         best = judged.likely[0]
-        found = "M0 left" if best.delay is None else f"{best.delay:g} s"
+        unit = 1000 if best.shifted else 100
+        found = "delays, ms" if best.shifted else "M0 left" if best.delay is None else f"{best.delay:g} s"
         rows.append([
-            name, label, found, f"{100 * best.size:+.1f}", f"{100 * best.effect:.2f}", f"{100 * judged.shared:.2f}",
+            name, label, found, f"{unit * best.size:+.1f}", f"{100 * best.effect:.2f}", f"{100 * judged.shared:.2f}",
             "no map" if judged.forbids_map else "told" if judged.note else "-",
             f"{100 * np.median(error):+.0f}", f"{100 * np.quantile(np.abs(error), 0.75):.0f}",
         ])  # fmt: skip
+    return rows
+
+
+PHYSICS: dict[str, tuple[dict[str, Any], float]] = {
+    "as it should be": ({}, 0.0),
+    **{f"{100 * left:g} % of M0 left": ({"saturation_left": left}, 0.0) for left in (0.02, 0.05, 0.1)},
+    **{f"{n} pulses of 6 deg": ({"pulses_before_centre": n}, 0.0) for n in (3, 6, 12, 24)},
+    "12 pulses, counted to the centre": ({"pulses_before_centre": 12}, 0.072),
+    "24 pulses, counted to the centre": ({"pulses_before_centre": 24}, 0.144),
+    **{f"delays {1e3 * d:+g} ms": ({}, d) for d in (-0.05, -0.02, -0.01, 0.01, 0.02, 0.05)},
+}
+"""Settings of the simulation, and by how much the delays of the header are longer than those to the first pulse, s."""
+
+
+def physics_rows() -> list[list[Any]]:
+    """How far the tubes are off by ``llr`` with a fit, shortest T1, median and longest, and what is said."""
+    rows = []
+    settings = MapSettings(maps="t1", map_model="saturation_recovery", map_delays="tell")
+    for label, (change, later) in PHYSICS.items():
+        real = [float(t) - later for t in PROTOCOL["delays"].split(",")]
+        scan, kspace, info = tubes(4.0, delays=",".join(f"{t:g}" for t in real), **change)
+        stated = replace(info, saturation_times=tuple(t + later for t in info.saturation_times))
+        images = ImageSeries("image", images_of(kspace, stated))
+        strict = replace(settings, map_delays="require")
+        found = t1_maps(images, stated, None, settings)
+        try:
+            verdict = "told" if any("T1 is" in note for note in t1_maps(images, stated, None, strict).notes) else "-"
+        except ReconError:
+            verdict = "no map"
+        t1 = found.maps[0]
+        relative = compare_tubes(t1.data[0].numpy(), scan.truth.labels[0, 0, 0], t1.valid[0].numpy()).relative
+        off = [f"{100 * value:+.1f}" for value in (relative[0], np.nanmedian(relative), relative[-1])]
+        said = next((note for note in found.notes if "T1 is" in note), "")
+        rows.append([label, *off, verdict, said.partition(" (")[0] + said.partition(" (median)")[2].partition(" (")[0]])
     return rows
 
 
@@ -181,6 +221,51 @@ def calibration_rows() -> list[list[Any]]:
     return rows
 
 
+def centre_row(scan: Scan, n_coils: int, pattern: dict[str, Any], seed: int) -> list[Any]:
+    """The worst tube of a saturation recovery with coil maps of all central lines of the longest delay, which the images may lack."""
+    complete, info = acquired(replace(scan, truth=replace(scan.truth, mask=np.ones_like(scan.truth.mask))), seed)
+    values = {"calibration": "separate", **pattern}
+    settings = replace(scan.settings, **values)
+    mask = torch.from_numpy(make_mask("satrec", settings, np.random.default_rng(seed), complete.n_states)[0])
+    acs_mask = torch.zeros_like(mask[0])
+    middle = mask.shape[-1] // 2
+    acs_mask[0, middle - EXTENT // 2 : middle + EXTENT // 2] = True
+    acs = complete.data[-1] * acs_mask[None, ..., None]
+    kspace = replace(
+        complete, data=complete.data * mask[:, None, ..., None], counts=mask.float(), acs=acs, acs_mask=acs_mask
+    )
+    missing = missing_at_centre(mask)
+    label = f"{pattern['acceleration']:g}x {pattern['mask']}{', interleaved' if pattern.get('interleaved') else ''}"
+    if missing_centre(kspace.mask, n_coils, "saturation", label) is not None:
+        verdict = "no map"
+    else:
+        verdict = "told" if doubtful_centre(kspace.mask) else "-"
+    try:
+        images = images_of(kspace, info)
+        t1 = t1_maps(ImageSeries("image", images), info, None, MapSettings(maps="t1", map_model="saturation_recovery")).maps[
+            0
+        ]
+    except ReconError as error:
+        return [n_coils, label, seed, max(missing), verdict, "no map", str(error).split(";")[1]]
+    relative = compare_tubes(t1.data[0].numpy(), scan.truth.labels[0, 0, 0], t1.valid[0].numpy()).relative
+    return [n_coils, label, seed, max(missing), verdict, f"{100 * np.nanmax(np.abs(relative)):.0f}", ""]
+
+
+def centre_rows() -> list[list[Any]]:
+    """One, four and eight coils; random lines and regular ones."""
+    rows = []
+    for n_coils, accelerations in ((1, (2.0, 3.0)), (4, (4.0, 6.0)), (8, (6.0, 8.0))):
+        scan = tubes(1.0, mask="full", coils=n_coils)[0]
+        random = [({"mask": "random", "acceleration": r, "acs": 8}, seed) for r in accelerations for seed in range(5)]
+        regular = [
+            ({"mask": "uniform", "acceleration": r, "acs": 8, "interleaved": i}, 0)
+            for r in (2.0, 3.0, 4.0)
+            for i in (False, True)
+        ]
+        rows += [centre_row(scan, n_coils, pattern, seed) for pattern, seed in (*random, *regular)]
+    return rows
+
+
 def noise_row(name: str, kspace: KSpace, scan: ScanInfo, pinqi: bool) -> list[Any]:
     """The noise measurement over outer k-space, and PINQI's residual over it, as it is and three times too loud."""
     row: list[Any] = [name]
@@ -204,15 +289,27 @@ def main() -> int:
     gains = [row for name, (kspace, scan) in good.items() for row in gain_rows(name, kspace, scan)]
     gain_columns = ["scan", "gain", "found", "size %", "effect %", "shared %", "verdict", "T1 off %", "a quarter, %"]
     print_table("delays that are brighter or darker; effect and shared: of M0", gain_columns, gains)
+    physics = physics_rows()
+    physics_columns = ["the scan", "T1 off %, 0.28 s", "median", "1.76 s", "verdict", "said"]
+    print_table("what a scan's physics does to T1 of nine tubes", physics_columns, physics)
     calibration = calibration_rows()
     calibration_columns = ["kind", "lines", "contrast", "T1 off %, worst", "median"]
     print_table("without calibration lines", calibration_columns, calibration)
+    centre = centre_rows()
+    centre_columns = ["coils", "lines", "seed", "missing at the centre", "centre", "worst tube %", "delays"]
+    print_table("with separate calibration lines, and gaps at the centre of k-space", centre_columns, centre)
     noise = [noise_row(name, kspace, scan, options.pinqi) for name, (kspace, scan) in good.items()]
     per = ["over outer", "residual"] if options.pinqi else ["over outer"]
     noise_columns = ["scan", *(f"{text} {times}" for times in ("1x", "3x") for text in per)]
     print_table("noise measurement", noise_columns, noise)
-    tables = {"gains": gains, "calibration": calibration, "noise": noise}
-    columns = {"gains": gain_columns, "calibration": calibration_columns, "noise": noise_columns}
+    tables = {"gains": gains, "physics": physics, "calibration": calibration, "centre": centre, "noise": noise}
+    columns = {
+        "gains": gain_columns,
+        "physics": physics_columns,
+        "calibration": calibration_columns,
+        "centre": centre_columns,
+        "noise": noise_columns,
+    }
     write_result("t1_checks", {"settings": vars(options), "columns": columns, "rows": tables})
     return 0
 

@@ -12,6 +12,7 @@ from recon_core.coils.estimate import CoilSettings, estimate_coil_maps
 from recon_core.errors import CalibrationError, DataError, ReconError
 from recon_core.fourier import fft_centred, ifft_centred
 from recon_core.maps.regrid import map_on_recon_matrix
+from recon_core.maps.sampled_centre import doubtful_centre, missing_centre
 from recon_core.maps.series import ImageNoise, image_noise
 from recon_core.maps.series_qsm import multi_echo_maps, multi_echo_times
 from recon_core.maps.series_t1 import recovery_times, t1_maps
@@ -138,9 +139,9 @@ def reconstruct_images(
         raise DataError("nothing was sampled", where=f"slice {scan.slice_index}")
     if recipe.maps.maps != "none" and recipe.maps.map_failure == "error":
         _require_times(scan, kspace.n_states, recipe.maps)  # known before anything is computed
-    mixed = _mixed_calibration(kspace, scan, method, recipe)
-    if mixed is not None and recipe.maps.map_failure == "error":
-        raise mixed
+    wrong = _mixed_calibration(kspace, scan, method, recipe) or _missing_centre(kspace, scan, method, recipe)
+    if wrong is not None and recipe.maps.map_failure == "error":
+        raise wrong
     kspace, loud = _with_believable_noise(kspace, recipe, report)
     empty = not bool((kspace.data != 0).any())
     if empty:
@@ -167,12 +168,13 @@ def reconstruct_images(
     else:
         wanted = kspace if states is None else kspace.part(*states)
         result = _without_coil_maps(wanted, extents, scan, method, recipe, report)
-    if gaps := _of_gaps(kspace, recipe):
+    gaps = doubtful_centre(kspace.mask) if recipe.maps.maps == "t1" and wrong is None else _of_gaps(kspace, recipe)
+    if gaps:
         report.warn(gaps)
         result = replace(result, notes=(*result.notes, gaps))
     noise = None if recipe.maps.maps == "none" or result.maps else _noise_of(kspace, scan)
     result = replace(result, notes=(*loud, *smooth, *result.notes))
-    return StateImages(result, noise, "" if mixed is None else str(mixed), phase)
+    return StateImages(result, noise, "" if wrong is None else str(wrong), phase)
 
 
 def finish(
@@ -241,6 +243,15 @@ def _mixed_calibration(kspace: KSpace, scan: ScanInfo, method: Method, recipe: R
         expected=f"one state, or a scan of its own, with all of them, or at most {100 * MOST_MIXED:g} %",
         remedy="Acquire calibration lines; maps = none sends the images alone",
     )
+
+
+def _missing_centre(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe) -> CalibrationError | None:
+    """Why T1 would be wrong by a centre of k-space that some states lack, and that the coils cannot tell."""
+    if recipe.maps.maps != "t1" or not bool((kspace.data != 0).any()):
+        return None
+    preparation = "saturation" if recipe.maps.map_model == "saturation_recovery" else "inversion"
+    unfolding = kspace.n_coils if needs_coil_maps(method, recipe.settings) else 1
+    return missing_centre(kspace.mask, unfolding, preparation, f"slice {scan.slice_index}")
 
 
 def calibration_contrast(states: Tensor, times: Sequence[float], *, inverted: bool) -> float:

@@ -3,7 +3,8 @@
 A fit of M0 and T1 takes most of it up. With 10 % of M0 left by the saturation, T1 of 0.3 to 1.8 s comes out 5 to 16 % too short; with
 the longest delay 5 % too bright, 9 % too long; and what remains unexplained is 2 to 3 % of the signal, little more than many a good scan
 leaves. But it has the same sign in all pixels. So the residual of the fit is compared with the change that a remainder, ``M0 exp(-t R1)``,
-or another gain of one state would make, as far as M0 and T1 cannot imitate it. What explains most of it is told, and if that
+delays that are all longer by the same time (or readout pulses before the centre of k-space, during which M0 recovers), or another gain of
+one state would make, as far as M0 and T1 cannot imitate it. What explains most of it is told, and if that
 does not explain it, several delays are wrong.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
@@ -30,6 +32,10 @@ MOST_GAIN = 0.03
 """The same of one state's gain: T1 is then 1 to 5 % wrong, short ones up to 8 %. Good scans show up to 0.014
 (`benchmarks.t1_checks`)."""
 
+MOST_SHIFTED = 0.04
+"""The same of the error of T1, beyond doubt, that a quarter of the pixels exceed by delays that are all longer or shorter. Good scans show
+up to 0.03: tissues that share a pixel recover as if they had begun earlier."""
+
 MOST_SHARED = 0.007
 """RMS, as a part of M0, of what all pixels share beside the best explanation. Good scans, and such with one delay wrong by 10 %, show up
 to 0.005, two of five delays that are 5 % brighter 0.008 to 0.017 (`benchmarks.t1_checks`)."""
@@ -44,8 +50,16 @@ NO_SATURATION = 0.3
 """Above this the recovery is none from saturation: other delays, or an inversion."""
 
 ALIKE = 0.8
-"""Two explanations cannot be told apart if one explains at least this part of what the other does. The most similar two
-are a remainder and a gain of the shortest delay."""
+"""Two explanations cannot be told apart if one explains at least this part of what the other does. The most similar
+are a remainder, longer delays and a gain of the shortest delay."""
+
+LEFT: Literal["left"] = "left"
+SHIFTED: Literal["shifted"] = "shifted"
+Cause = int | Literal["left", "shifted"]
+"""A state whose gain differs, or one of the two that concern all states."""
+
+ALIKE_SHIFTED = 0.9
+"""The same where one of the two is longer delays. Of a single pixel a remainder is the same, and only tissues of unlike T1 tell it."""
 
 FEWEST_PIXELS = 50
 
@@ -60,9 +74,11 @@ class Deviation:
     Attributes
     ----------
     state, delay
-        Which state's gain differs, and its delay in s; ``None``: the saturation left a part of M0.
+        Which state's gain differs, and its delay in s; ``None``: none.
+    shifted
+        All delays are longer than they are said to be; if not, and no gain differs, the saturation left a part of M0.
     size
-        Part by which the state is brighter than the others, or part of M0 that is left; to first order.
+        Part by which the state is brighter than the others, part of M0 that is left, or by how much delays are longer in s; to first order.
     doubt
         Two standard errors of ``size``.
     effect, explained
@@ -79,10 +95,17 @@ class Deviation:
     explained: float
     t1_median: float
     t1_quartile: float
+    shifted: bool = False
+
+    @property
+    def is_remainder(self) -> bool:
+        return self.delay is None and not self.shifted
 
     @property
     def matters(self) -> bool:
         """Whether the operator has to know."""
+        if self.shifted:
+            return abs(self.size) > self.doubt and self.t1_quartile * (1 - self.doubt / abs(self.size)) > MOST_SHIFTED
         return abs(self.size) - self.doubt > (MOST_LEFT if self.delay is None else MOST_GAIN)
 
     @property
@@ -93,6 +116,10 @@ class Deviation:
     @property
     def text(self) -> str:
         """What seems to be wrong with the scan."""
+        if self.shifted:
+            return (
+                f"all delays seem to be {1e3 * abs(self.size):.0f} ms {'longer' if self.size > 0 else 'shorter'} than stated"
+            )
         if self.delay is None:
             return f"the recovery seems to begin at {100 * self.size:.0f} % of M0"
         how = "brighter" if self.size > 0 else "darker"
@@ -101,6 +128,9 @@ class Deviation:
     @property
     def causes(self) -> str:
         """What does such a thing."""
+        if self.shifted:
+            pulses = ", readout pulses before the centre of k-space" if self.size > 0 else ""
+            return f"counted to another moment{pulses}, or states of unlike gain"
         if self.delay is not None:
             return "receiver gain, flip angle or scaling, or that delay is wrong"
         why = "incomplete saturation" if self.size > 0 else "inverted magnetisation"
@@ -150,7 +180,8 @@ class Judgement:
             return ""
         worst = max(self.likely, key=lambda deviation: deviation.t1_quartile)
         # causes last: consoles show the beginning of a comment
-        seen, causes = (", or ".join(texts) for texts in zip(*((d.text, d.causes) for d in self.likely), strict=True))
+        named = [d for d in self.likely if d in (self.likely[0], worst)]
+        seen, causes = (", or ".join(texts) for texts in zip(*((d.text, d.causes) for d in named), strict=True))
         return f"{seen}: {worst.consequence} ({causes})"
 
     @property
@@ -162,7 +193,7 @@ class Judgement:
     @property
     def is_no_saturation(self) -> bool:
         """Whether the recovery begins too far from zero for a remainder."""
-        return any(d.delay is None and abs(d.size) > NO_SATURATION for d in self.likely)
+        return any(d.is_remainder and abs(d.size) > NO_SATURATION for d in self.likely)
 
 
 def judge_recovery(images: Tensor, m0: Tensor, t1: Tensor, times: Sequence[float]) -> Judgement:
@@ -193,9 +224,14 @@ def judge_recovery(images: Tensor, m0: Tensor, t1: Tensor, times: Sequence[float
     if not found:
         return Judgement()
     best = max(found, key=lambda deviation: deviation.explained)
-    alike = [d for d in found if d is not best and d.explained >= ALIKE * best.explained]
+    alike = [d for d in found if d is not best and d.explained >= _alike(d, best) * best.explained]
     shared = max(deviation.sure_effect for deviation in fitted.less(best).deviations())
     return Judgement((best, *alike), shared)
+
+
+def _alike(deviation: Deviation, best: Deviation) -> float:
+    """The part of what ``best`` explains from which on the other cannot be told from it."""
+    return ALIKE_SHIFTED if deviation.shifted or (deviation.is_remainder and best.shifted) else ALIKE
 
 
 @dataclass(frozen=True)
@@ -234,35 +270,38 @@ class _Fitted:
         return cls(tuple(times), residual, decay, recovered, slope, amplitude, rate)
 
     def deviations(self) -> tuple[Deviation, ...]:
-        """What the saturation left and the gain of every state, each as if it were the only one: medians over pixels.
+        """What the saturation left, a shift of all delays and the gain of every state, each as if it were alone: medians over pixels.
 
-        ``r_i = M0 (1 - (1 - a) exp(-t_i R1))`` or ``r_k = (1 + a) M0 (1 - exp(-t_k R1))``; a pixel counts by what it tells of ``a``. A
-        remainder that is not small comes out too large by a fifth or, if negative, too near to zero. Three different delays leave
-        one number beside M0 and T1, which cannot tell one from the other: it is called a remainder.
+        ``r_i = M0 (1 - (1 - a) exp(-t_i R1))``, ``M0 (1 - exp(-(t_i + a) R1))`` or ``r_k = (1 + a) M0 (1 - exp(-t_k R1))``; a pixel
+        counts by what it tells of ``a``. A remainder that is not small comes out too large by a fifth or, if negative, too near to zero.
+        Three different delays leave one number beside M0 and T1, which cannot tell a gain: it is called a remainder or a shift.
         """
         gains = range(len(self.times)) if len(set(self.times)) > 3 else ()
-        found = (self._deviation(state) for state in (None, *gains))
+        found = (self._deviation(cause) for cause in (LEFT, SHIFTED, *gains))
         return tuple(deviation for deviation in found if deviation is not None)
 
     def less(self, deviation: Deviation) -> _Fitted:
         """The same pixels without a deviation."""
-        return replace(self, residual=self.residual - deviation.size * self._beyond(self._change(deviation.state)))
+        cause = SHIFTED if deviation.shifted else LEFT if deviation.state is None else deviation.state
+        return replace(self, residual=self.residual - deviation.size * self._beyond(self._change(cause)))
 
     def _beyond(self, change: Tensor) -> Tensor:
         """What neither M0 nor R1 can imitate."""
         return _without(_without(change, self.recovered), self.slope)
 
-    def _change(self, state: int | None) -> Tensor:
+    def _change(self, cause: Cause) -> Tensor:
         """What a deviation of size 1 adds, over M0."""
-        if state is None:
+        if cause == LEFT:
             return self.decay
+        if cause == SHIFTED:
+            return self.decay * self.rate
         change = torch.zeros_like(self.recovered)
-        change[state] = self.recovered[state]
+        change[cause] = self.recovered[cause]
         return change
 
-    def _deviation(self, state: int | None) -> Deviation | None:
+    def _deviation(self, cause: Cause) -> Deviation | None:
         """``None`` where too few pixels tell."""
-        change = self._change(state)
+        change = self._change(cause)
         beyond = self._beyond(change)
         tells = beyond.square().sum(0)
         sizes = (beyond * self.residual).sum(0) / tells
@@ -282,8 +321,10 @@ class _Fitted:
         doubt = 2 * MEDIAN_TO_MEAN * spread / math.sqrt(n_equal)
         t1_error = (-size * rate_change[known]).sort().values
         quartile = t1_error.abs().sort().values[3 * len(t1_error) // 4]
+        state = cause if isinstance(cause, int) else None
         delay = None if state is None else self.times[state]
-        return Deviation(state, delay, size, doubt, effect, explained, float(t1_error[len(t1_error) // 2]), float(quartile))
+        median = float(t1_error[len(t1_error) // 2])
+        return Deviation(state, delay, size, doubt, effect, explained, median, float(quartile), cause == SHIFTED)
 
 
 def strong_signal(images: Tensor) -> Tensor:

@@ -38,6 +38,9 @@ TIMES_STAND = {
 }
 """Where the times of a preparation are looked for."""
 
+BRIGHTEST_FIRST = 1.05
+"""The shortest delay of a saturation is never brighter than the longest, by more than noise and gains make it."""
+
 MOST_INVALID = 0.2
 """Part of the object's pixels without a believable T1 above which the operator is told."""
 
@@ -108,9 +111,12 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     ------
     DataError
         Times as in `recovery_times`; images that are not finite; a sign from the phase asked of magnitude images; of a
-        saturation recovery, delays that do not belong together or a beginning far from zero, where T1 would be too wrong.
+        saturation recovery, delays that do not belong together, a beginning far from zero, where T1 would be too wrong, or a shortest
+        delay that is the brightest.
     """
     times = recovery_times(scan, len(series.data), settings)
+    if settings.map_model == "saturation_recovery":
+        _refuse_falling(series.data, times)
     signed, sign_note = _with_sign(series.data, settings.map_sign)
     turned = ""
     if settings.map_model == "saturation_recovery" and signed.is_complex():
@@ -135,6 +141,21 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     # of an inversion recovery the series has an axis in the complex plane; that of M0 is only its positive end if the sign is right
     complete = replace(maps, t1=t1, m0_phase=maps.m0_phase if settings.map_model == "saturation_recovery" else None)
     return SeriesMaps(complete.maps, tuple(notes), {"t1_valid": share})
+
+
+def _refuse_falling(images: Tensor, times: tuple[float, ...]) -> None:
+    """Raise ``DataError`` where the shortest delay is brighter than the longest: no pixel has a T1, and an empty map tells nobody why."""
+    shortest, longest = (pick(range(len(times)), key=times.__getitem__) for pick in (min, max))
+    seen = strong_signal(images)
+    first, last = (float(torch.linalg.vector_norm(images[state][seen])) for state in (shortest, longest))
+    if first > BRIGHTEST_FIRST * last:
+        raise DataError(
+            "the images of the shortest delay are the brightest: this is no recovery",
+            where="T1 map",
+            got=f"{times[shortest]:g} s is {first / last:.1f} times as bright as {times[longest]:g} s" if last else None,
+            expected="images that become brighter with the delay",
+            remedy="Check the order of the delays; a reference without saturation has a long one (ten times the longest T1), and not 0",
+        )
 
 
 def _judged_saturation(images: Tensor, maps: T1Maps, times: tuple[float, ...], delays: str) -> str:

@@ -74,6 +74,12 @@ class ScanSettings:
     saturation_left: float = setting(
         0.0, "part of M0 that the saturation leaves (satrec); -1: an inversion", low=-1.0, high=0.9
     )
+    pulses_before_centre: int = setting(
+        0,
+        "readout pulses between the delay and the centre of k-space (satrec), of flip_angle and repetition_time",
+        low=0,
+        high=1000,
+    )
     rr: float = setting(0.9, "time between heartbeats", unit="s", low=0.3, high=3.0)
     retro_gated: bool = setting(False, "cine: raw phases vary from beat to beat and have to be re-binned")
     arrhythmia: bool = setting(False, "every seventh beat of a retro-gated cine is premature")

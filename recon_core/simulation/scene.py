@@ -63,7 +63,15 @@ class Scene:
             elif kind == "molli":
                 yield signal.look_locker(tissue.pd * self.m0, tissue.t1, state, b_over_a=s.b_over_a)
             elif kind == "satrec":
-                yield signal.saturation_recovery(tissue.pd * self.m0, tissue.t1, state, left=s.saturation_left)
+                recovered = signal.saturation_recovery(tissue.pd * self.m0, tissue.t1, state, left=s.saturation_left)
+                yield signal.after_pulses(
+                    recovered,
+                    tissue.pd * self.m0,
+                    tissue.t1,
+                    s.pulses_before_centre,
+                    flip_angle=np.deg2rad(s.flip_angle),
+                    repetition_time=s.repetition_time,
+                )
             else:
                 yield signal.multi_echo(tissue.pd * self.m0, tissue.r2star, self.field, state)
 

@@ -93,6 +93,30 @@ def saturation_recovery(m0: ComplexArray, t1: FloatArray, delay: float, *, left:
     return np.asarray(m0 * (1.0 - (1.0 - left) * np.exp(-delay / t1)), dtype=np.complex64)
 
 
+def after_pulses(
+    signal: ComplexArray, m0: ComplexArray, t1: FloatArray, n_pulses: int, *, flip_angle: float, repetition_time: float
+) -> ComplexArray:
+    """What spoiled readout pulses make of a longitudinal magnetisation: ``S_ss + (S - S_ss) (cos(a) E1)^n``, ``E1 = exp(-TR / T1)``.
+
+    Parameters
+    ----------
+    signal, m0, t1
+        Before the first pulse; fully recovered; s.
+    flip_angle, repetition_time
+        rad, s.
+
+    Source
+    ------
+    Look and Locker 1970, doi:10.1063/1.1684482; ``S_ss = m0 (1 - E1) / (1 - cos(a) E1)``.
+    """
+    if n_pulses == 0:
+        return signal
+    e1 = np.exp(-repetition_time / t1)
+    kept = np.cos(flip_angle) * e1
+    steady = m0 * (1 - e1) / (1 - kept)
+    return np.asarray(steady + (signal - steady) * kept**n_pulses, dtype=np.complex64)
+
+
 def multi_echo(m0: ComplexArray, r2star: FloatArray, field: FloatArray, echo_time: float) -> ComplexArray:
     """``S = m0 exp(-TE R2*) exp(i 2 pi f TE)``; ``m0`` carries the phase at TE = 0; ``field`` in Hz, positive means
     faster."""

@@ -123,7 +123,7 @@ def ask(
     **overrides: object,
 ) -> Answer:
     """One scan through the server by the strict client; ``overrides`` go as FIRE parameters, as text."""
-    parameters = {name: str(value) for name, value in overrides.items()}
+    parameters: dict[str, object] = {name: str(value) for name, value in overrides.items()}
     client = StrictClient(service.host, service.port, dialect="fire" if parameters else "gadgetron")
     return client.scan(
         chain,

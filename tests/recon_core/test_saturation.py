@@ -24,12 +24,15 @@ SCAN = ScanInfo((1, N, N), FOV, (1, N, N), FOV, saturation_times=TIMES)
 SATURATION = MapSettings(maps="t1", map_model="saturation_recovery")
 
 
-def recovery(left: float, noise: float = 0.005, seed: int = 0) -> torch.Tensor:
-    """complex64 ``(state, 1, y, x)``: T1 from 0.3 to 2 s, M0 of varying strength and phase, of which a part is not saturated."""
+def recovery(left: float, noise: float = 0.005, seed: int = 0, longer: float = 0.0) -> torch.Tensor:
+    """complex64 ``(state, 1, y, x)``: T1 from 0.3 to 2 s, M0 of varying strength and phase, of which a part is not saturated.
+
+    All delays are ``longer`` than `TIMES`, s.
+    """
     rng = np.random.default_rng(seed)
     y, x = np.meshgrid(*[np.linspace(-1, 1, N)] * 2, indexing="ij")
     t1, m0 = 1.15 + 0.85 * x, (0.8 + 0.2 * y) * np.exp(1j * (x - y))
-    images = np.stack([m0 * (1 - (1 - left) * np.exp(-t / t1)) for t in TIMES])[:, None]
+    images = np.stack([m0 * (1 - (1 - left) * np.exp(-(t + longer) / t1)) for t in TIMES])[:, None]
     images = images + noise * (rng.standard_normal(images.shape) + 1j * rng.standard_normal(images.shape))
     return torch.from_numpy(images.astype(np.complex64))
 
@@ -78,6 +81,23 @@ def test_a_delay_of_another_gain_is_named_with_its_size_and_what_follows(delay: 
     assert said.t1_quartile == pytest.approx(np.quantile(np.abs(error), 0.75), abs=0.03)
 
 
+@pytest.mark.parametrize("magnitude", [False, True])
+@pytest.mark.parametrize("longer", [0.03, 0.06, 0.12, -0.04, -0.08])
+def test_delays_that_are_all_longer_are_told_with_what_follows(longer: float, magnitude: bool) -> None:
+    """As if the recovery had begun earlier: short T1 is further off than one remainder for all would make it."""
+    images = recovery(0.0, longer=longer)
+    images = images.abs() if magnitude else images
+    found = judged(images)
+    said = found.likely[0]
+    assert said.shifted and said.size == pytest.approx(longer, rel=0.15) and not found.several
+    assert f"ms {'longer' if longer > 0 else 'shorter'} than stated" in found.note
+    fitted, true = saturation_recovery_t1(images, TIMES).t1, 1.15 + 0.85 * np.linspace(-1, 1, N)
+    error = np.sort((fitted.data[0].numpy() / true - 1)[fitted.valid[0].numpy()])
+    assert said.t1_median == pytest.approx(np.median(error), abs=0.025)
+    assert said.t1_quartile == pytest.approx(np.quantile(np.abs(error), 0.75), abs=0.03)
+    assert found.forbids_map == (abs(longer) > 0.07)
+
+
 def test_small_gains_and_a_gain_of_all_delays_are_nothing() -> None:
     assert not judged(scaled(recovery(0.0), {8.0: 0.02})).note
     assert not judged(1.3 * recovery(0.0)).note
@@ -100,7 +120,7 @@ def test_too_few_pixels_or_delays_tell_nothing() -> None:
 def test_three_delays_cannot_tell_a_gain_from_a_remainder() -> None:
     times = TIMES[:3]
     found = judged(scaled(recovery(0.0), {0.5: 0.1})[:3], times)
-    assert [d.delay for d in found.likely] == [None] and "states of unlike gain" in found.note
+    assert {d.delay for d in found.likely} == {None} and "states of unlike gain" in found.note
 
 
 @pytest.mark.parametrize(("gains", "said"), [
@@ -129,6 +149,23 @@ def test_a_missing_declaration_of_the_times_is_named() -> None:
     undeclared = replace(SCAN, saturation_times=(), inversion_times=TIMES)
     with pytest.raises(DataError, match=r"no saturation times.*SaturationTime_ms_0.*MagnetizationPreparation"):
         recovery_times(undeclared, len(TIMES), SATURATION)
+
+
+@pytest.mark.parametrize("longest", [0.0, 0.4])
+@pytest.mark.parametrize("delays", ["require", "tell"])
+def test_a_reference_without_saturation_that_is_called_the_shortest_delay_is_refused_in_words(
+    delays: str, longest: float
+) -> None:
+    """Nothing fits, and an empty map would tell nobody why."""
+    scan = replace(SCAN, saturation_times=(longest, *TIMES[1:]))
+    with pytest.raises(DataError, match="shortest delay are the brightest") as refused:
+        t1_maps(
+            ImageSeries("image", recovery(0.0)),
+            scan,
+            ImageNoise(0.005, measured=True),
+            replace(SATURATION, map_delays=delays),
+        )
+    assert "reference without saturation" in str(refused.value)
 
 
 @pytest.mark.parametrize("delays", ["require", "tell"])

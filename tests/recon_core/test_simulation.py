@@ -308,6 +308,17 @@ def test_masks_for_the_other_dimension_are_refused() -> None:
         simulate_scan("cine", settings_for("cine", {**SMALL, "states": 1, "mask": "poisson", "acceleration": 4}))
 
 
+def test_readout_pulses_pull_the_magnetisation_to_their_steady_state_one_by_one() -> None:
+    m0, t1 = np.ones(3, np.complex64), np.array([0.3, 1.0, 4.0], np.float32)
+    flip_angle, repetition_time = np.deg2rad(9.0), 0.006
+    expected = signal.saturation_recovery(m0, t1, 0.5).astype(complex)
+    start = expected.astype(np.complex64)
+    for n in range(41):
+        found = signal.after_pulses(start, m0, t1, n, flip_angle=flip_angle, repetition_time=repetition_time)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+        expected = 1 - (1 - np.cos(flip_angle) * expected) * np.exp(-repetition_time / t1)  # a pulse, then relaxation
+
+
 def test_look_locker_correction_is_exact() -> None:
     times = np.array(signal.molli_inversion_times((5, 3), rr=0.8))
     t1 = np.array([0.25, 1.0, 1.6])
