@@ -50,6 +50,14 @@ THIN_SLAB = 0.040
 LEAST_STRENGTH = 3.0
 """RMS of the echoes over that of their noise below which what is bright is no tissue."""
 
+WORTH_A_WORD = 5e-7
+"""m^3 of the mask without a field: heads without anything odd have up to 0.4 ml at the surface."""
+
+HOLES = (
+    "{:.1f} ml inside the mask have no signal, or phases on no straight line (metal, air, blood): they have neither local field nor "
+    "susceptibility, and next to them R2* is too high"
+)
+
 BACKGROUNDS = {"v_sharp": v_sharp, "resharp": resharp}
 
 
@@ -297,9 +305,12 @@ def _susceptibility(
     weights = field.weights
     if thin := note_of_thin_slab(mask, frame.voxel):
         notes.append(thin)
-    local = _local_field(field, mask, frame, weights, settings)
+    lost = int((mask & ~agreed.known).sum()) * math.prod(frame.voxel)
+    if lost >= WORTH_A_WORD:
+        notes.append(HOLES.format(1e6 * lost))
+    local = _local_field(field, agreed.known, frame, weights, settings)
     if given is None and settings.map_mask == "brain" and settings.map_background != "none":
-        local = without_outliers(local, mask, frame.voxel)
+        local = without_outliers(local, agreed.known, frame.voxel)
     if not local.converged:
         notes.append(f"background removal: not converged after {local.iterations} steps (residual {local.residual:.1e})")
     chi, region = _invert(local, images, times, r2star, frame, weights, settings)
@@ -316,6 +327,7 @@ def _susceptibility(
     volume = float(mask.sum()) * math.prod(frame.voxel)
     quality = {
         "brain_ml": 1e6 * volume,
+        "without_field_ml": 1e6 * lost,
         "susceptibility_ml": 1e6 * float(local.mask.sum()) * math.prod(frame.voxel),
         "phase_residual": agreed.residual,
         "background_residual": local.residual,
