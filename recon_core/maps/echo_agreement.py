@@ -127,7 +127,8 @@ def check_direction(images: Tensor, echo_times: Sequence[float], backwards: Sequ
             where=where,
             got=f"{1e3 * echo_times[j]:g} ms is brighter where {1e3 * echo_times[i]:g} ms is darker (correlation {alike[i, j]:.2f})",
             expected="the flag ACQ_IS_REVERSE on the readouts whose samples run backwards, and on no other",
-            remedy="Correct the flag (readouts that were put in order already must not have it); maps = none sends the images alone",
+            remedy="Correct the flag (readouts that were put in order already must not have it). If the object is like that (its brighter "
+            "side decays faster), map_direction = tell makes the maps; maps = none sends the images alone",
         )
 
 

@@ -229,7 +229,7 @@ def multi_echo_maps(
     """
     times = multi_echo_times(scan, len(series.data), settings)
     check_decay(series.data, times, None if noise is None else noise.std, "R2* map")
-    check_direction(series.data, times, scan.reversed_readouts, "R2* map")
+    notes = _of_direction(series.data, times, scan, settings)
     images = _signed(series.data, settings)
     combined = ImageSeries(
         "combined",
@@ -238,7 +238,6 @@ def multi_echo_maps(
     )
     shown = (combined, series) if settings.map_echo_images else (combined,)
     r2star = _r2star(images, times, noise, settings)
-    notes: list[str] = []
     quality = {"r2star_valid": float(r2star.r2star.valid.float().mean())}
     maps = [r2star.r2star, r2star.r2star_sd, r2star.s0]
     if settings.maps == "qsm":
@@ -254,6 +253,17 @@ def multi_echo_maps(
             notes += found.notes
             quality |= found.quality
     return SeriesMaps(tuple(maps), tuple(notes), quality, shown)
+
+
+def _of_direction(images: Tensor, times: tuple[float, ...], scan: ScanInfo, settings: MapSettings) -> list[str]:
+    """What is to be told of echoes that look mirrored, where they are not refused."""
+    try:
+        check_direction(images, times, scan.reversed_readouts, "R2* map")
+    except DataError as error:
+        if settings.map_direction == "require":
+            raise
+        return [f"made all the same, as map_direction asks: {error}"]
+    return []
 
 
 def _signed(images: Tensor, settings: MapSettings) -> Tensor:

@@ -165,6 +165,23 @@ def test_a_brighter_side_that_decays_faster_is_not_mirrored() -> None:
     check_direction(torch.zeros(3, 1, 8, 32), times[:3], (), "R2* map")
 
 
+def test_two_tubes_of_which_the_brighter_decays_faster_have_a_map_where_it_is_asked_for() -> None:
+    """Nothing is mirrored, but two echoes look like it: whoever knows the phantom says so."""
+    _, _, scan = scene()
+    z, y, x = torch.meshgrid(*[torch.arange(-8.0, 8.0)] * 3, indexing="ij")
+    left, right = ((z**2 + y**2 + (x - at) ** 2 < 9).float() for at in (-4, 4))
+    times = (0.003, 0.020)
+    images = torch.stack([1.2 * left * np.exp(-60 * t) + right * np.exp(-20 * t) for t in times])
+    shape: dict[str, Any] = {"matrix": (16,) * 3, "recon_matrix": (16,) * 3}
+    header, series = replace(scan, echo_times=times, **shape), ImageSeries("image", images)
+    settings = replace(QSM, maps="r2star")
+    with pytest.raises(DataError, match=r"mirrored along the readout.*map_direction = tell"):
+        multi_echo_maps(series, header, ImageNoise(1e-3, True), settings)
+    found = multi_echo_maps(series, header, ImageNoise(1e-3, True), replace(settings, map_direction="tell"))
+    assert float(found.maps[0].data[left > 0].mean()) == pytest.approx(60, rel=0.01)
+    assert "made all the same" in found.notes[0] and "mirrored" in found.notes[0]
+
+
 def test_a_thin_slab_through_a_head_is_told_and_a_small_object_is_none() -> None:
     head, series, scan = scene()
     n, side = len(head.chi) // 2, head.voxel[0]
