@@ -31,6 +31,9 @@ SMALL_BYTES = 64 << 20
 MOVED = 1e-2
 """mm; slice positions of one slice that differ by more are worth a note."""
 
+LEAST_APART = 20.0
+"""mm; slabs that differ by less may be one that follows a patient's motion."""
+
 
 @dataclass
 class SortLog:
@@ -235,4 +238,34 @@ def moving_note(headers: Headers, imaging: Placement, slices: tuple[int, ...], l
         log.notes.append(
             f"{int(moved.sum())} slices change their position during the scan, the first: slice {slices[s]}; the position "
             "at the k-space centre of the first state is used"
+        )
+
+
+def one_place(source: Headers, slices: tuple[int, ...], states: tuple[Mapping[str, int], ...], encoding: Encoding) -> None:
+    """Refuse slabs that share a slice counter: the images of all would be sent to the place of one.
+
+    Parameters
+    ----------
+    source
+        ``(slice, state)``: header of the readout nearest to the k-space centre.
+
+    Raises
+    ------
+    SortError
+        States of a 3D scan half a slab apart. (A 2D slice is thin, and may follow the breath by more than that.)
+    """
+    if encoding.encoded_matrix[0] == 1:
+        return
+    with np.errstate(invalid="ignore"):
+        position = np.nan_to_num(source["position"].astype(np.float64), posinf=0.0, neginf=0.0)
+    apart = np.linalg.norm(position - position[:, :1], axis=-1)
+    s, q = (int(i) for i in np.unravel_index(np.argmax(apart), apart.shape))
+    most = max(500 * encoding.encoded_fov[0], LEAST_APART)
+    if apart[s, q] >= most:
+        raise SortError(
+            "slabs at different places share a slice counter",
+            where=place_name(slices[s], states, q),
+            got=f"{apart[s, q]:.4g} mm from {place_name(slices[s], states, 0)}",
+            expected=f"less than {most:.4g} mm, half a slab",
+            remedy="Slabs are told apart by the counter slice, not by set, repetition or contrast: correct it in the conversion",
         )

@@ -14,6 +14,7 @@ Rules (beyond the MRD specification, where writers differ)
   ``incomplete``). So is a slice, contrast or set that the limits announce and that never came; phases and repetitions that
   never came are only noted, because retro-gated cines and
   scans that the operator ends early have them.
+* States of a 3D scan that lie half a slab apart are an error: slabs are told apart by the slice counter alone.
 * Fewer lines than the header's limits and acceleration promise are noted, not refused: prospective sampling masks do that.
 """
 
@@ -49,6 +50,7 @@ from gadgets.scan_checks import (
     complete,
     lines_note,
     moving_note,
+    one_place,
     repeats_note,
     too_large,
 )
@@ -126,6 +128,7 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
     repeats_note(imaging, counters, encoding, settings, log)
 
     source = _source_headers(headers, imaging, (len(slices), len(states)), encoding)
+    one_place(source, slices, states, encoding)
     geometry = tuple(read_geometry(source[s, 0]) for s in range(len(slices)))
     log.notes.extend(dict.fromkeys(note for g in geometry for note in g.notes))
     moving_note(headers, imaging, slices, log)

@@ -39,12 +39,17 @@ FAINT = (
 )
 
 SLOW_WITH_GAPS, ENOUGH_ITERATIONS = ("llr", "laro"), 150
-"""Methods whose default iterations end before a regular pattern without a complete centre is unfolded, and how many of `llr` are enough."""
+"""Methods whose default iterations end before a regular pattern without a complete centre is unfolded, and from how many of `llr` on
+little is gained."""
 
-GAPS = (
-    "every echo samples the same positions, with gaps at the centre of k-space: R2* may come out 10 to 40 % too low in places; "
-    f"llr_qsm with iterations = {ENOUGH_ITERATIONS} is slower and right (docs/qsm.md)"
+GAPS = "every echo samples the same positions, with gaps at the centre of k-space: R2* may "
+
+TOO_FEW = (
+    f"come out 10 to 40 % too low in places; llr_qsm with iterations = {ENOUGH_ITERATIONS} is slower and nearer, a complete centre in "
+    "every echo is safe (docs/qsm.md)"
 )
+
+NOT_SAFE = "still come out up to a quarter too low in places; a complete centre in every echo is safe (docs/qsm.md)"
 
 MOST_MIXED = 0.085
 """Most that `calibration_contrast` may be for T1 to be right. Without calibration (2 to 4x, random and interleaved lines) nine tubes by
@@ -219,8 +224,9 @@ def _of_gaps(kspace: KSpace, recipe: Recipe) -> str:
     if bool(centre.all()):
         return ""
     if bool((mask == mask[:1]).all()):
-        few = getattr(recipe.settings, "iterations", 0) < ENOUGH_ITERATIONS
-        return GAPS if recipe.method in SLOW_WITH_GAPS and few else ""
+        if recipe.method not in SLOW_WITH_GAPS:
+            return ""
+        return GAPS + (TOO_FEW if getattr(recipe.settings, "iterations", 0) < ENOUGH_ITERATIONS else NOT_SAFE)
     return "" if bool((centre == centre[:, :1]).all()) else UNLIKE_GAPS
 
 

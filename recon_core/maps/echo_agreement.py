@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
+from scipy.ndimage import binary_closing, label
 
 from recon_core.errors import DataError
 from recon_core.maps.field import FieldMaps, correct_bipolar, fit_field
@@ -31,6 +33,12 @@ MOST_RESIDUAL = 0.25
 TIMES_NOISE = 3.0
 """... and so many times what the noise leaves."""
 
+LEAST_SIGNAL = 3.0
+"""RMS of a voxel's echoes over the noise of a real number (which alone gives 1.4) below which its phases tell nothing."""
+
+LEAST_HOLE = 8
+"""Voxels that hang together; fewer of them may be chance, and count little by their weights."""
+
 WHOLE_TURNS = (0, 1, -1)
 """Periods that the centre frequency may be away from where `correct_bipolar` takes it to be; tried while the phases do not fit."""
 
@@ -44,6 +52,7 @@ class AgreedField:
     field: FieldMaps
     residual: float  # rad, median in the mask
     notes: tuple[str, ...]
+    known: Tensor  # bool (z, y, x): the mask without what `known_field` leaves out
 
 
 def check_decay(images: Tensor, echo_times: Sequence[float], noise_std: float | None, where: str) -> None:
@@ -118,7 +127,8 @@ def check_direction(images: Tensor, echo_times: Sequence[float], backwards: Sequ
             where=where,
             got=f"{1e3 * echo_times[j]:g} ms is brighter where {1e3 * echo_times[i]:g} ms is darker (correlation {alike[i, j]:.2f})",
             expected="the flag ACQ_IS_REVERSE on the readouts whose samples run backwards, and on no other",
-            remedy="Correct the flag (readouts that were put in order already must not have it); maps = none sends the images alone",
+            remedy="Correct the flag (readouts that were put in order already must not have it). If the object is like that (its brighter "
+            "side decays faster), map_direction = tell makes the maps; maps = none sends the images alone",
         )
 
 
@@ -169,7 +179,7 @@ def agreed_field(
         field = fit_field(corrected, echo_times, mask, noise_std=noise_std)
         residual, most = _residual(field, corrected, noise_std)
         if residual <= most:
-            return AgreedField(field, residual, notes)
+            return AgreedField(field, residual, notes, known_field(field, corrected, noise_std))
     raise DataError(
         "the phases of the echoes lie on no straight line: R2* may be wrong as well",
         where="field map",
@@ -177,6 +187,36 @@ def agreed_field(
         expected=f"at most {most:.2f}",
         remedy=REMEDY,
     )
+
+
+def known_field(field: FieldMaps, images: Tensor, noise_std: float | None) -> Tensor:
+    """Where in the mask the echoes know a field: bool ``(z, y, x)``.
+
+    Left out are places of `LEAST_HOLE` voxels or more (that touch) without signal, or whose phases lie on no straight line: the void
+    around metal, air or blood, where the phase turns by more than a voxel or an echo can follow. Every background removal would spread
+    their field over the rest.
+
+    Parameters
+    ----------
+    field
+        Of `fit_field`.
+    images, noise_std
+        What it was fitted to.
+    """
+    inside = field.residual.valid
+    energy = images[:, inside].abs().square().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
+    noise = noise_std or 0.0
+    believed = (TIMES_NOISE * noise * (max(0, len(images) - 2) / energy).sqrt()).clamp_min(MOST_RESIDUAL)
+    wrong = (field.residual.data[inside] > believed) | (energy < len(images) * (LEAST_SIGNAL * noise) ** 2)
+    lost = torch.zeros_like(inside)
+    lost[inside] = wrong
+    touching = np.ones((3, 3, 3), bool)
+    parts, n = label(lost.cpu().numpy(), touching)
+    large = np.bincount(parts.ravel(), minlength=n + 1) >= LEAST_HOLE
+    large[0] = False
+    # a voxel in between fits by chance
+    holes = binary_closing(np.pad(large[parts], 1), touching)[1:-1, 1:-1, 1:-1]
+    return inside & ~torch.from_numpy(holes).to(inside.device)
 
 
 def _residual(field: FieldMaps, images: Tensor, noise_std: float | None) -> tuple[float, float]:

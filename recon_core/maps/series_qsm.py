@@ -50,6 +50,14 @@ THIN_SLAB = 0.040
 LEAST_STRENGTH = 3.0
 """RMS of the echoes over that of their noise below which what is bright is no tissue."""
 
+WORTH_A_WORD = 1e-6
+"""m^3 of the mask without a field: heads without anything odd have up to 0.5 ml at the surface."""
+
+HOLES = (
+    "{:.1f} ml inside the mask have no signal, or phases on no straight line (metal, air, blood): they have neither local field nor "
+    "susceptibility, and next to them R2* is too high"
+)
+
 BACKGROUNDS = {"v_sharp": v_sharp, "resharp": resharp}
 
 
@@ -221,7 +229,7 @@ def multi_echo_maps(
     """
     times = multi_echo_times(scan, len(series.data), settings)
     check_decay(series.data, times, None if noise is None else noise.std, "R2* map")
-    check_direction(series.data, times, scan.reversed_readouts, "R2* map")
+    notes = _of_direction(series.data, times, scan, settings)
     images = _signed(series.data, settings)
     combined = ImageSeries(
         "combined",
@@ -230,7 +238,6 @@ def multi_echo_maps(
     )
     shown = (combined, series) if settings.map_echo_images else (combined,)
     r2star = _r2star(images, times, noise, settings)
-    notes: list[str] = []
     quality = {"r2star_valid": float(r2star.r2star.valid.float().mean())}
     maps = [r2star.r2star, r2star.r2star_sd, r2star.s0]
     if settings.maps == "qsm":
@@ -246,6 +253,17 @@ def multi_echo_maps(
             notes += found.notes
             quality |= found.quality
     return SeriesMaps(tuple(maps), tuple(notes), quality, shown)
+
+
+def _of_direction(images: Tensor, times: tuple[float, ...], scan: ScanInfo, settings: MapSettings) -> list[str]:
+    """What is to be told of echoes that look mirrored, where they are not refused."""
+    try:
+        check_direction(images, times, scan.reversed_readouts, "R2* map")
+    except DataError as error:
+        if settings.map_direction == "require":
+            raise
+        return [f"made all the same, as map_direction asks: {error}"]
+    return []
 
 
 def _signed(images: Tensor, settings: MapSettings) -> Tensor:
@@ -297,9 +315,12 @@ def _susceptibility(
     weights = field.weights
     if thin := note_of_thin_slab(mask, frame.voxel):
         notes.append(thin)
-    local = _local_field(field, mask, frame, weights, settings)
+    lost = int((mask & ~agreed.known).sum()) * math.prod(frame.voxel)
+    if lost >= WORTH_A_WORD:
+        notes.append(HOLES.format(1e6 * lost))
+    local = _local_field(field, agreed.known, frame, weights, settings)
     if given is None and settings.map_mask == "brain" and settings.map_background != "none":
-        local = without_outliers(local, mask, frame.voxel)
+        local = without_outliers(local, agreed.known, frame.voxel)
     if not local.converged:
         notes.append(f"background removal: not converged after {local.iterations} steps (residual {local.residual:.1e})")
     chi, region = _invert(local, images, times, r2star, frame, weights, settings)
@@ -316,6 +337,7 @@ def _susceptibility(
     volume = float(mask.sum()) * math.prod(frame.voxel)
     quality = {
         "brain_ml": 1e6 * volume,
+        "without_field_ml": 1e6 * lost,
         "susceptibility_ml": 1e6 * float(local.mask.sum()) * math.prod(frame.voxel),
         "phase_residual": agreed.residual,
         "background_residual": local.residual,

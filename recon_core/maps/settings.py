@@ -89,6 +89,12 @@ class MapSettings:
         "Phase between readouts of alternating direction is corrected: where the readouts say so, always, or never",
         choices=("auto", "on", "off"),
     )
+    map_direction: str = setting(
+        "require",
+        "R2* and susceptibility: echoes that look mirrored along the readout, brighter on one side and then on the other: 'require' makes "
+        "no map, 'tell' makes it and says so (a phantom whose brighter side decays faster looks alike)",
+        choices=("require", "tell"),
+    )
     map_phase_sign: str = setting(
         "positive",
         "Sign of the phase that a higher frequency gives with time; the wrong one shows veins dark",

@@ -667,6 +667,28 @@ def test_missing_directions_and_moving_slices_are_noted() -> None:
     assert any("change their position" in n for n in notes)
 
 
+@pytest.mark.parametrize("counter", ["set", "repetition", "contrast"])
+def test_slabs_at_different_places_are_not_sent_to_one(counter: str) -> None:
+    """They are told apart by the slice counter; a slab that follows a motion, and a 2D slice that follows the breath, stay."""
+
+    def positions(away: float) -> np.ndarray:
+        return readout_headers(
+            {"k1": k, "k2": j, counter: q, "position": (0, 0, away * q)}
+            for q in range(2)
+            for j in range(4)
+            for k in range(8)
+        )
+
+    slab = mrd_header(n2=4)
+    with pytest.raises(
+        SortError, match=f"slice 0 {counter} 1: slabs at different places .*got 60 mm from slice 0 {counter} 0"
+    ):
+        sort_readouts(positions(60.0), slab)
+    assert sort_readouts(positions(4.0), slab).n_states == 2
+    flat = readout_headers({"k1": k, counter: q, "position": (0, 0, 25.0 * q)} for q in range(2) for k in range(8))
+    assert sort_readouts(flat, mrd_header()).n_states == 2
+
+
 # the index and the settings
 
 
