@@ -20,6 +20,7 @@ NAMES = (
     "qsm_server",
     "qsm_surface",
     "qsm_noise",
+    "qsm_conditions",
     "prospective",
     "moe_dqinr",
     "moe_dqinr_speed",

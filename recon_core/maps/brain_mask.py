@@ -22,7 +22,7 @@ Tensor = torch.Tensor
 SHADING_SIGMA = 0.012
 """m, of the smoothing that tells receive shading from anatomy: wider than the skull and most sulci."""
 
-MOST_SHADING = 12.0
+MOST_SHADING = 25.0
 """Brightest over darkest place that shading is taken out of; beyond, dark is air."""
 
 UNEVEN = 1.8

@@ -39,17 +39,17 @@ def test_brain_without_scalp_and_without_holes(noise: float) -> None:
     torch.testing.assert_close(brain_mask(images * 1e5, (SIDE,) * 3), mask)
 
 
-@pytest.mark.parametrize("factor", [5.0, 10.0])
+@pytest.mark.parametrize("factor", [5.0, 15.0])
 @pytest.mark.parametrize("coil", ["behind the head", "around the head"])
 def test_strong_receive_shading_costs_no_brain(factor: float, coil: str) -> None:
     """Without it half of the brain is missed: the front by a surface coil, the middle by an array."""
-    images, brain = head(0.01)
+    images, brain = head(0.005)
     _, y, x = torch.meshgrid(*[(torch.arange(n) - n / 2 + 0.5) * SIDE for n in SHAPE], indexing="ij")
-    nearness = (y / 0.050 + 1) / 2 if coil == "behind the head" else ((y / 0.050) ** 2 + (x / 0.040) ** 2).clamp_max(1)
+    nearness = (y / 0.050 + 1) / 2 if coil == "behind the head" else ((y / 0.050) ** 2 + (x / 0.040) ** 2).clamp_max(1.5)
     shading = factor**nearness if coil == "behind the head" else 1 + (factor - 1) * nearness
     mask = brain_mask(images * shading, (SIDE,) * 3)
     assert 2 * (mask & brain).sum() / (mask.sum() + brain.sum()) > 0.97
-    assert mask[brain].float().mean() > 0.97
+    assert mask[brain].float().mean() > 0.98
 
 
 def test_a_bridge_of_aliasing_through_the_skull_does_not_let_the_scalp_in() -> None:
