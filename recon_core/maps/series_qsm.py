@@ -50,8 +50,8 @@ THIN_SLAB = 0.040
 LEAST_STRENGTH = 3.0
 """RMS of the echoes over that of their noise below which what is bright is no tissue."""
 
-WORTH_A_WORD = 1e-6
-"""m^3 of the mask without a field: heads without anything odd have up to 0.5 ml at the surface."""
+WORTH_A_WORD = 2e-6
+"""m^3 of the mask without a field: heads without anything odd have up to 0.5 ml at the surface, at R = 8 1.1 ml."""
 
 HOLES = (
     "{:.1f} ml inside the mask have no signal, or phases on no straight line (metal, air, blood): they have neither local field nor "
