@@ -83,7 +83,7 @@ def missing_at_centre(mask: Tensor) -> list[int]:
     found = []
     for state in mask.cpu().bool():
         runs = [
-            min(_run(line.tolist(), at) for line, at in ((state[z], y), (state[:, y], z)) if len(line) > 1)
+            min((_run(line.tolist(), at) for line, at in ((state[z], y), (state[:, y], z)) if len(line) > 1), default=1)
             for z in rows
             for y in columns
             if not state[z, y]

@@ -47,6 +47,10 @@ def test_in_a_slab_the_shorter_direction_counts() -> None:
     assert missing_at_centre(mask) == [1, 3]
 
 
+def test_a_single_line_is_there_or_not() -> None:
+    assert missing_at_centre(torch.tensor([True, False]).reshape(2, 1, 1)) == [0, 1]
+
+
 @pytest.mark.parametrize(
     ("n_coils", "n_missing", "preparation", "right"),
     [(1, 1, "saturation", False), (1, 0, "saturation", True), (4, 2, "saturation", True), (4, 3, "saturation", False),
