@@ -241,10 +241,8 @@ def centre_row(scan: Scan, n_coils: int, pattern: dict[str, Any], seed: int) -> 
     else:
         verdict = "told" if doubtful_centre(kspace.mask) else "-"
     try:
-        images = images_of(kspace, info)
-        t1 = t1_maps(ImageSeries("image", images), info, None, MapSettings(maps="t1", map_model="saturation_recovery")).maps[
-            0
-        ]
+        images = ImageSeries("image", images_of(kspace, info))
+        t1, *_ = t1_maps(images, info, None, MapSettings(maps="t1", map_model="saturation_recovery")).maps
     except ReconError as error:
         return [n_coils, label, seed, max(missing), verdict, "no map", str(error).split(";")[1]]
     relative = compare_tubes(t1.data[0].numpy(), scan.truth.labels[0, 0, 0], t1.valid[0].numpy()).relative
