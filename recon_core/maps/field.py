@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise, product
 
 import torch
+from torch.nn import functional
 
 from recon_core.errors import DataError
 from recon_core.maps.echoes import checked_echoes
@@ -25,6 +27,10 @@ MAX_STEPS, TOLERANCE = 30, 1e-5  # of Gauss-Newton; rad at the last echo
 SUSPICIOUS = 2.0  # times what the noise leaves: chance seldom leaves more ...
 HARMLESS = 0.15  # rad; ... and so much the field's spread inside a voxel may
 SEARCH_PER_CYCLE = 8  # points of the search for the ramp between odd and even echoes
+EQUALLY_NEAR = 1.01  # times the shortest echo spacing
+STANDS_OUT, FEWEST_NEIGHBOURS = 0.25, 6  # of the field's period; neighbours whose median counts
+MOST_PASSES, VOXELS_AT_ONCE = 5, 2**17
+AS_GOOD, BY_CHANCE = 1.001, 9.0  # times the squared residual; chi-squared more: one in 400 voxels
 MOST_CYCLES = 4.0  # of that ramp across the volume: a readout shifted by four samples
 
 
@@ -68,9 +74,10 @@ def fit_field(
 ) -> FieldMaps:
     """``min sum_j |S_j|^2 |e^{i arg S_j} - e^{i (offset + 2 pi f TE_j)}|^2`` in every voxel.
 
-    Start: the phase step between the two echoes that are nearest in time, unwrapped in space; each further echo is put within half a
-    turn of what the echoes so far predict. Then Gauss-Newton on the complex residual, which needs no wraps. Two unknowns: its
-    systems are solved in closed form.
+    Start: the phase step between the echoes that are nearest in time, of all pairs that are equally near, unwrapped in space; each
+    further echo is put within half a turn of what the echoes so far predict. Then Gauss-Newton on the complex residual, which needs no
+    wraps. Two unknowns: its systems are solved in closed form. Voxels that stand out from their neighbours are fitted once more from
+    the neighbours' median (`_agree_with_neighbours`).
 
     Parameters
     ----------
@@ -110,27 +117,34 @@ def fit_field(
     energy = data.abs().square().sum(0)
     if not float(energy.max()) > 0:
         raise DataError("no signal in the mask", where="field map")
-    weights = data.abs().square() / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    tiny = torch.finfo(energy.dtype).tiny
+    weights = data.abs().square() / energy.clamp_min(tiny)
     t = torch.tensor(times, dtype=energy.dtype, device=data.device)
-    i = min(range(len(times) - 1), key=lambda j: times[j + 1] - times[j])
-    step = data[i + 1] * data[i].conj()
+    pairs = _nearest_pairs(times)
+    apart = sum(times[j + 1] - times[j] for j in pairs) / len(pairs)
+    step = sum((data[j + 1] * data[j].conj() for j in pairs[1:]), data[pairs[0] + 1] * data[pairs[0]].conj())
     turn = step.angle()
     if unwrap:
         turn = unwrap_phase(_spread(turn, inside), inside, quality=_spread(step.abs(), inside))[inside]
-    field = turn / (t[i + 1] - t[i])  # rad/s
-    field, offset = _temporal(data, weights, t, field, i)
+    field, offset = _temporal(data, weights, t, turn / apart, pairs[0])
     field, offset, residual = _gauss_newton(data, weights, t, field, offset)
+    freedom = len(times) - 2
+    noise = noise_std**2 if noise_std is not None else _noise_power(energy, weights, residual, freedom)
+    if unwrap:
+        _agree_with_neighbours(
+            data, weights, t, (field, offset, residual), inside, TURN / apart, noise / energy.clamp_min(tiny)
+        )
 
     column = t[:, None]
     spread = (weights * column * column).sum(0) - (weights * column).sum(0).square()
     squares = (weights * residual.square()).sum(0)
     if noise_std is not None:
-        variance = noise_std**2 / energy.clamp_min(torch.finfo(energy.dtype).tiny)
-    elif len(times) > 2:
-        variance = squares / (len(times) - 2)
+        variance = noise_std**2 / energy.clamp_min(tiny)
+    elif freedom > 0:
+        variance = squares / freedom
     else:
-        variance = 1 / energy.clamp_min(torch.finfo(energy.dtype).tiny)
-    sd = (variance / spread.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
+        variance = 1 / energy.clamp_min(tiny)
+    sd = (variance / spread.clamp_min(tiny)).sqrt()
 
     def full(name: str, values: Tensor, unit: str) -> ParameterMap:
         finite = torch.where(torch.isfinite(values), values, 0.0)
@@ -141,16 +155,19 @@ def fit_field(
         full("field_SD", sd / TURN, "Hz"),
         full("phase_offset", torch.polar(torch.ones_like(offset), offset).angle(), "rad"),
         full("phase_residual", squares.sqrt(), "rad"),
-        _spread(_weights(energy, spread, squares, noise_std, len(times) - 2), inside).float(),
+        _spread(_weights(energy, spread, squares, noise, freedom), inside).float(),
     )
 
 
-def _weights(energy: Tensor, spread: Tensor, squares: Tensor, noise_std: float | None, freedom: int) -> Tensor:
+def _noise_power(energy: Tensor, weights: Tensor, residual: Tensor, freedom: int) -> float:
+    """Noise variance of one real number by the voxels' residuals, the median over them; 0 where nothing is left over."""
+    return float(((weights * residual.square()).sum(0) * energy / freedom).median()) if freedom > 0 else 0.0
+
+
+def _weights(energy: Tensor, spread: Tensor, squares: Tensor, noise: float, freedom: int) -> Tensor:
     weights = (energy * spread.clamp_min(0)).sqrt()
     if freedom < 1:
         return weights
-    power = squares * energy / freedom  # noise variance by the voxel's own residual
-    noise = noise_std**2 if noise_std is not None else float(power.median())
     expected = SUSPICIOUS * (noise * freedom / energy.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
     return weights / (squares.sqrt() / expected.clamp_min(HARMLESS)).clamp_min(1.0)
 
@@ -288,10 +305,81 @@ def _temporal(data: Tensor, weights: Tensor, t: Tensor, field: Tensor, first: in
         mean_t, mean_p = mean_t + w / new_total * dt, mean_p + w / new_total * dp
         s_tt, s_tp = s_tt + w * dt * (t[j] - mean_t), s_tp + w * dt * (phase - mean_p)
         total = new_total
-        if count:
+        if count > 1:  # until then the start, which may stand on more pairs of echoes, is the better one
             field = torch.where(s_tt > 0, s_tp / s_tt.clamp_min(torch.finfo(w.dtype).tiny), field)
             offset = mean_p - field * mean_t
     return field, offset
+
+
+def _nearest_pairs(times: Sequence[float]) -> list[int]:
+    """First echoes of the pairs that are nearest in time, as near as `EQUALLY_NEAR` tells."""
+    steps = [b - a for a, b in pairwise(times)]
+    return [j for j, step in enumerate(steps) if step <= min(steps) * EQUALLY_NEAR]
+
+
+def _agree_with_neighbours(
+    data: Tensor,
+    weights: Tensor,
+    t: Tensor,
+    fitted: tuple[Tensor, Tensor, Tensor],
+    inside: Tensor,
+    period: float,
+    variance: Tensor,
+) -> None:
+    """Fit voxels that stand out from their neighbours once more, from the median of these; what fits as well but for chance stays.
+
+    Noise in the start can put a single voxel a whole period off, which the echoes cannot tell where they are equally spaced, or into a
+    neighbouring minimum; sphere means of background removal spread such a voxel over the brain.
+
+    Parameters
+    ----------
+    fitted
+        Field (rad/s), offset (rad) and phase residual ``(echo, voxel)`` of the voxels of ``inside``; edited in place.
+    period
+        Of the field, rad/s: what the shortest step cannot tell.
+    variance
+        Of the phase of a whole voxel, rad^2.
+    """
+    field, offset, residual = fitted
+    for _ in range(MOST_PASSES):
+        odd, median = _outstanding(field, inside, STANDS_OUT * period)
+        if not len(odd):
+            break
+        chosen, share = data[:, odd], weights[:, odd]
+        angles = -median * t[:, None]
+        start = (share * chosen * torch.polar(torch.ones_like(angles), angles)).sum(0).angle()
+        new_field, new_offset, new_residual = _gauss_newton(chosen, share, t, median, start)
+        old, new = ((share * r.square()).sum(0) for r in (residual[:, odd], new_residual))
+        nearer = (new_field - median).abs() < (field[odd] - median).abs() - STANDS_OUT * period
+        better = nearer & (new <= AS_GOOD * old + BY_CHANCE * variance[odd])
+        kept = odd[better]
+        if not len(kept):
+            break
+        field[kept], offset[kept], residual[:, kept] = new_field[better], new_offset[better], new_residual[:, better]
+
+
+def _outstanding(field: Tensor, inside: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """Voxels, as numbers among those of the mask, that differ by more than ``least`` from the median of their up to 26 neighbours in
+    it, and that median."""
+    full = torch.full(inside.shape, math.nan, dtype=field.dtype, device=field.device)
+    full[inside] = field
+    suspect = torch.zeros_like(inside)
+    for axis in range(3):
+        n = inside.shape[axis]
+        steep = full.diff(dim=axis).abs() > least  # False beside the mask
+        suspect.narrow(axis, 0, n - 1).logical_or_(steep)
+        suspect.narrow(axis, 1, n - 1).logical_or_(steep)
+    around = torch.tensor([d for d in product((-1, 0, 1), repeat=3) if any(d)], device=field.device)
+    padded = functional.pad(full[None, None], (1,) * 6, value=math.nan)[0, 0]
+    places, median = suspect.nonzero(), full[suspect]
+    for part in torch.arange(len(median), device=field.device).split(VOXELS_AT_ONCE):
+        z, y, x = (places[part][:, None] + around + 1).unbind(-1)
+        values = padded[z, y, x]
+        enough = torch.isfinite(values).sum(1) >= FEWEST_NEIGHBOURS
+        median[part] = torch.where(enough, values.nanmedian(dim=1).values, median[part])
+    far = (full[suspect] - median).abs() > least
+    numbers = (inside.flatten().cumsum(0) - 1).reshape(inside.shape)
+    return numbers[suspect][far], median[far]
 
 
 def _gauss_newton(data: Tensor, weights: Tensor, t: Tensor, field: Tensor, offset: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -213,3 +213,36 @@ def test_weights_trust_no_voxel_for_fitting_by_chance_and_distrust_those_that_do
         usual = ratio.median()
         assert ((ratio / usual).quantile(torch.tensor([0.05, 0.95], dtype=torch.float64)) - 1).abs().max() < 0.1
         assert maps.weights[5, 8, 9] / images[:, 5, 8, 9].abs().square().sum().sqrt() < 0.5 * usual
+
+
+@pytest.mark.parametrize(("times", "left"), [(EQUAL, 0), (UNEQUAL, 8), ((0.003, 0.005, 0.010, 0.014), 3)])
+def test_noise_puts_next_to_no_voxel_into_another_period(times: tuple[float, ...], left: int) -> None:
+    """One voxel a period off, spread by sphere means, doubles the error of a susceptibility map."""
+    truth, mask, period = smooth_hz(60.0), ball(), 1 / min(b - a for a, b in pairwise(times))
+    off = 0
+    for seed in range(3):
+        found = fit_field(echo_images(times, truth, noise=0.3, seed=seed), times, mask).field.data
+        error = (found - truth)[mask] / period
+        off += int(((error - error.median().round()).abs() > 0.4).sum())
+    assert off <= left
+
+
+def test_one_voxel_a_period_off_is_put_back_and_a_source_of_its_own_stays() -> None:
+    """A voxel whose echoes fit no other field than its own keeps it, however far it is from its neighbours'."""
+    truth, mask = smooth_hz(20.0), ball()
+    images = echo_images(UNEQUAL, truth)
+    images[1, 5, 8, 9] *= 0.3 * torch.polar(torch.ones((), dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64))
+    truth[5, 8, 12] += 70.0
+    images[:, 5, 8, 12] = echo_images(UNEQUAL, truth)[:, 5, 8, 12]
+    found = fit_field(images, UNEQUAL, mask, noise_std=0.2).field.data
+    assert abs(float(found[5, 8, 9] - truth[5, 8, 9])) < 10
+    sure = fit_field(images, UNEQUAL, mask, noise_std=0.01).field.data
+    assert abs(float(sure[5, 8, 12] - truth[5, 8, 12])) < 1
+
+
+def test_volumes_of_one_slice_and_of_one_voxel_are_fitted() -> None:
+    images, mask = echo_images(EQUAL, smooth_hz(20.0))[:, 5:6], ball()[5:6]
+    assert torch.allclose(fit_field(images, EQUAL, mask).field.data[mask].double(), smooth_hz(20.0)[5:6][mask], atol=1e-3)
+    alone = torch.zeros_like(mask)
+    alone[0, 8, 9] = True
+    assert abs(float(fit_field(images, EQUAL, alone).field.data[0, 8, 9] - smooth_hz(20.0)[5, 8, 9])) < 1e-3
