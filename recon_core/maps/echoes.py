@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -12,6 +13,9 @@ from recon_core.errors import DataError
 from recon_core.maps.field_checks import checked_mask
 
 Tensor = torch.Tensor
+
+ALIKE = 0.01
+"""Part by which distances of echoes differ that are meant to be equal: rounding, and the raster of gradients."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,26 @@ def checked_echoes(images: Tensor, times: Sequence[float], mask: Tensor | None, 
     order = sorted(range(len(times)), key=times.__getitem__)
     ordered = images if order == list(range(len(times))) else images[order]
     return Echoes(ordered, tuple(float(times[i]) for i in order), inside)
+
+
+def closest_step(data: Tensor, times: Sequence[float]) -> tuple[Tensor, float, int]:
+    """``sum_j S_{j+1} conj(S_j)`` over the echoes that are nearest in time, all pairs that are equally near (`ALIKE`).
+
+    (By the last digit of their differences alone, it would be any one pair of a long train, even one that has long decayed.)
+
+    Parameters
+    ----------
+    data
+        Complex ``(echo, ...)`` in the order of ``times``, s, ascending.
+
+    Returns
+    -------
+    step, apart, first
+        ``(...)``: its angle is the phase step; the pairs' distance in s; position of the first pair.
+    """
+    gaps = [after - before for before, after in pairwise(times)]
+    pairs = [j for j, gap in enumerate(gaps) if gap <= (1 + ALIKE) * min(gaps)]
+    step = data[pairs[0] + 1] * data[pairs[0]].conj()
+    for j in pairs[1:]:
+        step += data[j + 1] * data[j].conj()
+    return step, sum(gaps[j] for j in pairs) / len(pairs), pairs[0]

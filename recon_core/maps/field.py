@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import product
 
 import torch
 from torch.nn import functional
 
 from recon_core.errors import DataError
-from recon_core.maps.echoes import checked_echoes
+from recon_core.maps.echoes import checked_echoes, closest_step
 from recon_core.maps.unwrap import unwrap_phase
 from recon_core.types import ParameterMap
 
@@ -27,7 +27,6 @@ MAX_STEPS, TOLERANCE = 30, 1e-5  # of Gauss-Newton; rad at the last echo
 SUSPICIOUS = 2.0  # times what the noise leaves: chance seldom leaves more ...
 HARMLESS = 0.15  # rad; ... and so much the field's spread inside a voxel may
 SEARCH_PER_CYCLE = 8  # points of the search for the ramp between odd and even echoes
-EQUALLY_NEAR = 1.01  # times the shortest echo spacing
 STANDS_OUT, FEWEST_NEIGHBOURS = 0.25, 6  # of the field's period; neighbours whose median counts
 MOST_PASSES, VOXELS_AT_ONCE = 5, 2**17
 AS_GOOD, BY_CHANCE = 1.001, 9.0  # times the squared residual; chi-squared more: one in 400 voxels
@@ -120,13 +119,11 @@ def fit_field(
     tiny = torch.finfo(energy.dtype).tiny
     weights = data.abs().square() / energy.clamp_min(tiny)
     t = torch.tensor(times, dtype=energy.dtype, device=data.device)
-    pairs = _nearest_pairs(times)
-    apart = sum(times[j + 1] - times[j] for j in pairs) / len(pairs)
-    step = sum((data[j + 1] * data[j].conj() for j in pairs[1:]), data[pairs[0] + 1] * data[pairs[0]].conj())
+    step, apart, first = closest_step(data, times)
     turn = step.angle()
     if unwrap:
         turn = unwrap_phase(_spread(turn, inside), inside, quality=_spread(step.abs(), inside))[inside]
-    field, offset = _temporal(data, weights, t, turn / apart, pairs[0])
+    field, offset = _temporal(data, weights, t, turn / apart, first)
     field, offset, residual = _gauss_newton(data, weights, t, field, offset)
     freedom = len(times) - 2
     noise = noise_std**2 if noise_std is not None else _noise_power(energy, weights, residual, freedom)
@@ -309,12 +306,6 @@ def _temporal(data: Tensor, weights: Tensor, t: Tensor, field: Tensor, first: in
             field = torch.where(s_tt > 0, s_tp / s_tt.clamp_min(torch.finfo(w.dtype).tiny), field)
             offset = mean_p - field * mean_t
     return field, offset
-
-
-def _nearest_pairs(times: Sequence[float]) -> list[int]:
-    """First echoes of the pairs that are nearest in time, as near as `EQUALLY_NEAR` tells."""
-    steps = [b - a for a, b in pairwise(times)]
-    return [j for j, step in enumerate(steps) if step <= min(steps) * EQUALLY_NEAR]
 
 
 def _agree_with_neighbours(
