@@ -16,6 +16,7 @@ import numpy as np
 
 from gadgets.errors import HeaderError, RawFileError
 from gadgets.mask_check import DIGEST_PARAMETER, NAME_PARAMETER
+from gadgets.wire.dtypes import Flag, has_flag
 from recon_core.sampling.agreement import pattern_digest
 from recon_core.sampling.mask_files import SamplingMask
 from recon_core.simulation.signal import GYROMAGNETIC_RATIO
@@ -104,7 +105,9 @@ def attach_header(raw: Path, side: Path, out: Path, group: str = "dataset") -> N
     try:
         with h5py.File(raw, "r") as file:
             text = file[group]["xml"][0]
-            lengths = np.unique(file[group]["data"].fields("head")[:]["number_of_samples"])
+            heads = file[group]["data"].fields("head")[:]
+            noise = has_flag(heads, Flag.ACQ_IS_NOISE_MEASUREMENT)  # may be as long as the sequence's, whatever the scan
+            lengths = np.unique(heads["number_of_samples"][~noise])
     except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
         raise RawFileError("no MRD raw data", where=f"{raw.name}, group {group}", got=type(error).__name__) from None
     expected = told.encoding[0].encodedSpace.matrixSize.x

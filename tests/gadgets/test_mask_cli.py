@@ -178,8 +178,11 @@ def test_a_missing_folder_is_named_before_anything_is_done(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5"]
 
 
-def _raw(path: Path, n_samples: int) -> Path:
-    """Two readouts under the header of another protocol, with a measurement id, a coil count and a user parameter of its own."""
+def _raw(path: Path, n_samples: int, n_noise: int = 0) -> Path:
+    """Two readouts under the header of another protocol, with a measurement id, a coil count and a user parameter of its own.
+
+    With ``n_noise`` a noise readout of so many samples comes first.
+    """
     space = xsd.encodingSpaceType(
         matrixSize=xsd.matrixSizeType(x=7, y=8, z=9), fieldOfView_mm=xsd.fieldOfViewMm(x=1, y=1, z=1)
     )
@@ -205,6 +208,10 @@ def _raw(path: Path, n_samples: int) -> Path:
     )  # fmt: skip
     dataset = ismrmrd.Dataset(str(path), "dataset")
     dataset.write_xml_header(str(xsd.ToXML(header)))
+    if n_noise:
+        noise = ismrmrd.Acquisition.from_array(np.ones((2, n_noise), np.complex64))
+        noise.set_flag(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
+        dataset.append_acquisition(noise)
     for _ in range(2):
         dataset.append_acquisition(ismrmrd.Acquisition.from_array(np.ones((2, n_samples), np.complex64)))
     dataset.close()
@@ -229,6 +236,8 @@ def test_attach_takes_the_sequence_from_one_header_and_the_rest_from_the_other(t
         _run("attach", raw, side, raw)
     with pytest.raises(RawFileError, match="not a scan of this sequence"):
         _run("attach", _raw(tmp_path / "short.h5", 12), side, tmp_path / "x.h5")
+    with pytest.raises(RawFileError, match="not a scan of this sequence"):  # only the noise is as long
+        _run("attach", _raw(tmp_path / "noise.h5", 12, n_noise=16), side, tmp_path / "x.h5")
     with pytest.raises(RawFileError, match="no MRD raw data"):
         _run("attach", tmp_path / "a.h5", side, tmp_path / "x.h5")
     with pytest.raises(HeaderError, match=r"fixed\.h5: not an MRD header"):  # both files mixed up
