@@ -164,7 +164,7 @@ def _judged_saturation(images: Tensor, maps: T1Maps, times: tuple[float, ...], d
     m0 = maps.m0.data[seen]
     if maps.m0_phase is not None:
         m0 = torch.polar(m0, maps.m0_phase.data[seen])
-    judged = judge_recovery(images[:, seen], m0, maps.t1.data[seen], times)
+    judged = judge_recovery(images[:, seen], m0, maps.t1.data[seen], times, seen)
     if judged.is_no_saturation or (judged.forbids_map and delays == "require"):
         what = "this is no recovery from saturation" if judged.is_no_saturation else "T1 would be wrong"
         raise DataError(
