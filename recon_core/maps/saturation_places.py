@@ -66,7 +66,10 @@ def parts(inside: Tensor) -> list[Tensor]:
 
 
 def note_of_places(places: Sequence[Place]) -> str:
-    """What the operator has to know of parts in which T1 is wrong; empty where there are none."""
+    """What the operator has to know of parts in which T1 is wrong; empty where there are none.
+
+    The size is a lower bound: bad coil maps make T1 more wrong than a remainder would (`benchmarks.t1_checks`).
+    """
     wrong = [place for place in places if place.sure_error > WORTH_A_WORD]
     if not wrong:
         return ""
@@ -74,6 +77,7 @@ def note_of_places(places: Sequence[Place]) -> str:
     worst = max(place.sure_error for place in wrong)
     low, high = (pick(place.left for place in places) for pick in (min, max))
     return (
-        f"in {100 * share:.0f} % of the object T1 is up to {100 * worst:.0f} % wrong: the recovery seems to begin at {100 * low:.0f} to "
-        f"{100 * high:.0f} % of M0 from place to place (a saturation that follows B1, coil maps of too few calibration lines, or motion)"
+        f"T1 is wrong in {100 * share:.0f} % of the object, by {100 * worst:.0f} % and more in places: the recovery seems to begin at "
+        f"{round(100 * low)} to {round(100 * high)} % of M0 from place to place (a saturation that follows B1, coil maps of too few "
+        "calibration lines, or motion)"
     )
