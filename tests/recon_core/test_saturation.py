@@ -218,3 +218,12 @@ def test_what_is_said_of_the_whole_is_not_said_of_places_again() -> None:
 
 def test_a_small_object_is_not_divided() -> None:
     assert judged(recovery(0.0, slope=0.2, n=18)).places == ()
+
+
+def test_an_empty_map_of_an_inversion_says_what_is_likely_wrong() -> None:
+    """With short times states differ in sign, nothing can be fitted, and no remainder be found."""
+    times = (0.05, 0.2, 0.5, 1.0, 2.0)
+    images = torch.stack([torch.full((1, N, N), 1 - 2 * float(np.exp(-t / 0.5)), dtype=torch.complex64) for t in times])
+    scan = replace(SCAN, saturation_times=times)
+    (note,) = t1_maps(ImageSeries("image", images), scan, None, SATURATION).notes
+    assert "100 % of the object" in note and "likely no saturation recovery (setting map_model)" in note
