@@ -21,7 +21,7 @@ import numpy as np
 
 from gadgets.buffer_settings import AcquisitionSettings
 from gadgets.readouts import Headers
-from gadgets.sorted_scan import is_saturation_prepared, numbered_times, times_by_counter
+from gadgets.sorted_scan import SATURATION_PREFIX, is_saturation_prepared, numbered_times, times_by_counter
 from gadgets.wire.header import Limit, MrdHeader
 from recon_core.errors import SettingError
 
@@ -29,6 +29,7 @@ States = tuple[Mapping[str, int], ...]
 Times = tuple[tuple[float, ...], ...]
 
 PREFIX = "InversionTime_ms_"
+SAME = 1e-3  # s; two lists that differ by more contradict each other
 LONGEST = 60.0  # s after an inversion; beyond that a counter or a time stamp means something else
 FIRST_TIME, INVERSION = 4, 5  # in ``user_int``
 
@@ -78,6 +79,34 @@ def inversion_times(
         return (of_header,) * n_slices, ()
     first = ", ".join(f"{1e3 * t:.0f}" for t in of_readouts[0])
     return of_readouts, (f"inversion times from the readouts' user values and time stamps, first slice: {first} ms",)
+
+
+def times_notes(header: MrdHeader, settings: AcquisitionSettings, used: Times, n_states: int) -> tuple[str, ...]:
+    """What is to be said of the header's times of its preparation: two lists that contradict each other, or one that fits no images.
+
+    Parameters
+    ----------
+    used
+        Times of that preparation, ``(slice, state)``: empty ones where none fit.
+    """
+    saturated = is_saturation_prepared(header, settings)
+    kind, prefix = ("saturation", SATURATION_PREFIX) if saturated else ("inversion", PREFIX)
+    numbered, listed = numbered_times(header, prefix), header.inversion_times
+    if settings.inversion_times and not saturated:
+        return ()
+    if len(numbered) == len(listed) and any(abs(a - b) > SAME for a, b in zip(numbered, listed, strict=True)):
+        return (
+            f"the header has two lists of {kind} times that differ: user parameters {prefix}... {_in_ms(numbered)}, which are used, and "
+            f"TI {_in_ms(listed)}; T1 is wrong if the TI list is right",
+        )
+    n_times = len(numbered or listed)
+    if saturated and n_times > 1 and not any(used):
+        return (f"the header has {n_times} saturation times for {n_states} images: none of them is used",)
+    return ()
+
+
+def _in_ms(times: tuple[float, ...]) -> str:
+    return ", ".join(f"{1e3 * t:g}" for t in times) + " ms"
 
 
 def _stated(text: str, n_states: int) -> tuple[float, ...]:

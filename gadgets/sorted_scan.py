@@ -218,14 +218,18 @@ def saturation_list(header: MrdHeader, settings: AcquisitionSettings) -> tuple[f
 
 
 def numbered_times(header: MrdHeader, prefix: str) -> tuple[float, ...]:
-    """User parameters ``<prefix>0``, ``<prefix>1``, ... in ms up to the first gap, as s."""
-    times: list[float] = []
-    while True:
-        name = f"{prefix}{len(times)}"
-        value = header.user_double.get(name, header.user_long.get(name))
-        if value is None:
-            return tuple(times)
-        times.append(float(value) * 1e-3)
+    """User parameters ``<prefix>0``, ``<prefix>1``, ... in ms up to the first gap, as s; where there is no ``0`` they begin at ``1``."""
+
+    def value(number: int) -> float | int | None:
+        name = f"{prefix}{number}"
+        return header.user_double.get(name, header.user_long.get(name))
+
+    times = []
+    number = 0 if value(0) is not None else 1
+    while (found := value(number)) is not None:
+        times.append(float(found) * 1e-3)
+        number += 1
+    return tuple(times)
 
 
 def is_saturation_prepared(header: MrdHeader, settings: AcquisitionSettings) -> bool:

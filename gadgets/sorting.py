@@ -32,7 +32,7 @@ from gadgets.calibration import calibration_notes
 from gadgets.errors import SortError
 from gadgets.gating import cardiac_phases
 from gadgets.geometry import read_geometry
-from gadgets.inversion_times import inversion_times
+from gadgets.inversion_times import inversion_times, times_notes
 from gadgets.readouts import (
     SKIP_FLAGS,
     Headers,
@@ -137,7 +137,8 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
     grid = encoding.encoded_matrix[:2]
     log.notes.extend(calibration_notes(imaging, calibration, slices, grid, settings, recovers=recovers))
     inversions, told = inversion_times(header, states, source, settings, encoding.limits)
-    log.notes.extend(told)
+    saturation_times = times_by_counter(saturations, states, encoding.limits)
+    log.notes.extend((*told, *times_notes(header, settings, (saturation_times,), len(states))))
     return SortedScan(
         header=header,
         settings=settings,
@@ -157,7 +158,7 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
         source_headers=source,
         echo_times=echo_times(header, states, encoding.limits.get("contrast")),
         inversion_times=inversions,
-        saturation_times=times_by_counter(saturations, states, encoding.limits),
+        saturation_times=saturation_times,
     )
 
 

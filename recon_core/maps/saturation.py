@@ -6,17 +6,22 @@ leaves. But it has the same sign in all pixels. So the residual of the fit is co
 delays that are all longer by the same time (or readout pulses before the centre of k-space, during which M0 recovers), or another gain of
 one state would make, as far as M0 and T1 cannot imitate it. What explains most of it is told, and if that
 does not explain it, several delays are wrong.
+
+What differs from place to place (a saturation that follows B1; coil maps of too few calibration lines, whose aliases every delay has of its
+own) is none of all pixels: its median may be nothing. So the remainder is asked for in each part of the object as well
+(`recon_core.maps.saturation_places`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from recon_core.maps.saturation_places import Place, note_of_places, parts
 from recon_core.signal_models.saturation_recovery import along_states
 
 Tensor = torch.Tensor
@@ -157,10 +162,13 @@ class Judgement:
         The best explanation, and those that cannot be told from it. Empty: nobody can tell.
     shared
         RMS of what the pixels share beside it beyond doubt, as a part of M0.
+    places
+        The remainder in each part of the object, beside what is said of the whole; empty where positions are not known.
     """
 
     likely: tuple[Deviation, ...] = ()
     shared: float = 0.0
+    places: tuple[Place, ...] = ()
 
     @property
     def several(self) -> bool:
@@ -170,6 +178,11 @@ class Judgement:
     @property
     def note(self) -> str:
         """What the operator has to know; empty where that is next to nothing."""
+        return "; ".join(text for text in (self._of_all, note_of_places(self.places)) if text)
+
+    @property
+    def _of_all(self) -> str:
+        """What all pixels share."""
         if self.several:
             unexplained = 100 * math.hypot(self.likely[0].effect, self.shared)
             return (
@@ -196,7 +209,9 @@ class Judgement:
         return any(d.is_remainder and abs(d.size) > NO_SATURATION for d in self.likely)
 
 
-def judge_recovery(images: Tensor, m0: Tensor, t1: Tensor, times: Sequence[float]) -> Judgement:
+def judge_recovery(
+    images: Tensor, m0: Tensor, t1: Tensor, times: Sequence[float], inside: Tensor | None = None
+) -> Judgement:
     """What explains best that pixels differ alike from the recovery ``M0 (1 - exp(-t / T1))`` that was fitted to them.
 
     Neither ``M0`` nor ``T1`` has to be exact. A gain common to all states is none, and of one that drifts along the delays T1 takes up
@@ -211,6 +226,8 @@ def judge_recovery(images: Tensor, m0: Tensor, t1: Tensor, times: Sequence[float
         Of the fit, ``(pixel,)``; T1 in s.
     times
         Delays in s.
+    inside
+        bool ``(..., y, x)``: where in the image the pixels lie, in the order of its true ones; ``None``: nothing is said of places.
 
     Returns
     -------
@@ -226,7 +243,11 @@ def judge_recovery(images: Tensor, m0: Tensor, t1: Tensor, times: Sequence[float
     best = max(found, key=lambda deviation: deviation.explained)
     alike = [d for d in found if d is not best and d.explained >= _alike(d, best) * best.explained]
     shared = max(deviation.sure_effect for deviation in fitted.less(best).deviations())
-    return Judgement((best, *alike), shared)
+    judgement = Judgement((best, *alike), shared)
+    if inside is None:
+        return judgement
+    beside = fitted.less(best) if judgement.note else fitted
+    return replace(judgement, places=tuple(beside.places(inside)))
 
 
 def _alike(deviation: Deviation, best: Deviation) -> float:
@@ -284,6 +305,18 @@ class _Fitted:
         """The same pixels without a deviation."""
         cause = SHIFTED if deviation.shifted else LEFT if deviation.state is None else deviation.state
         return replace(self, residual=self.residual - deviation.size * self._beyond(self._change(cause)))
+
+    def places(self, inside: Tensor) -> Iterator[Place]:
+        """The remainder in each part of the object that has enough pixels."""
+        for part in parts(inside):
+            found = self._of(part)._deviation(LEFT)
+            if found is not None:
+                yield Place(len(part), found.size, found.doubt, found.t1_median)
+
+    def _of(self, part: Tensor) -> _Fitted:
+        """Some of the pixels, by their numbers."""
+        names = ("residual", "decay", "recovered", "slope", "amplitude", "rate")
+        return replace(self, **{name: getattr(self, name)[..., part] for name in names})
 
     def _beyond(self, change: Tensor) -> Tensor:
         """What neither M0 nor R1 can imitate."""

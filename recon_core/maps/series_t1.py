@@ -44,6 +44,9 @@ BRIGHTEST_FIRST = 1.05
 MOST_INVALID = 0.2
 """Part of the object's pixels without a believable T1 above which the operator is told."""
 
+MOST_EMPTY = 0.1
+"""Part of the object with a T1 below which another recovery than the one that is fitted is likely."""
+
 FITS = {"molli": molli_t1, "inversion_recovery": inversion_recovery_t1, "saturation_recovery": saturation_recovery_t1}
 
 
@@ -137,10 +140,17 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     ):
         notes.append(f"T1: {note}")
     if share < 1 - MOST_INVALID:
-        notes.append(f"T1: {100 * (1 - share):.0f} % of the object's pixels have no believable T1 and are left empty")
+        empty = f"T1: {100 * (1 - share):.0f} % of the object's pixels have no believable T1 and are left empty"
+        notes.append(empty + _why_empty(settings) if share < MOST_EMPTY else empty)
     # of an inversion recovery the series has an axis in the complex plane; that of M0 is only its positive end if the sign is right
     complete = replace(maps, t1=t1, m0_phase=maps.m0_phase if settings.map_model == "saturation_recovery" else None)
     return SeriesMaps(complete.maps, tuple(notes), {"t1_valid": share})
+
+
+def _why_empty(settings: MapSettings) -> str:
+    """What is likely wrong where hardly any pixel has a T1."""
+    fitted = settings.map_model.replace("_", " ")
+    return f": the recovery is likely no {fitted} (setting map_model), or its times are others than the header says"
 
 
 def _refuse_falling(images: Tensor, times: tuple[float, ...]) -> None:
@@ -164,7 +174,7 @@ def _judged_saturation(images: Tensor, maps: T1Maps, times: tuple[float, ...], d
     m0 = maps.m0.data[seen]
     if maps.m0_phase is not None:
         m0 = torch.polar(m0, maps.m0_phase.data[seen])
-    judged = judge_recovery(images[:, seen], m0, maps.t1.data[seen], times)
+    judged = judge_recovery(images[:, seen], m0, maps.t1.data[seen], times, seen)
     if judged.is_no_saturation or (judged.forbids_map and delays == "require"):
         what = "this is no recovery from saturation" if judged.is_no_saturation else "T1 would be wrong"
         raise DataError(

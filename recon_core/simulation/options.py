@@ -74,6 +74,12 @@ class ScanSettings:
     saturation_left: float = setting(
         0.0, "part of M0 that the saturation leaves (satrec); -1: an inversion", low=-1.0, high=0.9
     )
+    saturation_slope: float = setting(
+        0.0,
+        "by how much more of M0 it leaves at the last edge of k1's field of view than in the middle (satrec)",
+        low=-0.9,
+        high=0.9,
+    )
     pulses_before_centre: int = setting(
         0,
         "readout pulses between the delay and the centre of k-space (satrec), of flip_angle and repetition_time",

@@ -63,7 +63,8 @@ class Scene:
             elif kind == "molli":
                 yield signal.look_locker(tissue.pd * self.m0, tissue.t1, state, b_over_a=s.b_over_a)
             elif kind == "satrec":
-                recovered = signal.saturation_recovery(tissue.pd * self.m0, tissue.t1, state, left=s.saturation_left)
+                left = s.saturation_left + s.saturation_slope * _across(tissue.t1.shape[1])
+                recovered = signal.saturation_recovery(tissue.pd * self.m0, tissue.t1, state, left=left)
                 yield signal.after_pulses(
                     recovered,
                     tissue.pd * self.m0,
@@ -113,6 +114,11 @@ def make_scene(
         ernst = np.sin(np.arccos(np.exp(-s.repetition_time / 1.2)))  # scale only: white matter near its density
         m0 = np.asarray(m0 * np.sin(flip) * (1 - e1) / (1 - np.cos(flip) * e1) / ernst * 2.0, dtype=np.complex64)
     return Scene([tissue], m0, off_resonance, brain.LABELS, times_of(s, kind))
+
+
+def _across(n: int) -> FloatArray:
+    """``(y, x)``: 0 in the middle of the field of view along y, -1 and 1 at its edges."""
+    return np.asarray((np.arange(n) - n // 2) / (n / 2), dtype=np.float32)[:, None]
 
 
 def _gap(axis: NDArray[np.float64], otherwise: float) -> float:

@@ -88,7 +88,7 @@ def molli_inversion_times(
     return tuple(first + i * increment + n * rr for i, count in enumerate(scheme) for n in range(count))
 
 
-def saturation_recovery(m0: ComplexArray, t1: FloatArray, delay: float, *, left: float = 0.0) -> ComplexArray:
+def saturation_recovery(m0: ComplexArray, t1: FloatArray, delay: float, *, left: float | FloatArray = 0.0) -> ComplexArray:
     """``S = m0 (1 - (1 - left) exp(-tau / T1))``, PINQI, Eq. 19, with ``left`` of M0 unsaturated (-1: inverted)."""
     return np.asarray(m0 * (1.0 - (1.0 - left) * np.exp(-delay / t1)), dtype=np.complex64)
 

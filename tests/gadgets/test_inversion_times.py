@@ -111,6 +111,41 @@ def test_a_saturation_preparations_list_is_no_list_of_inversions() -> None:
     assert times(sort(header(**fields), molli_readouts())) == ()
 
 
+def numbered(prefix: str, values: tuple[float, ...], first: int = 0) -> dict[str, float]:
+    return {f"{prefix}{first + i}": value for i, value in enumerate(values)}
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [("saturation", "SaturationTime_ms_"), ("inversion", "InversionTime_ms_")])
+@pytest.mark.parametrize(("factor", "told"), [(1.0, False), (2.0, True)])
+def test_two_lists_that_contradict_each_other_are_told(kind: str, prefix: str, factor: float, told: bool) -> None:
+    """T1 would be wrong by the same factor, and nothing in the images shows it."""
+    listed = tuple(0.1 * (i + 1) for i in range(8))
+    scan = sort(
+        header(
+            inversion_times=listed,
+            user_double=numbered(prefix, tuple(1e3 * factor * t for t in listed)),
+            user_string={"MagnetizationPreparation": kind},
+        ),
+        molli_readouts(),
+    )
+    info = scan.scan_info(0)
+    assert (info.saturation_times or info.inversion_times) == pytest.approx([factor * t for t in listed])
+    said = [note for note in scan.notes if "differ" in note]
+    assert len(said) == told and all(f"two lists of {kind} times" in note and "TI 100, 200" in note for note in said)
+
+
+def test_numbers_may_begin_at_one() -> None:
+    values = tuple(100.0 * (i + 1) for i in range(8))
+    scan = sort(header(user_double=numbered("SaturationTime_ms_", values, first=1)), molli_readouts())
+    assert scan.saturation_times == pytest.approx([1e-3 * v for v in values])
+
+
+@pytest.mark.parametrize("n", [7, 9])
+def test_saturation_times_that_are_too_many_or_too_few_are_counted(n: int) -> None:
+    scan = sort(header(inversion_times=(0.5,) * n), molli_readouts(), preparation="saturation")
+    assert scan.saturation_times == () and any(f"{n} saturation times for 8 images" in note for note in scan.notes)
+
+
 def test_the_setting_overrides_everything_and_is_checked() -> None:
     text = "120, 1120, 2120, 3120, 4120, 200, 1200, 2200"
     scan = sort(header(inversion_times=(0.5,) * 8), molli_readouts(), inversion_times=text)

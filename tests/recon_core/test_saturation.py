@@ -24,15 +24,17 @@ SCAN = ScanInfo((1, N, N), FOV, (1, N, N), FOV, saturation_times=TIMES)
 SATURATION = MapSettings(maps="t1", map_model="saturation_recovery")
 
 
-def recovery(left: float, noise: float = 0.005, seed: int = 0, longer: float = 0.0) -> torch.Tensor:
+def recovery(
+    left: float, noise: float = 0.005, seed: int = 0, longer: float = 0.0, slope: float = 0.0, n: int = N
+) -> torch.Tensor:
     """complex64 ``(state, 1, y, x)``: T1 from 0.3 to 2 s, M0 of varying strength and phase, of which a part is not saturated.
 
-    All delays are ``longer`` than `TIMES`, s.
+    That part is by ``slope`` larger at the last edge of y. All delays are ``longer`` than `TIMES`, s.
     """
     rng = np.random.default_rng(seed)
-    y, x = np.meshgrid(*[np.linspace(-1, 1, N)] * 2, indexing="ij")
+    y, x = np.meshgrid(*[np.linspace(-1, 1, n)] * 2, indexing="ij")
     t1, m0 = 1.15 + 0.85 * x, (0.8 + 0.2 * y) * np.exp(1j * (x - y))
-    images = np.stack([m0 * (1 - (1 - left) * np.exp(-(t + longer) / t1)) for t in TIMES])[:, None]
+    images = np.stack([m0 * (1 - (1 - left - slope * y) * np.exp(-(t + longer) / t1)) for t in TIMES])[:, None]
     images = images + noise * (rng.standard_normal(images.shape) + 1j * rng.standard_normal(images.shape))
     return torch.from_numpy(images.astype(np.complex64))
 
@@ -44,7 +46,7 @@ def judged(images: torch.Tensor, times: tuple[float, ...] = TIMES) -> Judgement:
     m0 = fitted.m0.data[seen]
     if fitted.m0_phase is not None:
         m0 = torch.polar(m0, fitted.m0_phase.data[seen])
-    return judge_recovery(images[:, seen], m0, fitted.t1.data[seen], times)
+    return judge_recovery(images[:, seen], m0, fitted.t1.data[seen], times, seen)
 
 
 def scaled(images: torch.Tensor, gains: dict[float, float]) -> torch.Tensor:
@@ -181,3 +183,47 @@ def test_what_follows_for_t1_is_in_the_part_of_a_comment_that_consoles_get() -> 
     assert (
         "T1 is 5 % too long (median), a quarter of the pixels by 9 %" in f"pinqi: {Judgement((remainder, gain)).note}"[:200]
     )
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_a_saturation_that_varies_in_space_is_told_though_all_pixels_together_tell_nothing(magnitude: bool) -> None:
+    """B1: an eighth is left at one edge, and an eighth inverted at the other; T1 is a tenth wrong at both, and right in the median."""
+    images = recovery(0.0, slope=0.13)
+    images = images.abs() if magnitude else images
+    found = judged(images)
+    assert not any(deviation.matters for deviation in found.likely)
+    assert found.places[0].left < -0.04 and found.places[-1].left > 0.04
+    t1 = saturation_recovery_t1(images, TIMES).t1
+    truth = 1.15 + 0.85 * torch.linspace(-1, 1, N)
+    wrong = (t1.data[0, : N // 2] / truth - 1)[t1.valid[0, : N // 2]].median()
+    assert found.places[0].t1_error + found.places[1].t1_error == pytest.approx(2 * float(wrong), abs=0.04)
+    said = r"T1 is wrong in \d+ % of the object, by \d+ % and more in places: the recovery seems to begin at -\d+ to \d+ % of M0 from place"
+    assert re.match(said, found.note)
+    (note,) = t1_maps(ImageSeries("image", images), SCAN, None, SATURATION).notes
+    assert note == f"T1: {found.note}"
+
+
+@pytest.mark.parametrize(
+    ("left", "slope", "noise"), [(0.0, 0.0, 0.005), (0.0, 0.0, 0.05), (0.03, 0.0, 0.005), (0.0, 0.03, 0.005)]
+)
+def test_a_saturation_that_is_alike_everywhere_is_said_of_no_place(left: float, slope: float, noise: float) -> None:
+    found = judged(recovery(left, noise=noise, slope=slope, n=48))
+    assert len(found.places) == 16 and not found.note
+
+
+def test_what_is_said_of_the_whole_is_not_said_of_places_again() -> None:
+    found = judged(recovery(0.06))
+    assert "begin at 6 % of M0" in found.note and "from place to place" not in found.note
+
+
+def test_a_small_object_is_not_divided() -> None:
+    assert judged(recovery(0.0, slope=0.2, n=18)).places == ()
+
+
+def test_an_empty_map_of_an_inversion_says_what_is_likely_wrong() -> None:
+    """With short times states differ in sign, nothing can be fitted, and no remainder be found."""
+    times = (0.05, 0.2, 0.5, 1.0, 2.0)
+    images = torch.stack([torch.full((1, N, N), 1 - 2 * float(np.exp(-t / 0.5)), dtype=torch.complex64) for t in times])
+    scan = replace(SCAN, saturation_times=times)
+    (note,) = t1_maps(ImageSeries("image", images), scan, None, SATURATION).notes
+    assert "100 % of the object" in note and "likely no saturation recovery (setting map_model)" in note

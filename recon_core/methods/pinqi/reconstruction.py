@@ -398,7 +398,7 @@ def _judged_recovery(trained: TrainedPinqi, applied: Applied) -> Judgement:
     parameters = applied.found.parameters[0]
     inside = strong_signal(images[0]) & (parameters[-1] > 0)
     m0 = torch.complex(parameters[0], parameters[1])[inside]
-    return judge_recovery(images[0][:, inside], m0, 1 / parameters[-1][inside], trained.times)
+    return judge_recovery(images[0][:, inside], m0, 1 / parameters[-1][inside], trained.times, inside)
 
 
 def _origin(trained: TrainedPinqi) -> str:

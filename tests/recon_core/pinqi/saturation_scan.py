@@ -42,10 +42,11 @@ def saturation_scan(
     seed: int = 1,
     noise_seed: int = 2,
     left: float = 0.0,
+    slope: float = 0.0,
 ) -> SaturationScan:
     """A body of two tissues; every state keeps eight central lines and a share of the others.
 
-    ``left`` is the part of M0 that is not saturated.
+    ``left`` is the part of M0 that is not saturated, by ``slope`` larger at the last edge of y.
     """
     rng = np.random.default_rng(seed)
     y, x = np.meshgrid(*[(np.arange(n) - n // 2) / (n / 2) for n in shape], indexing="ij")
@@ -53,7 +54,7 @@ def saturation_scan(
     inner = ((y - 0.1) / 0.4) ** 2 + ((x + 0.1) / 0.35) ** 2 < 1
     t1 = np.where(inner, 0.8, 1.4) + 0.1 * x
     m0 = body * np.where(inner, 0.9, 0.7) * np.exp(1j * (0.5 * x - 0.3 * y))
-    images = np.stack([m0 * (1 - (1 - left) * np.exp(-t / t1)) for t in times])[:, None]
+    images = np.stack([m0 * (1 - (1 - left - slope * y) * np.exp(-t / t1)) for t in times])[:, None]
     maps = coil_maps((1, *shape), n_coils, rng) if n_coils > 1 else np.ones((1, 1, *shape), complex)
     full = centred_fft(images[:, None] * maps, (-3, -2))
     centre = np.abs(np.arange(shape[0]) - shape[0] // 2) < 4

@@ -243,6 +243,14 @@ def test_an_incomplete_saturation_is_said_with_every_map(physics: TrainedPinqi, 
     assert all(said in note and all(note in m.comment for m in result.maps) for note in told)
 
 
+def test_a_saturation_that_varies_in_space_is_said_with_every_map(physics: TrainedPinqi) -> None:
+    """A uniform remainder explains nothing of it, and the residual is small."""
+    even, slope = (run(physics, saturation_scan((40, 36), slope=slope)) for slope in (0.0, 0.13))
+    assert not any("from place to place" in note for note in even.notes)
+    told = [note for note in slope.notes if "from place to place" in note]
+    assert told and all(told[0] in m.comment for m in slope.maps)
+
+
 def brightened(s: SaturationScan, gain: float) -> KSpace:
     """The longest delay louder than the others."""
     data = s.kspace.data.clone()
