@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 import os
 import socket
 import sys
@@ -19,8 +18,6 @@ import typer
 from gadgets.errors import WireError
 from gadgets.log_lines import log_to_stderr
 from recon_core.errors import ReconError, SettingError
-
-logger = logging.getLogger(__name__)
 
 NICENESS = 5
 """Looking yields to reading, and comes before computing: a page that answers late is no use."""
