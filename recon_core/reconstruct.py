@@ -380,7 +380,9 @@ def _restored(result: Result, kspace: KSpace, recipe: Recipe) -> Result | None:
 
 
 def _to_console(result: Result, extents: tuple[Extent, Extent, Extent], scan: ScanInfo, recipe: Recipe) -> Result:
-    return _on_console_matrix(_complete(result, extents, recipe.preprocess), scan)
+    completed = _complete(result, extents, recipe.preprocess)
+    images = tuple(series_on_recon_matrix(series, scan) for series in completed.images)
+    return replace(completed, images=images, maps=tuple(map_on_recon_matrix(m, scan) for m in completed.maps))
 
 
 def _complete(result: Result, extents: tuple[Extent, Extent, Extent], settings: PreprocessSettings) -> Result:
@@ -396,18 +398,15 @@ def _complete(result: Result, extents: tuple[Extent, Extent, Extent], settings: 
     return replace(result, images=images)
 
 
-def _on_console_matrix(result: Result, scan: ScanInfo) -> Result:
-    def move(data: torch.Tensor) -> torch.Tensor:
-        return to_recon_matrix(data, scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov)
+def series_on_recon_matrix(series: ImageSeries, scan: ScanInfo) -> ImageSeries:
+    """A series ``(state, z, y, x)`` of ``scan.matrix`` on ``scan.recon_matrix``."""
 
-    images = tuple(replace(series, data=_move_real(series, move)) for series in result.images)
-    return replace(result, images=images, maps=tuple(map_on_recon_matrix(m, scan) for m in result.maps))
+    def move(state: torch.Tensor) -> torch.Tensor:
+        return to_recon_matrix(state, scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov)
 
-
-def _move_real(series: ImageSeries, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     moved = _by_state(move, series.data)
     # interpolating a magnitude rings below zero; a magnitude cannot be negative
-    return moved if moved.is_complex() else moved.clamp_min(0.0)
+    return replace(series, data=moved if moved.is_complex() else moved.clamp_min(0.0))
 
 
 def _with_parameter_maps(

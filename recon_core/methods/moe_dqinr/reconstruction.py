@@ -108,7 +108,7 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
         raise DataError(
             "moe_dqinr represents single slices", where=where, got=f"a slab of {kspace.data.shape[-3]}", remedy="Use llr"
         )
-    order = state_order(scan, kspace.n_states)
+    order = order_in_time(scan, kspace.n_states)
     kspace = in_order(kspace, order)
     plan = plan_for(settings, kspace.data.device.type)
     problem = pose(kspace, where, report)
@@ -137,7 +137,7 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
     )
 
 
-def state_order(scan: ScanInfo, n_states: int) -> Tensor:
+def order_in_time(scan: ScanInfo, n_states: int) -> Tensor:
     """Which state comes first, second, ...: by inversion (or saturation) time where there are some, else as acquired."""
     times = scan.inversion_times or scan.saturation_times
     if len(times) != n_states:
