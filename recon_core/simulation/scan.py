@@ -251,7 +251,7 @@ def simulate_scan(kind: str, settings: ScanSettings, b0_direction: tuple[float, 
         label_names=scene.label_names,
         mask=mask,
         acs_mask=acs,
-        noise_covariance=coils.noise_covariance(s.coils, covariance_rng) * sigma**2,
+        noise_covariance=coils.random_noise_covariance(s.coils, covariance_rng) * sigma**2,
         states=states,
     )
     dropped = round(matrix[2] * s.oversampling * (1.0 - s.asymmetric_echo))
