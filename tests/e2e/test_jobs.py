@@ -22,9 +22,8 @@ from pydicom.uid import MRImageStorage, ParametricMapStorage
 from typer.testing import CliRunner
 
 from gadgets.cli import app
-from gadgets.dicom_cli import MissingExtra
 from gadgets.dicom_identity import DicomError
-from gadgets.errors import CaptureGone, ImageFileError, RetryFailed
+from gadgets.errors import CaptureGone, ImageFileError, MissingExtra, RetryFailed
 from gadgets.fair_queue import HOUSEKEEPING, REPLAY, SCAN
 from gadgets.image_file import read_images
 from gadgets.jobs_cli import archives
