@@ -22,6 +22,7 @@ from recon_core.sampling import masks as sampling
 from recon_core.simulation import coils, schedule
 from recon_core.simulation.encoding import FINE, correlated_noise, encode, pixel_mean, to_image
 from recon_core.simulation.options import ScanSettings, check
+from recon_core.simulation.phantoms import FloatArray, Grid
 from recon_core.simulation.scene import RETRO_FRAMES, Scene, fine_grid, make_scene
 
 ComplexArray = NDArray[np.complex64]
@@ -209,13 +210,7 @@ def simulate_scan(kind: str, settings: ScanSettings, b0_direction: tuple[float, 
     distance = s.slice_thickness + s.slice_gap
     positions = (0.0,) if s.is_3d else tuple((i - (s.slices - 1) / 2) * distance for i in range(s.slices))
     grid = fine_grid(s, positions)
-    if s.donor:
-        coil_maps, shading = coils.donor_maps(s.donor, grid, s.coils)
-    else:
-        scale = max(s.fov_x, s.fov_y) / 0.34
-        coil_maps, shading = coils.biot_savart_maps(
-            grid, s.coils, coil_rng, radii=(0.20 * scale, 0.165 * scale), n_rows=2 if s.is_3d and s.coils >= 8 else 1
-        )
+    coil_maps, shading = _coil_maps(s, grid, coil_rng)
     scene = make_scene(kind, s, grid, shading, object_rng, b0_direction)
 
     def by_slice(a: NDArray[Any]) -> NDArray[Any]:
@@ -223,18 +218,8 @@ def simulate_scan(kind: str, settings: ScanSettings, b0_direction: tuple[float, 
         return a[None] if s.is_3d else np.moveaxis(a[..., None, :, :], -4, 0)
 
     fine_maps = by_slice(coil_maps)
-    n_frames = len(scene.states)
-    n_slices = len(fine_maps)
-    clean = np.empty((n_slices, n_frames, s.coils, *matrix[:2], matrix[2] * s.oversampling), dtype=np.complex64)
-    images = np.empty((n_slices, n_frames, *matrix), dtype=np.complex64)
-    axes = (-3, -2, -1) if s.is_3d else (-2, -1)
-    for frame, whole in enumerate(scene.signals(kind, s)):
-        for i, one in enumerate(by_slice(whole)):
-            images[i, frame] = to_image(encode(one, matrix, 1, three_d=s.is_3d), axes)
-            for coil in range(s.coils):
-                clean[i, frame, coil] = encode(one * fine_maps[i, coil], matrix, s.oversampling, three_d=s.is_3d)
-
-    n_states = s.states if s.retro_gated else n_frames
+    images, clean = _acquired(scene, kind, s, fine_maps, by_slice)
+    n_states = s.states if s.retro_gated else len(scene.states)
     mask, acs = make_mask(kind, s, mask_rng, n_states)
     states = tuple(i / n_states for i in range(n_states)) if s.retro_gated else scene.states
     shown = np.round(np.array(states) * RETRO_FRAMES).astype(int) if s.retro_gated else np.arange(n_states)
@@ -265,6 +250,31 @@ def simulate_scan(kind: str, settings: ScanSettings, b0_direction: tuple[float, 
         first_line=int(np.flatnonzero(sampling.partial_fourier_lines(s.matrix_y, s.partial_fourier))[0]),
         first_sample=dropped,
     )
+
+
+def _coil_maps(s: ScanSettings, grid: Grid, rng: np.random.Generator) -> tuple[ComplexArray, FloatArray]:
+    """Coil maps ``(coil, z, y, x)`` of the fine grid and the shading that they leave in images."""
+    if s.donor:
+        return coils.donor_maps(s.donor, grid, s.coils)
+    scale = max(s.fov_x, s.fov_y) / 0.34
+    n_rows = 2 if s.is_3d and s.coils >= 8 else 1
+    return coils.biot_savart_maps(grid, s.coils, rng, radii=(0.20 * scale, 0.165 * scale), n_rows=n_rows)
+
+
+def _acquired(
+    scene: Scene, kind: str, s: ScanSettings, fine_maps: ComplexArray, by_slice: Callable[..., NDArray[Any]]
+) -> tuple[ComplexArray, ComplexArray]:
+    """Images ``(slice, frame, z, y, x)`` and k-space ``(slice, frame, coil, k2, k1, k0)`` of the whole grid, without noise."""
+    matrix, n_frames = (s.partitions, s.matrix_y, s.matrix_x), len(scene.states)
+    images = np.empty((len(fine_maps), n_frames, *matrix), dtype=np.complex64)
+    kspace = np.empty((len(fine_maps), n_frames, s.coils, *matrix[:2], matrix[2] * s.oversampling), dtype=np.complex64)
+    axes = (-3, -2, -1) if s.is_3d else (-2, -1)
+    for frame, whole in enumerate(scene.signals(kind, s)):
+        for i, one in enumerate(by_slice(whole)):
+            images[i, frame] = to_image(encode(one, matrix, 1, three_d=s.is_3d), axes)
+            for coil in range(s.coils):
+                kspace[i, frame, coil] = encode(one * fine_maps[i, coil], matrix, s.oversampling, three_d=s.is_3d)
+    return images, kspace
 
 
 def _at_phases(images: ComplexArray, phases: tuple[float, ...]) -> ComplexArray:
