@@ -17,8 +17,9 @@ from gadgets.monitor.command import parse_address
 from gadgets.monitor.web import MAX_STREAMS
 from recon_core.errors import SettingError
 from tests.monitor import spools
-from tests.monitor.site import PATIENCE, RECON, TOKEN, Site, environment, monitoring, until
+from tests.monitor.site import RECON, TOKEN, Site, environment, monitoring
 from tests.monitor.spools import FAILED, GOOD, HOSTILE, RETRY
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")
