@@ -11,7 +11,7 @@ import torch
 from recon_core.errors import DataError, NumericalError
 from recon_core.methods import cg_sense, llr
 from recon_core.methods.moe_dqinr.diagnostics import casorati_singular_values, diagnose, numerical_rank
-from recon_core.methods.moe_dqinr.fit import FitResult, FitSettings, IterationReport, fit
+from recon_core.methods.moe_dqinr.fit import FitResult, IterationReport, fit
 from recon_core.methods.moe_dqinr.model import MoeField
 from recon_core.methods.moe_dqinr.objective import Objective, make_objective
 from recon_core.methods.moe_dqinr.settings import Plan, Settings, plan_for
@@ -204,7 +204,7 @@ def _network(work: _Work, settings: Settings, first: Tensor | None) -> Tensor:
         prefit(moe, first, plan.prefit, on_iteration=_advancing(advance))
     advance = work.stages.start("network")
     fitted = fit(moe, work.objective, plan.fit, _advancing(advance))
-    _keep(work, moe, fitted, plan.fit)
+    _keep(work, moe, fitted)
     return fitted.images
 
 
@@ -212,7 +212,7 @@ def _advancing(advance: Callable[[float], None]) -> Callable[[IterationReport], 
     return lambda now: advance(now.iteration / now.iterations)
 
 
-def _keep(work: _Work, moe: MoeField, fitted: FitResult, settings: FitSettings) -> None:
+def _keep(work: _Work, moe: MoeField, fitted: FitResult) -> None:
     found = diagnose(moe, work.objective, fitted.images)
     work.quality |= {
         "network_iterations": float(fitted.iterations),
