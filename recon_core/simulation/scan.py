@@ -106,7 +106,7 @@ class Scan:
         return self.clean[p.slice[rows], frame, :, p.k2[rows], p.k1[rows]]
 
 
-def make_mask(kind: str, s: ScanSettings, rng: np.random.Generator, n_states: int) -> tuple[BoolArray, BoolArray]:
+def make_mask(s: ScanSettings, rng: np.random.Generator, n_states: int) -> tuple[BoolArray, BoolArray]:
     """Sampling mask ``(state, k2, k1)`` and calibration block ``(k2, k1)`` for the settings.
 
     Raises
@@ -115,49 +115,57 @@ def make_mask(kind: str, s: ScanSettings, rng: np.random.Generator, n_states: in
         A mask that does not exist for this scan, or an impossible count.
     """
     lines = sampling.partial_fourier_lines(s.matrix_y, s.partial_fourier)
-    embedded = s.calibration == "embedded"
+    if s.is_3d:
+        return _plane_mask(s, rng, n_states, lines)
+    mask, acs = _line_mask(s, rng, n_states, lines)
+    return mask[:, None], acs[None]
+
+
+def _line_mask(s: ScanSettings, rng: np.random.Generator, n_states: int, lines: BoolArray) -> tuple[BoolArray, BoolArray]:
+    """Of a slice: ``(state, k1)`` and ``(k1,)``."""
     acs_lines = 0 if s.calibration == "none" else s.acs
-    if not s.is_3d:
-        acs = sampling.centre_block((s.matrix_y,), (acs_lines,))
-        inside = acs_lines if embedded else 0
-        if s.mask == "full":
-            mask = sampling.full((s.matrix_y,), n_states, lines)
-        elif s.mask == "uniform":
-            mask = sampling.uniform(
-                s.matrix_y, n_states, s.integer_acceleration(), inside, available=lines, interleaved=s.interleaved
-            )
-        else:
-            draw: dict[str, Callable[..., BoolArray]] = {
-                "random": sampling.random_variable_density,
-                "golden": sampling.golden_angle,
-                "vista": sampling.vista,
-            }
-            if s.mask not in draw:
-                raise SettingError(
-                    "3D mask for a 2D scan", where="simulate.mask", got=s.mask, expected=f"full, uniform, {', '.join(draw)}"
-                )
-            mask = draw[s.mask](s.matrix_y, n_states, s.acceleration, inside, rng, available=lines)
-        return mask[:, None], acs[None]
+    acs = sampling.centre_block((s.matrix_y,), (acs_lines,))
+    inside = acs_lines if s.calibration == "embedded" else 0
+    if s.mask == "full":
+        return sampling.full((s.matrix_y,), n_states, lines), acs
+    if s.mask == "uniform":
+        rate = s.integer_acceleration()
+        return sampling.uniform(s.matrix_y, n_states, rate, inside, available=lines, interleaved=s.interleaved), acs
+    draw: dict[str, Callable[..., BoolArray]] = {
+        "random": sampling.random_variable_density,
+        "golden": sampling.golden_angle,
+        "vista": sampling.vista,
+    }
+    if s.mask not in draw:
+        raise SettingError(
+            "3D mask for a 2D scan", where="simulate.mask", got=s.mask, expected=f"full, uniform, {', '.join(draw)}"
+        )
+    return draw[s.mask](s.matrix_y, n_states, s.acceleration, inside, rng, available=lines), acs
+
+
+def _plane_mask(s: ScanSettings, rng: np.random.Generator, n_states: int, lines: BoolArray) -> tuple[BoolArray, BoolArray]:
+    """Of a slab: ``(state, k2, k1)`` and ``(k2, k1)``."""
     shape = (s.partitions, s.matrix_y)
     block = (min(s.acs_partitions, s.partitions), s.acs) if s.calibration != "none" else (0, 0)
-    acs2 = sampling.centre_block(shape, block)
-    inside2 = block if embedded else (0, 0)
-    available = np.broadcast_to(lines, shape) & (
-        sampling.elliptical(shape) | (acs2 if embedded else False) if s.elliptical else True
-    )
+    acs = sampling.centre_block(shape, block)
+    embedded = s.calibration == "embedded"
+    inside = block if embedded else (0, 0)
+    available = np.broadcast_to(lines, shape)
+    if s.elliptical:
+        available = available & (sampling.elliptical(shape) | (acs if embedded else False))
     if s.mask == "full":
-        mask = sampling.full(shape, n_states, available)
-    elif s.mask == "uniform":
-        mask = sampling.uniform_2d(shape, n_states, (1, s.integer_acceleration()), inside2) & available
-    elif s.mask == "random":
-        mask = sampling.random_variable_density(shape, n_states, s.acceleration, inside2, rng, available=available)
-    elif s.mask == "poisson":
-        mask = sampling.poisson_disc(shape, n_states, s.acceleration, inside2, rng, available=available)
-    else:
+        return sampling.full(shape, n_states, available), acs
+    if s.mask == "uniform":
+        return sampling.uniform_2d(shape, n_states, (1, s.integer_acceleration()), inside) & available, acs
+    draw: dict[str, Callable[..., BoolArray]] = {
+        "random": sampling.random_variable_density,
+        "poisson": sampling.poisson_disc,
+    }
+    if s.mask not in draw:
         raise SettingError(
-            "2D mask for a 3D scan", where="simulate.mask", got=s.mask, expected="full, uniform, random, poisson"
+            "2D mask for a 3D scan", where="simulate.mask", got=s.mask, expected=f"full, uniform, {', '.join(draw)}"
         )
-    return mask, acs2
+    return draw[s.mask](shape, n_states, s.acceleration, inside, rng, available=available), acs
 
 
 def make_plan(
@@ -220,7 +228,7 @@ def simulate_scan(kind: str, settings: ScanSettings, b0_direction: tuple[float, 
     fine_maps = by_slice(coil_maps)
     images, clean = _acquired(scene, kind, s, fine_maps, by_slice)
     n_states = s.states if s.retro_gated else len(scene.states)
-    mask, acs = make_mask(kind, s, mask_rng, n_states)
+    mask, acs = make_mask(s, mask_rng, n_states)
     states = tuple(i / n_states for i in range(n_states)) if s.retro_gated else scene.states
     shown = np.round(np.array(states) * RETRO_FRAMES).astype(int) if s.retro_gated else np.arange(n_states)
     tissue, interior, labels = _regions(scene, by_slice, s.is_3d)
