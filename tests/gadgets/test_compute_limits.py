@@ -15,7 +15,7 @@ from gadgets.errors import JobFailed, SchedulerError, TimeLimitReached, WorkerKi
 from gadgets.fair_queue import REPLAY
 from gadgets.jobs import Jobs
 from gadgets.scheduler_options import SchedulerOptions
-from tests.gadgets.test_jobs import die, process_id
+from tests.gadgets.worker_tasks import die, process_id
 from tests.waiting import PATIENCE, is_alive, until
 
 

@@ -17,7 +17,7 @@ from gadgets.jobs import Jobs
 from gadgets.monitor import health
 from gadgets.monitor.folder import Folder
 from recon_core.errors import DataError
-from tests.gadgets.test_jobs import process_id
+from tests.gadgets.worker_tasks import process_id
 from tests.monitor import spools
 from tests.waiting import PATIENCE, is_alive, until
 

@@ -12,7 +12,7 @@ import pytest
 from gadgets.compute_pool import Task
 from gadgets.errors import JobFailed
 from gadgets.jobs import Jobs
-from tests.gadgets.test_jobs import die, process_id
+from tests.gadgets.worker_tasks import die, process_id
 from tests.waiting import PATIENCE, until
 
 

@@ -18,8 +18,7 @@ from gadgets.errors import JobFailed, WireError
 from gadgets.jobs import Jobs
 from gadgets.listener import Access, Listener
 from gadgets.service import Service, ServiceOptions
-from tests.gadgets.serving import serving
-from tests.gadgets.test_server import still_works
+from tests.gadgets.serving import serving, still_works
 from tests.monitor.site import monitoring
 from tests.waiting import until
 
