@@ -31,6 +31,7 @@ from typing import TypeVar
 import psutil
 
 from benchmarks.common import print_table, write_result
+from benchmarks.soak_memory import workers_of
 from gadgets.errors import ReplayFailed
 from gadgets.image_attributes import is_preview
 from gadgets.image_file import read_images
@@ -138,11 +139,7 @@ class Site:
         """A computing process of the server."""
         assert self.process is not None
         with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    words = " ".join(child.cmdline())
-                    if "loky" in words and "resource_tracker" not in words:
-                        return child
+            return next(iter(workers_of(psutil.Process(self.process.pid))), None)
         return None
 
     def newest(self) -> Path | None:

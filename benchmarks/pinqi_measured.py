@@ -36,7 +36,7 @@ from recon_core.methods.pinqi.figures import t1_figures
 from recon_core.reconstruct import Recipe, reconstruct
 from recon_core.sampling.masks import centre_block, random_variable_density
 from recon_core.simulation.coils import biot_savart_maps, donor_maps
-from recon_core.simulation.encoding import smooth_field
+from recon_core.simulation.encoding import polynomial_field
 from recon_core.simulation.phantoms import Grid, centred_axis
 from recon_core.simulation.quantitative_brain import SATURATION_TIMES
 from recon_core.types import KSpace, ScanInfo
@@ -85,7 +85,7 @@ def posed(
     """The maps with a smooth phase; M0 at most 1.3 times what all but the brightest of the brain have."""
     fov = tuple(n * pixel for n in t1.shape)
     grid = Grid(np.zeros(1), *(centred_axis(n, size) for n, size in zip(t1.shape, fov, strict=True)))
-    phase = smooth_field(grid, np.random.default_rng(5), PHASE)[0]
+    phase = polynomial_field(grid, np.random.default_rng(5), PHASE)[0]
     return {"t1": t1, "m0": np.minimum(m0, 1.3) * np.exp(1j * phase), "brain": brain, "grid": grid, "fov": fov, "fit": fit}
 
 

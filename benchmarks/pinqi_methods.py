@@ -21,7 +21,7 @@ from recon_core.fourier import ifft_centred
 from recon_core.methods import get_method
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
 from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
-from recon_core.methods.pinqi.reconstruction import apply_network, state_order
+from recon_core.methods.pinqi.reconstruction import apply_network, network_order
 from recon_core.methods.pinqi.weights import TrainedPinqi
 from recon_core.sampling.masks import centre_block
 from recon_core.signal_models import SaturationRecovery
@@ -161,7 +161,7 @@ def learned(trained: TrainedPinqi) -> Callable[[Sample], Answer]:
 
     def run(sample: Sample) -> Answer:
         def make() -> T1Map:
-            order = state_order(trained, sample.times)
+            order = network_order(trained, sample.times)
             applied = apply_network(trained, sample.kspace, order, "benchmark", Report())
             rate = applied.operator.leave_image(applied.found.parameters)[0, 2]
             return held(t1_from_rate(rate.cpu().numpy()))

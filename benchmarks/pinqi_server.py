@@ -26,10 +26,10 @@ from benchmarks.common import print_table, write_result
 from benchmarks.latency import server
 from benchmarks.pinqi_phantom import GOAL_RMS, GOAL_WORST, entry
 from gadgets.meta import read_meta
-from gadgets.replay import replay
+from gadgets.replay import ReplayResult, replay
 from gadgets.simulate import read_truth, simulate, simulate_kind, write_scan
 from gadgets.wire.events import Image
-from recon_core.simulation.tubes import PROTOCOL, PUBLISHED, RIM, TABLE_I, compare_tubes
+from recon_core.simulation.tubes import PROTOCOL, PUBLISHED, RIM, TABLE_I, TubeReport, compare_tubes
 
 CHAINS: dict[str, dict[str, str]] = {"pinqi_t1": {}, "llr_t1": {"map_model": "saturation_recovery"}}
 PLAIN = "cg_sense"
@@ -107,6 +107,28 @@ def deviation_rows(deviations: dict[str, Any]) -> list[list[Any]]:
     return rows
 
 
+def asked(port: int, path: Path, chain: str) -> tuple[TubeReport, ReplayResult]:
+    """T1 of the nine tubes as a chain of the server gives it."""
+    images: list[Image] = []
+    answer = replay(path, port=port, config=chain, parameters=CHAINS[chain], on_image=images.append)
+    t1 = t1_of(images)
+    labels = read_truth(path.with_suffix(".truth.h5")).labels[0, 0, 0]
+    return compare_tubes(np.nan_to_num(t1), labels, np.isfinite(t1)), answer
+
+
+def missed_goals(found: dict[str, list[dict[str, Any]]], deviations: dict[str, Any]) -> list[str]:
+    missed = [
+        f"{chain}, seed {f['seed']}: RMS {1e3 * f['rms_deviation_s']:.0f} ms, worst {100 * f['worst_relative']:.1f} %"
+        for chain, scans in found.items()
+        for f in scans
+        if f["rms_deviation_s"] > GOAL_RMS or f["worst_relative"] > GOAL_WORST
+    ]
+    off = [abs(ratio - 1) for ratio in deviations[PLAIN]["ratio"]]
+    if max(off) > GOAL_DEVIATION:
+        missed.append(f"{PLAIN}: standard deviation off by up to {100 * max(off):.0f} %")
+    return missed
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -124,43 +146,19 @@ def main() -> int:
             path = Path(folder) / f"tubes_{seed}.h5"
             settings = {**PROTOCOL, "acceleration": options.acceleration, "snr": options.snr, "seed": seed}
             simulate("satrec", path, settings)
-            labels = read_truth(path.with_suffix(".truth.h5")).labels[0, 0, 0]
-            for chain, parameters in CHAINS.items():
-                images: list[Image] = []
-                result = replay(path, port=port, config=chain, parameters=parameters, on_image=images.append)
-                t1 = t1_of(images)
-                report = compare_tubes(np.nan_to_num(t1), labels, np.isfinite(t1))
-                figures = {
-                    **entry(report),
-                    "seed": seed,
-                    "last_image_s": result.seconds_to_last_image,
-                    "texts": result.texts,
-                }
-                found[chain].append(figures)
-                rows.append(
-                    [
-                        chain,
-                        seed,
-                        *np.round(report.mean, 3).tolist(),
-                        report.rms_deviation,
-                        float(np.abs(report.relative).max()),
-                        round(result.seconds_to_last_image, 2),
-                    ]
+            for chain in CHAINS:
+                report, answer = asked(port, path, chain)
+                found[chain].append(
+                    {**entry(report), "seed": seed, "last_image_s": answer.seconds_to_last_image, "texts": answer.texts}
                 )
+                worst, last = float(np.abs(report.relative).max()), round(answer.seconds_to_last_image, 2)
+                rows.append([chain, seed, *np.round(report.mean, 3).tolist(), report.rms_deviation, worst, last])
         deviations = repeated(port, Path(folder), options.repetitions, options.snr)
     columns = ["T1 in s", "seed", *(f"tube {i + 1}" for i in range(len(TABLE_I))), "RMS s", "worst", "last image, s"]
     print_table(f"Nine tubes at {options.acceleration:g}x through the server, SNR {options.snr:g}", columns, rows)
     columns = ["SD of T1, ms", "", *columns[2:-3], "median", "worst"]
     print_table(f"One scan of all lines, {options.repetitions} times", columns, deviation_rows(deviations))
-    missed = [
-        f"{chain}, seed {f['seed']}: RMS {1e3 * f['rms_deviation_s']:.0f} ms, worst {100 * f['worst_relative']:.1f} %"
-        for chain, scans in found.items()
-        for f in scans
-        if f["rms_deviation_s"] > GOAL_RMS or f["worst_relative"] > GOAL_WORST
-    ]
-    off = [abs(ratio - 1) for ratio in deviations[PLAIN]["ratio"]]
-    if max(off) > GOAL_DEVIATION:
-        missed.append(f"{PLAIN}: standard deviation off by up to {100 * max(off):.0f} %")
+    missed = missed_goals(found, deviations)
     goals = {"rms_deviation_s": GOAL_RMS, "worst_relative": GOAL_WORST, "standard_deviation": GOAL_DEVIATION}
     figures = {"scans": found, "standard_deviation": deviations, "missed": missed}
     write_result("pinqi_server", {"settings": vars(options), "goals": goals, **figures})

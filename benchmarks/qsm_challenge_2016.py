@@ -58,13 +58,13 @@ def challenge_scores(found: Array, truth: Array, mask: NDArray[np.bool_]) -> tup
     are shifted so that the lowest of both maps is 0, the highest of both is the dynamic range, and voxels of the mask are averaged.
     """
     a, b = (np.where(mask, np.asarray(part, np.float64), 0.0) for part in (found, truth))
-    high, reference = laplacian_of_gaussian(a - b), laplacian_of_gaussian(b)
+    high, reference = laplacian_filtered(a - b), laplacian_filtered(b)
     rmse, hfen = (float(np.linalg.norm(x) / np.linalg.norm(y)) for x, y in ((a - b, b), (high, reference)))
     lowest = min(a.min(), b.min())
     return 100 * rmse, 100 * hfen, _similarity(np.where(mask, a - lowest, 0), np.where(mask, b - lowest, 0), mask)
 
 
-def laplacian_of_gaussian(volume: Array) -> Array:
+def laplacian_filtered(volume: Array) -> Array:
     """Kernel ``(r^2 - 3 sigma^2) / sigma^4 g(r)`` with ``sum g = 1``, shifted to sum zero; zeros outside the volume."""
     axis = np.arange(HFEN_SIDE) - (HFEN_SIDE - 1) / 2
     gauss = np.exp(-(axis**2) / (2 * HFEN_SIGMA**2))

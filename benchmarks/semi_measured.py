@@ -12,7 +12,7 @@ from benchmarks.measured_series import Measured, measured
 from benchmarks.series import centred_fft
 from benchmarks.simulated_series import FOV
 from recon_core.simulation.coils import biot_savart_maps, donor_maps
-from recon_core.simulation.encoding import smooth_field
+from recon_core.simulation.encoding import polynomial_field
 from recon_core.simulation.phantoms import Grid, centred_axis
 
 PHASE = 1.2
@@ -32,7 +32,7 @@ def semi_measured(name: str, matrix: tuple[int, int] | None, donor: Path | None,
         maps, _ = biot_savart_maps(grid, n_coils, rng, radii=(0.20 * scale, 0.165 * scale))
     else:
         maps, _ = donor_maps(donor, grid, n_coils)
-    images = resample(series.images, matrix)[:, None] * np.exp(1j * smooth_field(grid, rng, PHASE))
+    images = resample(series.images, matrix)[:, None] * np.exp(1j * polynomial_field(grid, rng, PHASE))
     full = centred_fft(images[:, None] * maps, -2)
     cell = Cell(
         name=name,

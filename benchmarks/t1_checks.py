@@ -263,7 +263,7 @@ def centre_row(scan: Scan, n_coils: int, pattern: dict[str, Any], seed: int) -> 
     complete, info = acquired(replace(scan, truth=replace(scan.truth, mask=np.ones_like(scan.truth.mask))), seed)
     values = {"calibration": "separate", **pattern}
     settings = replace(scan.settings, **values)
-    mask = torch.from_numpy(make_mask("satrec", settings, np.random.default_rng(seed), complete.n_states)[0])
+    mask = torch.from_numpy(make_mask(settings, np.random.default_rng(seed), complete.n_states)[0])
     acs_mask = torch.zeros_like(mask[0])
     middle = mask.shape[-1] // 2
     acs_mask[0, middle - EXTENT // 2 : middle + EXTENT // 2] = True

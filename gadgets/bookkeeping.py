@@ -344,29 +344,30 @@ class Entry:
             # workers that die say more about this machine than about the scan: it is tried again, without a console
             again = (Disconnected, JobFailed) if stopping else (Disconnected, WorkerDied)
             left = complete and isinstance(failure, again)
-        state: State = "sent"
-        why, owner = "", self.row.owner
-        if left and self.row.capture:
-            state, owner = "received", ""
-            gone = failure is None or isinstance(failure, Disconnected)
-            why = "the server stopped" if stopping else PEER_LEFT if gone else reason_of(failure)
-        elif failure is not None or left:
-            state, why = (
-                "failed",
-                reason_of(failure) or f"{PEER_LEFT}, and the raw data are not kept",
-            )
+        state, why = self._verdict(failure, left=left, stopping=stopping)
+        waits = state == "received"
         archive = self._archive(state, kept)
         if self.images is not None:
             self.images.close()
-            if state == "received":
+            if waits:
                 self.images.discard()
         self.row = replace(
-            self.row, state=state, why=why, owner=owner, finished=None if state == "received" else time.time(),
+            self.row, state=state, why=why, owner="" if waits else self.row.owner, finished=None if waits else time.time(),
             timings=dict(self._timings), n_images=self.n_images, chain=facts.chain or self.row.chain, settings=facts.settings,
             weights=facts.weights, fallback=facts.fallback, warnings=tuple(self._warnings), archive=archive,
         )  # fmt: skip
         if self._base is None:
             self._books.put(self.row, force, self._books.over if self.row.is_over else self._books.left)
+
+    def _verdict(self, failure: Exception | None, *, left: bool, stopping: bool) -> tuple[State, str]:
+        """What became of the scan, and why; a scan that is ``left`` without its images waits, if it can, to be taken up again."""
+        assert self.row is not None
+        if left and self.row.capture:
+            gone = failure is None or isinstance(failure, Disconnected)
+            return "received", "the server stopped" if stopping else PEER_LEFT if gone else reason_of(failure)
+        if failure is not None or left:
+            return "failed", reason_of(failure) or f"{PEER_LEFT}, and the raw data are not kept"
+        return "sent", ""
 
     def _archive(self, state: State, kept: bool) -> Archive:
         original = self._base is None or not self._base.origin.startswith("retry")

@@ -1,4 +1,4 @@
-"""Settings of the step from readouts to k-space."""
+"""Settings of the step from readouts to k-space: state axis, cardiac gating, calibration, what to do with incomplete data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Raw captures and the JSON beside them."""
+"""Files of the spool: a scan's raw bytes, verbatim, and the JSON beside them that says what became of the scan."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ import os
 import re
 import signal
 import threading
-import time
 import traceback
 import warnings
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from typing import Any, Literal, TextIO
 from gadgets.compute_pool import Events, Task
 from gadgets.device_errors import device_failure
 from gadgets.errors import JobFailed
+from gadgets.orphans import end_with
 from gadgets.worker_pipes import guard
 
 log = logging.getLogger(__name__)
@@ -319,17 +319,10 @@ def start_worker(threads: int, rehearse: bool, server: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     log_python_warnings()
-    threading.Thread(target=_end_with, args=(server,), name="parent", daemon=True).start()
+    end_with(server, look_every=1.0)  # or a killed server's workers would keep their memory for ever
     prepare_process(threads, rehearse=rehearse)
     with contextlib.suppress(OSError):  # only now: on a busy machine a fresh worker must not take a minute to be there
         os.nice(WORKER_NICENESS)
-
-
-def _end_with(parent: int) -> None:
-    """A server that is killed cannot stop its workers: they have to notice, or they would keep their memory for ever."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 def prepare_process(threads: int, *, rehearse: bool) -> None:

@@ -1,4 +1,4 @@
-"""What a chain says about computing itself."""
+"""How long the method of a chain may compute: its own limit and the server's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from recon_core.settings import setting
 
 @dataclass(frozen=True)
 class ComputeSettings:
-    """Limits of a scan's computing."""
+    """The chain's own limit."""
 
     time_limit: float = setting(
         0.0,

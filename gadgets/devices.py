@@ -1,4 +1,4 @@
-"""Which device computes."""
+"""Which device computes, the CPU or a GPU, when a server starts and when a task begins."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from rich.table import Table
 
 from gadgets.capture import capture_beside
 from gadgets.clock import utc
+from gadgets.errors import MissingExtra
 from gadgets.log_lines import log_to_stderr
-from recon_core.errors import ReconError
 
 if TYPE_CHECKING:  # neither pydicom nor pynetdicom is needed for --help
     from gadgets.pacs import Destination
@@ -27,10 +27,6 @@ PIPE_COLUMNS = 200
 out, err = Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS), Console(stderr=True)
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-
-
-class MissingExtra(ReconError):
-    """A package for DICOM is not installed."""
 
 
 @contextlib.contextmanager

@@ -57,6 +57,10 @@ class ConfigRefused(ReconError):
     """A configuration text that names code, libraries or addresses, or is no configuration at all."""
 
 
+class MissingExtra(ReconError):
+    """A package of an optional part (``recon-gadgets[dicom]``, say) is not installed."""
+
+
 class SpoolError(ReconError):
     """Raw data cannot be captured or read back."""
 

@@ -156,16 +156,6 @@ def pixel_to_patient(header: Any, index: ArrayLike, centre: Centre = "fov") -> N
     return np.asarray(header["position"], dtype=np.float64) + offset @ axes
 
 
-def patient_to_pixel(header: Any, point: ArrayLike, centre: Centre = "fov") -> NDArray[np.float64]:
-    """The inverse of `pixel_to_patient`: fractional indices x, y, z of points ``(..., 3)`` in mm."""
-    matrix = np.asarray(header["matrix_size"], dtype=np.int64)
-    step = np.asarray(header["field_of_view"], dtype=np.float64) / matrix
-    origin = (matrix - 1) / 2 if centre == "fov" else matrix // 2
-    axes = np.array([header["read_dir"], header["phase_dir"], header["slice_dir"]], dtype=np.float64)
-    offset = np.asarray(point, dtype=np.float64) - np.asarray(header["position"], dtype=np.float64)
-    return offset @ axes.T / step + origin
-
-
 def image_position_patient(header: Any, z: int = 0, centre: Centre = "fov") -> Vector:
     """DICOM's ImagePositionPatient (0020,0032): the centre of the first transmitted pixel of plane ``z``, mm.
 

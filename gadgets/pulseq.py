@@ -16,6 +16,7 @@ import importlib
 import math
 import os
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,6 +36,24 @@ RASTER = 10e-6
 IMAGING_MODULE, DUMMY_MODULE, NOISE_MODULE = 1, 2, 3  # TRID
 LONGEST_ENCODING = 3e-3
 """s; encoding gradients are stretched to the time there is, up to this: slow ramps are quiet."""
+
+
+@dataclass(frozen=True)
+class _Pulse:
+    rf: Any
+    slab: Any
+    duration: float  # s, of the block
+    after_centre: float  # s, from the centre of the pulse to the end of the block
+    refocus: float  # 1/m: undoes what the slab's gradient adds after the centre of the pulse
+
+
+@dataclass(frozen=True)
+class _Readout:
+    gradient: Any
+    adc: Any
+    duration: float  # s, of the block
+    to_centre: float  # s, from the start of the block to k0 = 0
+    area_to_centre: float  # 1/m, until then
 
 
 @dataclass
@@ -165,7 +184,7 @@ def _up_to_raster(seconds: float) -> float:
     return math.ceil(seconds / RASTER - 1e-6) * RASTER
 
 
-def _events(pp: ModuleType, system: Any, k: np.ndarray, s: SequenceSettings) -> _Events:
+def _excitation(pp: ModuleType, system: Any, s: SequenceSettings) -> _Pulse:
     rf, slab, _ = pp.make_sinc_pulse(
         flip_angle=s.flip_angle,
         duration=s.rf_duration,
@@ -177,49 +196,61 @@ def _events(pp: ModuleType, system: Any, k: np.ndarray, s: SequenceSettings) -> 
         use="excitation",
         system=system,
     )
-    rf_centre = rf.delay + pp.calc_rf_center(rf)[0]
-    pulse_time = _up_to_raster(pp.calc_duration(rf, slab))
-    # what the slab gradient adds after the centre of the pulse
+    centre = rf.delay + pp.calc_rf_center(rf)[0]
+    duration = _up_to_raster(pp.calc_duration(rf, slab))
     ramp_down = slab.delay + slab.rise_time + slab.flat_time
-    slab_refocus = -slab.amplitude * (ramp_down - rf_centre + 0.5 * slab.fall_time)
+    refocus = -slab.amplitude * (ramp_down - centre + 0.5 * slab.fall_time)
+    return _Pulse(rf, slab, duration, duration - centre, refocus)
 
+
+def _readout(pp: ModuleType, system: Any, s: SequenceSettings) -> _Readout:
     n = s.n_adc
     flat = _up_to_raster(n * s.dwell)
-    readout = pp.make_trapezoid("x", amplitude=1.0 / (s.fov[2] * s.oversampling * s.dwell), flat_time=flat, system=system)
-    adc = pp.make_adc(n, dwell=s.dwell, delay=readout.rise_time, system=system)
-    readout_time = _up_to_raster(max(pp.calc_duration(readout), readout.rise_time + n * s.dwell + system.adc_dead_time))
+    gradient = pp.make_trapezoid("x", amplitude=1.0 / (s.fov[2] * s.oversampling * s.dwell), flat_time=flat, system=system)
+    adc = pp.make_adc(n, dwell=s.dwell, delay=gradient.rise_time, system=system)
+    duration = _up_to_raster(max(pp.calc_duration(gradient), gradient.rise_time + n * s.dwell + system.adc_dead_time))
     # pypulseq and MRD place sample i in the middle of its dwell time
-    to_centre = readout.rise_time + (n // 2 + 0.5) * s.dwell
-    moment_to_centre = readout.amplitude * (0.5 * readout.rise_time + (n // 2 + 0.5) * s.dwell)
+    to_centre = gradient.rise_time + (n // 2 + 0.5) * s.dwell
+    area_to_centre = gradient.amplitude * (0.5 * gradient.rise_time + (n // 2 + 0.5) * s.dwell)
+    return _Readout(gradient, adc, duration, to_centre, area_to_centre)
 
-    before = _on_raster(s.echo_times[0] - (pulse_time - rf_centre) - to_centre)
-    first = pulse_time - rf_centre + before + to_centre
-    gaps = [_on_raster(b - a - readout_time) for a, b in zip(s.echo_times, s.echo_times[1:], strict=False)]
-    durations = [before, *gaps]
-    echo_times = tuple(float(t) for t in first + np.concatenate([[0.0], np.cumsum(np.array(gaps) + readout_time)]))
 
+def _largest_moves(k: np.ndarray, refocus: float) -> tuple[list[float], list[float]]:
+    """Largest areas along y and z, 1/m, before the first echo, between echoes and after the last."""
     moves = np.abs(np.diff(k, axis=1, prepend=0.0)).max(axis=0)
-    moves[0, 0] += abs(slab_refocus)
-    largest = [(float(z), float(y)) for z, y in (*moves, np.abs(k[:, -1]).max(axis=0))]
-    spoiler = s.spoiling_cycles * s.matrix_x / s.fov[2] - (readout.area - moment_to_centre)
-    areas_x = [-moment_to_centre, *[-readout.area] * len(gaps), spoiler]
-    rest = _rest(s, pulse_time, durations, readout_time)
+    moves[0, 0] += abs(refocus)
+    z, y = np.concatenate([moves, np.abs(k[:, -1]).max(axis=0)[None]]).T.tolist()
+    return y, z
+
+
+def _events(pp: ModuleType, system: Any, k: np.ndarray, s: SequenceSettings) -> _Events:
+    pulse, readout = _excitation(pp, system, s), _readout(pp, system, s)
+    before = _on_raster(s.echo_times[0] - pulse.after_centre - readout.to_centre)
+    first = pulse.after_centre + before + readout.to_centre
+    gaps = [_on_raster(b - a - readout.duration) for a, b in pairwise(s.echo_times)]
+    durations = [before, *gaps]
+    echo_times = tuple(float(t) for t in first + np.concatenate([[0.0], np.cumsum(np.array(gaps) + readout.duration)]))
+
+    whole = readout.gradient.area
+    spoiler = s.spoiling_cycles * s.matrix_x / s.fov[2] - (whole - readout.area_to_centre)
+    areas_x = [-readout.area_to_centre, *[-whole] * len(gaps), spoiler]
+    areas_y, areas_z = _largest_moves(k, pulse.refocus)
+    rest = _rest(s, pulse.duration, durations, readout.duration)
     times = [*durations, min(rest, LONGEST_ENCODING)]
-    lobes = [
+    x, y, z = (
         [_lobe(pp, system, axis, area, time, i) for i, (area, time) in enumerate(zip(areas, times, strict=True))]
-        for axis, areas in (("x", areas_x), ("y", [y for _, y in largest]), ("z", [z for z, _ in largest]))
-    ]
-    x, y, z = lobes
+        for axis, areas in (("x", areas_x), ("y", areas_y), ("z", areas_z))
+    )
     return _Events(
-        [rf, slab, pp.make_delay(pulse_time)],
-        readout,
-        adc,
+        [pulse.rf, pulse.slab, pp.make_delay(pulse.duration)],
+        readout.gradient,
+        readout.adc,
         x[0],
         x[1:-1],
         x[-1],
         y,
         z,
-        slab_refocus,
+        pulse.refocus,
         durations,
         rest,
         echo_times,

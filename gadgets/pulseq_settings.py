@@ -1,4 +1,4 @@
-"""What a sequence is asked to be, and what it became."""
+"""Settings of an exported multi-echo sequence, and its times and limits as it will be played (`gadgets.pulseq`)."""
 
 from __future__ import annotations
 

@@ -225,6 +225,7 @@ def repeats_note(
 
 
 def moving_note(headers: Headers, imaging: Placement, slices: tuple[int, ...], log: SortLog) -> None:
+    """Slices whose readouts do not all have one position."""
     # positions that are not finite are repaired and noted with the geometry
     with np.errstate(invalid="ignore"):  # signalling NaNs
         position = np.nan_to_num(headers["position"][imaging.rows].astype(np.float64), posinf=0.0, neginf=0.0)

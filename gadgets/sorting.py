@@ -90,31 +90,12 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
     encoding = chosen_encoding(header, settings)
     readouts = readout_geometry(headers, header, settings)
     kind, log = readouts.kind, SortLog({}, [])
-    n_channels = check_channels(headers, kind)
+    n_channels = _channels(headers, header, kind, log)
     _count_skipped(headers, kind, log)
-    if header.receiver_channels and n_channels and header.receiver_channels != n_channels:
-        log.notes.append(f"the header announces {header.receiver_channels} channels, the readouts have {n_channels}")
-
-    is_image = (kind == Kind.IMAGING) | (kind == Kind.CALIBRATION_AND_IMAGING)
-    is_calibration = (kind == Kind.CALIBRATION) | (kind == Kind.CALIBRATION_AND_IMAGING)
-    if settings.calibration_in_image:
-        is_image |= is_calibration
-    candidates = np.flatnonzero(is_image)
-    if not len(candidates):
-        raise SortError("no imaging readouts", where="scan", got=f"{len(headers)} readouts, {log.skipped or 'none skipped'}")
-
+    candidates, is_calibration = _images_and_calibration(kind, settings, log)
     k2, k1, inside = _phase_encoding(headers, candidates, encoding, settings, log)
     counters = _counters(headers)
-    if settings.cardiac_phases:
-        inside &= _gate(headers, candidates, inside, counters, settings, log)
-    elif header.user_long.get("RetroGatedImages", 0) > 1:
-        log.notes.append(
-            f"the header says that {header.user_long['RetroGatedImages']} cardiac phases are to be re-binned "
-            f"retrospectively; set cardiac_phases to do so: the phase counter is used"
-        )
-    rows = candidates[inside[candidates]]
-    if not len(rows):
-        raise SortError("no imaging readouts are left", where="scan", got=f"skipped: {log.skipped}")
+    rows = _image_rows(headers, header, candidates, inside, counters, settings, log)
 
     axes = _state_axes(counters, rows, settings, log)
     slices, slice_of, states, state_of = _labels(counters, rows, axes, settings, log)
@@ -129,7 +110,7 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
 
     source = _source_headers(headers, imaging, (len(slices), len(states)), encoding)
     one_place(source, slices, states, encoding)
-    geometry = tuple(read_geometry(source[s, 0]) for s in range(len(slices)))
+    geometry = tuple(read_geometry(head) for head in source[:, 0])
     log.notes.extend(dict.fromkeys(note for g in geometry for note in g.notes))
     moving_note(headers, imaging, slices, log)
     saturations = saturation_list(header, settings)
@@ -172,6 +153,14 @@ def _counters(headers: Headers) -> dict[str, NDArray[np.int32]]:
     return {name: headers["idx"][name].astype(np.int32) for name in (*STATE_COUNTERS, "slice", "average")}
 
 
+def _channels(headers: Headers, header: MrdHeader, kind: NDArray[np.uint8], log: SortLog) -> int:
+    """Of all readouts that are used; the header may have announced another number."""
+    n_channels = check_channels(headers, kind)
+    if header.receiver_channels and n_channels and header.receiver_channels != n_channels:
+        log.notes.append(f"the header announces {header.receiver_channels} channels, the readouts have {n_channels}")
+    return n_channels
+
+
 def _count_skipped(headers: Headers, kind: NDArray[np.uint8], log: SortLog) -> None:
     log.skip("other encoding space", int((kind == Kind.OTHER_ENCODING).sum()))
     flags = headers["flags"][kind == Kind.SKIPPED]
@@ -179,6 +168,42 @@ def _count_skipped(headers: Headers, kind: NDArray[np.uint8], log: SortLog) -> N
         has = (flags & flag_mask(bit)) != 0
         log.skip(reason, int(has.sum()))
         flags = flags[~has]
+
+
+def _images_and_calibration(
+    kind: NDArray[np.uint8], settings: AcquisitionSettings, log: SortLog
+) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:
+    """Rows of readouts that are meant for images, and which readouts are calibration."""
+    is_image = (kind == Kind.IMAGING) | (kind == Kind.CALIBRATION_AND_IMAGING)
+    is_calibration = (kind == Kind.CALIBRATION) | (kind == Kind.CALIBRATION_AND_IMAGING)
+    if settings.calibration_in_image:
+        is_image |= is_calibration
+    if not is_image.any():
+        raise SortError("no imaging readouts", where="scan", got=f"{len(kind)} readouts, {log.skipped or 'none skipped'}")
+    return np.flatnonzero(is_image), is_calibration
+
+
+def _image_rows(
+    headers: Headers,
+    header: MrdHeader,
+    candidates: NDArray[np.intp],
+    inside: NDArray[np.bool_],
+    counters: dict[str, NDArray[np.int32]],
+    settings: AcquisitionSettings,
+    log: SortLog,
+) -> NDArray[np.intp]:
+    """Those of the candidates that lie in the matrix and, where cardiac phases are told anew (in ``counters``), in an accepted beat."""
+    if settings.cardiac_phases:
+        inside = inside & _gate(headers, candidates, inside, counters, settings, log)
+    elif header.user_long.get("RetroGatedImages", 0) > 1:
+        log.notes.append(
+            f"the header says that {header.user_long['RetroGatedImages']} cardiac phases are to be re-binned "
+            f"retrospectively; set cardiac_phases to do so: the phase counter is used"
+        )
+    rows = candidates[inside[candidates]]
+    if not len(rows):
+        raise SortError("no imaging readouts are left", where="scan", got=f"skipped: {log.skipped}")
+    return rows
 
 
 def _phase_encoding(

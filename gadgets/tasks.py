@@ -31,9 +31,8 @@ from recon_core.fourier import fft_centred
 from recon_core.methods import methods
 from recon_core.preprocess.coil_compression import compression_matrix
 from recon_core.preprocess.noise import noise_covariance
-from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.preprocess.readout import finite_readouts, prepare_readouts
-from recon_core.reconstruct import Recipe, finish, reconstruct, reconstruct_images
+from recon_core.reconstruct import Recipe, finish, reconstruct, reconstruct_images, series_on_recon_matrix
 from recon_core.sampling.coverage import missing_lines
 from recon_core.settings import parse_settings
 from recon_core.state_images import StateImages
@@ -266,19 +265,14 @@ class SliceReport(FileReport):
         if not self._wanted:
             return
         try:
-            super().preview(_on_console_matrix(series, self._scan))
+            # a method without coil maps works on the console's matrix already
+            moves = tuple(series.data.shape[-3:]) == self._scan.matrix
+            super().preview(series_on_recon_matrix(series, self._scan) if moves else series)
         except JobFailed:  # the scan was given up
             raise
         except Exception as error:  # memory too short for a copy, say
             words = str(error) if isinstance(error, ReconError) else type(error).__name__
             log.warning("event=preview_failed task=%s error=%r", self.tag, words)
-
-
-def _on_console_matrix(series: ImageSeries, scan: ScanInfo) -> ImageSeries:
-    if tuple(series.data.shape[-3:]) != scan.matrix:
-        return series  # a method without coil maps works on the console's matrix already
-    moved = to_recon_matrix(series.data, scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov)
-    return replace(series, data=moved if moved.is_complex() else moved.clamp_min(0.0))
 
 
 def reconstruct_slice(job: SliceJob) -> Result:

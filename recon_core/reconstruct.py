@@ -140,13 +140,7 @@ def reconstruct_images(
         raise DataError(
             "reconstructs the states of a slice together", where=recipe.method, got=f"states {states}", expected="all"
         )
-    if not bool((kspace.counts > 0).any()):
-        raise DataError("nothing was sampled", where=f"slice {scan.slice_index}")
-    if recipe.maps.maps != "none" and recipe.maps.map_failure == "error":
-        _require_times(scan, kspace.n_states, recipe.maps)  # known before anything is computed
-    wrong = _mixed_calibration(kspace, scan, method, recipe) or _missing_centre(kspace, scan, method, recipe)
-    if wrong is not None and recipe.maps.map_failure == "error":
-        raise wrong
+    wrong = _known_beforehand(kspace, scan, method, recipe)
     kspace, loud = _with_believable_noise(kspace, recipe, report)
     empty = not bool((kspace.data != 0).any())
     if empty:
@@ -155,24 +149,16 @@ def reconstruct_images(
         kspace = compress_coils(kspace, recipe.preprocess)
     extents = extents_of(kspace)
     recipe, smooth = _with_whole_phase(recipe, extents, scan, report)
-    phase: Tensor | None = None
-    if needs_coil_maps(method, recipe.settings):
-        if kspace.coil_maps is None and empty:
-            kspace = replace(kspace, coil_maps=_equal_coils(kspace))
-        elif kspace.coil_maps is None:
-            maps = estimate_coil_maps(_calibration(method, kspace, scan, recipe.settings), recipe.coils, report)
-            kspace = replace(kspace, coil_maps=maps)
-        wanted = kspace if states is None else kspace.part(*states)
-        result = method.reconstruct(wanted, scan, recipe.settings, report)
-        restored = None if empty else _restored(result, wanted, recipe)
-        if restored is not None:
-            phase = _to_console(restored, extents, scan, recipe).images[0].data
-            report.warn(FAINT)
-            result = replace(result, notes=(*result.notes, FAINT))
-        result = _to_console(result, extents, scan, recipe)
+    by_coil_maps = needs_coil_maps(method, recipe.settings)
+    if by_coil_maps and kspace.coil_maps is None:
+        kspace = replace(
+            kspace, coil_maps=_equal_coils(kspace) if empty else _coil_maps(kspace, scan, method, recipe, report)
+        )
+    wanted = kspace if states is None else kspace.part(*states)
+    if by_coil_maps:
+        result, phase = _with_coil_maps(wanted, extents, scan, method, recipe, report, empty=empty)
     else:
-        wanted = kspace if states is None else kspace.part(*states)
-        result = _without_coil_maps(wanted, extents, scan, method, recipe, report)
+        result, phase = _without_coil_maps(wanted, extents, scan, method, recipe, report), None
     gaps = doubtful_centre(kspace.mask) if recipe.maps.maps == "t1" and wrong is None else _of_gaps(kspace, recipe)
     if gaps:
         report.warn(gaps)
@@ -180,6 +166,19 @@ def reconstruct_images(
     noise = None if recipe.maps.maps == "none" or result.maps else _noise_of(kspace, scan)
     result = replace(result, notes=(*loud, *smooth, *result.notes))
     return StateImages(result, noise, "" if wrong is None else str(wrong), phase)
+
+
+def _known_beforehand(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe) -> ReconError | None:
+    """What will make maps wrong, before anything is computed; raised where the recipe wants no images without maps."""
+    if not bool((kspace.counts > 0).any()):
+        raise DataError("nothing was sampled", where=f"slice {scan.slice_index}")
+    refuses = recipe.maps.map_failure == "error"
+    if recipe.maps.maps != "none" and refuses:
+        _require_times(scan, kspace.n_states, recipe.maps)
+    wrong = _mixed_calibration(kspace, scan, method, recipe) or _missing_centre(kspace, scan, method, recipe)
+    if wrong is not None and refuses:
+        raise wrong
+    return wrong
 
 
 def finish(
@@ -343,6 +342,31 @@ def _by_state(change: Callable[[torch.Tensor], torch.Tensor], data: torch.Tensor
     return torch.stack([change(state) for state in data])
 
 
+def _coil_maps(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe, report: Report) -> Tensor:
+    return estimate_coil_maps(_calibration(method, kspace, scan, recipe.settings), recipe.coils, report)
+
+
+def _with_coil_maps(
+    kspace: KSpace,
+    extents: tuple[Extent, Extent, Extent],
+    scan: ScanInfo,
+    method: Method,
+    recipe: Recipe,
+    report: Report,
+    *,
+    empty: bool,
+) -> tuple[Result, Tensor | None]:
+    """Combined images, and those that maps should take the phase from where they are others (see `_restored`)."""
+    result = method.reconstruct(kspace, scan, recipe.settings, report)
+    phase: Tensor | None = None
+    restored = None if empty else _restored(result, kspace, recipe)
+    if restored is not None:
+        phase = _to_console(restored, extents, scan, recipe).images[0].data
+        report.warn(FAINT)
+        result = replace(result, notes=(*result.notes, FAINT))
+    return _to_console(result, extents, scan, recipe), phase
+
+
 def _without_coil_maps(
     kspace: KSpace, extents: tuple[Extent, Extent, Extent], scan: ScanInfo, method: Method, recipe: Recipe, report: Report
 ) -> Result:
@@ -380,7 +404,9 @@ def _restored(result: Result, kspace: KSpace, recipe: Recipe) -> Result | None:
 
 
 def _to_console(result: Result, extents: tuple[Extent, Extent, Extent], scan: ScanInfo, recipe: Recipe) -> Result:
-    return _on_console_matrix(_complete(result, extents, recipe.preprocess), scan)
+    completed = _complete(result, extents, recipe.preprocess)
+    images = tuple(series_on_recon_matrix(series, scan) for series in completed.images)
+    return replace(completed, images=images, maps=tuple(map_on_recon_matrix(m, scan) for m in completed.maps))
 
 
 def _complete(result: Result, extents: tuple[Extent, Extent, Extent], settings: PreprocessSettings) -> Result:
@@ -396,18 +422,15 @@ def _complete(result: Result, extents: tuple[Extent, Extent, Extent], settings: 
     return replace(result, images=images)
 
 
-def _on_console_matrix(result: Result, scan: ScanInfo) -> Result:
-    def move(data: torch.Tensor) -> torch.Tensor:
-        return to_recon_matrix(data, scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov)
+def series_on_recon_matrix(series: ImageSeries, scan: ScanInfo) -> ImageSeries:
+    """A series ``(state, z, y, x)`` of ``scan.matrix`` on ``scan.recon_matrix``."""
 
-    images = tuple(replace(series, data=_move_real(series, move)) for series in result.images)
-    return replace(result, images=images, maps=tuple(map_on_recon_matrix(m, scan) for m in result.maps))
+    def move(state: torch.Tensor) -> torch.Tensor:
+        return to_recon_matrix(state, scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov)
 
-
-def _move_real(series: ImageSeries, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
     moved = _by_state(move, series.data)
     # interpolating a magnitude rings below zero; a magnitude cannot be negative
-    return moved if moved.is_complex() else moved.clamp_min(0.0)
+    return replace(series, data=moved if moved.is_complex() else moved.clamp_min(0.0))
 
 
 def _with_parameter_maps(

@@ -19,7 +19,9 @@ from pathlib import Path
 
 from gadgets.wire.events import Image
 from tests.strict_client import _Abort, _image, _text, _unsigned
+from tests.wire.conftest import CAPTURES
 
+CONFIG = '<?xml version="1.0"?>\n<configuration><property name="chain" value="fourier"/></configuration>\n'
 CLOSE, ERROR, IMAGE = 4, 8, 1022
 ACCEPTED = {CLOSE, ERROR, 1008, IMAGE, 1023, 1024, 1026, 1050}
 IMAGE_READER = {1, 5, 7}  # of what a node may send; int16 (2) is "map::at"
@@ -45,6 +47,12 @@ def message(number: int, text: str) -> bytes:
     """CONFIG (2) or HEADER (3)."""
     raw = text.encode()
     return struct.pack("<HI", number, len(raw)) + raw
+
+
+def recorded(name: str, config: str = CONFIG) -> bytes:
+    """What the real Gadgetron sent, with another node configuration."""
+    raw = (CAPTURES / f"gadgetron_node_{name}.bin").read_bytes()
+    return message(2, config) + raw[6 + struct.unpack_from("<I", raw, 2)[0] :]
 
 
 def session(

@@ -4,33 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import logging
 import os
 import socket
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from gadgets.errors import WireError
+from gadgets.errors import MissingExtra, WireError
 from gadgets.log_lines import log_to_stderr
+from gadgets.orphans import end_with
 from recon_core.errors import ReconError, SettingError
-
-logger = logging.getLogger(__name__)
 
 NICENESS = 5
 """Looking yields to reading, and comes before computing: a page that answers late is no use."""
 
 MAX_CONNECTIONS = 100
 PACKAGES = ("starlette", "uvicorn", "jinja2", "prometheus_client")
-
-
-class MissingExtra(ReconError):
-    """A package for the monitor is not installed."""
 
 
 def require_packages() -> None:
@@ -80,7 +72,7 @@ def monitor(
     with contextlib.suppress(OSError):
         os.nice(NICENESS)
     if with_parent is not None:
-        threading.Thread(target=_end_with, args=(with_parent,), name="parent", daemon=True).start()
+        end_with(with_parent, look_every=0.5)  # the next server's monitor will need the port
     with _bound(host, port) as listener:
         serve(listener, host, spool, token)
 
@@ -127,13 +119,6 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         raise WireError("cannot listen", where=f"{host}:{port}", got=got, remedy="Is another monitor running?") from error
     with listener:
         yield listener
-
-
-def _end_with(parent: int) -> None:
-    """A server that is killed cannot stop its monitor, whose port the next server's will need."""
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(1)
 
 
 def main() -> None:

@@ -11,9 +11,6 @@ from typing import Any
 BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
 """Upper edges in s: a plain image takes 0.1 s, a network on a CPU minutes."""
 
-STAGES = ("receive", "first_image", "reconstruct", "send")
-"""Receiving; last readout to first image; last readout to last image; part of that spent on sending."""
-
 
 @dataclass
 class Histogram:
@@ -53,7 +50,11 @@ class Tallies:
             self._events[name] += 1
 
     def seconds(self, stage: str, chain: str, seconds: float) -> None:
-        """What one scan took in ``stage``."""
+        """What one scan took in ``stage``.
+
+        ``receive``; ``first_image`` and ``reconstruct``, from the last readout to the first and to the last image; ``send``, the
+        part of that spent on sending.
+        """
         with self._lock:
             self._stages.setdefault((stage, chain), Histogram()).add(seconds)
 

@@ -11,7 +11,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from gadgets.errors import MalformedText, Oversized
-from gadgets.wire import compression
 from gadgets.wire.dtypes import (
     ACQUISITION_HEADER,
     DATA_TYPE_CODES,
@@ -122,24 +121,6 @@ def acquisitions(
     rows[:, : READOUT_RECORD.itemsize] = records.view(np.uint8).reshape(n, -1)
     rows[:, READOUT_RECORD.itemsize : first] = points
     rows[:, first:] = np.ascontiguousarray(samples, dtype="<c8").view(np.uint8).reshape(n, size - first)
-    return stream
-
-
-def compressed_acquisitions(
-    headers: NDArray[np.void],
-    samples: NDArray[np.complex64],
-    trajectories: NDArray[np.float32] | None = None,
-    *,
-    tolerance: float | None = None,
-    bits: int | None = None,
-) -> bytearray:
-    """Id 1008 with NHLBI compression (flag 54), as the client's ``-T tolerance`` or ``-P bits``; see ``acquisitions``."""
-    records, points = _records(headers, samples, trajectories)
-    records["header"]["flags"] |= flag_bits(Flag.ACQ_COMPRESSION2)
-    stream = bytearray()
-    for record, trajectory, readout in zip(records, points, samples, strict=True):
-        packed = compression.encode(readout, tolerance=tolerance, bits=bits)
-        stream += record.tobytes() + trajectory.tobytes() + struct.pack("<I", len(packed)) + packed
     return stream
 
 

@@ -1,7 +1,7 @@
 """Composite messages that Gadgetron sends to external nodes: ReconData (1023) and AcquisitionBucket (1050).
 
 They carry no total length, so their size is known only while they are read. Each reader is a generator that yields how many
-bytes it needs next and is sent exactly these; ``FrameParser`` and ``read_*`` drive the same generators.
+bytes it needs next and is sent exactly these by ``FrameParser``.
 
 Gadgetron's arrays are column-major with the first axis fastest; here the axes are reversed (C order, last fastest).
 """
@@ -131,29 +131,6 @@ def bucket(limit: int) -> Parts:
     pieces = np.split(values, np.cumsum(counts)[:-1]) if len(counts) else []
     shaped = (p.reshape(int(h["channels"]), int(h["number_of_samples"])) for h, p in zip(headers, pieces, strict=True))
     return Bucket(data, reference, tuple(zip(headers, shaped, strict=True)))
-
-
-def read_recon_data(buffer: bytes | memoryview, limit: int = 1 << 30) -> tuple[ReconData, int]:
-    """Read the body of a 1023 message from a buffer.
-
-    Returns
-    -------
-    The message and how many bytes it took.
-
-    Raises
-    ------
-    Disconnected, Oversized, MalformedMessage
-    """
-    value, taken = _drive(recon_data(limit), buffer, "ReconData")
-    assert isinstance(value, ReconData)
-    return value, taken
-
-
-def read_bucket(buffer: bytes | memoryview, limit: int = 1 << 30) -> tuple[Bucket, int]:
-    """Read the body of a 1050 message from a buffer; returns and raises as ``read_recon_data``."""
-    value, taken = _drive(bucket(limit), buffer, "AcquisitionBucket")
-    assert isinstance(value, Bucket)
-    return value, taken
 
 
 def _drive(parts: Parts, buffer: bytes | memoryview, what: str) -> tuple[object, int]:

@@ -2,7 +2,7 @@
 
 A buffer is ``u64 elements, f32 scale, u8 bits`` (packed, 13 bytes) and then, without gaps, ``elements`` two's-complement
 integers of ``bits`` bits each, least significant bit first. A value is ``integer / scale``; real and imaginary parts
-alternate. The encoder rounds to the nearest integer, so the error is at most ``0.5 / scale``.
+alternate.
 
 Format as in gadgetron 4.7.2 (``NHLBICompression.h``), checked against bytes that its client sent.
 """
@@ -73,44 +73,6 @@ def _unpack(buffer: bytes | memoryview, bits: int, elements: int) -> NDArray[np.
         # to the top, then back with the sign
         values[:, lane] = (words << (up - shift)) >> up
     return values.reshape(-1)[:elements]
-
-
-def encode(samples: NDArray[np.complex64], *, tolerance: float | None = None, bits: int | None = None) -> bytes:
-    """Pack samples to a largest error (the client's ``-T``) or a number of bits (``-P``); give exactly one of them.
-
-    The real client chooses a slightly larger scale for the same request; any decoder reads the scale from the buffer.
-
-    Parameters
-    ----------
-    samples
-        complex64 of any shape, packed in C order.
-    tolerance
-        Largest error of a real or imaginary part.
-    bits
-        2 to 31 bits per value; the scale then follows from the largest value.
-
-    Raises
-    ------
-    ValueError
-        Neither or both were given, or the values would need more than 32 bits.
-    """
-    if (tolerance is None) == (bits is None):
-        raise ValueError("give either tolerance or bits")
-    values = np.ascontiguousarray(samples, dtype="<c8").reshape(-1).view("<f4").astype(np.float64)
-    largest = float(np.abs(values).max(initial=0.0))
-    if tolerance is not None:
-        scale = float(np.float32(0.5 / tolerance))
-        bits = math.ceil(scale * largest + 1).bit_length() + 1
-    else:
-        assert bits is not None
-        scale = float(np.float32((2 ** (bits - 1) - 2) / largest)) if largest else 1.0
-    if not 2 <= bits <= 32:
-        raise ValueError(f"{bits} bits per value; 2 to 32 are possible")
-    largest_integer = 2 ** (bits - 1) - 1  # float32 may have rounded the scale up
-    whole = np.rint(values * scale).clip(-largest_integer, largest_integer).astype(np.int64)
-    lanes = ((whole[:, None] >> np.arange(bits)) & 1).astype(np.uint8)
-    prefix = np.array((len(values), scale, bits), PREFIX)
-    return prefix.tobytes() + np.packbits(lanes.reshape(-1), bitorder="little").tobytes()
 
 
 def _malformed(field: str, got: object, expected: object) -> MalformedMessage:

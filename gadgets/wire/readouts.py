@@ -1,4 +1,4 @@
-"""Samples and trajectories of framed readouts, read from the verbatim log of the stream.
+"""Samples of framed readouts, read from the verbatim log of the stream.
 
 A log is a file whose byte ``i`` is byte ``i`` of the stream (``gadgets.spool``), so the offsets of a ``Readouts`` event are
 file positions. Reads are large and in file order; readouts at a constant distance are decoded by one strided view.
@@ -107,33 +107,6 @@ def read_samples(
                 first = int(start + skip[i]) + 4
                 buffer = view[first : int(start + _HEAD + payload_bytes[i])]
                 out[i] = compression.decode(buffer, 2 * channels * samples).view(np.complex64).reshape(channels, samples)
-    return out
-
-
-def read_trajectories(
-    log: str | os.PathLike[str] | int,
-    headers: NDArray[np.void],
-    offsets: NDArray[np.int64],
-) -> NDArray[np.float32]:
-    """Trajectories of readouts with the same number of samples and trajectory dimensions.
-
-    Returns
-    -------
-    float32 ``(n, sample, dimension)``; raises as ``read_samples``.
-    """
-    samples, dims = _common(headers, "number_of_samples"), _common(headers, "trajectory_dimensions")
-    out = np.empty((len(headers), samples, dims), np.float32)
-    if not samples * dims:
-        return out
-    sizes = np.full(len(headers), 4 * samples * dims, np.int64)
-    with _descriptor(log) as fd:
-        for where, view, starts in _blocks(fd, offsets + _HEAD, sizes):
-            for rows, run in _even_runs(starts):
-                strides = (run, 4 * dims, 4)
-                source: NDArray[np.float32] = np.ndarray(
-                    (len(rows), samples, dims), "<f4", view, offset=int(starts[rows.start]), strides=strides
-                )
-                out[_slice(where[rows.start : rows.stop])] = source
     return out
 
 

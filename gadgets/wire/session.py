@@ -64,10 +64,6 @@ class Session:
     def __init__(self) -> None:
         self.state = IDLE
 
-    @property
-    def is_closed(self) -> bool:
-        return self.state == CLOSED
-
     def accept(self, event: events.Event) -> None:
         """Take the next event of the parser; nothing changes when it raises, so a connection can be drained behind it.
 

@@ -113,7 +113,7 @@ def leading_eigenvector(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return values[..., -1], vectors[..., -1]
 
 
-def smooth_phase(vectors: Tensor, energy: Tensor) -> Tensor:
+def align_phases(vectors: Tensor, energy: Tensor) -> Tensor:
     """Choose the free phase of every vector so that neighbours agree.
 
     Maximises ``sum_edges w_ij Re(conj(p_i) p_j v_i^H v_j)`` over phases ``p``, relaxed to the leading eigenvector of the

@@ -15,10 +15,10 @@ import torch
 
 from recon_core.coils.coarse_grid import (
     GridAxis,
+    align_phases,
     interpolate,
     leading_eigenvector,
     low_resolution_images,
-    smooth_phase,
 )
 from recon_core.errors import CalibrationError
 from recon_core.fourier import ifft_centred, resize_centred
@@ -110,7 +110,7 @@ def espirit_maps(
         operators = torch.stack(parts, dim=2)
     value, vector = leading_eigenvector(operators)
     low_image, low_noise = _low_resolution(block, axes, sd)
-    vector = smooth_phase(vector, low_image.square())
+    vector = align_phases(vector, low_image.square())
     maps = interpolate(torch.movedim(vector, -1, 0).contiguous(), axes)
     maps = maps / torch.linalg.vector_norm(maps, dim=0).clamp_min(1e-12)
     if background > 0 and low_noise is not None:

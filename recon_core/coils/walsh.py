@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from recon_core.coils.coarse_grid import GridAxis, interpolate, leading_eigenvector, low_resolution_images, smooth_phase
+from recon_core.coils.coarse_grid import GridAxis, align_phases, interpolate, leading_eigenvector, low_resolution_images
 from recon_core.errors import CalibrationError
 
 Tensor = torch.Tensor
@@ -61,7 +61,7 @@ def walsh_maps(calibration: Tensor, shape: Sequence[int], *, block: int = 1) -> 
         average = _block_average(axis.n_coarse, side).to(covariance.device, covariance.dtype)
         covariance = torch.movedim(torch.tensordot(average, covariance, dims=([1], [i])), 0, i)
     _, vectors = leading_eigenvector(covariance)
-    vectors = smooth_phase(vectors, pixels.abs().square().sum(dim=-1))
+    vectors = align_phases(vectors, pixels.abs().square().sum(dim=-1))
     maps = interpolate(torch.movedim(vectors, -1, 0).contiguous(), axes)
     return maps / torch.linalg.vector_norm(maps, dim=0).clamp_min(1e-12)
 

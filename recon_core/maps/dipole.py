@@ -63,15 +63,12 @@ class Susceptibility:
         ``QSM`` in ppm, valid inside the mask, zero outside; mean zero in ``reference``.
     reference
         Name of the reference region, as it is reported.
-    reference_value
-        What was subtracted, ppm.
     iterations, change, converged
         Of the solver; ``change`` is the last relative change of the map.
     """
 
     chi: ParameterMap
     reference: str
-    reference_value: float
     iterations: int
     change: float
     converged: bool
@@ -276,10 +273,9 @@ def referenced(
     region = inside if reference is None else checked_mask(reference, chi.shape, f"{method} reference region") & inside
     if not bool(region.any()):
         raise DataError("reference region lies outside the mask", where=method)
-    value = float(chi[region].double().mean())
     name = reference_name or ("whole mask" if reference is None else "given region")
-    data = torch.where(inside, chi - value, 0.0).to(torch.float32)
+    data = torch.where(inside, chi - float(chi[region].double().mean()), 0.0).to(torch.float32)
     if not bool(torch.isfinite(data).all()):
         raise NumericalError("susceptibility is not finite", where=method)
     result = ParameterMap("QSM", data, "ppm", inside, f"{method}, zero: mean of {name}")
-    return Susceptibility(result, name, value, iterations, change, converged)
+    return Susceptibility(result, name, iterations, change, converged)

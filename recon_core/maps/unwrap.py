@@ -3,11 +3,11 @@
 `unwrap_phase` follows the most reliable path: of all ways to connect the voxels of the mask it takes the tree with the least
 roughness, and adds along it the turns that bring neighbours within half a turn. That is the order in which region merging by
 quality works (Abdul-Rahman et al.), written as a minimum spanning tree; the result differs from the input by whole turns
-exactly. `laplacian_unwrap` solves a Poisson equation by FFT instead: approximate, on any device, for a look or a start.
+exactly.
 
 References
 ----------
-Abdul-Rahman et al., Appl. Opt. 46 (2007) 6623 (reliability); Schofield & Zhu, Opt. Lett. 28 (2003) 1194 (Laplacian).
+Abdul-Rahman et al., Appl. Opt. 46 (2007) 6623.
 """
 
 from __future__ import annotations
@@ -70,44 +70,6 @@ def unwrap_phase(phase: Tensor, mask: Tensor, *, quality: Tensor | None = None) 
     full = np.zeros(data.shape)
     full.ravel()[places] = result
     return torch.from_numpy(full).to(phase.device, phase.dtype)
-
-
-def laplacian_unwrap(phase: Tensor, mask: Tensor) -> Tensor:
-    """Solution of ``lap u = Im(conj(s) lap s)``, ``s = exp(i phase)`` inside the mask, by cosine extension and FFT; mean 0 in the mask.
-
-    Not equal to the phase modulo ``2 pi``: harmonic parts from beyond the mask's border are lost or distorted, as in every
-    Laplacian unwrapping.
-
-    Raises
-    ------
-    DataError
-        As `unwrap_phase`.
-    """
-    inside = checked_mask(mask, phase.shape, "phase unwrapping")
-    if not bool(torch.isfinite(phase[inside]).all()):
-        raise DataError("phase is not finite", where="phase unwrapping")
-    wrapped = torch.zeros_like(phase)
-    eigenvalues: Tensor | None = None
-    shape = tuple(2 * n for n in phase.shape)
-    for axis in range(3):
-        n = phase.shape[axis]
-        both = inside.narrow(axis, 1, n - 1) & inside.narrow(axis, 0, n - 1)
-        step = torch.remainder(phase.diff(dim=axis) + math.pi, TURN) - math.pi
-        step = torch.where(both, step, torch.zeros((), dtype=phase.dtype, device=phase.device))
-        wrapped.narrow(axis, 0, n - 1).add_(step)
-        wrapped.narrow(axis, 1, n - 1).sub_(step)
-        k = torch.arange(2 * n if axis < 2 else n + 1, dtype=phase.dtype, device=phase.device)
-        part = (2 * torch.cos(math.pi * k / n) - 2).reshape([-1 if a == axis else 1 for a in range(3)])
-        eigenvalues = part if eigenvalues is None else eigenvalues + part
-    assert eigenvalues is not None
-    mirrored = wrapped
-    for axis in range(3):
-        mirrored = torch.cat((mirrored, mirrored.flip(axis)), dim=axis)
-    eigenvalues[0, 0, 0] = 1.0
-    solution = torch.fft.irfftn(torch.fft.rfftn(mirrored) / eigenvalues, s=shape)
-    z, y, x = phase.shape
-    solution = solution[:z, :y, :x]
-    return torch.where(inside, solution - solution[inside].mean(), torch.zeros((), dtype=phase.dtype, device=phase.device))
 
 
 def _checked(

@@ -266,8 +266,3 @@ class ResidualUNet(nn.Module):
         for up, block, skip in zip(self.up, self.decoder, reversed(skips), strict=True):
             x = block(torch.cat((up(x), skip), dim=1), embedding, n_states)
         return self.last(x)[..., :height, :width]
-
-
-def n_weights(module: nn.Module) -> int:
-    """Number of learnable values."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -46,8 +46,8 @@ def prepare_readouts(
     reverse
         The readout was acquired from +k0 to -k0.
     k0_start
-        Grid index of the valid sample that comes first after the flip; see :func:`grid_start`. ``first``, ``last``,
-        ``reverse`` and ``k0_start`` are one value, or one for each readout.
+        Grid index of the valid sample that comes first after the flip: ``n_encoded // 2`` less the valid samples before k0 = 0.
+        ``first``, ``last``, ``reverse`` and ``k0_start`` are one value, or one for each readout.
     n_encoded, n_x
         Length of the k0 grid and of the cropped image axis.
     whitening
@@ -90,12 +90,6 @@ def prepare_readouts(
         else:
             torch.matmul(matrix, image, out=out[start:stop])
     return out
-
-
-def grid_start(center_sample: int, first: int, last: int, reverse: bool, n_encoded: int) -> int:
-    """``k0_start`` of a readout whose sample ``center_sample``, in the order of acquisition, has k0 = 0 (``n // 2``)."""
-    before_centre = (last - 1 - center_sample) if reverse else (center_sample - first)
-    return n_encoded // 2 - before_centre
 
 
 def all_finite(samples: Tensor | np.ndarray) -> bool:

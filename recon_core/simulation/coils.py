@@ -242,7 +242,7 @@ def _grid_centre(
     return np.einsum("cs,sy,sx->cyx", samples, along_y, along_x, optimize=True)
 
 
-def noise_covariance(n_coils: int, rng: np.random.Generator, correlation: float = 0.25) -> NDArray[np.complex128]:
+def random_noise_covariance(n_coils: int, rng: np.random.Generator, correlation: float = 0.25) -> NDArray[np.complex128]:
     """Covariance of the receiver noise: unequal channels, correlated neighbours with phases; mean variance 1.
 
     Returns

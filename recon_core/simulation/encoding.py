@@ -78,7 +78,7 @@ def pixel_mean(fine: NDArray[np.floating], three_d: bool) -> FloatArray:
     return out
 
 
-def smooth_field(grid: Grid, rng: np.random.Generator, strength: float, order: int = 3) -> FloatArray:
+def polynomial_field(grid: Grid, rng: np.random.Generator, strength: float, order: int = 3) -> FloatArray:
     """Random polynomial of the position with zero mean and peak ``strength``."""
     z, y, x = np.meshgrid(*(_unit(a) for a in (grid.z, grid.y, grid.x)), indexing="ij", sparse=True)
     total = np.zeros(grid.shape)
@@ -93,7 +93,7 @@ def smooth_field(grid: Grid, rng: np.random.Generator, strength: float, order: i
 def harmonic_field(grid: Grid, rng: np.random.Generator, strength: float) -> FloatArray:
     """Random solid harmonics of the first three orders with zero mean and peak ``strength``: what magnet and shim leave.
 
-    Sources outside an object make nothing else inside it. (`smooth_field` is no such field: to a susceptibility map it would be sources
+    Sources outside an object make nothing else inside it. (`polynomial_field` is no such field: to a susceptibility map it would be sources
     everywhere.)
     """
     size = max(float(np.abs(a).max()) for a in (grid.z, grid.y, grid.x))

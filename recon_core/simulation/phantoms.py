@@ -21,7 +21,6 @@ from scipy import ndimage
 from recon_core.errors import SettingError
 
 FloatArray = NDArray[np.float32]
-BoolArray = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)

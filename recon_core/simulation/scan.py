@@ -22,6 +22,7 @@ from recon_core.sampling import masks as sampling
 from recon_core.simulation import coils, schedule
 from recon_core.simulation.encoding import FINE, correlated_noise, encode, pixel_mean, to_image
 from recon_core.simulation.options import ScanSettings, check
+from recon_core.simulation.phantoms import FloatArray, Grid
 from recon_core.simulation.scene import RETRO_FRAMES, Scene, fine_grid, make_scene
 
 ComplexArray = NDArray[np.complex64]
@@ -105,7 +106,7 @@ class Scan:
         return self.clean[p.slice[rows], frame, :, p.k2[rows], p.k1[rows]]
 
 
-def make_mask(kind: str, s: ScanSettings, rng: np.random.Generator, n_states: int) -> tuple[BoolArray, BoolArray]:
+def make_mask(s: ScanSettings, rng: np.random.Generator, n_states: int) -> tuple[BoolArray, BoolArray]:
     """Sampling mask ``(state, k2, k1)`` and calibration block ``(k2, k1)`` for the settings.
 
     Raises
@@ -114,49 +115,57 @@ def make_mask(kind: str, s: ScanSettings, rng: np.random.Generator, n_states: in
         A mask that does not exist for this scan, or an impossible count.
     """
     lines = sampling.partial_fourier_lines(s.matrix_y, s.partial_fourier)
-    embedded = s.calibration == "embedded"
+    if s.is_3d:
+        return _plane_mask(s, rng, n_states, lines)
+    mask, acs = _line_mask(s, rng, n_states, lines)
+    return mask[:, None], acs[None]
+
+
+def _line_mask(s: ScanSettings, rng: np.random.Generator, n_states: int, lines: BoolArray) -> tuple[BoolArray, BoolArray]:
+    """Of a slice: ``(state, k1)`` and ``(k1,)``."""
     acs_lines = 0 if s.calibration == "none" else s.acs
-    if not s.is_3d:
-        acs = sampling.centre_block((s.matrix_y,), (acs_lines,))
-        inside = acs_lines if embedded else 0
-        if s.mask == "full":
-            mask = sampling.full((s.matrix_y,), n_states, lines)
-        elif s.mask == "uniform":
-            mask = sampling.uniform(
-                s.matrix_y, n_states, s.integer_acceleration(), inside, available=lines, interleaved=s.interleaved
-            )
-        else:
-            draw: dict[str, Callable[..., BoolArray]] = {
-                "random": sampling.random_variable_density,
-                "golden": sampling.golden_angle,
-                "vista": sampling.vista,
-            }
-            if s.mask not in draw:
-                raise SettingError(
-                    "3D mask for a 2D scan", where="simulate.mask", got=s.mask, expected=f"full, uniform, {', '.join(draw)}"
-                )
-            mask = draw[s.mask](s.matrix_y, n_states, s.acceleration, inside, rng, available=lines)
-        return mask[:, None], acs[None]
+    acs = sampling.centre_block((s.matrix_y,), (acs_lines,))
+    inside = acs_lines if s.calibration == "embedded" else 0
+    if s.mask == "full":
+        return sampling.full((s.matrix_y,), n_states, lines), acs
+    if s.mask == "uniform":
+        rate = s.integer_acceleration()
+        return sampling.uniform(s.matrix_y, n_states, rate, inside, available=lines, interleaved=s.interleaved), acs
+    draw: dict[str, Callable[..., BoolArray]] = {
+        "random": sampling.random_variable_density,
+        "golden": sampling.golden_angle,
+        "vista": sampling.vista,
+    }
+    if s.mask not in draw:
+        raise SettingError(
+            "3D mask for a 2D scan", where="simulate.mask", got=s.mask, expected=f"full, uniform, {', '.join(draw)}"
+        )
+    return draw[s.mask](s.matrix_y, n_states, s.acceleration, inside, rng, available=lines), acs
+
+
+def _plane_mask(s: ScanSettings, rng: np.random.Generator, n_states: int, lines: BoolArray) -> tuple[BoolArray, BoolArray]:
+    """Of a slab: ``(state, k2, k1)`` and ``(k2, k1)``."""
     shape = (s.partitions, s.matrix_y)
     block = (min(s.acs_partitions, s.partitions), s.acs) if s.calibration != "none" else (0, 0)
-    acs2 = sampling.centre_block(shape, block)
-    inside2 = block if embedded else (0, 0)
-    available = np.broadcast_to(lines, shape) & (
-        sampling.elliptical(shape) | (acs2 if embedded else False) if s.elliptical else True
-    )
+    acs = sampling.centre_block(shape, block)
+    embedded = s.calibration == "embedded"
+    inside = block if embedded else (0, 0)
+    available = np.broadcast_to(lines, shape)
+    if s.elliptical:
+        available = available & (sampling.elliptical(shape) | (acs if embedded else False))
     if s.mask == "full":
-        mask = sampling.full(shape, n_states, available)
-    elif s.mask == "uniform":
-        mask = sampling.uniform_2d(shape, n_states, (1, s.integer_acceleration()), inside2) & available
-    elif s.mask == "random":
-        mask = sampling.random_variable_density(shape, n_states, s.acceleration, inside2, rng, available=available)
-    elif s.mask == "poisson":
-        mask = sampling.poisson_disc(shape, n_states, s.acceleration, inside2, rng, available=available)
-    else:
+        return sampling.full(shape, n_states, available), acs
+    if s.mask == "uniform":
+        return sampling.uniform_2d(shape, n_states, (1, s.integer_acceleration()), inside) & available, acs
+    draw: dict[str, Callable[..., BoolArray]] = {
+        "random": sampling.random_variable_density,
+        "poisson": sampling.poisson_disc,
+    }
+    if s.mask not in draw:
         raise SettingError(
-            "2D mask for a 3D scan", where="simulate.mask", got=s.mask, expected="full, uniform, random, poisson"
+            "2D mask for a 3D scan", where="simulate.mask", got=s.mask, expected=f"full, uniform, {', '.join(draw)}"
         )
-    return mask, acs2
+    return draw[s.mask](shape, n_states, s.acceleration, inside, rng, available=available), acs
 
 
 def make_plan(
@@ -209,13 +218,7 @@ def simulate_scan(kind: str, settings: ScanSettings, b0_direction: tuple[float, 
     distance = s.slice_thickness + s.slice_gap
     positions = (0.0,) if s.is_3d else tuple((i - (s.slices - 1) / 2) * distance for i in range(s.slices))
     grid = fine_grid(s, positions)
-    if s.donor:
-        coil_maps, shading = coils.donor_maps(s.donor, grid, s.coils)
-    else:
-        scale = max(s.fov_x, s.fov_y) / 0.34
-        coil_maps, shading = coils.biot_savart_maps(
-            grid, s.coils, coil_rng, radii=(0.20 * scale, 0.165 * scale), n_rows=2 if s.is_3d and s.coils >= 8 else 1
-        )
+    coil_maps, shading = _coil_maps(s, grid, coil_rng)
     scene = make_scene(kind, s, grid, shading, object_rng, b0_direction)
 
     def by_slice(a: NDArray[Any]) -> NDArray[Any]:
@@ -223,19 +226,9 @@ def simulate_scan(kind: str, settings: ScanSettings, b0_direction: tuple[float, 
         return a[None] if s.is_3d else np.moveaxis(a[..., None, :, :], -4, 0)
 
     fine_maps = by_slice(coil_maps)
-    n_frames = len(scene.states)
-    n_slices = len(fine_maps)
-    clean = np.empty((n_slices, n_frames, s.coils, *matrix[:2], matrix[2] * s.oversampling), dtype=np.complex64)
-    images = np.empty((n_slices, n_frames, *matrix), dtype=np.complex64)
-    axes = (-3, -2, -1) if s.is_3d else (-2, -1)
-    for frame, whole in enumerate(scene.signals(kind, s)):
-        for i, one in enumerate(by_slice(whole)):
-            images[i, frame] = to_image(encode(one, matrix, 1, three_d=s.is_3d), axes)
-            for coil in range(s.coils):
-                clean[i, frame, coil] = encode(one * fine_maps[i, coil], matrix, s.oversampling, three_d=s.is_3d)
-
-    n_states = s.states if s.retro_gated else n_frames
-    mask, acs = make_mask(kind, s, mask_rng, n_states)
+    images, clean = _acquired(scene, kind, s, fine_maps, by_slice)
+    n_states = s.states if s.retro_gated else len(scene.states)
+    mask, acs = make_mask(s, mask_rng, n_states)
     states = tuple(i / n_states for i in range(n_states)) if s.retro_gated else scene.states
     shown = np.round(np.array(states) * RETRO_FRAMES).astype(int) if s.retro_gated else np.arange(n_states)
     tissue, interior, labels = _regions(scene, by_slice, s.is_3d)
@@ -251,7 +244,7 @@ def simulate_scan(kind: str, settings: ScanSettings, b0_direction: tuple[float, 
         label_names=scene.label_names,
         mask=mask,
         acs_mask=acs,
-        noise_covariance=coils.noise_covariance(s.coils, covariance_rng) * sigma**2,
+        noise_covariance=coils.random_noise_covariance(s.coils, covariance_rng) * sigma**2,
         states=states,
     )
     dropped = round(matrix[2] * s.oversampling * (1.0 - s.asymmetric_echo))
@@ -265,6 +258,31 @@ def simulate_scan(kind: str, settings: ScanSettings, b0_direction: tuple[float, 
         first_line=int(np.flatnonzero(sampling.partial_fourier_lines(s.matrix_y, s.partial_fourier))[0]),
         first_sample=dropped,
     )
+
+
+def _coil_maps(s: ScanSettings, grid: Grid, rng: np.random.Generator) -> tuple[ComplexArray, FloatArray]:
+    """Coil maps ``(coil, z, y, x)`` of the fine grid and the shading that they leave in images."""
+    if s.donor:
+        return coils.donor_maps(s.donor, grid, s.coils)
+    scale = max(s.fov_x, s.fov_y) / 0.34
+    n_rows = 2 if s.is_3d and s.coils >= 8 else 1
+    return coils.biot_savart_maps(grid, s.coils, rng, radii=(0.20 * scale, 0.165 * scale), n_rows=n_rows)
+
+
+def _acquired(
+    scene: Scene, kind: str, s: ScanSettings, fine_maps: ComplexArray, by_slice: Callable[..., NDArray[Any]]
+) -> tuple[ComplexArray, ComplexArray]:
+    """Images ``(slice, frame, z, y, x)`` and k-space ``(slice, frame, coil, k2, k1, k0)`` of the whole grid, without noise."""
+    matrix, n_frames = (s.partitions, s.matrix_y, s.matrix_x), len(scene.states)
+    images = np.empty((len(fine_maps), n_frames, *matrix), dtype=np.complex64)
+    kspace = np.empty((len(fine_maps), n_frames, s.coils, *matrix[:2], matrix[2] * s.oversampling), dtype=np.complex64)
+    axes = (-3, -2, -1) if s.is_3d else (-2, -1)
+    for frame, whole in enumerate(scene.signals(kind, s)):
+        for i, one in enumerate(by_slice(whole)):
+            images[i, frame] = to_image(encode(one, matrix, 1, three_d=s.is_3d), axes)
+            for coil in range(s.coils):
+                kspace[i, frame, coil] = encode(one * fine_maps[i, coil], matrix, s.oversampling, three_d=s.is_3d)
+    return images, kspace
 
 
 def _at_phases(images: ComplexArray, phases: tuple[float, ...]) -> ComplexArray:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recon_core.simulation import brain, signal, torso, tubes
-from recon_core.simulation.encoding import FINE, harmonic_field, smooth_field
+from recon_core.simulation.encoding import FINE, harmonic_field, polynomial_field
 from recon_core.simulation.options import ScanSettings, times_of
 from recon_core.simulation.phantoms import Grid, TissueMaps, centred_axis
 
@@ -91,9 +91,9 @@ def make_scene(
     ``shading`` is the coil array's own brightness ``(z, y, x)``; ``b0`` the unit vector of B0 in the image frame
     ``(z, y, x)``.
     """
-    phase = np.exp(1j * smooth_field(grid, rng, 1.2))
+    phase = np.exp(1j * polynomial_field(grid, rng, 1.2))
     m0 = np.asarray(np.sqrt(shading) * phase, dtype=np.complex64)  # half the shading, as after a prescan normalisation
-    off_resonance = harmonic_field(grid, rng, 40.0) if kind == "mgre" else smooth_field(grid, rng, 25.0)
+    off_resonance = harmonic_field(grid, rng, 40.0) if kind == "mgre" else polynomial_field(grid, rng, 25.0)
     if kind in ("cine", "molli"):
         chest = torso.TorsoPhantom(s.seed)
         if kind == "molli":

@@ -100,38 +100,9 @@ def run(
     device = training_device(settings.device)
     be_deterministic(device)
     recipe = replace(recipe, initial_sha256=initial_digest(settings.initial, output, settings.resume))
-    if recipe.atlas_share and not settings.brainweb:
-        raise SettingError(
-            "a part of all samples from the atlas, which gives them all",
-            where="PINQI training",
-            got=f"atlas_share {recipe.atlas_share:g} and no BrainWeb folder",
-            remedy="add --brainweb FOLDER, or leave --atlas-share out",
-        )
-    anatomy = open_anatomy(settings.brainweb, device, atlas=settings.atlas, atlas_share=recipe.atlas_share)
-    if isinstance(anatomy, LabelledHeads):
-        anatomy.read("train", "validation")
-    torch.manual_seed(sample_seed(recipe.seed, "weights"))
-    choice = replace(
-        ABLATIONS[recipe.ablation],
-        start=recipe.start,
-        prediction=recipe.prediction,
-        precision=recipe.precision,
-        recompute=settings.recompute,
-        n_iterations=recipe.n_iterations or ABLATIONS[recipe.ablation].n_iterations,
-    )
-    solver = NonlinearSettings.of(recipe.nonlinear_solver)
-    network = Pinqi(recipe.samples.model, choice, nonlinear=solver).to(device)
-    rule = DEFAULT_RULE
-    if recipe.noise_factors != "none" and recipe.initial_sha256 and not settings.initial:
-        raise SettingError(
-            "the factors for the noise begin with those of the initial weights", where=output.name, remedy="add --initial"
-        )
-    if settings.initial:
-        tensors, stated = read_pair(settings.initial, device)
-        rule = NoiseRule.from_facts(stated["noise_rule"]) if "noise_rule" in stated else rule
-        load_into(
-            network, fitting(tensors, network), Path(settings.initial).name
-        )  # a resumed phase replaces them by its checkpoint's
+    anatomy = _heads(recipe, settings, device)
+    network = _new_network(recipe, settings, device)
+    rule = _begin_with(network, recipe, settings, output, device)
     if settings.compile:
         for net in (network.parameter_net, network.image_net):
             if net is not None:
@@ -158,6 +129,51 @@ def run(
     assert result is not None
     stated = {} if recipe.noise_factors == "none" else {"noise_rule": rule.facts()}
     return result, _export(network, recipe, output, anatomy, device, result, reached, stated)
+
+
+def _heads(recipe: PinqiRecipe, settings: RunSettings, device: torch.device) -> Anatomy:
+    if recipe.atlas_share and not settings.brainweb:
+        raise SettingError(
+            "a part of all samples from the atlas, which gives them all",
+            where="PINQI training",
+            got=f"atlas_share {recipe.atlas_share:g} and no BrainWeb folder",
+            remedy="add --brainweb FOLDER, or leave --atlas-share out",
+        )
+    anatomy = open_anatomy(settings.brainweb, device, atlas=settings.atlas, atlas_share=recipe.atlas_share)
+    if isinstance(anatomy, LabelledHeads):
+        anatomy.read("train", "validation")
+    return anatomy
+
+
+def _new_network(recipe: PinqiRecipe, settings: RunSettings, device: torch.device) -> Pinqi:
+    """Of the recipe, with the random weights of its seed."""
+    torch.manual_seed(sample_seed(recipe.seed, "weights"))
+    ablation = ABLATIONS[recipe.ablation]
+    choice = replace(
+        ablation,
+        start=recipe.start,
+        prediction=recipe.prediction,
+        precision=recipe.precision,
+        recompute=settings.recompute,
+        n_iterations=recipe.n_iterations or ablation.n_iterations,
+    )
+    solver = NonlinearSettings.of(recipe.nonlinear_solver)
+    return Pinqi(recipe.samples.model, choice, nonlinear=solver).to(device)
+
+
+def _begin_with(network: Pinqi, recipe: PinqiRecipe, settings: RunSettings, output: Path, device: torch.device) -> NoiseRule:
+    """Give the network the initial weights, if any (a resumed phase replaces them by its checkpoint's); the rule for the noise that
+    goes with them.
+    """
+    if recipe.noise_factors != "none" and recipe.initial_sha256 and not settings.initial:
+        raise SettingError(
+            "the factors for the noise begin with those of the initial weights", where=output.name, remedy="add --initial"
+        )
+    if not settings.initial:
+        return DEFAULT_RULE
+    tensors, stated = read_pair(settings.initial, device)
+    load_into(network, fitting(tensors, network), Path(settings.initial).name)
+    return NoiseRule.from_facts(stated["noise_rule"]) if "noise_rule" in stated else DEFAULT_RULE
 
 
 def _export(

@@ -28,9 +28,8 @@ from gadgets.wire import codec
 from gadgets.wire.events import Image
 from gadgets.wire.framing import FrameParser
 from tests.e2e.scans import SimulatedScan, ask, one_by_one, simulated, stack
-from tests.gadgetron_stand_in import connected, session
+from tests.gadgetron_stand_in import connected, recorded, session
 from tests.gadgets.certificates import authority
-from tests.gadgets.test_node import recorded
 from tests.strict_client import StrictClient
 from tests.wire.conftest import CAPTURES
 

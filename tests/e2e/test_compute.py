@@ -16,7 +16,7 @@ from gadgets.scratch import SCRATCH_PREFIX
 from gadgets.service import Service, ServiceOptions
 from tests.e2e.scans import SimulatedScan, ask, complaints, final_images, in_memory, stack
 from tests.e2e.slow_chain import site_chains
-from tests.gadgets.test_compute_limits import is_alive, until
+from tests.waiting import is_alive, until
 
 
 @pytest.fixture(scope="module")

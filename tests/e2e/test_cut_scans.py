@@ -22,7 +22,8 @@ from gadgets.wire import codec
 from gadgets.wire.dtypes import Flag
 from gadgets.wire.events import Image
 from tests.e2e.scans import Batches, SimulatedScan, ask, encoded, error, imaging_part, in_memory, noise_part, stack
-from tests.e2e.test_jobs import no_server, spool_of, until
+from tests.e2e.test_jobs import no_server, spool_of
+from tests.waiting import until
 
 Which = Callable[[NDArray[Any]], NDArray[np.bool_]]
 

@@ -21,8 +21,8 @@ from gadgets.scheduler_options import SchedulerOptions
 from gadgets.service import Service, ServiceOptions
 from tests.e2e.scans import SimulatedScan, ask, complaints, final_images, in_memory, stack
 from tests.e2e.slow_chain import site_chains
-from tests.gadgets.test_compute_limits import DEADLINE, is_alive, until
 from tests.monitor import spools
+from tests.waiting import PATIENCE, is_alive, until
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_a_scan_that_is_given_up_leaves_the_cluster(cluster: Service) -> None:
     until(lambda: any(sent.future is not None for sent in list(pool(cluster)._sent.values())), "nothing was sent")
     scope.abandon()
     with pytest.raises(JobFailed, match="given up"):
-        future.result(DEADLINE)
+        future.result(PATIENCE)
     until(lambda: pool(cluster).free(), "its place is still taken")
 
 

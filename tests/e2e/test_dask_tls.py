@@ -23,7 +23,7 @@ from tests.e2e.orthanc import free_ports
 from tests.e2e.scans import ask, complaints, in_memory, stack
 from tests.e2e.test_dask import cluster_check
 from tests.gadgets.certificates import Authority, authority
-from tests.gadgets.test_compute_limits import until
+from tests.waiting import until
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,7 @@ from gadgets.wire import codec
 from gadgets.wire.dtypes import Flag
 from gadgets.wire.events import Image
 from tests.e2e.scans import SimulatedScan, ask, encoded, imaging_part, in_memory
-from tests.gadgetron_stand_in import GadgetronCrashed, Received, connected, executed, message, session
-from tests.gadgets.test_node import recorded
+from tests.gadgetron_stand_in import GadgetronCrashed, Received, connected, executed, message, recorded, session
 from tests.strict_client import StrictClient
 from tests.wire.conftest import CAPTURES
 

@@ -21,8 +21,8 @@ from recon_core.methods import get_method, methods
 from tests.e2e.scans import SimulatedScan, ask, complaints, in_memory, stack
 from tests.e2e.slow_chain import write_chain
 from tests.e2e.test_dask import _Packable, pool
-from tests.gadgets.test_compute_limits import DEADLINE, is_alive, until
 from tests.gadgets.test_device_errors import WORDS
+from tests.waiting import PATIENCE, is_alive, until
 
 FOLDER = "TEST_GPU_FAILURES"
 """Names the folder in which attempts are noted; workers inherit it."""
@@ -99,7 +99,7 @@ def folder(site: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     """Where this test's attempts are noted, also by the worker that runs already."""
     monkeypatch.setenv(FOLDER, str(tmp_path))
     if site.jobs.workers:
-        site.jobs.submit(note_in, str(tmp_path)).result(DEADLINE)
+        site.jobs.submit(note_in, str(tmp_path)).result(PATIENCE)
     return tmp_path
 
 
@@ -164,7 +164,7 @@ def test_a_worker_of_a_cluster_is_ended_and_the_cluster_is_whole_again(scan: Sim
         until(lambda: pool(running).capacity == 1, "no worker came")
         (pid,) = pool(running)._client.run(os.getpid).values()
         with pytest.raises(DeviceFailed, match="illegal memory access"):
-            running.jobs.scope().submit(lose_the_gpu, _Packable(), place="remote").result(DEADLINE)
+            running.jobs.scope().submit(lose_the_gpu, _Packable(), place="remote").result(PATIENCE)
         until(lambda: not is_alive(pid), "the worker whose GPU failed still runs")
         answer = ask(running, "quick", scan)
         assert len(answer.images) == 2 and not complaints(answer)

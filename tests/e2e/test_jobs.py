@@ -10,10 +10,9 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,9 +21,8 @@ from pydicom.uid import MRImageStorage, ParametricMapStorage
 from typer.testing import CliRunner
 
 from gadgets.cli import app
-from gadgets.dicom_cli import MissingExtra
 from gadgets.dicom_identity import DicomError
-from gadgets.errors import CaptureGone, ImageFileError, RetryFailed
+from gadgets.errors import CaptureGone, ImageFileError, MissingExtra, RetryFailed
 from gadgets.fair_queue import HOUSEKEEPING, REPLAY, SCAN
 from gadgets.image_file import read_images
 from gadgets.jobs_cli import archives
@@ -42,6 +40,7 @@ from recon_core.errors import SettingError
 from tests.e2e.orthanc import AET, free_ports, orthanc
 from tests.e2e.scans import SimulatedScan, ask, complaints, in_memory, stack
 from tests.strict_client import Answer
+from tests.waiting import until
 
 PATIENT = "Zuzana^Nowak"
 
@@ -65,17 +64,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 def spool_of(service: Service) -> Path:
     assert service.spool.root is not None
     return service.spool.root
-
-
-def until(look: Callable[[], Any], seconds: float = 60.0) -> Any:
-    """Poll a condition."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        found = look()
-        if found:
-            return found
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
 
 
 def newest(service: Service) -> JobRow:

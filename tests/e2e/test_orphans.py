@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ import pytest
 from gadgets.wire import codec
 from tests.e2e.scans import SimulatedScan, in_memory
 from tests.e2e.slow_chain import site_chains
+from tests.waiting import PATIENCE, until
 
 RECON = Path(sys.executable).with_name("recon")
-PATIENCE = 120.0  # s until something counts as hung; what is waited for takes seconds
 pytestmark = pytest.mark.timeout(600)
 
 
@@ -62,13 +62,6 @@ class Server:
 
     def require_nobody_left(self) -> None:
         until(lambda: not self.family(), lambda: f"still there: {[' '.join(p.cmdline()) for p in self.family()]}")
-
-
-def until(look: Callable[[], object], what: Callable[[], str] = lambda: "waited in vain") -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not look():
-        assert time.monotonic() < deadline, what()
-        time.sleep(0.02)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from gadgets.service import Service, ServiceOptions
 from gadgets.waiting import Waiting
 from gadgets.wire import codec
 from tests.e2e.scans import SimulatedScan, ask, encoded, in_memory, noise_part
-from tests.gadgets.test_compute_limits import DEADLINE, until
+from tests.waiting import PATIENCE, until
 
 STAGES = ("estimate_noise", "prepare_chunk", "compression_matrices", "compress_chunk")
 COMPRESSED = {"coil_compression": "svd", "virtual_coils": 4}
@@ -41,7 +41,7 @@ def stuck() -> Iterator[Callable[[str], Any]]:
     def make(name: str) -> Any:
         def wait_for_the_end(job: object) -> None:
             wait_for_the_end.began()  # type: ignore[attr-defined]
-            go.wait(DEADLINE)
+            go.wait(PATIENCE)
 
         wait_for_the_end.__name__ = name
         wait_for_the_end.began = lambda: None  # type: ignore[attr-defined]
@@ -114,7 +114,7 @@ def test_a_client_that_leaves_ends_the_wait(
     messages = scan.messages if kind == "scan" else encoded(noise_part(scan))
     session = codec.config_file("cg_sense") + codec.header(scan.header) + b"".join(messages) + codec.close()
     with served(tmp_path, 0.0) as running:
-        with socket.create_connection((running.host, running.port), timeout=DEADLINE) as client:
+        with socket.create_connection((running.host, running.port), timeout=PATIENCE) as client:
             client.sendall(session)
             heard = b""
             while b"DBG cg_sense 0 %" not in heard:

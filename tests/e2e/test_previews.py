@@ -9,8 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from recon_core.errors import UnknownMethod
 from recon_core.types import ImageSeries, Result
 from tests.e2e.scans import SimulatedScan, ask, complaints, error, final_images, in_memory, stack
 from tests.strict_client import Answer, StrictClient
+from tests.waiting import until
 
 SCRIPT = """<?xml version="1.0"?><configuration><version>2</version><stream><external>
 <execute name="gadgets" target="llr" type="python"/><configuration>
@@ -168,16 +168,6 @@ def reconstruct_with_previews(job: SliceJob) -> Result:
             until(lambda: not list(Path(job.report_folder).glob(f"{job.tag}.preview-*")))  # fetched ones are removed
     report.preview(ImageSeries("preview", torch.ones(6, 1, 3, 3)))  # on no matrix of this scan
     return reconstruct_slice(job)
-
-
-def until(reached: Callable[[], bool]) -> None:
-    """Returns when the server has done something that a worker can see."""
-    pause = threading.Event()
-    for _ in range(3000):
-        if reached():
-            return
-        pause.wait(0.01)
-    raise AssertionError("the server does not react")
 
 
 @pytest.mark.parametrize("wanted", ["auto", "off"])

@@ -24,8 +24,8 @@ from recon_core.errors import DataError
 from recon_core.state_images import StateImages
 from tests.e2e.multi_echo_head import multi_echo_head
 from tests.e2e.scans import SimulatedScan, ask, complaints, in_memory
-from tests.gadgets.test_compute_limits import until
 from tests.strict_client import Answer
+from tests.waiting import until
 
 QSM: dict[str, Any] = {"maps": "qsm", "map_background": "v_sharp", "map_inversion": "tkd"}
 

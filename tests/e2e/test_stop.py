@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,11 +17,10 @@ from tests.e2e.scans import SimulatedScan, in_memory
 from tests.e2e.slow_chain import write_chain
 from tests.e2e.test_cli import Serving, serving
 from tests.strict_client import Answer, StrictClient
+from tests.waiting import PATIENCE, until
 
 LATE = 20.0
 """s that a scan computes after the server was told to stop: more than the 10 s after which servers used to abandon it."""
-
-DEADLINE = 240.0
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +41,7 @@ def chains(tmp_path: Path) -> Path:
 
 def asked(server: Serving, scan: SimulatedScan, chain: str) -> Future[Answer]:
     """A client in a thread of its own, and its scan in a worker when this returns."""
-    client = StrictClient("127.0.0.1", server.port, timeout=DEADLINE)
+    client = StrictClient("127.0.0.1", server.port, timeout=PATIENCE)
     pool = ThreadPoolExecutor(1)
     answer = pool.submit(client.scan, chain, header=scan.header, messages=scan.messages)
     pool.shutdown(wait=False)
@@ -64,13 +61,6 @@ def rows(server: Serving) -> list[JobRow]:
         journal.close()
 
 
-def until(look: Callable[[], object]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not look():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("told", ["the server", "every process"])
@@ -78,15 +68,15 @@ def test_a_scan_that_is_being_computed_is_answered_first(
     told: str, scan: SimulatedScan, chains: Path, tmp_path: Path
 ) -> None:
     """Docker tells the server to stop, systemd all of its processes (and so does Ctrl-C)."""
-    options = ("--workers", "1", "--configs", str(chains), "--stop-seconds", str(DEADLINE))
+    options = ("--workers", "1", "--configs", str(chains), "--stop-seconds", str(PATIENCE))
     with serving(tmp_path / "server", *options) as server:
         answer = asked(server, scan, "late")
         process = psutil.Process(server.process.pid)
         for one in [process] if told == "the server" else [*process.children(recursive=True), process]:
             one.send_signal(signal.SIGTERM)
         until(lambda: "event=stopping" in server.log.read_text())
-        assert len(answer.result(DEADLINE).images) == 2, answer.result().texts
-        assert server.process.wait(DEADLINE) == 0
+        assert len(answer.result(PATIENCE).images) == 2, answer.result().texts
+        assert server.process.wait(PATIENCE) == 0
         [row] = rows(server)
         assert row.state == "sent"
         assert capture_status(server.spool / row.capture) == "complete"
@@ -104,8 +94,8 @@ def test_who_says_it_twice_does_not_wait(scan: SimulatedScan, chains: Path, tmp_
         server.process.send_signal(signal.SIGTERM)
         until(lambda: "event=stopping" in server.log.read_text())
         server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(DEADLINE) == 0
-        told = answer.result(DEADLINE)
+        assert server.process.wait(PATIENCE) == 0
+        told = answer.result(PATIENCE)
         assert not told.images and any("the server is stopping" in text for text in told.texts)
         [row] = rows(server)
         assert (row.state, row.owner) == ("received", "") and "stopped" in row.why, "the next server makes its images"

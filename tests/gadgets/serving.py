@@ -23,7 +23,7 @@ from gadgets.spool import ScanLog, Spool
 from gadgets.wire import codec
 from gadgets.wire.dtypes import IMAGE_HEADER
 from gadgets.wire.events import Readouts, Waveform
-from tests.strict_client import StrictClient
+from tests.strict_client import Answer, StrictClient
 from tests.wire import streams
 
 HEADER = streams.HEADER
@@ -122,3 +122,19 @@ def serving(tmp_path: Path, scan: type = CountingScan, **options: Any) -> Iterat
 def data(n: int = 5, channels: int = 2, samples: int = 8) -> bytes:
     """``n`` readouts."""
     return bytes(codec.acquisitions(*streams.readouts(n, channels, samples)))
+
+
+def counted(answer: Answer) -> complex:
+    """The one image's pixel: readouts + 1j * waveforms."""
+    assert len(answer.images) == 1
+    return complex(answer.images[0].data.flat[0])
+
+
+def errors(answer: Answer) -> list[str]:
+    assert all(text.endswith("\n") and text.count("\n") == 1 for text in answer.texts), "one line each"
+    return [text for text in answer.texts if text.startswith("ERROR ")]
+
+
+def still_works(served: Served) -> None:
+    answer = served.client().scan("fourier", header=HEADER, messages=[data(3)])
+    assert counted(answer) == 3 and not answer.texts

@@ -14,8 +14,7 @@ from gadgets.admission import AllowList, Places, Quota, is_loopback, require_gua
 from gadgets.listener import Access, Listener
 from gadgets.wire import codec
 from recon_core.errors import SettingError
-from tests.gadgets.serving import HEADER, data, serving
-from tests.gadgets.test_server import counted, errors, still_works
+from tests.gadgets.serving import HEADER, counted, data, errors, serving, still_works
 from tests.strict_client import ClientAborted
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,9 +15,8 @@ from gadgets.errors import JobFailed, SchedulerError, TimeLimitReached, WorkerKi
 from gadgets.fair_queue import REPLAY
 from gadgets.jobs import Jobs
 from gadgets.scheduler_options import SchedulerOptions
-from tests.gadgets.test_jobs import die, process_id
-
-DEADLINE = 120.0
+from tests.gadgets.worker_tasks import die, process_id
+from tests.waiting import PATIENCE, is_alive, until
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +25,6 @@ def pair() -> Iterator[Jobs]:
     jobs.warm()
     yield jobs
     jobs.close()
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.01)
 
 
 def busy_for_ever(marker: str) -> None:
@@ -55,24 +47,17 @@ def wait_for(marker: str, go: str) -> None:
         time.sleep(0.01)
 
 
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
 def test_a_task_that_takes_too_long_is_ended_with_its_process(pair: Jobs, tmp_path: Path) -> None:
     marker = tmp_path / "pid"
     scope, budget = pair.scope(), Budget(0.3, name="llr")
     late = scope.submit(busy_for_ever, str(marker), budget=budget)
     with pytest.raises(TimeLimitReached, match=r"llr: not done within the time limit; got 0\.3 s"):
-        late.result(DEADLINE)
+        late.result(PATIENCE)
     with pytest.raises(TimeLimitReached):  # what is left of the scan is not even begun
-        scope.submit(process_id, budget=budget).result(DEADLINE)
+        scope.submit(process_id, budget=budget).result(PATIENCE)
     if marker.exists():
         until(lambda: not is_alive(int(marker.read_text())), "the process still runs")
-    assert pair.submit(process_id).result(DEADLINE) != os.getpid()
+    assert pair.submit(process_id).result(PATIENCE) != os.getpid()
 
 
 def test_the_others_go_on_while_a_process_is_ended(pair: Jobs, tmp_path: Path) -> None:
@@ -81,12 +66,12 @@ def test_the_others_go_on_while_a_process_is_ended(pair: Jobs, tmp_path: Path) -
     until(other.exists, "the first task did not begin")
     pid = int(other.read_text())
     with pytest.raises(TimeLimitReached):
-        pair.scope().submit(busy_for_ever, str(tmp_path / "x"), budget=Budget(0.3, name="x")).result(DEADLINE)
+        pair.scope().submit(busy_for_ever, str(tmp_path / "x"), budget=Budget(0.3, name="x")).result(PATIENCE)
     with pytest.raises(WorkerKilled, match="died twice"):
-        pair.submit(die).result(DEADLINE)
+        pair.submit(die).result(PATIENCE)
     assert is_alive(pid) and int(other.read_text()) == pid
     go.touch()
-    innocent.result(DEADLINE)
+    innocent.result(PATIENCE)
 
 
 def test_waiting_for_a_worker_costs_no_time_of_the_limit(pair: Jobs, tmp_path: Path) -> None:
@@ -97,9 +82,9 @@ def test_waiting_for_a_worker_costs_no_time_of_the_limit(pair: Jobs, tmp_path: P
     waiting = pair.scope().submit(process_id, budget=budget)
     assert budget.left(time.monotonic() + 1000.0) == 20.0
     go.touch()
-    assert waiting.result(DEADLINE) != os.getpid()
+    assert waiting.result(PATIENCE) != os.getpid()
     for future in first:
-        future.result(DEADLINE)
+        future.result(PATIENCE)
 
 
 def test_a_scan_that_comes_later_has_its_turn(pair: Jobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +100,7 @@ def test_a_scan_that_comes_later_has_its_turn(pair: Jobs, tmp_path: Path, monkey
     futures = [scope.submit(process_id) for scope, n in ((replay, 1), (long, 12), (live, 1)) for _ in range(n)]
     go.touch()
     for future in futures:
-        future.result(DEADLINE)
+        future.result(PATIENCE)
     assert order == [live, *[long] * 12, replay]
 
 
@@ -129,11 +114,11 @@ def test_a_task_that_wants_the_machine_for_itself_gets_it(pair: Jobs, tmp_path: 
     assert pair.state.running == 1  # the other worker is idle, and stays so
     go.touch()
     until((tmp_path / "alone").exists, "it never got the machine")
-    first.result(DEADLINE)
+    first.result(PATIENCE)
     assert not after.done() and pair.state.running == 1
     free.touch()
-    alone.result(DEADLINE)
-    assert after.result(DEADLINE) != os.getpid()
+    alone.result(PATIENCE)
+    assert after.result(PATIENCE) != os.getpid()
 
 
 def test_a_task_that_does_not_notice_that_its_scan_was_given_up_is_ended(
@@ -145,7 +130,7 @@ def test_a_task_that_does_not_notice_that_its_scan_was_given_up_is_ended(
     until(marker.exists, "not begun")
     scope.abandon()
     with pytest.raises(JobFailed, match="given up"):
-        future.result(DEADLINE)
+        future.result(PATIENCE)
     until(lambda: not is_alive(int(marker.read_text())), "the process still runs")
 
 
@@ -153,8 +138,8 @@ def test_in_this_process_a_late_task_is_left_behind(tmp_path: Path) -> None:
     jobs, go = Jobs(0), tmp_path / "go"
     late = jobs.scope().submit(wait_for, str(tmp_path / "m"), str(go), budget=Budget(0.1, name="llr"))
     with pytest.raises(TimeLimitReached):
-        late.result(DEADLINE)
-    assert jobs.submit(process_id).result(DEADLINE) == os.getpid()
+        late.result(PATIENCE)
+    assert jobs.submit(process_id).result(PATIENCE) == os.getpid()
     go.touch()
     jobs.close()
 
@@ -167,7 +152,7 @@ def test_tasks_are_told_when_the_server_stops(tmp_path: Path) -> None:
     jobs.close()
     for future in (running, waiting, jobs.submit(process_id)):
         with pytest.raises(JobFailed, match="stopping"):
-            future.result(DEADLINE)
+            future.result(PATIENCE)
     until(lambda: not is_alive(int((tmp_path / "pid").read_text())), "the process still runs")
 
 
@@ -175,7 +160,7 @@ def test_workers_that_cannot_start_are_an_error_and_no_endless_wait(monkeypatch:
     monkeypatch.setattr("gadgets.compute_local.start_worker", os._exit)
     jobs = Jobs(1, threads=1)
     with pytest.raises(JobFailed, match="no worker process can be started"):
-        jobs.submit(process_id).result(DEADLINE)
+        jobs.submit(process_id).result(PATIENCE)
     with pytest.raises(JobFailed, match="no worker process can be started"):
         jobs.warm()
     jobs.close()

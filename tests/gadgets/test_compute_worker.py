@@ -23,7 +23,7 @@ from gadgets.reports import FileReport, ReportReader
 from gadgets.row_files import RowFiles
 from recon_core.errors import DataError
 from recon_core.types import ImageSeries
-from tests.gadgets.test_compute_limits import until
+from tests.waiting import until
 
 
 @dataclass(frozen=True)

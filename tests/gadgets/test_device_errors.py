@@ -17,9 +17,9 @@ from gadgets.jobs import Jobs
 from gadgets.monitor import health
 from gadgets.monitor.folder import Folder
 from recon_core.errors import DataError
-from tests.gadgets.test_compute_limits import DEADLINE, is_alive, until
-from tests.gadgets.test_jobs import process_id
+from tests.gadgets.worker_tasks import process_id
 from tests.monitor import spools
+from tests.waiting import PATIENCE, is_alive, until
 
 WORDS = (
     "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be asynchronously reported at some other API "
@@ -91,19 +91,19 @@ def worker() -> Iterator[Jobs]:
 
 @pytest.mark.parametrize("task", [lose_the_gpu, lose_the_gpu_as_torch_does])
 def test_a_worker_whose_gpu_failed_is_ended(worker: Jobs, task: object, caplog: pytest.LogCaptureFixture) -> None:
-    before = worker.submit(process_id).result(DEADLINE)
+    before = worker.submit(process_id).result(PATIENCE)
     with pytest.raises(DeviceFailed, match="the GPU failed; got an illegal memory access was encountered"):
-        worker.submit(task).result(DEADLINE)  # type: ignore[arg-type]
+        worker.submit(task).result(PATIENCE)  # type: ignore[arg-type]
     assert "event=device_failed" in caplog.text and "event=worker_ended" in caplog.text
-    assert worker.submit(process_id).result(DEADLINE) != before
+    assert worker.submit(process_id).result(PATIENCE) != before
     until(lambda: not is_alive(before), "the process still runs")
 
 
 def test_in_this_process_the_error_says_so() -> None:
     jobs = Jobs(0, threads=1, rehearse=False)
     with pytest.raises(DeviceFailedHere):
-        jobs.submit(lose_the_gpu).result(DEADLINE)
-    assert jobs.submit(process_id).result(DEADLINE) == os.getpid()
+        jobs.submit(lose_the_gpu).result(PATIENCE)
+    assert jobs.submit(process_id).result(PATIENCE) == os.getpid()
     jobs.close()
 
 

@@ -22,10 +22,10 @@ from pydicom.sr.coding import Code
 from typer.testing import CliRunner
 
 from gadgets.dicom import convert
-from gadgets.dicom_cli import MissingExtra, dicom
+from gadgets.dicom_cli import dicom
 from gadgets.dicom_identity import DicomError, Identity, make_uid, read_header_text, read_identity
 from gadgets.dicom_pixels import QUANTITIES, UNITS
-from gadgets.errors import SpoolError
+from gadgets.errors import MissingExtra, SpoolError
 from gadgets.geometry import pixel_to_patient
 from gadgets.image_file import ImageFile, read_images
 from gadgets.pacs import Destination

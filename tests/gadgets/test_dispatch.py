@@ -12,8 +12,8 @@ import pytest
 from gadgets.compute_pool import Task
 from gadgets.errors import JobFailed
 from gadgets.jobs import Jobs
-from tests.gadgets.test_compute_limits import DEADLINE, until
-from tests.gadgets.test_jobs import die, process_id
+from tests.gadgets.worker_tasks import die, process_id
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def test_a_dead_worker_is_replaced_when_no_thread_can_be_had_to_end_it(monkeypat
     jobs = Jobs(1, threads=1, rehearse=False)
     refused = no_threads_called(monkeypatch, "retire")
     with pytest.raises(JobFailed, match="died twice"):
-        jobs.submit(die).result(DEADLINE)
-    assert jobs.submit(abs, -3).result(DEADLINE) == 3
+        jobs.submit(die).result(PATIENCE)
+    assert jobs.submit(abs, -3).result(PATIENCE) == 3
     assert refused
     jobs.close()
 
@@ -60,7 +60,7 @@ def test_a_failure_while_choosing_ends_nothing(
         return choose()
 
     monkeypatch.setattr(jobs, "_choose", fail_once)
-    assert jobs.submit(abs, -3).result(DEADLINE) == 3
+    assert jobs.submit(abs, -3).result(PATIENCE) == 3
     assert f"event=dispatch_failed error={type(failure).__name__}" in caplog.text
     assert "as planned" not in caplog.text  # words may quote a scan
 
@@ -70,7 +70,7 @@ def test_a_task_that_cannot_be_begun_is_tried_again(jobs: Jobs, monkeypatch: pyt
     future = jobs.submit(process_id)
     until(lambda: len(refused) > 2, "it was not tried again")
     monkeypatch.undo()
-    assert future.result(DEADLINE)
+    assert future.result(PATIENCE)
 
 
 def test_a_task_that_can_never_be_begun_is_an_error_and_the_others_run(jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,8 +84,8 @@ def test_a_task_that_can_never_be_begun_is_an_error_and_the_others_run(jobs: Job
     monkeypatch.setattr(jobs._local, "start", refuse)
     poison, innocent = jobs.submit(die), jobs.submit(abs, -3)
     with pytest.raises(JobFailed, match="cannot be begun; got OSError"):
-        poison.result(DEADLINE)
-    assert innocent.result(DEADLINE) == 3
+        poison.result(PATIENCE)
+    assert innocent.result(PATIENCE) == 3
     assert jobs.state.running == 0
 
 
@@ -101,11 +101,11 @@ def test_a_task_that_cannot_be_stopped_is_late_again(jobs: Jobs, monkeypatch: py
 
     monkeypatch.setattr(jobs._local, "stop", fail_twice)
     scope = jobs.scope()
-    future = scope.submit(lambda: (begun.set(), go.wait(DEADLINE)))
-    assert begun.wait(DEADLINE)
+    future = scope.submit(lambda: (begun.set(), go.wait(PATIENCE)))
+    assert begun.wait(PATIENCE)
     scope.abandon()
     with pytest.raises(JobFailed, match="given up"):
-        future.result(DEADLINE)
+        future.result(PATIENCE)
     assert len(tries) == 3 and jobs.state.stopped == 1
     go.set()
 
@@ -117,9 +117,9 @@ def test_a_dispatcher_that_is_gone_is_replaced(
         patched.setattr(jobs, "_dispatch", lambda: None)
         first = jobs.submit(abs, -1)
         assert jobs._dispatcher is not None
-        jobs._dispatcher.join(DEADLINE)
+        jobs._dispatcher.join(PATIENCE)
         assert not first.done()
-    assert jobs.submit(abs, -2).result(DEADLINE) == 2 and first.result(DEADLINE) == 1
+    assert jobs.submit(abs, -2).result(PATIENCE) == 2 and first.result(PATIENCE) == 1
     assert "event=dispatcher_gone waiting=1" in caplog.text
     with monkeypatch.context() as patched:  # those who watch are enough
         jobs._dispatcher = None
@@ -132,8 +132,8 @@ def test_without_a_thread_to_hand_out_a_task_is_refused(jobs: Jobs, monkeypatch:
     with monkeypatch.context() as patched:
         no_threads_called(patched, "dispatch")
         with pytest.raises(JobFailed, match="no thread can be had"):
-            jobs.submit(process_id).result(DEADLINE)
-    assert jobs.submit(abs, -3).result(DEADLINE) == 3
+            jobs.submit(process_id).result(PATIENCE)
+    assert jobs.submit(abs, -3).result(PATIENCE) == 3
 
 
 def test_a_standstill_is_measured(jobs: Jobs, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -144,11 +144,11 @@ def test_a_standstill_is_measured(jobs: Jobs, monkeypatch: pytest.MonkeyPatch, c
         waiting = jobs.submit(process_id)
         until(lambda: jobs.state.stalled > 0.05, "nothing begins, and nobody says so")
     begun, go = threading.Event(), threading.Event()
-    busy = jobs.submit(lambda: (begun.set(), go.wait(DEADLINE)))
-    assert begun.wait(DEADLINE)
+    busy = jobs.submit(lambda: (begun.set(), go.wait(PATIENCE)))
+    assert begun.wait(PATIENCE)
     behind = jobs.submit(process_id)
     assert jobs.state.stalled == 0.0  # a task runs, however long
     go.set()
     for future in (waiting, busy, behind):
-        future.result(DEADLINE)
+        future.result(PATIENCE)
     assert jobs.state.stalled == 0.0

@@ -17,7 +17,6 @@ from gadgets.geometry import (
     field_of_view_mm,
     image_position_patient,
     orthonormal_directions,
-    patient_to_pixel,
     pixel_spacing,
     pixel_to_patient,
     read_geometry,
@@ -168,14 +167,6 @@ def test_planes_of_a_slab_are_symmetric_about_its_centre() -> None:
     np.testing.assert_allclose(
         (pixel_to_patient(head, (7.5, 7.5, 0)) + pixel_to_patient(head, (7.5, 7.5, 5))) / 2, (1, 2, 3), atol=1e-5
     )
-
-
-@pytest.mark.parametrize("centre", ["fov", "fft"])
-def test_patient_to_pixel_is_the_inverse(centre: str) -> None:
-    head = header((31, 20, 6), (100.0, 80.0, 24.0), np.array([-3.0, 8.0, 40.0]), rotation(8))
-    index = np.random.default_rng(0).uniform(0, 20, (7, 3))
-    there = pixel_to_patient(head, index, centre)  # type: ignore[arg-type]
-    np.testing.assert_allclose(patient_to_pixel(head, there, centre), index, atol=1e-5)  # type: ignore[arg-type]
 
 
 @settings(max_examples=300)

@@ -16,9 +16,8 @@ from gadgets.chain import chain_names, config_directory, load_chain, node_proper
 from gadgets.install_gadgetron import InstallRefused, connect_variant, install, install_gadgetron
 from gadgets.node import node_request
 from gadgets.relay import SERVER
-from tests.gadgetron_stand_in import executed, session
+from tests.gadgetron_stand_in import executed, recorded, session
 from tests.gadgets.serving import serving
-from tests.gadgets.test_node import recorded
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import logging
 import os
 import re
 import shutil
-import signal
 import threading
 import warnings
 from collections.abc import Callable
@@ -24,27 +23,7 @@ from gadgets.reports import FileReport, ReportReader
 from gadgets.scratch import SCRATCH_PREFIX, Scratch, remove_stale_scratch
 from recon_core.errors import DataError
 from recon_core.types import ImageSeries
-
-
-def process_id() -> int:
-    return os.getpid()
-
-
-def die_once(marker: str) -> str:
-    """Kills its process with a real signal the first time, answers the second time."""
-    path = Path(marker)
-    if not path.exists():
-        path.write_text("x")
-        os.kill(os.getpid(), signal.SIGKILL)
-    return "alive"
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def fail() -> None:
-    raise DataError("bad line", where="slice 1", got=3, expected=4, remedy="Look.")
+from tests.gadgets.worker_tasks import die, die_once, fail, process_id
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import errno
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,16 +18,9 @@ from gadgets.errors import JobFailed, WireError
 from gadgets.jobs import Jobs
 from gadgets.listener import Access, Listener
 from gadgets.service import Service, ServiceOptions
-from tests.gadgets.serving import serving
-from tests.gadgets.test_server import still_works
+from tests.gadgets.serving import serving, still_works
 from tests.monitor.site import monitoring
-
-
-def until(look: Callable[[], object], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not look():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+from tests.waiting import until
 
 
 def break_socket(listener: Listener) -> None:

@@ -20,12 +20,11 @@ from gadgets.wire.dialect import is_node_configuration
 from gadgets.wire.dtypes import ACQUISITION_HEADER, Flag
 from gadgets.wire.framing import FrameParser
 from gadgets.wire.header import parse_header
-from tests.gadgetron_stand_in import connected, message, session
+from tests.gadgetron_stand_in import CONFIG, connected, message, recorded, session
 from tests.gadgets.serving import HEADER, QUICK, CountingScan, Served, count_image, data, serving
 from tests.wire import streams
 from tests.wire.conftest import CAPTURES
 
-CONFIG = '<?xml version="1.0"?>\n<configuration><property name="chain" value="fourier"/></configuration>\n'
 START = message(2, CONFIG) + message(3, HEADER)
 
 
@@ -118,12 +117,6 @@ def test_buckets_leave_no_files_behind(served: Served) -> None:
     (scan,) = served.scans
     assert scan.abandoned and not scan.raw.kept
     assert not [left for folder in Spool(None).temporary_directories for left in folder.glob(f"*/{scan.raw.name}")]
-
-
-def recorded(name: str, config: str = CONFIG) -> bytes:
-    """What the real Gadgetron sent, with another node configuration."""
-    raw = (CAPTURES / f"gadgetron_node_{name}.bin").read_bytes()
-    return message(2, config) + raw[6 + struct.unpack_from("<I", raw, 2)[0] :]
 
 
 # -- failures: ERROR, read on to CLOSE, CLOSE ---------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from gadgets.dicom_cli import pacs_app
 from gadgets.pacs import Attempt, Destination, PacsError, Tls
 from gadgets.pacs_backlog import OTHER, Backlog, QueueWatch, has_work, key_of
 from gadgets.pacs_queue import FAILED_SECONDS, Job, Pauses, Queue, QueueBusy
-from tests.monitor.site import until
+from tests.waiting import until
 
 DEAD, LIVING = Destination("192.0.2.1", 104, "DEAD"), Destination("192.0.2.2", 104, "LIVING")
 

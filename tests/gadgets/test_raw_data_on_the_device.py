@@ -13,9 +13,9 @@ from gadgets.bookkeeping import NOT_FORCED, Books
 from gadgets.errors import WorkerDied
 from gadgets.journal import JobRow
 from gadgets.wire.events import Readouts
+from tests.gadgets.left_behind import Site, over
 from tests.gadgets.serving import CountingScan
 from tests.gadgets.test_bookkeeping import keeping
-from tests.gadgets.test_recovery import Site, over
 
 
 @dataclass

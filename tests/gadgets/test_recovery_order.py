@@ -13,8 +13,8 @@ import pytest
 from gadgets.bookkeeping import Books
 from gadgets.journal import JobRow
 from gadgets.recovery import Recovery
+from tests.gadgets.left_behind import Site, begin, over
 from tests.gadgets.serving import CountingScan
-from tests.gadgets.test_recovery import Site, begin, over
 
 PATIENCE = 60.0
 

@@ -24,8 +24,20 @@ from gadgets.wire import codec
 from gadgets.wire.events import Readouts
 from gadgets.wire.framing import FrameParser, Limits
 from recon_core.errors import DataError
-from tests.gadgets.serving import CHAINS, HEADER, QUICK, CountingScan, Served, check_config, count_image, data, serving
-from tests.strict_client import Answer
+from tests.gadgets.serving import (
+    CHAINS,
+    HEADER,
+    QUICK,
+    CountingScan,
+    Served,
+    check_config,
+    count_image,
+    counted,
+    data,
+    errors,
+    serving,
+    still_works,
+)
 from tests.wire import streams
 
 CAPTURES = Path(__file__).parent.parent / "data" / "wire-captures"
@@ -35,22 +47,6 @@ CAPTURES = Path(__file__).parent.parent / "data" / "wire-captures"
 def served(tmp_path: Path) -> Iterator[Served]:
     with serving(tmp_path) as running:
         yield running
-
-
-def counted(answer: Answer) -> complex:
-    """The one image's pixel: readouts + 1j * waveforms."""
-    assert len(answer.images) == 1
-    return complex(answer.images[0].data.flat[0])
-
-
-def errors(answer: Answer) -> list[str]:
-    assert all(text.endswith("\n") and text.count("\n") == 1 for text in answer.texts), "one line each"
-    return [text for text in answer.texts if text.startswith("ERROR ")]
-
-
-def still_works(served: Served) -> None:
-    answer = served.client().scan("fourier", header=HEADER, messages=[data(3)])
-    assert counted(answer) == 3 and not answer.texts
 
 
 # -- what real clients send ----------------------------------------------------------------------------------------------

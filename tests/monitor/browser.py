@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.image import imread
 from playwright.sync_api import Browser, Dialog, Page, sync_playwright
 
-from tests.monitor.site import PATIENCE, until
+from tests.waiting import PATIENCE, until
 
 DESKTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 MILLISECONDS = 1e3 * PATIENCE

@@ -8,16 +8,16 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tests.waiting import PATIENCE
+
 T = TypeVar("T")
 RECON = Path(sys.executable).with_name("recon")
-PATIENCE = 240.0  # s; only the time until something counts as hung
 TOKEN = "a-token-of-twenty-nine-letters"
 
 
@@ -66,17 +66,6 @@ class Watched(Site):
 
     server_port: int = 0
     log: Path = field(default_factory=Path)
-
-
-def until(look: Callable[[], T], *, seconds: float = PATIENCE) -> T:
-    """What ``look`` says as soon as it is something."""
-    deadline = time.monotonic() + seconds
-    while True:
-        found = look()
-        if found:
-            return found
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.05)
 
 
 def environment(folder: Path) -> dict[str, str]:

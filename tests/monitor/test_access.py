@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from gadgets.errors import MissingExtra
 from gadgets.journal import JobRow
 from gadgets.monitor.access import read_token, require_token
 from gadgets.monitor.child import monitor_beside
-from gadgets.monitor.command import MissingExtra, parse_address
+from gadgets.monitor.command import parse_address
 from gadgets.monitor.web import MAX_STREAMS
 from recon_core.errors import SettingError
 from tests.monitor import spools
-from tests.monitor.site import PATIENCE, RECON, TOKEN, Site, environment, monitoring, until
+from tests.monitor.site import RECON, TOKEN, Site, environment, monitoring
 from tests.monitor.spools import FAILED, GOOD, HOSTILE, RETRY
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,9 @@ from playwright.sync_api import Browser
 from gadgets.replay import ReplayResult, replay
 from tests.e2e.scans import SimulatedScan, simulated
 from tests.monitor.browser import browsing, page, pictures_loaded, require_accessible, require_fits, screenshot
-from tests.monitor.site import PATIENCE, Watched, monitoring, until, watched
+from tests.monitor.site import Watched, monitoring, watched
 from tests.strict_client import StrictClient
+from tests.waiting import PATIENCE, until
 
 pytestmark = pytest.mark.timeout(1200)  # only where the machine has much else to do
 PATIENT = {"patientName": "Zwickelhuber^Anastasia", "patientID": "PID-771204-X", "patientBirthdate": "1931-07-09"}

@@ -19,8 +19,8 @@ from gadgets.monitor.pictures import Gallery
 from gadgets.spool import ScanLog, Spool
 from gadgets.wire import codec
 from gadgets.wire.events import Readouts
-from tests.monitor.site import until
 from tests.monitor.spools import image
+from tests.waiting import until
 
 
 class Played:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from recon_core.coils.coarse_grid import GridAxis, interpolate, smooth_phase
+from recon_core.coils.coarse_grid import GridAxis, align_phases, interpolate
 from recon_core.coils.espirit import espirit_maps
 from recon_core.errors import CalibrationError
 from tests.recon_core.coil_phantom import calibration_block, combination_error, phantom, positions, smooth_maps
@@ -114,7 +114,7 @@ def test_phases_are_chosen_together_even_where_the_principal_coil_vanishes() -> 
     truth = torch.stack([torch.cos(angle) + 0j, torch.sin(angle) * torch.exp(1j * y)], dim=-1).to(torch.complex64)
     g = torch.Generator().manual_seed(0)
     scrambled = truth * torch.exp(2j * math.pi * torch.rand(21, 20, 1, generator=g))
-    found = torch.movedim(smooth_phase(scrambled, torch.ones(21, 20)), -1, 0)
+    found = torch.movedim(align_phases(scrambled, torch.ones(21, 20)), -1, 0)
     everywhere = torch.ones(21, 20, dtype=torch.bool)
     assert largest_jump(found, everywhere) < 1.2 * largest_jump(torch.movedim(truth, -1, 0), everywhere)
 

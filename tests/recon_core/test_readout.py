@@ -5,7 +5,7 @@ import torch
 from recon_core.errors import DataError
 from recon_core.fourier import centre_slice
 from recon_core.preprocess import readout
-from recon_core.preprocess.readout import all_finite, finite_readouts, grid_start, prepare_readouts
+from recon_core.preprocess.readout import all_finite, finite_readouts, prepare_readouts
 
 
 def complex_noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -62,7 +62,7 @@ def test_echo_lands_on_the_image_without_phase(reverse: bool, n_encoded: int) ->
     samples = np.zeros((1, 1, 28), np.complex64)
     centre = 13
     samples[..., centre] = 1
-    start = grid_start(centre, 3, 26, reverse, n_encoded)
+    start = n_encoded // 2 - (25 - centre if reverse else centre - 3)
     out = prepare_readouts(samples, first=3, last=26, reverse=reverse, k0_start=start, n_encoded=n_encoded, n_x=16)
     np.testing.assert_allclose(out.numpy(), np.full((1, 1, 16), n_encoded**-0.5), atol=1e-7)
 

@@ -66,7 +66,7 @@ def test_pixel_mean_is_centred() -> None:
 
 
 def test_noise_has_the_covariance_it_was_asked_for() -> None:
-    covariance = coils.noise_covariance(6, np.random.default_rng(0))
+    covariance = coils.random_noise_covariance(6, np.random.default_rng(0))
     noise = correlated_noise(covariance, (400, 256), np.random.default_rng(1))
     flat = noise.transpose(1, 0, 2).reshape(6, -1)
     np.testing.assert_allclose(flat @ flat.conj().T / flat.shape[1], covariance, atol=0.02)
@@ -76,7 +76,7 @@ def test_noise_has_the_covariance_it_was_asked_for() -> None:
 
 @pytest.mark.parametrize("n_coils", [1, 2, 3, 4, 16, 33])
 def test_noise_covariance_is_positive_definite(n_coils: int) -> None:
-    assert np.linalg.eigvalsh(coils.noise_covariance(n_coils, np.random.default_rng(4))).min() > 0.05
+    assert np.linalg.eigvalsh(coils.random_noise_covariance(n_coils, np.random.default_rng(4))).min() > 0.05
 
 
 def test_snr_setting_is_met() -> None:

@@ -14,8 +14,7 @@ from gadgets.errors import WireError
 from gadgets.wire import codec
 from gadgets.wire.session import fire_parameters
 from recon_core.errors import ReconError, SettingError
-from tests.gadgets.serving import HEADER, data, serving
-from tests.gadgets.test_server import still_works
+from tests.gadgets.serving import HEADER, data, serving, still_works
 
 
 @pytest.mark.parametrize(

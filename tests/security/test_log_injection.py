@@ -18,8 +18,7 @@ from gadgets.log_lines import LOG_FORMAT, OneLine
 from gadgets.meta import read_meta, write_meta
 from gadgets.wire import codec
 from recon_core.errors import MAX_CHARACTERS, ReconError, plain
-from tests.gadgets.serving import HEADER, data, serving
-from tests.gadgets.test_server import still_works
+from tests.gadgets.serving import HEADER, data, serving, still_works
 from tests.strict_client import Answer
 
 FORGED = "x\n2026-01-01 00:00:00.000Z level=INFO logger=gadgets event=forged"

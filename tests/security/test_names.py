@@ -21,8 +21,7 @@ from gadgets.wire import codec
 from recon_core.errors import ReconError
 from recon_core.sampling.mask_files import MaskError
 from tests.gadgets.scan_factory import mrd_header, readout_headers
-from tests.gadgets.serving import HEADER, data, serving
-from tests.gadgets.test_server import errors, still_works
+from tests.gadgets.serving import HEADER, data, errors, serving, still_works
 
 PATHS = [
     "../configs/fourier",

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from gadgets.wire import codec, events
 from gadgets.wire.dtypes import ACQUISITION_HEADER, IMAGE_HEADER, WAVEFORM_HEADER
 from gadgets.wire.framing import FrameParser
+from tests.wire.compressed import compressed_acquisitions
 
 HEADER = (
     "<ismrmrdHeader><encoding><encodedSpace><matrixSize><x>8</x><y>4</y><z>1</z></matrixSize><fieldOfView_mm><x>16</x>"
@@ -59,7 +60,7 @@ def session(nul: bool = False) -> bytes:
             codec.acquisitions(*imaging),
             codec.waveform(*waveform()),
             codec.acquisitions(*navigator),
-            codec.compressed_acquisitions(*readouts(2, 2, 8, seed=4), bits=12),
+            compressed_acquisitions(*readouts(2, 2, 8, seed=4), bits=12),
             codec.acquisitions(*spiral),
             image(),
             codec.acquisitions(*readouts(2, 0, 0)),

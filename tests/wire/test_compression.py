@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from gadgets.errors import MalformedMessage
-from gadgets.wire.compression import decode, encode
+from gadgets.wire.compression import decode
+from tests.wire.compressed import encode
 
 
 def samples(n: int, seed: int = 0) -> np.ndarray:
@@ -77,10 +78,3 @@ def test_zeros() -> None:
 def test_contradictions(buffer: bytes) -> None:
     with pytest.raises(MalformedMessage):
         decode(buffer, 8)
-
-
-def test_encoder_needs_one_goal() -> None:
-    with pytest.raises(ValueError, match="either"):
-        encode(samples(2))
-    with pytest.raises(ValueError, match="bits"):
-        encode(samples(2), tolerance=1e-12)

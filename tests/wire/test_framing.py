@@ -17,6 +17,7 @@ from gadgets.wire import codec, events
 from gadgets.wire.dtypes import DATA_TYPES, READOUT_RECORD, Flag, any_flag
 from gadgets.wire.framing import FrameParser, Limits
 from tests.wire import streams
+from tests.wire.compressed import compressed_acquisitions
 from tests.wire.hostile import boundaries
 from tests.wire.streams import flatten, parse
 
@@ -233,7 +234,7 @@ def test_readout_cap_in_a_run() -> None:
 
 def test_compressed_readout_cap() -> None:
     headers, samples, _ = streams.readouts(1, 1, 1)
-    data = codec.compressed_acquisitions(headers, samples, bits=8)
+    data = compressed_acquisitions(headers, samples, bits=8)
     struct.pack_into("<I", data, 342, 0xFFFFFFFF)
     assert isinstance(problem(bytes(data)), errors.Oversized)
 
@@ -299,7 +300,7 @@ def test_unknown_image_type() -> None:
 
 def test_zfp_is_refused_once_by_name_and_framing_goes_on() -> None:
     headers, samples, points = streams.readouts(3, 2, 4, dims=2)
-    packed = codec.compressed_acquisitions(headers, samples, points, bits=9)
+    packed = compressed_acquisitions(headers, samples, points, bits=9)
     size = len(packed) // 3
     for i in range(3):
         struct.pack_into("<Q", packed, i * size + 4, Flag.ACQ_COMPRESSION1.bit)

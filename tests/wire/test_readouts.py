@@ -15,9 +15,10 @@ from numpy.testing import assert_array_equal
 from gadgets.errors import MalformedMessage, SpoolError
 from gadgets.wire import codec, events, readouts
 from gadgets.wire.framing import FrameParser
-from gadgets.wire.readouts import groups, read_samples, read_trajectories
+from gadgets.wire.readouts import groups, read_samples
 from recon_core.errors import DataError
 from tests.wire import streams
+from tests.wire.compressed import compressed_acquisitions
 
 
 def write(path: Path, *parts: bytes | bytearray) -> tuple[Path, events.Readouts]:
@@ -97,7 +98,7 @@ def test_compressed_and_plain_together(tmp_path: Path) -> None:
     path, event = write(
         tmp_path / "log",
         codec.acquisitions(headers[:2], samples[:2]),
-        codec.compressed_acquisitions(headers[2:4], samples[2:4], tolerance=1e-3),
+        compressed_acquisitions(headers[2:4], samples[2:4], tolerance=1e-3),
         codec.acquisitions(headers[4:], samples[4:]),
     )
     order = [5, 2, 0, 3, 4, 1]
@@ -107,16 +108,15 @@ def test_compressed_and_plain_together(tmp_path: Path) -> None:
     assert sorted(len(g) for g in groups(event.headers)) == [2, 4]
 
 
-def test_trajectories(tmp_path: Path) -> None:
+def test_samples_behind_trajectories(tmp_path: Path) -> None:
     headers, samples, points = streams.readouts(7, 2, 5, dims=3)
     assert points is not None
     path, event = write(
         tmp_path / "log",
         codec.acquisitions(headers[:4], samples[:4], points[:4]),
-        codec.compressed_acquisitions(headers[4:], samples[4:], points[4:], bits=20),
+        compressed_acquisitions(headers[4:], samples[4:], points[4:], bits=20),
     )
     order = [6, 0, 5, 1]
-    assert_array_equal(read_trajectories(path, event.headers[order], event.offsets[order]), points[order])
     got = read_samples(path, *pick(event, order))
     assert np.abs(got - samples[order]).max() < 1e-4
     assert_array_equal(got[[1, 3]], samples[[0, 1]])
@@ -126,7 +126,6 @@ def test_nothing_and_empty_readouts(tmp_path: Path) -> None:
     headers, samples, _ = streams.readouts(3, 0, 0)
     path, event = write(tmp_path / "log", codec.acquisitions(headers, samples))
     assert read_samples(path, *pick(event, slice(None))).shape == (3, 0, 0)
-    assert read_trajectories(path, event.headers, event.offsets).shape == (3, 0, 0)
     assert len(read_samples(path, *pick(event, slice(0)))) == 0
     assert list(groups(event.headers[:0])) == []
 
@@ -149,7 +148,7 @@ def test_short_or_missing_log(tmp_path: Path) -> None:
 
 
 def test_compressed_buffer_must_fit_its_header(tmp_path: Path) -> None:
-    data = codec.compressed_acquisitions(*streams.readouts(1, 2, 4), bits=8)
+    data = compressed_acquisitions(*streams.readouts(1, 2, 4), bits=8)
     data[40] = 3  # one coil more than were packed
     path, event = write(tmp_path / "log", data)
     with pytest.raises(MalformedMessage, match="elements"):

@@ -10,7 +10,7 @@ import pytest
 from gadgets.errors import IllegalOrder, MalformedText
 from gadgets.wire import events
 from gadgets.wire.dtypes import ACQUISITION_HEADER
-from gadgets.wire.session import NEXT, Session, fire_parameters
+from gadgets.wire.session import CLOSED, NEXT, Session, fire_parameters
 
 CONFIG, SCRIPT, HEADER = events.ConfigFile(0, "a"), events.ConfigScript(0, "a"), events.HeaderText(0, "h")
 CLOSE, TEXT, QUERY = events.Close(0), events.Text(0, "t"), events.Query(0, 1, "q")
@@ -32,9 +32,9 @@ DATA = events.Readouts(0, np.zeros(1, ACQUISITION_HEADER), np.zeros(1, np.int64)
 def test_legal(order: list[events.Event]) -> None:
     session = Session()
     for event in order:
-        assert not session.is_closed
+        assert session.state != CLOSED
         session.accept(event)
-    assert session.is_closed
+    assert session.state == CLOSED
 
 
 @pytest.mark.parametrize(

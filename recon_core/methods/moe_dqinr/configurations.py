@@ -159,5 +159,3 @@ TINY = Configuration(
     router=MlpShape(width=8, depth=1),
 )
 """For tests: every part is there and a step takes a millisecond."""
-
-CONFIGURATIONS = {c.name: c for c in (DYNAMIC, QUANTITATIVE, SMALL_DYNAMIC, SMALL_QUANTITATIVE, TINY)}

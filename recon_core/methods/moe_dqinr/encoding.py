@@ -48,11 +48,6 @@ def level_entries(grid: HashGridShape, level: int) -> int:
     return min(-(-wanted // ALIGNMENT) * ALIGNMENT, 2**grid.log2_size)
 
 
-def full_entries(grid: HashGridShape) -> int:
-    """Entries of the full table, each of ``features`` numbers."""
-    return sum(level_entries(grid, level) for level in range(grid.levels))
-
-
 def working_coordinates(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """Eq. 10 for every pixel in working order: float64 ``(x * height + y, 2)``, first the x, then the y coordinate.
 
@@ -118,11 +113,6 @@ def interpolation(grid: HashGridShape, height: int, width: int, device: torch.de
         entries.append(found)
         first += len(found)
     return Interpolation(torch.stack(columns, dim=1), torch.stack(weights, dim=1), tuple(touched), torch.cat(entries))
-
-
-def touched_entries(grid: HashGridShape, height: int, width: int) -> int:
-    """How many entries of the full table some pixel of a ``height x width`` grid touches."""
-    return interpolation(grid, height, width, torch.device("cpu")).n_entries
 
 
 class SparseProduct:

@@ -7,37 +7,18 @@ experts, residual basis) and the mixing matrix m = [1, alpha, gamma beta] (state
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 from recon_core.errors import DataError, SettingError
 from recon_core.methods.moe_dqinr.configurations import Configuration, MlpShape
-from recon_core.methods.moe_dqinr.encoding import HashGrid, full_entries
+from recon_core.methods.moe_dqinr.encoding import HashGrid
 from recon_core.methods.moe_dqinr.networks import Branches, state_features
 
 Tensor = torch.Tensor
 
 VARIANTS = ("full", "residual_only", "no_residual")
 """Table 4: MoE + residual, residual only (the residual branch replaces the experts; the background stays), MoE without it."""
-
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Trainable numbers of each part. ``encoder_full`` is what the same encoder would have with its untouched entries."""
-
-    encoder: int
-    encoder_full: int
-    background: int
-    experts: int
-    residual: int
-    router: int
-    residual_coefficients: int
-
-    @property
-    def total(self) -> int:
-        parts = (self.background, self.experts, self.residual, self.router, self.residual_coefficients)
-        return self.encoder + sum(parts)
 
 
 class PixelGrid:
@@ -160,10 +141,6 @@ class MoeField(torch.nn.Module):
         """Background, experts and residual basis, as far as they exist; the order of components."""
         return [b for b in (self.background, self.experts, self.residual) if b is not None]
 
-    @property
-    def n_components(self) -> int:
-        return sum(branches.n_branches for branches in self.image_branches)
-
     def image_parameters(self) -> list[torch.nn.Parameter]:
         """theta_img of Eq. 24: encoder, background, experts, residual basis functions."""
         return [self.encoder.table, *(p for branches in self.image_branches for p in branches.parameters())]
@@ -224,23 +201,6 @@ class MoeField(torch.nn.Module):
         """The series with gradient and without chunks: what small tests differentiate."""
         values = self.components(self.encoder())
         return self.pixels.as_images((self.mixing() @ values.flatten(1)).reshape(self.n_states, -1, 2))
-
-    def parameter_counts(self) -> ParameterCounts:
-        """Trainable numbers of each part, counted from the tensors."""
-
-        def count(module: torch.nn.Module | None) -> int:
-            return 0 if module is None else sum(p.numel() for p in module.parameters())
-
-        grid = self.configuration.grid
-        return ParameterCounts(
-            encoder=count(self.encoder),
-            encoder_full=full_entries(grid) * grid.features,
-            background=count(self.background),
-            experts=count(self.experts),
-            residual=count(self.residual),
-            router=count(self.router),
-            residual_coefficients=count(self.coefficients),
-        )
 
 
 def check_shape(n_states: int, spatial_shape: tuple[int, ...]) -> None:

@@ -12,12 +12,6 @@ from recon_core.methods.moe_dqinr.configurations import MlpShape
 Tensor = torch.Tensor
 
 
-def mlp_parameters(n_inputs: int, shape: MlpShape, n_outputs: int) -> int:
-    """Weights and biases of one MLP: ``n_inputs -> width -> ... -> width -> n_outputs`` with ``depth`` hidden layers."""
-    sides = [n_inputs, *[shape.width] * shape.depth, n_outputs]
-    return sum((a + 1) * b for a, b in pairwise(sides))
-
-
 class Branches(torch.nn.Module):
     """Several MLPs of one shape evaluated together by batched products (Eq. 12-14).
 

@@ -11,7 +11,7 @@ import torch
 from recon_core.errors import DataError, NumericalError
 from recon_core.methods import cg_sense, llr
 from recon_core.methods.moe_dqinr.diagnostics import casorati_singular_values, diagnose, numerical_rank
-from recon_core.methods.moe_dqinr.fit import FitResult, FitSettings, IterationReport, fit
+from recon_core.methods.moe_dqinr.fit import FitResult, IterationReport, fit
 from recon_core.methods.moe_dqinr.model import MoeField
 from recon_core.methods.moe_dqinr.objective import Objective, make_objective
 from recon_core.methods.moe_dqinr.settings import Plan, Settings, plan_for
@@ -108,7 +108,7 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
         raise DataError(
             "moe_dqinr represents single slices", where=where, got=f"a slab of {kspace.data.shape[-3]}", remedy="Use llr"
         )
-    order = state_order(scan, kspace.n_states)
+    order = order_in_time(scan, kspace.n_states)
     kspace = in_order(kspace, order)
     plan = plan_for(settings, kspace.data.device.type)
     problem = pose(kspace, where, report)
@@ -137,7 +137,7 @@ def reconstruct(kspace: KSpace, scan: ScanInfo, settings: Settings, report: Repo
     )
 
 
-def state_order(scan: ScanInfo, n_states: int) -> Tensor:
+def order_in_time(scan: ScanInfo, n_states: int) -> Tensor:
     """Which state comes first, second, ...: by inversion (or saturation) time where there are some, else as acquired."""
     times = scan.inversion_times or scan.saturation_times
     if len(times) != n_states:
@@ -204,7 +204,7 @@ def _network(work: _Work, settings: Settings, first: Tensor | None) -> Tensor:
         prefit(moe, first, plan.prefit, on_iteration=_advancing(advance))
     advance = work.stages.start("network")
     fitted = fit(moe, work.objective, plan.fit, _advancing(advance))
-    _keep(work, moe, fitted, plan.fit)
+    _keep(work, moe, fitted)
     return fitted.images
 
 
@@ -212,7 +212,7 @@ def _advancing(advance: Callable[[float], None]) -> Callable[[IterationReport], 
     return lambda now: advance(now.iteration / now.iterations)
 
 
-def _keep(work: _Work, moe: MoeField, fitted: FitResult, settings: FitSettings) -> None:
+def _keep(work: _Work, moe: MoeField, fitted: FitResult) -> None:
     found = diagnose(moe, work.objective, fitted.images)
     work.quality |= {
         "network_iterations": float(fitted.iterations),

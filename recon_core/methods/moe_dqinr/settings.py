@@ -1,4 +1,4 @@
-"""What a user may choose, and what the presets make of it."""
+"""Settings of MoE-dqINR, and the plan (network, iterations, refinement) that preset, device and changes make of them."""
 
 from __future__ import annotations
 

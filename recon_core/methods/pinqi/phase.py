@@ -19,7 +19,7 @@ FINEST = 6.0
 """Cycles per field of view at which the low-pass has fallen to ``exp(-1/2)``: about what the calibration lines hold."""
 
 
-def smooth_phase(image: Tensor) -> Tensor:
+def low_pass_phase(image: Tensor) -> Tensor:
     """``exp(i phase)`` of an image after a Gaussian low-pass.
 
     Parameters

@@ -14,7 +14,7 @@ from recon_core.methods.pinqi.installed import installed_weights
 from recon_core.methods.pinqi.model import AS_LEARNED, PinqiOutput, Strengths
 from recon_core.methods.pinqi.noise_rule import acceleration_of
 from recon_core.methods.pinqi.parameter_maps import Agreement, agreement, parameter_maps
-from recon_core.methods.pinqi.phase import smooth_phase, turned
+from recon_core.methods.pinqi.phase import low_pass_phase, turned
 from recon_core.methods.pinqi.settings import Settings
 from recon_core.methods.pinqi.start import first_images_and_object
 from recon_core.methods.pinqi.weights import TrainedPinqi, check_times
@@ -97,7 +97,7 @@ def reconstruct_with(trained: TrainedPinqi, kspace: KSpace, scan: ScanInfo, sett
     where = check_geometry(kspace, scan)
     check_kspace(kspace, where)
     check_maps(kspace, where)
-    order = state_order(trained, saturation_times(kspace, scan, where))
+    order = network_order(trained, saturation_times(kspace, scan, where))
     if not bool((kspace.data != 0).any()):
         return _nothing(kspace, report)
     report.progress(0.0, NAME)
@@ -247,7 +247,7 @@ def _nearly_real(
     if not network.model.is_complex:
         return inside(operator.coil_maps, rhs, start)
     longest = max(range(len(trained.times)), key=trained.times.__getitem__)
-    turn = smooth_phase((rhs if start is None else start)[:, longest])  # (1, x, y)
+    turn = low_pass_phase((rhs if start is None else start)[:, longest])  # (1, x, y)
     back = turn.conj()[:, None]
     maps = operator.coil_maps * turn.mT[:, None]
     found = inside(maps, rhs * back, None if start is None else start * back)
@@ -311,7 +311,7 @@ def saturation_times(kspace: KSpace, scan: ScanInfo, where: str) -> tuple[float,
     return times
 
 
-def state_order(trained: TrainedPinqi, times: tuple[float, ...]) -> Tensor:
+def network_order(trained: TrainedPinqi, times: tuple[float, ...]) -> Tensor:
     """Which state of the scan is the network's first, second, ...
 
     Raises

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recon_core.methods.moe_dqinr.configurations import HashGridShape
-from recon_core.methods.moe_dqinr.encoding import HashGrid, SparseProduct, interpolation, touched_entries
+from recon_core.methods.moe_dqinr.encoding import HashGrid, SparseProduct, interpolation
 
 # two dense levels, the others hashed into 64 entries with many collisions
 GRID = HashGridShape(levels=5, log2_size=6, base=3, growth=1.7, features=2, init_scale=1e-4)
@@ -108,8 +108,9 @@ def test_fine_levels_have_private_vertices() -> None:
     # more than two grid lines for a pixel spacing: no two pixels share a corner
     # (but at the border, where instant-ngp's last corner wraps into the next row)
     grid = HashGridShape(levels=1, log2_size=20, base=64, growth=2.0)
-    columns = interpolation(grid, 20, 20, CPU).columns.reshape(20, 20, 4)
+    plan = interpolation(grid, 20, 20, CPU)
+    columns = plan.columns.reshape(20, 20, 4)
     row = (torch.arange(20) + 10) % 20
     inner = columns[:-1][:, row < 19].flatten()
     assert len(inner.unique()) == len(inner) == 4 * 19 * 19
-    assert touched_entries(grid, 20, 20) > len(inner)
+    assert plan.n_entries > len(inner)

@@ -47,9 +47,11 @@ def test_synthesis_pixel_by_pixel(variant: str) -> None:
 
 
 def test_variants_have_their_parts() -> None:
-    full, only, without = (field_of(v).parameter_counts() for v in ("full", "residual_only", "no_residual"))
-    assert only.experts == only.router == 0 and only.residual == full.residual > 0
-    assert without.residual == without.residual_coefficients == 0 and without.experts == full.experts
+    full, only, without = (field_of(v) for v in ("full", "residual_only", "no_residual"))
+    assert full.experts is not None and full.residual is not None
+    assert only.experts is None and only.router is None and only.residual is not None
+    assert without.residual is None and without.coefficients is None and without.experts is not None
+    assert only.residual.n_branches == full.residual.n_branches and without.experts.n_branches == full.experts.n_branches
     # a configuration without residual branch has none, whatever the variant
     assert MoeField(QUANTITATIVE, 3, (8, 1, 8)).residual is None
 

@@ -11,7 +11,7 @@ import torch
 
 from recon_core.errors import DataError
 from recon_core.methods import get_method
-from recon_core.methods.moe_dqinr.reconstruction import in_order, state_order
+from recon_core.methods.moe_dqinr.reconstruction import in_order, order_in_time
 from recon_core.methods.moe_dqinr.settings import Settings, plan_for
 from recon_core.problem import pose
 from recon_core.solvers.refinement import RefineSettings, consistent, refine
@@ -110,7 +110,7 @@ def test_states_are_sorted_by_inversion_time_and_put_back() -> None:
     series = small_series()
     times = (0.3, 0.1, 0.5, 0.2, 0.4, 0.6)
     scan = replace(series.scan, inversion_times=times)
-    order = state_order(scan, 6)
+    order = order_in_time(scan, 6)
     assert order.tolist() == [1, 3, 0, 4, 2, 5]
     sorted_kspace = in_order(series.kspace, order)
     assert torch.equal(sorted_kspace.data[0], series.kspace.data[1])

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from recon_core.errors import SettingError
-from recon_core.methods.pinqi.reconstruction import apply_network, state_order
+from recon_core.methods.pinqi.reconstruction import apply_network, network_order
 from recon_core.methods.pinqi.start import first_images, object_columns
 from recon_core.problem import pose
 from recon_core.types import Report
@@ -72,7 +72,8 @@ def test_air_beside_the_object_changes_no_map(tmp_path: Path) -> None:
         coil_maps=functional.pad(scan.kspace.coil_maps, (48, 48), mode="constant", value=0.5),
     )
     found = [
-        apply_network(trained, kspace, state_order(trained, TIMES), "test", Report()).found for kspace in (scan.kspace, wide)
+        apply_network(trained, kspace, network_order(trained, TIMES), "test", Report()).found
+        for kspace in (scan.kspace, wide)
     ]
     narrow_rate, wide_rate = (f.parameters[0, 2] for f in found)  # (x, y)
     assert wide_rate.shape[0] == 64 + 96
@@ -100,6 +101,6 @@ def test_the_weights_say_which_images_their_network_begins_with(scan: Saturation
             given.append(arguments[2])
 
         trained.network.register_forward_pre_hook(seen)
-        applied = apply_network(trained, scan.kspace, state_order(trained, TIMES), "test", Report())
+        applied = apply_network(trained, scan.kspace, network_order(trained, TIMES), "test", Report())
         found[start] = error(np.abs(given[0].numpy()[0].swapaxes(-1, -2)) * applied.scale, replace(scan, m0=np.abs(scan.m0)))
     assert found["refined"] < 0.8 * found["llr"]
