@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -12,6 +13,9 @@ from recon_core.errors import DataError
 from recon_core.maps.field_checks import checked_mask
 
 Tensor = torch.Tensor
+
+ALIKE = 0.05
+"""Part by which distances of echoes differ that are meant to be equal: rounding, and the raster of gradients."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +59,12 @@ def checked_echoes(images: Tensor, times: Sequence[float], mask: Tensor | None, 
     order = sorted(range(len(times)), key=times.__getitem__)
     ordered = images if order == list(range(len(times))) else images[order]
     return Echoes(ordered, tuple(float(times[i]) for i in order), inside)
+
+
+def closest_echoes(times: Sequence[float]) -> int:
+    """Position of the first of two echoes that are nearest in time, of equally near ones (`ALIKE`) the earliest: there is most signal.
+
+    (By the last digit of their differences alone, it would be any pair of a long train, even one that has long decayed.)
+    """
+    gaps = [after - before for before, after in pairwise(times)]
+    return next(i for i, gap in enumerate(gaps) if gap <= (1 + ALIKE) * min(gaps))

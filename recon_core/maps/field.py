@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from recon_core.errors import DataError
-from recon_core.maps.echoes import checked_echoes
+from recon_core.maps.echoes import checked_echoes, closest_echoes
 from recon_core.maps.unwrap import unwrap_phase
 from recon_core.types import ParameterMap
 
@@ -112,7 +112,7 @@ def fit_field(
         raise DataError("no signal in the mask", where="field map")
     weights = data.abs().square() / energy.clamp_min(torch.finfo(energy.dtype).tiny)
     t = torch.tensor(times, dtype=energy.dtype, device=data.device)
-    i = min(range(len(times) - 1), key=lambda j: times[j + 1] - times[j])
+    i = closest_echoes(times)
     step = data[i + 1] * data[i].conj()
     turn = step.angle()
     if unwrap:

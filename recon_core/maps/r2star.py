@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from recon_core.errors import DataError, SettingError
-from recon_core.maps.echoes import checked_echoes
+from recon_core.maps.echoes import checked_echoes, closest_echoes
 from recon_core.maps.magnitude_decay import MagnitudeDecay
 from recon_core.settings import setting
 from recon_core.signal_models.multi_echo import MultiEcho
@@ -276,6 +276,5 @@ def _log_linear(magnitude: Tensor, times: Sequence[float]) -> tuple[Tensor, Tens
 
 
 def _shortest_step_field(data: Tensor, times: Sequence[float]) -> Tensor:
-    gaps = [times[i + 1] - times[i] for i in range(len(times) - 1)]
-    i = min(range(len(gaps)), key=gaps.__getitem__)
-    return (data[i + 1] * data[i].conj()).angle() / (2 * math.pi * gaps[i])
+    i = closest_echoes(times)
+    return (data[i + 1] * data[i].conj()).angle() / (2 * math.pi * (times[i + 1] - times[i]))

@@ -110,6 +110,18 @@ def test_field_is_exact_without_noise(times: tuple[float, ...]) -> None:
     assert maps.residual.data.max() < 1e-3
 
 
+def test_a_long_train_s_field_starts_where_there_is_signal() -> None:
+    """25 echoes 4 ms apart; by the last digit of their differences the 18th and 19th are the nearest, when fast decays are long over."""
+    times = tuple((4.0 + 4.0 * i) * 1e-3 for i in range(25))
+    z, _, x = coordinates()
+    field, rate = 60.0 * x, torch.where(z.abs() < 0.5, 80.0, 20.0)
+    t = torch.tensor(times, dtype=torch.float64)[:, None, None, None]
+    noise = torch.randn(25, *SHAPE, dtype=torch.complex128, generator=torch.Generator().manual_seed(0))
+    images = torch.exp(-t * rate + 2j * math.pi * field * t) + 0.03 * 2**0.5 * noise
+    found = fit_field(images, times, torch.ones(SHAPE, dtype=torch.bool), noise_std=0.03).field.data
+    assert float((found - field)[rate > 50].square().mean().sqrt()) < 3.0
+
+
 def test_field_standard_deviation_is_that_of_repeated_draws() -> None:
     field, mask, noise = smooth_hz(20.0), ball(0.8), 0.02
     draws = [fit_field(echo_images(EQUAL, field, noise=noise, seed=i), EQUAL, mask, noise_std=noise) for i in range(30)]
