@@ -22,6 +22,8 @@ Tensor = torch.Tensor
 class SphericalMean:
     """Mean over the voxels whose centres lie within ``radius``, as a convolution; self-adjoint.
 
+    Weights make up for what thick voxels leave of a sphere (`_as_round`): without them a harmonic field would not equal its mean.
+
     Parameters
     ----------
     shape, voxel
@@ -49,13 +51,9 @@ class SphericalMean:
         self.shape = tuple(shape)
         self.radius = radius
         self.padded = padded_shape(shape, 0.0) if max(half) <= 16 else tuple(n + h for n, h in zip(shape, half, strict=True))
-        axes = [
-            torch.arange(-h, h + 1, dtype=like.dtype, device=like.device) * side for h, side in zip(half, voxel, strict=True)
-        ]
-        z, y, x = torch.meshgrid(*axes, indexing="ij")
-        sphere = ((z**2 + y**2 + x**2) <= (radius * (1 + 1e-6)) ** 2).to(like.dtype)
+        sphere = _as_round(half, voxel, radius).to(like.device, like.dtype)
         kernel = like.new_zeros(self.padded)
-        kernel[: sphere.shape[0], : sphere.shape[1], : sphere.shape[2]] = sphere / sphere.sum()
+        kernel[: sphere.shape[0], : sphere.shape[1], : sphere.shape[2]] = sphere
         kernel = torch.roll(kernel, [-h for h in half], dims=(0, 1, 2))
         self.spectrum = torch.fft.rfftn(kernel).real.clone()  # real: the sphere is even
 
@@ -83,6 +81,27 @@ class SphericalMean:
     def _apply(self, x: Tensor, spectrum: Tensor) -> Tensor:
         z, y, x_ = self.shape
         return convolve_spectrum(x, spectrum, self.padded)[:z, :y, :x_]
+
+
+def _as_round(half: Sequence[int], voxel: Sequence[float], radius: float) -> Tensor:
+    """Weights of the voxels within ``radius``, sum 1, with equal second moments along all axes; float64 ``(z, y, x)``.
+
+    A harmonic function of second degree, such as ``z^2 - x^2``, equals its mean over a sphere because ``<z^2> = <x^2>``. Few voxels 3 mm
+    thick within 6 mm have ``<z^2> = 5.5`` and ``<x^2> = 7.6 mm^2``, and V-SHARP left 2 % of a background field instead of 0.3 %. The weights
+    are nearest to equal ones, ``1 + sum_i a_i (x_i^2 - <x_i^2>)``; with equal sides they are equal.
+    """
+    axes = [torch.arange(-h, h + 1, dtype=torch.float64) * (side / radius) for h, side in zip(half, voxel, strict=True)]
+    squares = torch.stack(torch.meshgrid(*axes, indexing="ij")).square_()
+    equal = (squares.sum(0) <= (1 + 1e-6) ** 2).double()
+    equal /= equal.sum()
+    moments = (equal * squares).sum((1, 2, 3))
+    if float(moments.max() - moments.min()) < 1e-9:
+        return equal
+    about = squares - moments[:, None, None, None]
+    covariance = torch.einsum("zyx,izyx,jzyx->ij", equal, about, about)
+    pairs = torch.tensor([[1.0, -1.0, 0.0], [0.0, 1.0, -1.0]], dtype=torch.float64)
+    share = pairs.mT @ torch.linalg.solve(pairs @ covariance @ pairs.mT, -pairs @ moments)
+    return equal * (1 + torch.tensordot(share, about, dims=1))
 
 
 def inner_distance(mask: Tensor, voxel: Sequence[float]) -> Tensor:

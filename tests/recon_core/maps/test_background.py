@@ -95,6 +95,18 @@ def test_v_sharp_leaves_out_one_layer_whatever_its_largest_radius(radius: float)
     assert torch.equal(found.mask, inner_distance(mask, VOXEL) > max(VOXEL))
 
 
+@pytest.mark.parametrize("voxel", [(0.003, 0.001, 0.001), (0.001, 0.003, 0.002)])
+def test_thick_voxels_leave_no_more_background_than_cubes(voxel: tuple[float, float, float]) -> None:
+    """A harmonic function of the second degree equals its mean over a sphere; over some thick voxels it does not."""
+    shape = tuple(round(0.06 / side) for side in voxel)
+    z, y, x = (torch.from_numpy(p) / 0.02 for p in positions(shape, voxel))  # type: ignore[arg-type]
+    mask = z**2 + y**2 + x**2 < 1.3**2
+    field = 2 * z**2 - x**2 - y**2 + x * y + z * x + 0.5 * (x**2 - y**2) + z
+    for found in (v_sharp(field, mask, voxel), resharp(field, mask, voxel)):
+        left = found.field[found.mask]
+        assert float((left - left.mean()).abs().max()) < 1e-3 * float(field[mask].abs().max())
+
+
 def test_places_at_the_surface_that_stand_out_are_left_out() -> None:
     mask = ball()
     depth = inner_distance(mask, VOXEL)
