@@ -21,6 +21,7 @@ from recon_core.maps.dipole_kernel import unit_vector
 from recon_core.maps.echo_agreement import agreed_field, check_decay, check_direction
 from recon_core.maps.field import FieldMaps
 from recon_core.maps.field_noise import field_noise
+from recon_core.maps.measured_grid import decay_between, images_between, map_between, mask_between, measured_grid
 from recon_core.maps.medi import csf_region, medi
 from recon_core.maps.r2star import R2StarMaps, arlo, nonlinear_r2star
 from recon_core.maps.series import ImageNoise, SeriesMaps
@@ -243,7 +244,7 @@ def multi_echo_maps(
     if settings.maps == "qsm":
         try:
             fitted = images if phase is None else _signed(phase, settings)
-            found = _susceptibility(images, fitted, times, r2star, scan, noise, settings, mask)
+            found = _where_measured(images, fitted, times, r2star, scan, noise, settings, mask)
         except ReconError as error:
             if settings.map_failure == "error":
                 raise
@@ -284,6 +285,40 @@ def _r2star(images: Tensor, times: tuple[float, ...], noise: ImageNoise | None, 
     larger = (rest.square().sum(0) / freedom).sqrt().div_(noise.std).clamp_min_(1.0) if len(times) > 2 else 1.0
     comment = f"from {noise.source}, or the fit's residual where that is larger"
     return replace(found, r2star_sd=replace(found.r2star_sd, data=found.r2star_sd.data * larger, comment=comment))
+
+
+def _where_measured(
+    images: Tensor,
+    phase: Tensor,
+    times: tuple[float, ...],
+    r2star: R2StarMaps,
+    scan: ScanInfo,
+    noise: ImageNoise | None,
+    settings: MapSettings,
+    given: Tensor | None,
+) -> SeriesMaps:
+    """`_susceptibility` in voxels as they were measured, its maps on the console's matrix."""
+    own = measured_grid(scan)
+    if own is scan or not images.is_complex():
+        return _susceptibility(images, phase, times, r2star, scan, noise, settings, given)
+    inside = None if given is None else given_mask(given.to(images.device), images.shape[1:])
+    few = images_between(images, scan, own)
+    found = _susceptibility(
+        few,
+        few if phase is images else images_between(phase, scan, own),
+        times,
+        decay_between(r2star, scan, own),
+        own,
+        noise,
+        settings,
+        None if inside is None else mask_between(inside, scan, own),
+    )
+    told = "interpolated from {} x {} x {} measured voxels (z y x)".format(*own.recon_matrix)
+    maps = [replace(m, comment=f"{m.comment}; {told}") for m in (map_between(m, own, scan) for m in found.maps)]
+    if inside is not None:
+        *maps, brain = (replace(m, data=m.data * inside, valid=m.valid & inside) for m in maps)
+        maps.append(replace(brain, data=inside.float(), valid=inside))
+    return replace(found, maps=tuple(maps))
 
 
 def _susceptibility(

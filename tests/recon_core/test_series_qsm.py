@@ -19,6 +19,7 @@ from recon_core.maps.spherical_mean import inner_distance
 from recon_core.methods.cg_sense import Settings as CgSettings
 from recon_core.methods.fourier import Settings as FourierSettings
 from recon_core.methods.llr import Settings as LlrSettings
+from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.preprocess.settings import PreprocessSettings
 from recon_core.reconstruct import Recipe, reconstruct
 from recon_core.types import ImageSeries, KSpace, ParameterMap, Result, ScanInfo
@@ -438,6 +439,28 @@ def test_a_given_mask_is_the_map_s_and_is_checked() -> None:
         assert len(quiet.maps) == 3 and words in quiet.notes[0]
     with pytest.raises(DataError, match="the mask that was named is not there; got 'mine'"):
         multi_echo_maps(series, scan, ImageNoise(NOISE, True), replace(settings, map_mask_file="mine"))
+
+
+def test_images_that_the_console_wants_interpolated_have_the_map_of_what_was_measured() -> None:
+    """Zero-filled to twice the matrix, neighbours share their noise: it is no less, and the susceptibility no noisier."""
+    _, series, scan = scene()
+    z, y, x = scan.matrix
+    finer = replace(scan, recon_matrix=(z, 2 * y, 2 * x))
+    wide = to_recon_matrix(series.data, scan.matrix, scan.fov, finer.recon_matrix, finer.recon_fov)
+    settings = replace(QSM, map_background="v_sharp")
+    noise = ImageNoise(NOISE, True)
+    plain = by_name(multi_echo_maps(series, scan, noise, settings).maps)
+    found = by_name(multi_echo_maps(ImageSeries("image", wide), finer, noise, settings).maps)
+    for name in ("local_field", "QSM", "brain_mask"):
+        assert found[name].data.shape == finer.recon_matrix and "interpolated from" in found[name].comment
+        assert torch.equal(found[name].valid[:, ::2, ::2], plain[name].valid)
+        torch.testing.assert_close(found[name].data[:, ::2, ::2], plain[name].data, rtol=1e-2, atol=2e-3)
+    assert found["R2star"].data.shape == finer.recon_matrix and "interpolated" not in found["R2star"].comment
+    half = found["brain_mask"].valid.clone()
+    half[:, : half.shape[1] // 2 + 1] = False
+    given = by_name(multi_echo_maps(ImageSeries("image", wide), finer, noise, settings, half).maps)
+    assert torch.equal(given["brain_mask"].valid, half)
+    assert bool(given["QSM"].valid.any()) and not bool((given["QSM"].valid & ~half).any())
 
 
 def test_phases_of_smoothed_images_get_back_what_the_data_hold() -> None:
