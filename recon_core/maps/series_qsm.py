@@ -23,6 +23,7 @@ from recon_core.maps.field import FieldMaps
 from recon_core.maps.field_noise import field_noise
 from recon_core.maps.measured_grid import decay_between, images_between, map_between, mask_between, measured_grid
 from recon_core.maps.medi import csf_region, medi
+from recon_core.maps.phase_sign import iron_contrast, note_of_sign
 from recon_core.maps.r2star import R2StarMaps, arlo, nonlinear_r2star
 from recon_core.maps.series import ImageNoise, SeriesMaps
 from recon_core.maps.settings import MapSettings
@@ -361,6 +362,10 @@ def _susceptibility(
     chi, region = _invert(local, images, times, r2star, frame, weights, settings)
     if not chi.converged:
         notes.append(f"dipole inversion: still changing by {100 * chi.change:.1f} % after {chi.iterations} steps")
+    brain = settings.map_mask == "brain"  # of phantoms nothing is known
+    contrast = iron_contrast(chi.chi, r2star.r2star, mask, frame.voxel) if brain else None
+    if turned := note_of_sign(contrast, settings.map_phase_sign):
+        notes.append(turned)
     method = settings.map_background
     noise_ppb = 1e9 / frame.larmor * field_noise(local.field, local.mask)
     facts = (f"background {method}", f"noise of the local field {noise_ppb:.1f} ppb", _conventions(frame, settings))
@@ -380,6 +385,8 @@ def _susceptibility(
         "inversion_iterations": float(chi.iterations),
         "inversion_change": chi.change,
     }
+    if contrast is not None:
+        quality["iron_contrast"] = contrast
     return SeriesMaps(maps, tuple(notes), quality)
 
 

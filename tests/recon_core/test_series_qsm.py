@@ -463,6 +463,25 @@ def test_images_that_the_console_wants_interpolated_have_the_map_of_what_was_mea
     assert bool(given["QSM"].valid.any()) and not bool((given["QSM"].valid & ~half).any())
 
 
+def test_a_phase_of_the_other_sign_is_told() -> None:
+    """Nuclei of high R2* that come out diamagnetic: as another scanner's data, or the wrong setting."""
+    _, series, scan = scene()
+    noise, brain = ImageNoise(NOISE, True), replace(QSM, map_mask="brain")
+    other = ImageSeries("image", series.data.conj())
+    for images, sign, told in (
+        (series, "positive", ""),
+        (series, "negative", "map_phase_sign = positive"),
+        (other, "positive", "map_phase_sign = negative"),
+        (other, "negative", ""),
+    ):
+        found = multi_echo_maps(images, scan, noise, replace(brain, map_phase_sign=sign))
+        notes = [note for note in found.notes if "the scanner's phase has the other sign" in note]
+        assert len(notes) == bool(told) and all(told in note for note in notes)
+        assert (found.quality["iron_contrast"] < 0) == bool(told)
+    phantom = multi_echo_maps(other, scan, noise, QSM)
+    assert not phantom.notes and "iron_contrast" not in phantom.quality
+
+
 def test_phases_of_smoothed_images_get_back_what_the_data_hold() -> None:
     """Locally low rank with 5 % of noise takes a part of the local field; with 1 % it does not, and nothing is done."""
     head, series, scan = scene()
