@@ -209,7 +209,9 @@ def known_field(field: FieldMaps, images: Tensor, noise_std: float | None) -> Te
     energy = images[:, inside].abs().square().sum(0).clamp_min(torch.finfo(torch.float32).tiny)
     noise = noise_std or 0.0
     believed = (TIMES_NOISE * noise * (max(0, len(images) - 2) / energy).sqrt()).clamp_min(MOST_RESIDUAL)
-    wrong = (field.residual.data[inside] > believed) | (energy < len(images) * (least_rms(LEAST_SIGNAL, len(images)) * noise) ** 2)
+    wrong = (field.residual.data[inside] > believed) | (
+        energy < len(images) * (least_rms(LEAST_SIGNAL, len(images)) * noise) ** 2
+    )
     lost = torch.zeros_like(inside)
     lost[inside] = wrong
     touching = np.ones((3, 3, 3), bool)

@@ -98,7 +98,11 @@ def multi_echo_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tu
         raise DataError("count of echo times and of images differ", where=where, got=f"{len(times)} and {n_states}")
     if wrong := [t for t in times if not (math.isfinite(t) and 0 < t <= LONGEST)]:
         raise DataError(
-            "not an echo time", where=where, got=f"{1e3 * wrong[0]:g} ms", expected=f"above 0, to {1e3 * LONGEST:g} ms"
+            "not an echo time",
+            where=where,
+            got=f"{1e3 * wrong[0]:g} ms",
+            expected=f"above 0, to {1e3 * LONGEST:g} ms",
+            remedy="Correct the header's TE, which are in ms",
         )
     if max(times) < SHORTEST:
         raise DataError(
@@ -113,7 +117,8 @@ def multi_echo_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tu
             "an echo time occurs twice",
             where=where,
             got=", ".join(f"{1e3 * t:g}" for t in times) + " ms",
-            remedy="Only the contrast counter may vary: several repetitions or sets make several images of one echo",
+            remedy="Only the contrast counter may vary: several repetitions or sets make several images of one echo. Echoes that a "
+            "converter counted as repetitions belong into contrast",
         )
     if settings.maps == "qsm" and settings.map_failure == "error":
         field_frame(scan, settings)

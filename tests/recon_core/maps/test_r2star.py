@@ -108,7 +108,9 @@ def test_late_echoes_of_nothing_but_noise_take_no_voxel_away() -> None:
     air = torch.zeros(shape, dtype=torch.bool)
     air[:, :, 6:] = True
     generator = torch.Generator().manual_seed(0)
-    echoes = torch.exp(-80.0 * t) * ~air + noise * 2**0.5 * torch.randn(25, *shape, dtype=torch.complex64, generator=generator)
+    echoes = torch.exp(-80.0 * t) * ~air + noise * 2**0.5 * torch.randn(
+        25, *shape, dtype=torch.complex64, generator=generator
+    )
     r2star = nonlinear_r2star(echoes.abs(), times, noise_std=noise).r2star
     assert float(r2star.valid[~air].float().mean()) > 0.97 and not bool(r2star.valid[air].any())
     assert float(r2star.data[r2star.valid].median()) == pytest.approx(80.0, rel=0.1)
