@@ -372,9 +372,9 @@ def _susceptibility(
     if given is None and settings.map_mask == "brain" and settings.map_background != "none":
         local = without_outliers(local, agreed.known, frame.voxel)
     if given is not None and settings.map_mask == "brain" and settings.map_background != "none":
-        stray = float(outliers(local, agreed.known, frame.voxel).sum() / local.mask.sum())
-        if stray > MOST_STRAY:
-            notes.append(STRAY.format(100 * stray))
+        stray = outliers(local, agreed.known, frame.voxel)
+        if stray is not None and (part := float(stray.sum() / local.mask.sum())) > MOST_STRAY:
+            notes.append(STRAY.format(100 * part))
     if not local.converged:
         notes.append(f"background removal: not converged after {local.iterations} steps (residual {local.residual:.1e})")
     chi, region = _invert(local, images, times, r2star, frame, weights, settings)
