@@ -25,6 +25,7 @@ from benchmarks.laro_scores import Maps, regional, regression, true_regional
 from recon_core.maps.series import ImageNoise
 from recon_core.maps.series_qsm import multi_echo_maps
 from recon_core.maps.settings import MapSettings
+from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.simulation.brain import LABELS
 from recon_core.simulation.multi_echo_brain import BrainScan, ScanRecipe, simulate
 from recon_core.simulation.signal import GYROMAGNETIC_RATIO
@@ -50,8 +51,8 @@ Images = NDArray[np.complexfloating]
 
 @dataclass(frozen=True)
 class Condition:
-    """Field strength in T, first echo and spacing in s, noise of a real number over the brain's mean, what is done to a scan's images, and
-    how many planes make one."""
+    """Field strength in T, first echo and spacing in s, noise of a real number over the brain's mean, what is done to a scan's images, how
+    many planes make one, and by how much images are interpolated within their planes (zero-filled)."""
 
     tesla: float = 3.0
     first: float = 0.004
@@ -59,6 +60,7 @@ class Condition:
     noise: float = 0.007
     change: Callable[[BrainScan, float], NDArray[np.number]] | None = None
     planes: int = 1
+    finer: int = 1
 
 
 def fat(scan: BrainScan, tesla: float) -> Images:
@@ -126,6 +128,8 @@ def thick(scan: BrainScan, planes: int) -> BrainScan:
 CONDITIONS = {
     "as it is": Condition(),
     "5 mm planes": Condition(planes=2),
+    "5 % noise": Condition(noise=0.05),
+    "5 % noise, interpolated by two": Condition(noise=0.05, finer=2),
     "fat, out of phase": Condition(change=fat),
     "fat, in phase": Condition(first=2 * IN_PHASE / 3, spacing=2 * IN_PHASE / 3, change=fat),
     "fat, 1.5 T, in phase": Condition(1.5, IN_PHASE / 1.5, IN_PHASE / 1.5, change=fat),
@@ -155,11 +159,14 @@ def figures(seed: int, condition: Condition) -> tuple[float, ...]:
     noisy = images + 2**0.5 * c.noise * torch.randn(images.shape, dtype=images.dtype, generator=generator)
     n_z, n_y, n_x = scan.brain.shape
     matrix, (z, y, x) = (n_z, n_y, n_x), (n * side for n, side in zip(scan.brain.shape, scan.voxel, strict=True))
+    finer = (n_z, c.finer * n_y, c.finer * n_x)
     info = ScanInfo(
-        matrix, (z, y, x), matrix, (z, y, x), echo_times=scan.echo_times, field_strength=c.tesla, b0_direction=scan.b0
+        matrix, (z, y, x), finer, (z, y, x), echo_times=scan.echo_times, field_strength=c.tesla, b0_direction=scan.b0
     )
+    noisy = to_recon_matrix(noisy, matrix, info.fov, finer, info.fov)
     made = multi_echo_maps(ImageSeries("echoes", noisy), info, ImageNoise(c.noise, True), MapSettings(maps="qsm"))
-    maps = {m.name: m for m in made.maps}
+    every = (slice(None), slice(None, None, c.finer), slice(None, None, c.finer))
+    maps = {m.name: replace(m, data=m.data[every], valid=m.valid[every]) for m in made.maps}
     chi, r2star, brain = maps["QSM"], maps["R2star"], scan.brain.numpy()
     inside = chi.valid.numpy() & brain
     found, true = chi.data.numpy()[inside], scan.chi.numpy()[inside]
@@ -185,12 +192,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=11, help="of the head")
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS), choices=list(CONDITIONS))
+    parser.add_argument("--name", default="qsm_conditions", help="of the result")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     rows = [(name, *figures(options.seed, CONDITIONS[name])) for name in options.conditions]
     print_table(f"R2* and susceptibility, head {options.seed}", COLUMNS, rows)
-    write_result("qsm_conditions", {"seed": options.seed, "rows": [dict(zip(COLUMNS, r, strict=True)) for r in rows]})
+    write_result(options.name, {"seed": options.seed, "rows": [dict(zip(COLUMNS, r, strict=True)) for r in rows]})
     return 0
 
 

@@ -31,6 +31,9 @@ SMALL_BYTES = 64 << 20
 MOVED = 1e-2
 """mm; slice positions of one slice that differ by more are worth a note."""
 
+OTHER_DWELL = 1.1
+"""Longest over shortest dwell time; beyond, noise differs by more than 5 %."""
+
 LEAST_APART = 20.0
 """mm; slabs that differ by less may be one that follows a patient's motion."""
 
@@ -240,6 +243,24 @@ def moving_note(headers: Headers, imaging: Placement, slices: tuple[int, ...], l
             f"{int(moved.sum())} slices change their position during the scan, the first: slice {slices[s]}; the position "
             "at the k-space centre of the first state is used"
         )
+
+
+def dwell_note(headers: Headers, imaging: Placement, states: tuple[Mapping[str, int], ...], log: SortLog) -> None:
+    """States whose readouts have another bandwidth have another noise, which nothing after the whitening knows of.
+
+    Half the dwell time in all echoes but the first: R2* of 40 1/s is 0.1 % low at an SNR of 100, 3 % at 15, and its SD a quarter too small.
+    """
+    dwell = np.zeros(len(states))
+    dwell[imaging.state] = headers["sample_time_us"][imaging.rows]
+    known = dwell[np.isfinite(dwell) & (dwell > 0)]
+    if len(known) < len(states) or known.max() <= OTHER_DWELL * known.min():
+        return
+    low, high = int(known.argmin()), int(known.argmax())
+    log.notes.append(
+        f"images are read with different bandwidths: dwell time {known[low]:g} us of {place_name(0, states, low)}, {known[high]:g} us of "
+        f"{place_name(0, states, high)}; all are taken to be as noisy as the first readout, so that R2* of weak signal is off by some "
+        "per cent, and standard deviations by the root of that ratio at most"
+    )
 
 
 def one_place(source: Headers, slices: tuple[int, ...], states: tuple[Mapping[str, int], ...], encoding: Encoding) -> None:

@@ -165,10 +165,14 @@ def echo_times(header: MrdHeader, states: tuple[Mapping[str, int], ...], limit: 
     """TE of each state in s: by the contrast counter, or the only one there is; empty when the list does not fit.
 
     A counter that begins above 0 says nothing about the list's first TE, unless ``limit`` (of the contrast) announces an echo 0 that is
-    missing or that TE is none: then the list has to have one TE for each value of the counter.
+    missing or that TE is none: then the list has to have one TE for each value of the counter. Where the contrast never changes, echoes may
+    be counted as sets (`echoes_are_sets`).
     """
     times = header.echo_times
     contrasts = [s.get("contrast") for s in states]
+    if echoes_are_sets(header, states):
+        order = sorted(s["set"] for s in states)
+        return tuple(times[order.index(s["set"])] for s in states)
     if len(times) == 1 and len(set(contrasts)) == 1:
         return times * len(states)
     known = [c for c in contrasts if c is not None]
@@ -179,6 +183,14 @@ def echo_times(header: MrdHeader, states: tuple[Mapping[str, int], ...], limit: 
     if values[0] > 0 and not announced and times[0] > 0:
         return tuple(times[values.index(c)] for c in known) if len(values) == len(times) else ()
     return tuple(times[c] for c in known) if values[-1] < len(times) else ()
+
+
+def echoes_are_sets(header: MrdHeader, states: tuple[Mapping[str, int], ...]) -> bool:
+    """Whether a converter counted the echoes as sets: as many of them as the header has different TE, and nothing else changes."""
+    n = len(states)
+    if n < 2 or len(set(header.echo_times)) != n or len(header.echo_times) != n:
+        return False
+    return all(len({s.get(name) for s in states}) == (n if name == "set" else 1) for name in STATE_COUNTERS)
 
 
 def times_by_counter(

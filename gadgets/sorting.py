@@ -48,6 +48,7 @@ from gadgets.scan_checks import (
     SortLog,
     announced,
     complete,
+    dwell_note,
     lines_note,
     moving_note,
     one_place,
@@ -59,6 +60,7 @@ from gadgets.sorted_scan import (
     Placement,
     SortedScan,
     echo_times,
+    echoes_are_sets,
     saturation_list,
     times_by_counter,
 )
@@ -113,6 +115,11 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
     geometry = tuple(read_geometry(head) for head in source[:, 0])
     log.notes.extend(dict.fromkeys(note for g in geometry for note in g.notes))
     moving_note(headers, imaging, slices, log)
+    dwell_note(headers, imaging, states, log)
+    if echoes_are_sets(header, states):
+        log.notes.append(
+            f"{len(states)} sets of one contrast and {len(states)} echo times in the header: the sets are taken for echoes"
+        )
     saturations = saturation_list(header, settings)
     recovers = len(set(saturations or header.inversion_times)) > 1
     grid = encoding.encoded_matrix[:2]

@@ -263,13 +263,21 @@ def without_outliers(local: LocalField, mask: Tensor, voxel: Sequence[float], mo
     LocalField
         The same, if more than `MOST_OUTLIERS` of it stand out, if nothing is deep, or if the field inside is uniform.
     """
-    depth = inner_distance(mask, voxel)
-    inside = local.field[local.mask & (depth > DEEP)]
-    if len(inside) < LEAST_DEEP:
-        return local
-    spread = 1.4826 * float((inside - inside.median()).abs().median())
-    out = local.mask & (depth < SURFACE) & (local.field.abs() > most * spread)
-    if spread == 0 or int(out.sum()) > MOST_OUTLIERS * int(local.mask.sum()):
+    out = outliers(local, mask, voxel, most)
+    if out is None or int(out.sum()) > MOST_OUTLIERS * int(local.mask.sum()):
         return local
     out = torch.from_numpy(binary_dilation(out.cpu().numpy())).to(out.device) & local.mask
     return replace(local, field=local.field.masked_fill(out, 0.0), mask=local.mask & ~out)
+
+
+def outliers(local: LocalField, mask: Tensor, voxel: Sequence[float], most: float = 4.0) -> Tensor | None:
+    """Where a local field stands out at the surface: bool ``(z, y, x)``; ``None`` if nothing is deep, or the field inside is uniform.
+
+    Parameters as in `without_outliers`.
+    """
+    depth = inner_distance(mask, voxel)
+    inside = local.field[local.mask & (depth > DEEP)]
+    if len(inside) < LEAST_DEEP:
+        return None
+    spread = 1.4826 * float((inside - inside.median()).abs().median())
+    return local.mask & (depth < SURFACE) & (local.field.abs() > most * spread) if spread > 0 else None

@@ -16,7 +16,7 @@ from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.types import ParameterMap, ScanInfo, Tensor
 
 FINER = 1.25
-"""Console's voxels for each measured one along an axis, from which on they are interpolated ones: rounding is not worth it."""
+"""Console's voxels for each measured one along an axis, from which on they count as interpolated: even sizes are not worth it."""
 
 
 def measured_grid(scan: ScanInfo) -> ScanInfo:

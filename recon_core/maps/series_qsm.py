@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 
 from recon_core.errors import DataError, ReconError, SettingError
-from recon_core.maps.background import BackgroundSettings, LocalField, pdf, resharp, v_sharp, without_outliers
+from recon_core.maps.background import BackgroundSettings, LocalField, outliers, pdf, resharp, v_sharp, without_outliers
 from recon_core.maps.brain_mask import brain_mask, given_mask, object_mask
 from recon_core.maps.dipole import Susceptibility, tkd, tv_admm
 from recon_core.maps.dipole_kernel import unit_vector
@@ -60,6 +60,15 @@ HOLES = (
     "susceptibility, and next to them R2* is too high"
 )
 
+MOST_STRAY = 0.005
+"""Part of a given mask's voxels at its surface with a field unlike the inside: 0.02 % in a simulated head's own, 0.3 % in one 3 mm larger,
+1.7 % in one 7 mm larger, 2.4 % in one shifted by 12 mm (correlation with the true map 0.82, 0.72, 0.43, 0.44)."""
+
+STRAY = (
+    "the given mask seems to reach beyond the brain, or to be shifted: {:.1f} % of its voxels, at its surface, have local fields far above "
+    "those inside. Susceptibilities may be wrong deep inside as well: compare the mask with the images"
+)
+
 BACKGROUNDS = {"v_sharp": v_sharp, "resharp": resharp}
 
 
@@ -98,7 +107,11 @@ def multi_echo_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tu
         raise DataError("count of echo times and of images differ", where=where, got=f"{len(times)} and {n_states}")
     if wrong := [t for t in times if not (math.isfinite(t) and 0 < t <= LONGEST)]:
         raise DataError(
-            "not an echo time", where=where, got=f"{1e3 * wrong[0]:g} ms", expected=f"above 0, to {1e3 * LONGEST:g} ms"
+            "not an echo time",
+            where=where,
+            got=f"{1e3 * wrong[0]:g} ms",
+            expected=f"above 0, to {1e3 * LONGEST:g} ms",
+            remedy="Correct the header's TE, which are in ms",
         )
     if max(times) < SHORTEST:
         raise DataError(
@@ -113,7 +126,8 @@ def multi_echo_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tu
             "an echo time occurs twice",
             where=where,
             got=", ".join(f"{1e3 * t:g}" for t in times) + " ms",
-            remedy="Only the contrast counter may vary: several repetitions or sets make several images of one echo",
+            remedy="Only the contrast counter may vary: several repetitions or sets make several images of one echo. Echoes that a "
+            "converter counted as repetitions belong into contrast",
         )
     if settings.maps == "qsm" and settings.map_failure == "error":
         field_frame(scan, settings)
@@ -357,6 +371,10 @@ def _susceptibility(
     local = _local_field(field, agreed.known, frame, weights, settings)
     if given is None and settings.map_mask == "brain" and settings.map_background != "none":
         local = without_outliers(local, agreed.known, frame.voxel)
+    if given is not None and settings.map_mask == "brain" and settings.map_background != "none":
+        stray = outliers(local, agreed.known, frame.voxel)
+        if stray is not None and (part := float(stray.sum() / local.mask.sum())) > MOST_STRAY:
+            notes.append(STRAY.format(100 * part))
     if not local.converged:
         notes.append(f"background removal: not converged after {local.iterations} steps (residual {local.residual:.1e})")
     chi, region = _invert(local, images, times, r2star, frame, weights, settings)

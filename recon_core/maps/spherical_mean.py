@@ -87,7 +87,7 @@ def _as_round(half: Sequence[int], voxel: Sequence[float], radius: float) -> Ten
     """Weights of the voxels within ``radius``, sum 1, with equal second moments along all axes; float64 ``(z, y, x)``.
 
     A harmonic function of second degree, such as ``z^2 - x^2``, equals its mean over a sphere because ``<z^2> = <x^2>``. Few voxels 3 mm
-    thick within 6 mm have ``<z^2> = 5.5`` and ``<x^2> = 7.6 mm^2``, and V-SHARP left 2 % of a background field instead of 0.3 %. Weights
+    thick within 6 mm have ``<z^2> = 5.5`` and ``<x^2> = 7.6 mm^2``: V-SHARP left 2 % of a background field instead of 0.3 %. The weights
     are nearest to equal ones, ``1 + sum_i a_i (x_i^2 - <x_i^2>)``; with equal sides they are equal.
     """
     axes = [torch.arange(-h, h + 1, dtype=torch.float64) * (side / radius) for h, side in zip(half, voxel, strict=True)]

@@ -124,7 +124,10 @@ def test_the_reference_is_perfect_and_noise_is_not() -> None:
     same = scores(reference(), reference(), head())
     assert same["magnitude PSNR"] == np.inf and same["QSM RMSE"] == 0 and same["QSM SSIM"] == pytest.approx(1)
     simulated = replace(reference(), chi=head().chi.numpy())
-    assert scores(simulated, reference(), head())["QSM RMSE, truth"] == pytest.approx(0, abs=1e-4) and same["QSM RMSE, truth"] > 1
+    assert (
+        scores(simulated, reference(), head())["QSM RMSE, truth"] == pytest.approx(0, abs=1e-4)
+        and same["QSM RMSE, truth"] > 1
+    )
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(head().images.shape, dtype=torch.complex64, generator=generator)
     figures = [scores(maps_of(head().images + std * noise, head()), reference(), head()) for std in (0.005, 0.05)]

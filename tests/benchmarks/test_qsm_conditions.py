@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks.qsm_conditions import CONDITIONS, FAT, IN_PHASE, METAL, Condition, array_coil, fat, metal, surface_coil
+from benchmarks.qsm_conditions import (
+    CONDITIONS,
+    FAT,
+    IN_PHASE,
+    METAL,
+    Condition,
+    array_coil,
+    fat,
+    metal,
+    surface_coil,
+    thick,
+)
 from recon_core.simulation.brain import LABELS
 from recon_core.simulation.multi_echo_brain import BrainScan, ScanRecipe, simulate
 
@@ -38,3 +50,11 @@ def test_coils_are_ten_times_as_bright_at_one_place_as_at_another(scan: BrainSca
     assert surface_coil(scan, 3.0).max() == pytest.approx(10 * surface_coil(scan, 3.0).min())
     assert array_coil(scan, 3.0).max() >= 10 > array_coil(scan, 3.0).min() >= 1
     assert CONDITIONS["as it is"] == Condition()
+
+
+def test_thick_planes_are_the_mean_of_thin_ones(scan: BrainScan) -> None:
+    two = thick(scan, 2)
+    assert two.images.shape == (2, 10, 80, 72) and two.voxel == (2 * scan.voxel[0], *scan.voxel[1:])
+    torch.testing.assert_close(two.images[:, 3], (scan.images[:, 6] + scan.images[:, 7]) / 2)
+    torch.testing.assert_close(two.chi[3], (scan.chi[6] + scan.chi[7]) / 2)
+    assert bool((two.labels[3][scan.labels[6] != scan.labels[7]] == 0).all())

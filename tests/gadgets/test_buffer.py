@@ -631,6 +631,23 @@ def test_echo_times_of_a_counter_that_does_not_begin_at_zero(
     assert echo_times(mrd_header(echo_times=times), states, limit) == expected
 
 
+@pytest.mark.parametrize(
+    ("counter", "times", "taken"), [("set", (2, 5, 8), True), ("set", (2, 5), False), ("repetition", (2, 5, 8), False)]
+)
+def test_echoes_that_a_converter_counted_as_sets(counter: str, times: tuple[int, ...], taken: bool) -> None:
+    headers = readout_headers([c for e in range(3) for c in lines(8, **{counter: e})])
+    ordered = sort_readouts(headers, mrd_header(echo_times=times))
+    assert ordered.echo_times == (times if taken else (2, 2, 2))
+    assert any("the sets are taken for echoes" in note for note in ordered.notes) == taken
+
+
+@pytest.mark.parametrize(("dwell", "told"), [((4.0, 4.0), False), ((4.0, 8.0), True), ((4.0, 0.0), False)])
+def test_echoes_of_other_bandwidths_are_told(dwell: tuple[float, float], told: bool) -> None:
+    headers = readout_headers([c for e in range(2) for c in lines(8, contrast=e, sample_time_us=dwell[e])])
+    notes = [n for n in sort_readouts(headers, mrd_header(echo_times=(0.002, 0.005))).notes if "different bandwidths" in n]
+    assert len(notes) == told and all("8 us of slice 0 contrast 1" in note for note in notes)
+
+
 def test_ti_list_of_a_saturation_preparation() -> None:
     headers = readout_headers([c for s in range(3) for c in lines(8, set=s)])
     header = mrd_header(inversion_times=(0.1, 0.2, 0.9), user_string={"MagnetizationPreparation": "saturation"})

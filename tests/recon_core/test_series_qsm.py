@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import binary_dilation
 
 from recon_core.errors import DataError, SettingError
 from recon_core.maps.dipole_kernel import ppm_per_hz
@@ -461,6 +462,20 @@ def test_images_that_the_console_wants_interpolated_have_the_map_of_what_was_mea
     given = by_name(multi_echo_maps(ImageSeries("image", wide), finer, noise, settings, half).maps)
     assert torch.equal(given["brain_mask"].valid, half)
     assert bool(given["QSM"].valid.any()) and not bool((given["QSM"].valid & ~half).any())
+
+
+def test_a_given_mask_that_reaches_beyond_the_brain_is_told() -> None:
+    """A layer of 4 mm around the head has signal, and fields as next to bone and air."""
+    head, clean, scan = scene()
+    wide = torch.from_numpy(binary_dilation(head.mask.numpy(), iterations=2))
+    field = 40.0 * torch.randn(head.mask.shape, generator=torch.Generator().manual_seed(2))
+    t = torch.tensor(TIMES)[:, None, None, None]
+    scalp = 0.5 * torch.polar(torch.ones(len(TIMES), *head.mask.shape), 2 * np.pi * t * field)
+    series = ImageSeries("image", torch.where(wide & ~head.mask, scalp, clean.data))
+    settings = replace(QSM, map_mask="brain", map_background="v_sharp")
+    for mask, told in ((head.mask, False), (wide, True)):
+        notes = multi_echo_maps(series, scan, ImageNoise(NOISE, True), settings, mask).notes
+        assert any("the given mask seems to reach beyond the brain" in note for note in notes) == told
 
 
 def test_a_phase_of_the_other_sign_is_told() -> None:
