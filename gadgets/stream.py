@@ -243,7 +243,7 @@ def run_files(
 
     if source.exists() and output.exists() and source.samefile(output):
         raise ConfigRefused("input and output are the same file", where=str(source), remedy="Name another output")
-    incoming = sys.stdin.buffer if str(source) == STANDARD else _session(open_source(source, config=config))
+    incoming = _stdin() if str(source) == STANDARD else _session(open_source(source, config=config))
     if str(output) == STANDARD:
         if sys.stdout.isatty():
             raise ConfigRefused(
@@ -256,6 +256,12 @@ def run_files(
         )
     result.group = images.group
     return result
+
+
+def _stdin() -> BinaryIO:
+    """Without its buffer, whose lock a thread that still waits for the stream would hold when the interpreter ends: an abort."""
+    raw: BinaryIO = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+    return raw
 
 
 class _Images(contextlib.ExitStack):

@@ -94,6 +94,20 @@ def test_a_pipe_gives_the_server_s_images(served: NDArray[np.floating], stream: 
     assert not os.listdir(tmp_path / "here"), "no file but what was asked for"
 
 
+def test_a_failure_before_the_pipe_ends_is_no_abort(stream: bytes, tmp_path: Path) -> None:
+    """The thread that still waits for the pipe does not hold up the interpreter's end."""
+    command = [sys.executable, "-m", "gadgets.cli", "run", "-", "-c", "llr", "--workers", "1", "--threads", "1"]
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=tmp_path, env=environment
+    ) as process:
+        assert process.stdin is not None and process.stderr is not None
+        process.stdin.write(stream[:-2] + b"\xff\xff")  # no message in place of the CLOSE
+        process.stdin.flush()
+        code, said = process.wait(timeout=180), process.stderr.read()
+    assert code == 1 and b"StreamFailed" in said, said.decode()
+
+
 def test_a_stream_into_an_image_file(served: NDArray[np.floating], stream: bytes, tmp_path: Path) -> None:
     """Also into one that is called like the default of files, and with pictures."""
     here, name = tmp_path / "here", "out.h5"
