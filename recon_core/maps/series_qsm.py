@@ -259,7 +259,7 @@ def multi_echo_maps(
     if settings.maps == "qsm":
         try:
             fitted = images if phase is None else _signed(phase, settings)
-            found = _where_measured(images, fitted, times, r2star, scan, noise, settings, mask)
+            found = _where_measured(_Fittable(images, fitted, times, r2star, scan, noise, mask), settings)
         except ReconError as error:
             if settings.map_failure == "error":
                 raise
@@ -302,32 +302,37 @@ def _r2star(images: Tensor, times: tuple[float, ...], noise: ImageNoise | None, 
     return replace(found, r2star_sd=replace(found.r2star_sd, data=found.r2star_sd.data * larger, comment=comment))
 
 
-def _where_measured(
-    images: Tensor,
-    phase: Tensor,
-    times: tuple[float, ...],
-    r2star: R2StarMaps,
-    scan: ScanInfo,
-    noise: ImageNoise | None,
-    settings: MapSettings,
-    given: Tensor | None,
-) -> SeriesMaps:
+@dataclass(frozen=True)
+class _Fittable:
+    """What a susceptibility is made of: images and what the field is fitted to, ``(echo, z, y, x)``, on the scan's console matrix, with
+    R2*, noise and a mask, if one is given."""
+
+    images: Tensor
+    phase: Tensor
+    times: tuple[float, ...]
+    r2star: R2StarMaps
+    scan: ScanInfo
+    noise: ImageNoise | None
+    given: Tensor | None
+
+
+def _where_measured(echoes: _Fittable, settings: MapSettings) -> SeriesMaps:
     """`_susceptibility` in voxels as they were measured, its maps on the console's matrix."""
+    images, scan, given = echoes.images, echoes.scan, echoes.given
     own = measured_grid(scan)
     if own is scan or not images.is_complex():
-        return _susceptibility(images, phase, times, r2star, scan, noise, settings, given)
+        return _susceptibility(echoes, settings)
     inside = None if given is None else given_mask(given.to(images.device), images.shape[1:])
     few = images_between(images, scan, own)
-    found = _susceptibility(
-        few,
-        few if phase is images else images_between(phase, scan, own),
-        times,
-        decay_between(r2star, scan, own),
-        own,
-        noise,
-        settings,
-        None if inside is None else mask_between(inside, scan, own),
+    measured = replace(
+        echoes,
+        images=few,
+        phase=few if echoes.phase is images else images_between(echoes.phase, scan, own),
+        r2star=decay_between(echoes.r2star, scan, own),
+        scan=own,
+        given=None if inside is None else mask_between(inside, scan, own),
     )
+    found = _susceptibility(measured, settings)
     told = "interpolated from {} x {} x {} measured voxels (z y x)".format(*own.recon_matrix)
     maps = [replace(m, comment=f"{m.comment}; {told}") for m in (map_between(m, own, scan) for m in found.maps)]
     if inside is not None:
@@ -336,16 +341,9 @@ def _where_measured(
     return replace(found, maps=tuple(maps))
 
 
-def _susceptibility(
-    images: Tensor,
-    phase: Tensor,
-    times: tuple[float, ...],
-    r2star: R2StarMaps,
-    scan: ScanInfo,
-    noise: ImageNoise | None,
-    settings: MapSettings,
-    given: Tensor | None,
-) -> SeriesMaps:
+def _susceptibility(echoes: _Fittable, settings: MapSettings) -> SeriesMaps:
+    images, times, r2star, given = echoes.images, echoes.times, echoes.r2star, echoes.given
+    scan, noise = echoes.scan, echoes.noise
     if not images.is_complex():
         raise DataError(
             "only magnitudes exist, no phase",
@@ -355,7 +353,7 @@ def _susceptibility(
     frame = field_frame(scan, settings)
     mask = _mask(images, frame, noise, settings, given)
     agreed = agreed_field(
-        phase,
+        echoes.phase,
         times,
         mask,
         None if noise is None else noise.std,
