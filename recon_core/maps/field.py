@@ -342,9 +342,8 @@ def _agree_with_neighbours(
         new_field, new_offset, new_residual = _gauss_newton(chosen, share, t, median, start)
         old, new = ((share * r.square()).sum(0) for r in (residual[:, odd], new_residual))
         nearer = (new_field - median).abs() < (field[odd] - median).abs() - STANDS_OUT * period
-        chance = torch.maximum(
-            variance[odd], old / max(1, len(t) - 2)
-        )  # or the voxel's own residual: motion, aliasing, many species
+        own = old / max(1, len(t) - 2)  # motion, aliasing, several species: more than the noise
+        chance = torch.maximum(variance[odd], own)
         better = nearer & (new <= AS_GOOD * old + BY_CHANCE * chance)
         kept = odd[better]
         if not len(kept):
