@@ -201,8 +201,8 @@ class Listener:
             try:
                 self._accept_all()
             except Exception as error:  # the socket itself is broken; `running` and the monitor tell
-                self._broken = True
                 logger.critical("event=listening_ended error=%s text=%r", type(error).__name__, str(error))
+                self._broken = True  # only now: who sees that it does not run finds the reason in the log
                 self._listen_again()
 
     def _listen_again(self) -> None:
