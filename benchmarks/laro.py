@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,14 @@ TEST = ScanRecipe(first_echo=(0.002, 0.002), echo_spacing=(0.0045, 0.0045), flip
 LARGE: dict[str, Any] = {"matrix": (80, 206, 48), "voxel": (1.0, 1.1)}
 """The published plane, 80 x 206; the readout is short, and its voxels 3.7 to 4.4 mm long, so that a table takes minutes."""
 
+FINE: dict[str, Any] = {**LARGE, "matrix": (80, 206, 128)}
+"""The same with readout voxels of 1.4 to 1.7 mm, nearly isotropic as the published scan's: a quarter of an hour of a core a head."""
+
+MATRICES: dict[str, dict[str, Any]] = {"small": {}, "large": LARGE, "fine": FINE}
+
+FULL = ("full", "noise-free")
+"""Of the reference: the maps of the fully sampled scan."""
+
 SHOWN_SIDE = 128
 """Pixels of a map in a picture, about."""
 
@@ -59,65 +66,88 @@ GENERAL: dict[str, dict[str, Any]] = {
 }
 
 
-def tables(
-    scans: Sequence[BrainScan],
-    methods: Mapping[str, Method],
-    kinds: Sequence[str],
-    pictures: Path | None,
-    tell: Callable[[list[Row]], object] = lambda rows: None,
-    *,
-    own_maps: bool = False,
-) -> tuple[list[Row], dict[tuple[str, str], list[Maps]], list[Maps]]:
-    """Mean figures of every method under every mask, and the maps behind them; ``tell`` hears every new row."""
-    truths = [maps_of(scan.images, scan) for scan in scans]
-    rows, kept = [], {}
-    for kind in kinds:
-        acceleration, spo = kind.split("/")
-        cases = [_case(scan, float(acceleration), int(spo), i, own_maps) for i, scan in enumerate(scans)]
-        for name, method in methods.items():
-            figures, seconds, maps = [], 0.0, []
-            for case, truth in zip(cases, truths, strict=True):
-                images, cpu = method(case)
-                found = maps_of(images, case.scan)
-                figures.append(scores(found, truth, case.scan))
-                seconds += cpu
-                maps.append(found)
-            kept[kind, name] = maps
-            mean = {key: float(np.mean([f[key] for f in figures])) for key in figures[0]}
-            rows.append({"R/SPO": kind, "method": name, **mean, "CPU s": seconds / len(cases)})
-            print(kind, name, {k: round(v, 4) for k, v in mean.items()}, flush=True)
-            tell(rows)
-        if pictures is not None:
-            chosen = {name: kept[kind, name][0] for name in methods}
-            write_png(pictures / f"laro_{kind.replace('/', '_')}.png", montage(truths[0], chosen))
-    return rows, kept, truths
+class Comparison:
+    """Figures of every method under every mask, head after head: one head at a time is held, and a run that is stopped leaves what it has.
+
+    Parameters
+    ----------
+    methods
+        By name.
+    kinds
+        ``R/SPO`` each.
+    pictures
+        Folder for a montage of the first head under every mask.
+    own_maps
+        Coil maps estimated from the case's own calibration block.
+    """
+
+    def __init__(
+        self, methods: Mapping[str, Method], kinds: Sequence[str], pictures: Path | None = None, *, own_maps: bool = False
+    ) -> None:
+        self._methods, self._kinds, self._pictures, self._own_maps = methods, kinds, pictures, own_maps
+        self._figures: dict[tuple[str, str], list[dict[str, float]]] = {}
+        self._regional: dict[tuple[str, str], dict[str, float]] = {FULL: {}}
+        self._simulated: dict[str, float] = {}
+        self._heads = 0
+
+    def add(self, scan: BrainScan, tell: Callable[[], object] = lambda: None) -> None:
+        """Reconstruct and score one head; ``tell`` is called after every method."""
+        head, truth = self._heads, maps_of(scan.images, scan)
+        self._heads += 1
+        self._keep(FULL, head, regional(truth, scan))
+        self._simulated |= _numbered(head, true_regional(scan, truth.region))
+        for kind in self._kinds:
+            acceleration, spo = kind.split("/")
+            case = _case(scan, float(acceleration), int(spo), head, self._own_maps)
+            shown = {}
+            for name, method in self._methods.items():
+                images, seconds = method(case)
+                shown[name] = maps_of(images, scan)
+                figures = {**scores(shown[name], truth, scan), "CPU s": seconds}
+                self._figures.setdefault((kind, name), []).append(figures)
+                self._keep((kind, name), head, regional(shown[name], scan))
+                print(f"head {head}", kind, name, {k: round(v, 4) for k, v in figures.items()}, flush=True)
+                tell()
+            if self._pictures is not None and head == 0:
+                write_png(self._pictures / f"laro_{kind.replace('/', '_')}.png", montage(truth, shown))
+
+    def _keep(self, key: tuple[str, str], head: int, means: Mapping[str, float]) -> None:
+        self._regional.setdefault(key, {}).update(_numbered(head, means))
+
+    def tables(self) -> list[Row]:
+        """Means over the heads that each method has been through."""
+        return [
+            {
+                "R/SPO": kind,
+                "method": name,
+                **{column: float(np.mean([f[column] for f in figures])) for column in figures[0]},
+                "heads": len(figures),
+            }
+            for (kind, name), figures in sorted(self._figures.items(), key=lambda item: self._order(item[0]))
+        ]
+
+    def regions(self) -> list[Row]:
+        """Regional susceptibility of every method: against the simulated truth, and against the fully sampled scan's map."""
+        rows = []
+        for key in sorted(self._regional, key=self._order):
+            found = self._regional[key]
+            row: Row = {"R/SPO": key[0], "method": key[1]}
+            for label, target in (("truth", self._simulated), ("full scan", self._regional[FULL])):
+                for part, chosen in (("regions", False), ("lesions", True)):
+                    mine = {k: v for k, v in found.items() if ("lesion" in k) == chosen}
+                    slope, r2, n = regression(mine, target)
+                    row |= {f"{part} slope ({label})": slope, f"{part} R2 ({label})": r2, f"{part} n": n}
+            names = sorted({k.split(" ", 1)[1] for k in found if "lesion" not in k})
+            row["means"] = {n: float(np.mean([v for k, v in found.items() if k.split(" ", 1)[1] == n])) for n in names}
+            rows.append(row)
+        return rows
+
+    def _order(self, key: tuple[str, str]) -> tuple[int, int]:
+        return (-1, 0) if key == FULL else (list(self._kinds).index(key[0]), list(self._methods).index(key[1]))
 
 
-def regions(scans: Sequence[BrainScan], kept: Mapping[tuple[str, str], list[Maps]], truths: Sequence[Maps]) -> list[Row]:
-    """Regional susceptibility of every method: against the simulated truth, and against the fully sampled scan's map."""
-    rows = []
-    reference = {("full", "noise-free"): list(truths), **kept}
-    for (kind, name), maps in reference.items():
-        found: dict[str, float] = {}
-        simulated: dict[str, float] = {}
-        full: dict[str, float] = {}
-        for i, (scan, own, truth) in enumerate(zip(scans, maps, truths, strict=True)):
-            for target, values in (
-                (found, regional(own, scan)),
-                (simulated, true_regional(scan, truth.region)),
-                (full, regional(truth, scan)),
-            ):
-                target.update({f"{i} {key}": value for key, value in values.items()})
-        row: Row = {"R/SPO": kind, "method": name}
-        for label, target in (("truth", simulated), ("full scan", full)):
-            for part, chosen in (("regions", False), ("lesions", True)):
-                mine = {k: v for k, v in found.items() if ("lesion" in k) == chosen}
-                slope, r2, n = regression(mine, target)
-                row |= {f"{part} slope ({label})": slope, f"{part} R2 ({label})": r2, f"{part} n": n}
-        names = sorted({k.split(" ", 1)[1] for k in found if "lesion" not in k})
-        row["means"] = {n: float(np.mean([v for k, v in found.items() if k.split(" ", 1)[1] == n])) for n in names}
-        rows.append(row)
-    return rows
+def _numbered(head: int, means: Mapping[str, float]) -> dict[str, float]:
+    return {f"{head} {name}": value for name, value in means.items()}
 
 
 def general(
@@ -172,10 +202,6 @@ def _case(scan: BrainScan, acceleration: float, spo: int, seed: int, own_maps: b
     return with_estimated_maps(case) if own_maps else case
 
 
-def _keep(name: str, result: dict[str, Any], rows: list[Row]) -> None:
-    write_result(name, {**result, "tables": rows})
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -197,7 +223,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="of the reconstruction: the simulated ones, or estimated",
     )
     parser.add_argument(
-        "--matrix", choices=("small", "large"), default="small", help="of tables and regions: 32 x 64, or 80 x 206"
+        "--matrix",
+        choices=tuple(MATRICES),
+        default="small",
+        help="of tables and regions: 32 x 64, or 80 x 206; fine: that with shorter voxels along the readout",
     )
     parser.add_argument("--pictures", type=Path, help="folder for PNGs")
     parser.add_argument("--threads", type=int, default=1)
@@ -213,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.pictures is not None:
         options.pictures.mkdir(parents=True, exist_ok=True)
     parts = options.parts.split(",")
-    recipe = replace(TEST, **LARGE) if options.matrix == "large" else TEST
+    recipe = replace(TEST, **MATRICES[options.matrix])
     result: dict[str, Any] = {
         "test": str(recipe),
         "scans": options.scans,
@@ -222,16 +251,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         **of_networks,
     }
     if "tables" in parts:
-        scans = held_out(recipe, options.scans, options.split, options.first)
-        keep = partial(_keep, options.name, result)  # a long run that is stopped leaves what it has
-        rows, kept, truths = tables(scans, methods, options.kinds, options.pictures, keep, own_maps=own_maps)
-        columns = list(rows[0])
-        print_table("LARO, held-out simulated brains", columns, [[row[c] for c in columns] for row in rows])
-        result["tables"] = rows
-        if "regions" in parts:
-            result["regions"] = regions(scans, kept, truths)
-            columns = [c for c in result["regions"][0] if c != "means"]
-            print_table("Susceptibility", columns, [[row[c] for c in columns] for row in result["regions"]])
+        compared = Comparison(methods, options.kinds, options.pictures, own_maps=own_maps)
+
+        def keep() -> None:
+            result["tables"] = compared.tables()
+            if "regions" in parts:
+                result["regions"] = compared.regions()
+            write_result(options.name, result)
+
+        for number in range(options.first, options.first + options.scans):
+            compared.add(held_out(recipe, 1, options.split, number)[0], keep)
+        for title, rows in (("LARO, held-out simulated brains", "tables"), ("Susceptibility", "regions")):
+            if rows in parts:
+                columns = [c for c in result[rows][0] if c != "means"]
+                print_table(title, columns, [[row[c] for c in columns] for row in result[rows]])
     if "general" in parts:
         others = {k: v for k, v in methods.items() if k != "cg_sense" and not k.startswith("bart_llr")}
         result["general"] = general(
