@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import bart
+from benchmarks.laro import Comparison
 from benchmarks.laro_cases import BART_WEIGHT, acquire, acs_block, available, held_out, pattern, with_estimated_maps
 from benchmarks.laro_gpu import large_scan, speed
 from benchmarks.laro_masks import DENSITY, SHIPPED, compared, figures_of, probabilities, profiles
@@ -144,6 +145,25 @@ def test_regression_and_regions() -> None:
     found, simulated = regional(reference(), head()), true_regional(head(), reference().region)
     assert set(found) == set(simulated) and {"GP", "PU", "CC"} <= set(found)
     assert regression(found, simulated)[0] > 0.4
+
+
+def test_heads_are_compared_one_after_the_other(tmp_path: Path) -> None:
+    known = {id(scan): scan for scan in (head(), held_out(RECIPE, 1, first=1)[0])}
+    compared = Comparison(
+        {"worse": lambda case: (0.9 * known[id(case.scan)].images, 3.0), "same": lambda case: (case.scan.images, 1.0)},
+        ["8/0"],
+        tmp_path,
+    )
+    told: list[int] = []
+    for scan in known.values():
+        compared.add(scan, lambda: told.append(len(compared.tables())))
+    worse, same = compared.tables()
+    assert told == [1, 2, 2, 2] and worse["heads"] == same["heads"] == 2 and worse["CPU s"] == 3.0
+    assert same["QSM RMSE"] == 0 and same["magnitude PSNR"] == np.inf and 15 < worse["magnitude PSNR"] < 40
+    full, _, own = compared.regions()
+    assert full["method"] == "noise-free" and full["means"] == own["means"] and own["regions n"] == full["regions n"] > 8
+    assert own["regions slope (full scan)"] == pytest.approx(1) and own["regions slope (truth)"] != pytest.approx(1)
+    assert (tmp_path / "laro_8_0.png").is_file()
 
 
 def test_the_networks_that_are_installed_are_methods() -> None:
