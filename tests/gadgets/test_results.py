@@ -19,6 +19,7 @@ from gadgets.journal import JobRow
 from gadgets.results import MOST_TRIES, Results
 from tests.gadgets.serving import count_image
 from tests.gadgets.test_job_images import kept
+from tests.waiting import PATIENCE
 
 STEM = "20260101T000000.000000Z-00000001"
 
@@ -65,7 +66,7 @@ def pixels(books: Books, row: JobRow) -> list[complex]:
 
 
 def caught_up(results: Results, books: Books, row: JobRow) -> None:
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + PATIENCE
     while results._working or not (folder_of(books, row) / IMAGES).exists():  # the file is there before its task has ended
         assert time.monotonic() < deadline, "no image file was made"
         results.catch_up(books.journal())
@@ -153,6 +154,6 @@ def test_an_archive_waits_for_its_images(books: Books, no_workers: Jobs) -> None
     books.journal().put(row)
     results = Results(books.root, books, no_workers)  # type: ignore[arg-type]
     results.over(row)
-    assert books.settle() and books.journal().row(row.id).archive == "due"
+    assert books.settle(PATIENCE) and books.journal().row(row.id).archive == "due"
     with pytest.raises(JobFailed):
         no_workers.submit(os.getpid).result(5)
