@@ -6,6 +6,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gadgets.admission import Quota
+from gadgets.admission import Place, Quota
 from gadgets.capture import capture_status
 from gadgets.connection import Connection
 from gadgets.handlers import Handlers
@@ -502,6 +503,20 @@ def test_a_busy_server_says_so(tmp_path: Path) -> None:
                 pass
         until(lambda: not served.server.n_connections)
         still_works(served)
+
+
+def test_where_no_connection_is_left_every_place_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave = Place.leave
+
+    def slowly(place: Place) -> None:
+        time.sleep(0.2)
+        leave(place)
+
+    monkeypatch.setattr(Place, "leave", slowly)
+    with serving(tmp_path) as served:
+        still_works(served)
+        until(lambda: not served.server.n_connections)
+        assert not len(served.server._listener.places)
 
 
 def test_a_silent_peer_is_given_up(tmp_path: Path) -> None:
