@@ -174,5 +174,6 @@ def pixel_spacing(header: Any) -> tuple[float, float]:
 
 
 def _vector(values: ArrayLike) -> Vector:
-    x, y, z = np.asarray(values, dtype=np.float64).tolist()
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        x, y, z = np.asarray(values, dtype=np.float64).tolist()
     return x, y, z

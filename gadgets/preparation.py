@@ -45,6 +45,9 @@ from recon_core.preprocess.settings import PreprocessSettings
 
 log = logging.getLogger(__name__)
 
+DWELL_TIMES = (1e-9, 1.0)
+"""s between two samples: no receiver is quicker or slower, and a header that says so says nothing."""
+
 CHUNK_BYTES = 8 << 20
 """Raw bytes prepared as one task: small enough that little is left after the last readout."""
 
@@ -201,10 +204,12 @@ class Preparation:
         headers = self._index.headers
         first = np.flatnonzero(_carries(headers, self._header, self._acquisition))[0]
         dwell = float(headers["sample_time_us"][first]) * 1e-6
-        if not (0 < dwell < np.inf and 0 < noise_dwell < np.inf):
+        shortest, longest = DWELL_TIMES
+        if not (shortest <= dwell <= longest and shortest <= noise_dwell <= longest):
             self._warn(
                 f"no dwell time: sample_time_us is {1e6 * noise_dwell:g} in the noise readouts and {1e6 * dwell:g} in the imaging ones, "
-                "where both have to be above 0; images are not whitened, and noise is estimated from outer k-space"
+                f"where both have to be {1e6 * shortest:g} to {1e6 * longest:g}; "
+                "images are not whitened, and noise is estimated from outer k-space"
             )
             return None
         matrix = torch.from_numpy(covariance)

@@ -11,7 +11,7 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -75,7 +75,8 @@ class Results:
         self._root, self._books, self._jobs = root, books, jobs
         self._archives, self._sender = archives, sender
         self._lock = threading.Lock()
-        self._working: dict[str, Future[Handed] | None] = {}
+        self._ended = threading.Condition(self._lock)
+        self._working: set[str] = set()
         self._tried: dict[str, tuple[int, float]] = {}  # how often in vain, and when again (monotonic)
 
     def over(self, row: JobRow) -> None:
@@ -86,11 +87,8 @@ class Results:
         with self._lock:
             if row.id in self._working:
                 return
-            self._working[row.id] = None
-        future = self.make(row)
-        with self._lock:
-            self._working[row.id] = future
-        future.add_done_callback(partial(self._done, row))
+            self._working.add(row.id)
+        self.make(row).add_done_callback(partial(self._done, row))
 
     def catch_up(self, journal: Journal) -> None:
         """Take up images that no file was made of: a worker died, the disk was full, or the server ended.
@@ -146,18 +144,25 @@ class Results:
 
     def close(self) -> None:
         """Wait for what is being done, within reason; the next server goes on with the rest."""
-        with self._lock:
-            left = {future for future in self._working.values() if future is not None}
-        if wait(left, timeout=CLOSE_SECONDS).not_done:
-            log.warning("event=results_incomplete jobs=%d", len(left))
+        with self._ended:
+            if not self._ended.wait_for(lambda: not self._working, CLOSE_SECONDS):
+                log.warning("event=results_incomplete jobs=%d", len(self._working))
 
     def _done(self, row: JobRow, future: Future[Handed]) -> None:
+        try:
+            self._judge(row, future)
+        finally:
+            with self._ended:
+                self._working.discard(row.id)
+                self._ended.notify_all()
+
+    def _judge(self, row: JobRow, future: Future[Handed]) -> None:
+        """Note what came of a task, or that it is to be tried again."""
         error = future.exception()
         with self._lock:
             tries = self._tried.pop(row.id, (0, 0.0))[0] + 1
             if error is not None:
                 self._tried[row.id] = (tries, time.monotonic() + FIRST_PAUSE * 2 ** (tries - 1))
-            self._working.pop(row.id, None)
         if error is not None and self._passes(row, error) and tries < MOST_TRIES:
             log.warning("event=images_later job=%s try=%d error=%r", row.id, tries, reason_of(_plain(error)))
             return

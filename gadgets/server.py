@@ -179,6 +179,6 @@ class Server:
         try:
             connection.run()
         finally:
+            place.leave()  # first: where no connection is counted any more, all places are free
             with self._lock:
                 self._connections.pop(connection, None)
-            place.leave()

@@ -81,7 +81,7 @@ def estimate_noise(source: LogSlice) -> NoiseEstimate:
         total = part if total is None else total + part
         n_samples += n
     assert total is not None
-    dwell = float(np.median(source.headers["sample_time_us"])) * 1e-6
+    dwell = float(np.median(source.headers["sample_time_us"].astype(np.float64))) * 1e-6
     return NoiseEstimate(total / max(n_samples - 1, 1), dwell, n_samples)
 
 

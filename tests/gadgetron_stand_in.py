@@ -19,6 +19,7 @@ from pathlib import Path
 
 from gadgets.wire.events import Image
 from tests.strict_client import _Abort, _image, _text, _unsigned
+from tests.waiting import PATIENCE
 from tests.wire.conftest import CAPTURES
 
 CONFIG = '<?xml version="1.0"?>\n<configuration><property name="chain" value="fourier"/></configuration>\n'
@@ -56,7 +57,7 @@ def recorded(name: str, config: str = CONFIG) -> bytes:
 
 
 def session(
-    node: socket.socket, stream: bytes, *, timeout: float = 60.0, after_error: Callable[[], bytes] | None = None
+    node: socket.socket, stream: bytes, *, timeout: float = PATIENCE, after_error: Callable[[], bytes] | None = None
 ) -> Received:
     """Send ``stream`` (CONFIG, HEADER, messages, CLOSE) and read until the node's CLOSE and end.
 
@@ -140,7 +141,7 @@ def executed(
         command = [sys.executable, "-m", "gadgetron", str(port), module, target]
         process = subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         try:
-            listener.settimeout(60.0)
+            listener.settimeout(PATIENCE)
             node, _ = listener.accept()
             yield node, process
         finally:
@@ -150,4 +151,4 @@ def executed(
 
 def connected(port: int) -> socket.socket:
     """What Gadgetron does for ``<connect>``."""
-    return socket.create_connection(("localhost", port), timeout=60.0)
+    return socket.create_connection(("localhost", port), timeout=PATIENCE)

@@ -18,6 +18,7 @@ import numpy as np
 
 from gadgets.wire.dtypes import DATA_TYPES, IMAGE_HEADER
 from gadgets.wire.events import Image
+from tests.waiting import PATIENCE
 
 CONFIG_FILE, CONFIG_SCRIPT, HEADER, CLOSE, TEXT, QUERY, RESPONSE = 1, 2, 3, 4, 5, 6, 7
 DICOM_WITHNAME, DEPENDENCY, IMAGE = 1018, 1019, 1022
@@ -64,7 +65,7 @@ class StrictClient:
     """
 
     def __init__(
-        self, host: str, port: int, *, dialect: str = "gadgetron", nul: bool | None = None, timeout: float = 60.0
+        self, host: str, port: int, *, dialect: str = "gadgetron", nul: bool | None = None, timeout: float = PATIENCE
     ) -> None:
         if dialect not in ("gadgetron", "fire"):
             raise ValueError(dialect)
@@ -107,7 +108,7 @@ class StrictClient:
         ClientAborted
         """
         nul = b"\0" if self.nul else b""
-        start = []
+        start = []  # sent as one piece: a busy machine puts no pause between header and parameters
         if query is not None:
             words = query.encode()
             start.append(struct.pack("<HQQQ", QUERY, 0, 0, len(words)) + words)
@@ -119,7 +120,7 @@ class StrictClient:
             start.append(_sized(HEADER, header.encode() + nul))
         if parameters is not None:
             start.append(_sized(TEXT, json.dumps({"version": "1.1.0", "parameters": parameters}).encode() + nul))
-        return self._run(start, messages, dependency, close)
+        return self._run([b"".join(start)], messages, dependency, close)
 
     def send(self, stream: bytes, *, dependency: bool = False) -> Answer:
         """Send raw bytes (a capture, a hostile stream) and then nothing more; see ``scan``."""

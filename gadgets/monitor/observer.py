@@ -55,6 +55,7 @@ class Observer:
         self.tallies = Tallies()
         self._lock = threading.Lock()
         self._active: list[JobRecorder] = []
+        self._ending: list[JobRecorder] = []  # over, and their connections may have a last word
         self._by_thread: dict[int, JobRecorder] = {}
         self._last: dict[str, Any] = {}
         self._started = time.time()
@@ -140,6 +141,11 @@ class Observer:
                 self._settle(recorder, anyhow=last)
             except Exception as error:
                 self._trouble(error)
+        for recorder in list(self._ending):
+            over = recorder.closed or last or _waited(recorder)
+            self._write(recorder)
+            if over:
+                self._forget(recorder)
 
     def _write(self, recorder: JobRecorder) -> None:
         try:
@@ -156,8 +162,7 @@ class Observer:
         if recorder.ended is None:
             return
         known = not recorder.replayed and sidecar(recorder.capture).exists()
-        waited = time.monotonic() - recorder.ended > SETTLE_SECONDS
-        if not (known or anyhow or waited) and not recorder.closed:
+        if not (known or anyhow or _waited(recorder) or recorder.closed):
             return
         status = capture_status(recorder.capture) if known else "unknown"
         recorder.settle(recorder.seemed if status == "unknown" else status)
@@ -167,9 +172,14 @@ class Observer:
             self.tallies.seconds(stage, recorder.chain, seconds)
         with self._lock:
             self._active.remove(recorder)
+        self._ending.append(recorder)
+        self._last = recorder.summary()
+
+    def _forget(self, recorder: JobRecorder) -> None:
+        self._ending.remove(recorder)
+        with self._lock:
             # its connection may have ended without a word; a later one may have the thread's number
             self._by_thread = {thread: other for thread, other in self._by_thread.items() if other is not recorder}
-        self._last = recorder.summary()
 
     def _room(self) -> bool:
         with contextlib.suppress(OSError):
@@ -198,6 +208,11 @@ class Observer:
         if not self._troubled:
             logger.warning("event=monitor_file_failed error=%s", type(error).__name__)
         self._troubled = True
+
+
+def _waited(recorder: JobRecorder) -> bool:
+    """Whether a scan has been over for so long that no word of its connection comes any more."""
+    return recorder.ended is not None and time.monotonic() - recorder.ended > SETTLE_SECONDS
 
 
 class WatchedScan:

@@ -113,11 +113,11 @@ class JobRecorder:
 
     def log(self, record: logging.LogRecord, line: str) -> None:
         """One line of the server's log about this scan; the last one is that its connection is closed."""
-        self.closed = self.closed or line.startswith("event=closed ")
         self._n_lines += 1
         if self._n_lines <= MAX_LINES:
             when = datetime.fromtimestamp(record.created, UTC)
             self._lines.append(f"{when:%H:%M:%S}.{when.microsecond // 1000:03d} {record.levelname} {line[:2000]}\n")
+        self.closed = self.closed or line.startswith("event=closed ")  # only now: who sees it finds the line
 
     def end(self, seemed: str, sending: float = 0.0) -> None:
         """Nothing more comes. Called again, it changes nothing."""

@@ -19,6 +19,7 @@ import yaml
 
 from gadgets import bookkeeping, results
 from gadgets.cli import app
+from tests.waiting import PATIENCE
 
 REPOSITORY = Path(__file__).parent.parent.parent
 DOCKER = REPOSITORY / "docker"
@@ -364,8 +365,8 @@ def test_kubernetes_waits_for_scans_under_way() -> None:
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_scripts_are_sound(path: Path) -> None:
-    subprocess.run(["bash", "-n", str(path)], check=True, timeout=60)
-    subprocess.run(["shellcheck", str(path)], check=True, timeout=60)
+    subprocess.run(["bash", "-n", str(path)], check=True, timeout=PATIENCE)
+    subprocess.run(["shellcheck", str(path)], check=True, timeout=PATIENCE)
     assert path.stat().st_mode & 0o100
 
 

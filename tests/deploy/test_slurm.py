@@ -5,6 +5,7 @@ Slurm itself is missing: ``srun`` is a script that starts one task.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -23,9 +24,10 @@ from gadgets.cli import app
 from gadgets.relay import answers
 from gadgets.service import ServiceOptions, compute
 from tests.deploy.test_docker import DOCKER, TIDYING
-from tests.e2e.orthanc import free_ports
 from tests.e2e.scans import in_memory, stack
+from tests.ports import free_ports
 from tests.strict_client import StrictClient
+from tests.waiting import PATIENCE
 
 SRUN = """#!/usr/bin/env bash
 for argument in "$@"; do case "$argument" in --*) shift ;; *) break ;; esac; done
@@ -63,9 +65,10 @@ def descendants_of(family: list[psutil.Process], command: str) -> list[psutil.Pr
     """The processes of a family below the one that was started with these words."""
     found: dict[int, psutil.Process] = {}
     for process in family:
-        program, *words = process.cmdline()[1:]  # behind the interpreter
-        if f"{Path(program).name} {' '.join(words)}".startswith(command):
-            found |= {child.pid: child for child in process.children(recursive=True)}
+        with contextlib.suppress(psutil.Error):  # it ended meanwhile
+            words = process.cmdline()[1:]  # behind the interpreter
+            if words and " ".join([Path(words[0]).name, *words[1:]]).startswith(command):
+                found |= {child.pid: child for child in process.children(recursive=True)}
     return list(found.values())
 
 
@@ -96,7 +99,7 @@ def test_the_job_reconstructs_and_ends(tmp_path: Path, environment: dict[str, st
     assert sorted(number for number, _ in done) == ["0000", "0001"], "each slice once, on the cluster and not in the server"
     assert {int(process) for _, process in done} <= workers
     assert len(family) >= 3
-    _, alive = psutil.wait_procs(family, timeout=30.0)
+    _, alive = psutil.wait_procs(family, timeout=PATIENCE)
     assert not alive
 
 
@@ -162,20 +165,22 @@ class Started(Exception):
 @pytest.mark.parametrize("missing", ["RECON_ENV", "RECON_TLS", "RECON_ALLOW"])
 def test_the_job_says_what_it_needs(environment: dict[str, str], missing: str) -> None:
     del environment[missing]
-    done = subprocess.run([str(DOCKER / "slurm.sh")], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(DOCKER / "slurm.sh")], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode and missing in done.stderr
 
 
 def test_without_certificates_there_is_no_cluster(environment: dict[str, str]) -> None:
     Path(environment["RECON_TLS"], "key.pem").unlink()
-    done = subprocess.run([str(DOCKER / "slurm.sh")], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(DOCKER / "slurm.sh")], env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and "key.pem" in done.stderr
 
 
 def test_certificates_are_never_replaced(environment: dict[str, str]) -> None:
     folder = Path(environment["RECON_TLS"])
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    done = subprocess.run([str(DOCKER / "make-certificates.sh"), str(folder)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [str(DOCKER / "make-certificates.sh"), str(folder)], capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 1 and "is there already" in done.stderr
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert set(before) == {"ca.pem", "cert.pem", "key.pem"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 import subprocess
 import threading
 import urllib.request
@@ -13,6 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_ports
+from tests.waiting import PATIENCE
 
 AET = "TESTARCHIVE"
 READY = "Orthanc has started"
@@ -27,7 +29,7 @@ class Orthanc:
     said: list[str]
 
     def get(self, path: str) -> bytes:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}{path}", timeout=20) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}{path}", timeout=PATIENCE) as answer:
             found: bytes = answer.read()
         return found
 
@@ -41,15 +43,6 @@ class Orthanc:
             tags = self.json(f"/instances/{instance['ID']}/simplified-tags")
             found.setdefault(tags["SeriesInstanceUID"], set()).add(tags["SOPInstanceUID"])
         return found
-
-
-def free_ports(n: int) -> list[int]:
-    """Ports that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
 
 
 @contextmanager
@@ -83,10 +76,10 @@ def orthanc(folder: Path, ports: list[int] | None = None, **settings: Any) -> It
         reader.start()
         yield Orthanc(http, dicom, said)
         process.terminate()
-        process.wait(20)
-        reader.join(20)
+        process.wait(PATIENCE)
+        reader.join(PATIENCE)
     finally:
         if process.poll() is None:
             process.kill()
-            process.wait(20)
+            process.wait(PATIENCE)
         process.stderr.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from gadgets.service import Service, ServiceOptions
 from gadgets.wire import codec
 from tests.e2e.scans import SimulatedScan, ask, in_memory, stack
 from tests.strict_client import Answer, read_answer
+from tests.waiting import PATIENCE, until
 
 SEND_BUFFER, RECEIVE_BUFFER = 4096, 65536
 """Bytes; the kernel doubles them. Nothing else holds what is sent and not read."""
@@ -45,10 +45,7 @@ def busy(service: Service, release: Path) -> Iterator[Future[object]]:
         subprocess.run, ["sh", "-c", 'touch "$0"; while [ ! -e "$1" ]; do sleep 0.05; done', str(taken), str(release)]
     )
     try:
-        deadline = time.monotonic() + 60.0
-        while not taken.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        until(taken.exists)
         yield stuck
     finally:
         release.touch()
@@ -62,16 +59,14 @@ def test_a_whole_scan_is_read_and_kept_while_no_worker_is_free(site: Service, sc
     answer = Answer()
     with busy(site, tmp_path / "release") as stuck, socket.socket() as scanner:
         scanner.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        scanner.settimeout(60.0)
+        scanner.settimeout(PATIENCE)
         scanner.connect((site.host, site.port))
         scanner.sendall(session)  # the last byte has left the scanner
-        deadline = time.monotonic() + 30.0
-        while not [path for path in spool.glob("*.mrd") if path.stat().st_size == len(session)]:
-            assert time.monotonic() < deadline, "what was sent is not kept"
-            time.sleep(0.01)
+        until(lambda: [p for p in spool.glob("*.mrd") if p.stat().st_size == len(session)], "what was sent is not kept")
         [capture] = spool.glob("*.mrd")
         assert capture.read_bytes() == session
-        assert not stuck.done() and site.jobs.state.waiting > 0, "the scan waits, and its worker has not begun it"
+        until(lambda: site.jobs.state.waiting, "the scan does not wait")
+        assert not stuck.done(), "and its worker has not begun it"
         (tmp_path / "release").touch()
         read_answer(scanner, answer)
     assert stuck.result().returncode == 0  # type: ignore[attr-defined]

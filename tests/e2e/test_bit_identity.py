@@ -31,6 +31,7 @@ from tests.e2e.scans import SimulatedScan, ask, one_by_one, simulated, stack
 from tests.gadgetron_stand_in import connected, recorded, session
 from tests.gadgets.certificates import authority
 from tests.strict_client import StrictClient
+from tests.waiting import PATIENCE
 from tests.wire.conftest import CAPTURES
 
 RECON = Path(sys.executable).with_name("recon")
@@ -94,7 +95,7 @@ def wait_for_capture(service: Service, size: int) -> Path:
     """The newest finished capture, once no connection is at work any more."""
     for thread in threading.enumerate():
         if re.fullmatch(r"c\d+", thread.name):  # one for each connection
-            thread.join(30)
+            thread.join(PATIENCE)
     path: Path = service.spool.captures()[-1]
     assert path.stat().st_size == size
     return path

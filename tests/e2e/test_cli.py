@@ -12,7 +12,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,14 +25,13 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from gadgets import replay_cli
-from gadgets.capture import sidecar
 from gadgets.chain import chain_names, load_chain
 from gadgets.wire import codec
 from recon_core.simulation.options import ScanSettings
 from tests.e2e.scans import SimulatedScan, simulated
+from tests.waiting import PATIENCE, until
 
 RECON = Path(sys.executable).with_name("recon")
-PATIENCE = 60  # s; only the time until a hung process counts as hung
 
 
 @dataclass
@@ -315,16 +314,18 @@ def test_sigterm_ends_a_server_cleanly(busy: bool, scan: SimulatedScan, tmp_path
         children = psutil.Process(server.process.pid).children(recursive=True)
         assert children  # worker processes
         recon("replay", scan.path, "-c", "cg_sense", "-p", server.port, "-o", tmp_path / "out.h5")
+        known = list(server.spool.glob("*.mrd"))
         connection = started_scan(server, scan) if busy else None
         if busy:
-            until_capture(server.spool, server.process, len(scan.messages[0]))
+            begin = 2 + 1024 + len(codec.header(scan.header)) + len(scan.messages[0])
+            until_capture(server.spool, server.process, begin, known)
         server.process.send_signal(signal.SIGTERM)
         if connection is not None:
             connection.close()
         assert server.process.wait(PATIENCE) == 0
-        _, alive = psutil.wait_procs(children, timeout=10)
+        _, alive = psutil.wait_procs(children, timeout=PATIENCE)
         assert not alive
-        assert not server.scratch()
+        until(lambda: not server.scratch(), lambda: str(server.scratch()))
         log = server.log.read_text()
         assert "Traceback" not in log and "event=stopping" in log
         states = sorted(json.loads(path.read_text())["status"] for path in server.spool.glob("*.json"))
@@ -341,16 +342,19 @@ def test_a_killed_server_leaves_nothing_that_its_successor_does_not_clear(scan: 
             first.process.wait(PATIENCE)
         finally:
             connection.close()
-        _, alive = psutil.wait_procs(children, timeout=30)
+        _, alive = psutil.wait_procs(children, timeout=PATIENCE)
         assert not alive, [p.cmdline() for p in alive]
         with serving(tmp_path / "second", "--spool", str(tmp_path / "spool")):
-            assert not first.scratch()
+            until(lambda: not first.scratch(), lambda: str(first.scratch()))
             (told,) = (json.loads(path.read_text()) for path in (tmp_path / "spool").glob("*.json"))
             assert told["status"] == "truncated"
 
 
-def until_capture(spool: Path, process: subprocess.Popen[str], n_bytes: int = 1) -> None:
-    """Returns when the server has written so many bytes of a capture that is not finished."""
-    while not any(path.stat().st_size >= n_bytes for path in spool.glob("*.mrd") if not sidecar(path).exists()):
+def until_capture(spool: Path, process: subprocess.Popen[str], n_bytes: int = 1, known: Sequence[Path] = ()) -> None:
+    """Returns when the server has written so many bytes of a capture that is none of the ``known``."""
+
+    def look() -> bool:
         assert process.poll() is None
-        os.sched_yield()
+        return any(path.stat().st_size >= n_bytes for path in spool.glob("*.mrd") if path not in known)
+
+    until(look)

@@ -52,16 +52,17 @@ def test_a_worker_that_is_killed_in_mid_slice_costs_no_image(server: Service, sc
     killer.start()
     answer = ask(server, "long", scan)
     killer.join()
-    assert not is_alive(pid) and server.jobs.state.deaths == 1
+    until(lambda: not is_alive(pid))
+    assert server.jobs.state.deaths == 1
     assert not complaints(answer)
     np.testing.assert_array_equal(stack(final_images(answer), 2), expected)
 
 
 def test_what_takes_too_long_is_ended_and_the_fallback_answers(server: Service, scan: SimulatedScan) -> None:
     pid = server.jobs.submit(os.getpid).result(120)
-    answer = ask(server, "endless", scan, time_limit=2.0)
+    answer = ask(server, "late", scan)
     assert len(answer.images) == 4
-    assert all("quick_instead_of_endless" in image.attributes for image in answer.images)
+    assert all("quick_instead_of_late" in image.attributes for image in answer.images)
     assert len(complaints(answer)) == 2
     assert all("not done within the time limit" in text and "come from quick" in text for text in complaints(answer))
     until(lambda: not is_alive(pid), "the worker still computes")

@@ -20,6 +20,7 @@ from gadgets.wire.session import fire_parameters
 from tests.e2e.scans import SimulatedScan, ask, encoded, in_memory
 from tests.e2e.test_failures import changed, values, without_signal_in
 from tests.strict_client import Answer, StrictClient
+from tests.waiting import PATIENCE
 
 LEVELS = ("DBG ", "INF ", "WRN ", "ERROR ")
 
@@ -146,7 +147,7 @@ def test_every_word_has_its_level(service: Service, scan: SimulatedScan) -> None
 
 
 def raw_answer(service: Service, scan: SimulatedScan, nul: bool) -> bytes:
-    with socket.create_connection((service.host, service.port), timeout=60.0) as connection:
+    with socket.create_connection((service.host, service.port), timeout=PATIENCE) as connection:
         connection.sendall(
             codec.config_script("fourier", nul=nul) + codec.header(scan.header, nul=nul) + b"".join(scan.messages)
         )

@@ -23,7 +23,7 @@ from gadgets.wire.dtypes import Flag
 from gadgets.wire.events import Image
 from tests.e2e.scans import Batches, SimulatedScan, ask, encoded, error, imaging_part, in_memory, noise_part, stack
 from tests.e2e.test_jobs import no_server, spool_of
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 Which = Callable[[NDArray[Any]], NDArray[np.bool_]]
 
@@ -68,8 +68,9 @@ def broke_off(site: Service, chain: str, scan: SimulatedScan, which: Which | Non
 def gone(site: Service, session: bytes) -> JobRow:
     """The failed job of a peer that sent this and left."""
     rows = site.unattended.books.journal().rows
+    assert site.unattended.books.settle(PATIENCE)
     known = {row.id for row in rows(limit=None)}
-    with socket.create_connection((site.host, site.port), timeout=20) as connection:
+    with socket.create_connection((site.host, site.port), timeout=PATIENCE) as connection:
         connection.sendall(session)
         connection.shutdown(socket.SHUT_WR)
         while connection.recv(1 << 16):

@@ -47,18 +47,19 @@ def pool(service: Service) -> DaskPool:
     return remote
 
 
-def busy_worker(service: Service) -> tuple[str, int]:
-    """Address and process id of a worker that computes a slice now."""
+def processes(service: Service) -> dict[str, int]:
+    """Process id of each worker, by its address."""
+    found: dict[str, int] = pool(service)._client.run(os.getpid)
+    return found
+
+
+def busy_worker(service: Service) -> str:
+    """Address of a worker that computes a slice now."""
     remote = pool(service)
-    found: list[str] = []
-
-    def look() -> bool:
-        found[:] = [sent.worker for sent in list(remote._sent.values()) if sent.worker is not None]
-        return bool(found)
-
-    until(look, "no task began")
-    pids = remote._client.run(os.getpid, workers=[found[0]])
-    return found[0], pids[found[0]]
+    found: list[str] = until(
+        lambda: [sent.worker for sent in list(remote._sent.values()) if sent.worker is not None], "no task began"
+    )
+    return found[0]
 
 
 def test_images_are_those_of_the_servers_own_workers(cluster: Service, service: Service, scan: SimulatedScan) -> None:
@@ -78,33 +79,33 @@ def test_progress_and_previews_cross_the_cluster(cluster: Service) -> None:
 
 def test_a_worker_that_is_killed_in_mid_slice_costs_no_image(cluster: Service, scan: SimulatedScan) -> None:
     expected = stack(final_images(ask(cluster, "long", scan)), 2)
-    killed: list[int] = []
+    killed, pids = list[int](), processes(cluster)
 
     def kill() -> None:
-        killed.append(busy_worker(cluster)[1])
+        killed.append(pids[busy_worker(cluster)])
         os.kill(killed[0], signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
     answer = ask(cluster, "long", scan)
     killer.join()
-    assert not is_alive(killed[0])
+    until(lambda: not is_alive(killed[0]))
     assert not complaints(answer)
     np.testing.assert_array_equal(stack(final_images(answer), 2), expected)
     until(lambda: pool(cluster).capacity == 2, "the cluster did not replace the worker")
 
 
 def test_what_takes_too_long_is_ended_and_the_fallback_answers(cluster: Service, scan: SimulatedScan) -> None:
-    began: list[tuple[str, int]] = []
+    began, pids = list[str](), processes(cluster)
     watcher = threading.Thread(target=lambda: began.append(busy_worker(cluster)))
     watcher.start()
-    answer = ask(cluster, "endless", scan, time_limit=3.0)
+    answer = ask(cluster, "late", scan)
     watcher.join()
     assert len(answer.images) == 6
-    assert all("quick_instead_of_endless" in image.attributes for image in answer.images)
-    assert {text.split(" failed ")[0] for text in complaints(answer)} == {"WRN endless"}
+    assert all("quick_instead_of_late" in image.attributes for image in answer.images)
+    assert {text.split(" failed ")[0] for text in complaints(answer)} == {"WRN late"}
     assert all("time limit" in text for text in complaints(answer))
-    until(lambda: not is_alive(began[0][1]), "the worker still computes")
+    until(lambda: not is_alive(pids[began[0]]), "the worker still computes")
 
 
 def test_a_scan_that_is_given_up_leaves_the_cluster(cluster: Service) -> None:

@@ -19,11 +19,11 @@ from gadgets.errors import SchedulerError
 from gadgets.jobs import Jobs
 from gadgets.scheduler_options import SchedulerOptions
 from gadgets.service import Service, ServiceOptions
-from tests.e2e.orthanc import free_ports
 from tests.e2e.scans import ask, complaints, in_memory, stack
 from tests.e2e.test_dask import cluster_check
 from tests.gadgets.certificates import Authority, authority
-from tests.waiting import until
+from tests.ports import free_ports
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def test_a_scan_over_tls(
 def test_nobody_else_gets_in(
     stranger: str, address: str, site: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gadgets.compute_dask.CONNECT", 3.0)
+    monkeypatch.setattr("gadgets.compute_dask.CONNECT", PATIENCE / 2)  # each of them is refused at once
     other = authority(tmp_path / "other")
     chosen = {
         "its certificate": lambda: options(address, site, other, "stranger"),
@@ -95,7 +95,7 @@ def test_a_scheduler_that_comes_later_is_used_then(
         alone = ask(running, "cg_sense", scan)
         assert not complaints(alone) and "event=done_by_cluster" not in caplog.text
         monkeypatch.setattr(
-            "gadgets.compute_dask.CONNECT", 30.0
+            "gadgets.compute_dask.CONNECT", PATIENCE
         )  # on a busy machine a scheduler that is there may take more than 1 s
         certificate, key = site.issue("late")
         with dask_cluster(tmp_path / "late", 1, tls_options(site.certificate, certificate, key), port):
@@ -112,7 +112,7 @@ def test_whoever_takes_the_connection_and_is_silent_holds_no_server_up(monkeypat
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
         jobs = Jobs(0, remote=lambda events, threads: DaskPool(SchedulerOptions(address), threads, "cpu", events))
-        assert jobs.state.remote == 0 and jobs.scope().submit(sum, [1, 2]).result(30) == 3
+        assert jobs.state.remote == 0 and jobs.scope().submit(sum, [1, 2]).result(PATIENCE) == 3
         jobs.close()
 
 
@@ -133,7 +133,7 @@ def test_a_stranger_that_comes_later_is_not_let_in(
     chosen = options(address, authority(tmp_path / "other"), site, "trusts another")
     jobs = Jobs(0, remote=lambda events, threads: DaskPool(chosen, threads, "cpu", events))
     until(lambda: len(knocks) > 4, "it is not looked for")
-    assert jobs.state.remote == 0 and jobs.scope().submit(sum, [1, 2]).result(30) == 3
+    assert jobs.state.remote == 0 and jobs.scope().submit(sum, [1, 2]).result(PATIENCE) == 3
     jobs.close()
     (said,) = refused(caplog)
     assert "cannot be used" in said

@@ -21,6 +21,7 @@ from gadgets.service import Service
 from gadgets.wire import codec
 from gadgets.wire.dtypes import Flag, flag_bits
 from tests.e2e.scans import SimulatedScan, ask, complaints, encoded, in_memory, stack
+from tests.waiting import PATIENCE, until
 
 SCANS = 40
 MAX_GROWTH = 32 << 20  # bytes; one scan that is not given back is 10 MiB and more
@@ -35,7 +36,7 @@ def footprint(service: Service) -> tuple[int, int, list[str], int, list[int]]:
     """File descriptors of the server and of its workers, threads by name, memory of the server and of its workers."""
     for thread in threading.enumerate():
         if re.fullmatch(r"c\d+", thread.name):
-            thread.join(30)
+            thread.join(PATIENCE)
     gc.collect()
     own = psutil.Process()
     workers = [child for child in own.children(recursive=True) if "loky" in " ".join(child.cmdline())]
@@ -51,9 +52,9 @@ def footprint(service: Service) -> tuple[int, int, list[str], int, list[int]]:
 
 def settled(service: Service) -> tuple[int, int, list[str], int, list[int]]:
     """The footprint when the last connection has been accepted and is over: who has left may still wait to be accepted."""
-    until = time.monotonic() + 60.0
+    deadline = time.monotonic() + 60.0
     found = footprint(service)
-    while time.monotonic() < until:
+    while time.monotonic() < deadline:
         time.sleep(1.0)
         before, found = found, footprint(service)
         if found[:3] == before[:3]:
@@ -81,14 +82,19 @@ def test_forty_scans_leave_nothing_behind(service: Service, scan: SimulatedScan,
             else:
                 answer = ask(service, "cg_sense", scan)
                 np.testing.assert_array_equal(stack(answer.images, 4), stack(good[0].images, 4))
-    after = settled(service)
-    assert after[0] <= before[0] and after[1] <= before[1]
-    assert after[2] == before[2]
+    last = [settled(service)]
+
+    def nothing_more() -> bool:
+        last[0] = footprint(service)
+        return last[0][0] <= before[0] and last[0][1] <= before[1] and last[0][2] == before[2]
+
+    until(nothing_more, lambda: f"{last[0][:3]} where {before[:3]} was before")
+    after = last[0]
     assert after[3] - before[3] < MAX_GROWTH
     assert all(b - a < MAX_GROWTH for a, b in zip(before[4], after[4], strict=True))
     assert "task_crashed" not in caplog.text and "event=crashed" not in caplog.text
     own = f"{SCRATCH_PREFIX}{os.getpid()}-*"
-    assert not [*Path("/dev/shm").glob(own), *Path(os.environ.get("TMPDIR", "/tmp")).glob(own)]
+    until(lambda: not [*Path("/dev/shm").glob(own), *Path(os.environ.get("TMPDIR", "/tmp")).glob(own)])
 
 
 def test_the_console_is_not_flooded_with_warnings(service: Service) -> None:

@@ -39,6 +39,7 @@ from tests.e2e.scans import (
 )
 from tests.e2e.slow_chain import write_chain
 from tests.strict_client import Answer, StrictClient
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture(scope="module")
@@ -347,10 +348,10 @@ def test_a_worker_that_is_killed_in_mid_scan_costs_nothing(small_chunks: Service
 def test_a_task_that_kills_its_worker_takes_no_other_task_with_it(service: Service) -> None:
     poison = service.jobs.submit(os._exit, 1)
     innocent = [service.jobs.submit(abs, -number) for number in range(6)]
-    assert [future.result(60) for future in innocent] == list(range(6))
+    assert [future.result(PATIENCE) for future in innocent] == list(range(6))
     with pytest.raises(JobFailed, match="died twice"):
-        poison.result(60)
-    assert service.jobs.submit(abs, -7).result(60) == 7
+        poison.result(PATIENCE)
+    assert service.jobs.submit(abs, -7).result(PATIENCE) == 7
 
 
 def test_a_client_that_vanishes_leaves_no_traces(small_chunks: Service, scan: SimulatedScan) -> None:
@@ -366,9 +367,9 @@ def test_a_client_that_vanishes_leaves_no_traces(small_chunks: Service, scan: Si
         np.testing.assert_array_equal(stack(answer.images, 2), expected)
     for thread in threading.enumerate():
         if re.fullmatch(r"c\d+", thread.name):
-            thread.join(30)
+            thread.join(PATIENCE)
     own = f"{SCRATCH_PREFIX}{os.getpid()}-*"
-    assert not [*Path("/dev/shm").glob(own), *Path(os.environ.get("TMPDIR", "/tmp")).glob(own)]
+    until(lambda: not [*Path("/dev/shm").glob(own), *Path(os.environ.get("TMPDIR", "/tmp")).glob(own)])
 
 
 @pytest.mark.parametrize("n", [2, 4])
@@ -379,7 +380,7 @@ def test_scans_at_once_give_the_images_that_they_give_alone(n: int, small_chunks
     start = threading.Barrier(n)
 
     def together(chain: str, one: SimulatedScan) -> Answer:
-        start.wait(30)
+        start.wait(PATIENCE)
         return ask(small_chunks, chain, one, messages=one_by_one(one.stream.batches))
 
     with ThreadPoolExecutor(n) as pool:

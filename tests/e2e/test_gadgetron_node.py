@@ -5,13 +5,12 @@ from __future__ import annotations
 import socket
 import struct
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from gadgets.capture import read_capture, sidecar
+from gadgets.capture import read_capture
 from gadgets.relay import SERVER
 from gadgets.service import Service
 from gadgets.wire import codec
@@ -20,6 +19,7 @@ from gadgets.wire.events import Image
 from tests.e2e.scans import SimulatedScan, ask, encoded, imaging_part, in_memory
 from tests.gadgetron_stand_in import GadgetronCrashed, Received, connected, executed, message, recorded, session
 from tests.strict_client import StrictClient
+from tests.waiting import PATIENCE, until
 from tests.wire.conftest import CAPTURES
 
 CHAINS = ("fourier", "cg_sense", "llr")
@@ -120,7 +120,7 @@ def test_a_failing_scan_is_an_error_with_its_reason(service: Service, scan: Simu
 def test_executed_with_a_warm_server(service: Service) -> None:
     with executed("llr", environment={SERVER: f"127.0.0.1:{service.port}"}) as (node, process):
         received = session(node, recorded("recondata", configuration(prewhiten=False)))
-        assert process.wait(30) == 0
+        assert process.wait(PATIENCE) == 0
     assert_same(received.images, by_client(service, "llr", prewhiten=False))
 
 
@@ -128,7 +128,7 @@ def test_executed_without_a_server(service: Service, tmp_path: Path) -> None:
     environment = {SERVER: "none", "XDG_STATE_HOME": str(tmp_path)}
     with executed("fourier", environment=environment) as (node, process):
         received = session(node, recorded("acquisitions", configuration(prewhiten=False)), timeout=120.0)
-        assert process.wait(60) == 0
+        assert process.wait(PATIENCE) == 0
     assert_same(received.images, by_client(service, "fourier", prewhiten=False))
     assert len(list(tmp_path.rglob("*.mrd"))) == 1
 
@@ -141,31 +141,29 @@ def test_executed_with_an_unknown_chain(service: Service) -> None:
 
 def test_executed_and_killed(service: Service) -> None:
     """Gadgetron itself does not survive that; the server does, and has what came."""
-    known = set(service.spool.captures())
+    known = captures(service)
     stream = recorded("acquisitions", configuration(prewhiten=False))
     with executed("llr", environment={SERVER: f"127.0.0.1:{service.port}"}) as (node, process):
         node.sendall(stream[: len(stream) // 2])
-        deadline = time.monotonic() + 120.0
-        while not (service.server.n_connections and unfinished(service)):
-            assert time.monotonic() < deadline, "nothing reached the server"
-            time.sleep(0.01)
+        # with a header at least
+        until(
+            lambda: [path for path in captures(service) - known if path.stat().st_size > 5000], "nothing reached the server"
+        )
         process.kill()
         process.wait()
         with pytest.raises(GadgetronCrashed):
             session(node, stream[len(stream) // 2 :])
-    while not (left := set(service.spool.captures()) - known):
-        assert time.monotonic() < deadline, "the capture is not ended"
-        time.sleep(0.01)
+    left = until(lambda: set(service.spool.captures()) - known, "the capture is not ended")
     assert {read_capture(path).status for path in left} == {"truncated"}
     received = session(connected(service.port), recorded("acquisitions", configuration(chain="llr", prewhiten=False)))
     assert_same(received.images, by_client(service, "llr", prewhiten=False))
 
 
-def unfinished(service: Service) -> list[Path]:
-    """Captures that grow, with a header at least."""
+def captures(service: Service) -> set[Path]:
+    """Also those that grow."""
     root = service.spool.root
     assert root is not None
-    return [path for path in root.glob("*.mrd") if not sidecar(path).exists() and path.stat().st_size > 5000]
+    return set(root.glob("*.mrd"))
 
 
 def test_executed_and_the_server_dies_in_the_middle_of_an_image() -> None:
@@ -181,5 +179,5 @@ def test_executed_and_the_server_dies_in_the_middle_of_an_image() -> None:
         threading.Thread(target=dying, args=(listener,), daemon=True).start()
         with executed("llr", environment={SERVER: f"127.0.0.1:{listener.getsockname()[1]}"}) as (node, process):
             received: Received = session(node, recorded("acquisitions", configuration()))
-            assert process.wait(30) == 0
+            assert process.wait(PATIENCE) == 0
     assert len(received.images) == 1 and len(received.errors) == 1

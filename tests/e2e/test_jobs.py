@@ -37,10 +37,11 @@ from gadgets.retry import retry
 from gadgets.service import Service, ServiceOptions, reconstruct_row
 from gadgets.wire import codec
 from recon_core.errors import SettingError
-from tests.e2e.orthanc import AET, free_ports, orthanc
+from tests.e2e.orthanc import AET, orthanc
 from tests.e2e.scans import SimulatedScan, ask, complaints, in_memory, stack
+from tests.ports import free_ports
 from tests.strict_client import Answer
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 PATIENT = "Zuzana^Nowak"
 
@@ -70,7 +71,7 @@ def newest(service: Service) -> JobRow:
     """The row of the newest scan, when it is over and written."""
 
     def look() -> JobRow | None:
-        assert service.unattended.books.settle()
+        assert service.unattended.books.settle(PATIENCE)
         rows = [row for row in service.unattended.books.journal().rows() if ".r" not in row.id]
         captures = service.spool.captures()
         return rows[0] if rows and rows[0].is_over and rows[0].id == captures[-1].stem else None
@@ -150,10 +151,11 @@ def test_retries_that_cannot_be(site: Service, scan: SimulatedScan) -> None:
 def test_images_of_a_client_that_left_are_made_anyway(site: Service, scan: SimulatedScan) -> None:
     expected = ask(site, "cg_sense", scan)
     before = newest(site)
+    known = captures(site)
     session = codec.config_file("cg_sense") + codec.header(scan.header) + b"".join(scan.messages) + codec.close()
     with socket.create_connection((site.host, site.port)) as connection:
         connection.sendall(session)
-        until(lambda: site.spool.root and any(p.stat().st_size == len(session) for p in unfinished(site)))
+        until(lambda: any(path.stat().st_size == len(session) for path in captures(site) - known))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     row = until(lambda: next((r for r in [newest(site)] if r.id != before.id), None))
     assert row.state == "sent"
@@ -161,8 +163,9 @@ def test_images_of_a_client_that_left_are_made_anyway(site: Service, scan: Simul
     np.testing.assert_array_equal(file_stack(images), stack(expected.images, 2))
 
 
-def unfinished(service: Service) -> list[Path]:
-    return [path for path in spool_of(service).glob("*.mrd") if not path.with_suffix(".json").exists()]
+def captures(service: Service) -> set[Path]:
+    """Also of scans that are still coming."""
+    return set(spool_of(service).glob("*.mrd"))
 
 
 def test_without_a_server_a_retry_runs_here(site: Service, scan: SimulatedScan, tmp_path: Path) -> None:
@@ -197,6 +200,8 @@ def test_a_replay_is_computed_behind_scanners_where_it_says_so(
 def test_commands(site: Service, scan: SimulatedScan, tmp_path: Path) -> None:
     _, row = asked(site, scan, "fourier")
     command, place = CliRunner(), ["--spool", str(spool_of(site))]
+    until(lambda: not site.unattended.books.journal().rows(state="received"))  # of the tests before
+    until(lambda: not site.unattended.books.journal().rows(state="reconstructing"))
     done = command.invoke(app, ["jobs", *place, "--limit", "0"], env={"COLUMNS": "250"})
     assert done.exit_code == 0 and row.id in done.output and "0 received, 0 reconstructing" in done.output
     done = command.invoke(app, ["jobs", *place, "--json", "--state", "sent", "--limit", "1"])
@@ -217,6 +222,7 @@ def test_commands(site: Service, scan: SimulatedScan, tmp_path: Path) -> None:
 def test_above_the_watermark_nothing_is_captured_but_scans_go_on(
     site: Service, scan: SimulatedScan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    assert site.unattended.books.settle(PATIENCE)
     before = {row.id for row in site.unattended.books.journal().rows(limit=None)}
     captures = site.spool.captures()
     state = os.statvfs(spool_of(site))
@@ -274,6 +280,7 @@ class Archiving:
         return found
 
     def known(self) -> set[str]:
+        assert self.service.unattended.books.settle(PATIENCE)
         return {row.id for row in self.service.unattended.books.journal().rows()}
 
 
@@ -491,7 +498,7 @@ def test_the_sending_process_is_started_again_and_ends_with_its_server(
     sender.poke()
     assert sender._process is first
     first.kill()
-    first.wait(20)
+    first.wait(PATIENCE)
     sender.poke()
     second = sender._process
     assert second is not None and second is not first and second.poll() is None
@@ -500,7 +507,7 @@ def test_the_sending_process_is_started_again_and_ends_with_its_server(
     sender.poke()
     assert sender._process is second, "nothing is started any more"
     command = [sys.executable, "-m", "gadgets.pacs_sender", str(tmp_path / "pacs"), "1"]
-    assert subprocess.run(command, timeout=60, check=False).returncode == 0, "its server is no more"
+    assert subprocess.run(command, timeout=PATIENCE, check=False).returncode == 0, "its server is no more"
 
 
 def test_an_archive_needs_raw_data_that_are_kept(tmp_path: Path) -> None:

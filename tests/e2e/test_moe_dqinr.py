@@ -16,9 +16,9 @@ from gadgets.wire.events import Image
 from tests.e2e.scans import SimulatedScan, ask, complaints, encoded, error, in_memory, simulated, stack
 from tests.e2e.test_t1_maps import ROLES, maps_of, values
 from tests.strict_client import Answer
+from tests.waiting import PATIENCE
 
 RECON = Path(sys.executable).with_name("recon")
-PATIENCE = 120  # s; only the time until a hung process counts as hung
 ITERATIONS = "15"
 PREVIEWS = 1000  # series of previews are numbered from here
 

@@ -158,11 +158,12 @@ def test_noise_readouts_with_other_channels_are_refused(service: Service, scan: 
 
 
 @pytest.mark.parametrize("kind", ["noise", "images"])
+@pytest.mark.parametrize("dwell", [0.0, 1e-38, 3e38])
 def test_without_dwell_times_the_images_come_unwhitened_and_it_is_said(
-    service: Service, scan: SimulatedScan, kind: str
+    service: Service, scan: SimulatedScan, kind: str, dwell: float
 ) -> None:
     def unset(batches: Batches) -> Batches:
-        return [(without_dwell_time(headers), samples) for headers, samples in batches]
+        return [(with_dwell_time(headers, dwell), samples) for headers, samples in batches]
 
     noise, images = noise_part(scan), imaging_part(scan)
     messages = encoded(unset(noise) + images if kind == "noise" else noise + unset(images))
@@ -172,10 +173,10 @@ def test_without_dwell_times_the_images_come_unwhitened_and_it_is_said(
     np.testing.assert_array_equal(stack(answer.images, STATES), stack(plain.images, STATES))
 
 
-def without_dwell_time(headers: NDArray[np.void]) -> NDArray[np.void]:
-    unset = headers.copy()
-    unset["sample_time_us"] = 0
-    return unset
+def with_dwell_time(headers: NDArray[np.void], microseconds: float) -> NDArray[np.void]:
+    changed = headers.copy()
+    changed["sample_time_us"] = microseconds
+    return changed
 
 
 def test_too_short_a_noise_scan_is_refused_with_the_remedy(service: Service, scan: SimulatedScan) -> None:

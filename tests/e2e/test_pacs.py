@@ -18,16 +18,20 @@ import pydicom
 import pytest
 import typer
 from matplotlib.image import imread
+from pynetdicom import AE
 from typer.testing import CliRunner
 
+from gadgets import pacs
 from gadgets.dicom import Conversion, convert
 from gadgets.dicom_cli import dicom, pacs_app
 from gadgets.geometry import pixel_to_patient
 from gadgets.pacs import Destination, PacsError, Tls, echo, read_address, store
 from gadgets.pacs_queue import Pauses, Queue, QueueBusy
 from gadgets.wire.events import Image
-from tests.e2e.orthanc import AET, Orthanc, free_ports, orthanc
+from tests.e2e.orthanc import AET, Orthanc, orthanc
 from tests.gadgets.dicom_scan import PATIENT, PATIENT_ID, Scan, scan
+from tests.ports import free_ports
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -215,11 +219,20 @@ def test_a_dead_archive_does_not_slow_a_living_one(
     archive: Orthanc, made: Conversion, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One archive takes the connection and then says nothing, as behind a firewall that drops packets."""
-    monkeypatch.setattr("gadgets.pacs.CONNECT_SECONDS", 5.0)
+    usual = pacs._entity
     queue = Queue(tmp_path / "queue")
     with socket.create_server(("127.0.0.1", 0), backlog=16) as listener:
+        dead = Destination("127.0.0.1", listener.getsockname()[1], AET)
+
+        def entity(destination: Destination) -> AE:
+            """The living one may take its time on a busy machine."""
+            asked = usual(destination)
+            asked.connection_timeout = asked.acse_timeout = 1.0 if destination == dead else PATIENCE
+            return asked
+
+        monkeypatch.setattr(pacs, "_entity", entity)
         for _ in range(3):
-            queue.put(made.files[:1], Destination("127.0.0.1", listener.getsockname()[1], AET))
+            queue.put(made.files[:1], dead)
         for file in made.files[:2]:
             queue.put([file], at(archive))
         done = queue.send_due()
@@ -326,7 +339,7 @@ def test_the_worker_sends_what_others_put_in(archive: Orthanc, made: Conversion,
     worker = threading.Thread(target=queue.work, args=(stop, counted))
     queue.put(made.files[:2], at(archive))
     worker.start()
-    worker.join(60)
+    worker.join(PATIENCE)
     assert seen == [2] and not queue.jobs() and not worker.is_alive()
 
 

@@ -19,6 +19,7 @@ from gadgets.replay import replay
 from gadgets.service import Service
 from gadgets.wire import codec
 from tests.e2e.scans import SimulatedScan, ask, encoded, error, simulated, stack
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_ismrmrd_python_reads_our_messages(service: Service, scan: SimulatedScan
     """Its own deserialiser on the bytes of the socket: images of all three pixel types."""
     parameters = codec.text('{"parameters": {"phase": "True", "complex": "True", "pixel_type": "uint16"}}')
     stream = codec.config_file("cg_sense") + codec.header(scan.header) + parameters + b"".join(scan.messages) + codec.close()
-    with socket.create_connection((service.host, service.port), timeout=60) as connection:
+    with socket.create_connection((service.host, service.port), timeout=PATIENCE) as connection:
         sender = threading.Thread(target=connection.sendall, args=(stream,))
         sender.start()
         source = connection.makefile("rb")
@@ -89,7 +90,7 @@ def tool(name: str) -> str:
 
 
 def test_ismrmrd_info_reads_our_raw_files(scan: SimulatedScan) -> None:
-    done = subprocess.run([tool("ismrmrd_info"), scan.path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([tool("ismrmrd_info"), scan.path], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "Dataset support: yes" in done.stdout
 
@@ -100,7 +101,7 @@ def test_ismrmrd_s_own_reconstruction_of_our_raw_files_agrees(service: Service, 
         "cine", tmp_path / "scan.h5", matrix_x=48, matrix_y=64, coils=4, states=1, noise_readouts=0, waveforms=False
     )
     command = [tool("ismrmrd_recon_cartesian_2d"), scan.path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "Encoding Matrix Size        : [96, 64, 1]" in done.stdout
     assert "Number of Channels          : 4" in done.stdout
@@ -163,7 +164,7 @@ def test_nothing_about_the_patient_is_logged(
         answer = ask(service, chain, scan, header=header, messages=messages)
         for thread in threading.enumerate():
             if thread.name.startswith("c0"):
-                thread.join(30)
+                thread.join(PATIENCE)
     assert bool(answer.images) == (chain == "cg_sense" and damage == "none")
     sidecars = [path.with_suffix(".json").read_text() for path in set(service.spool.captures()) - before]
     assert sidecars

@@ -19,6 +19,7 @@ from gadgets.service import Service
 from recon_core.errors import ReconError
 from tests.e2e.scans import SimulatedScan
 from tests.gadgets.certificates import Authority, authority
+from tests.waiting import PATIENCE
 
 RECON = Path(sys.executable).with_name("recon")
 
@@ -55,7 +56,7 @@ def served(folder: Path, *options: str) -> Iterator[int]:
             yield int(line.rpartition(":")[2])
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(PATIENCE)
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -24,12 +24,13 @@ from gadgets.wire import codec
 from gadgets.wire.dtypes import IMAGE_HEADER
 from gadgets.wire.events import Readouts, Waveform
 from tests.strict_client import Answer, StrictClient
+from tests.waiting import PATIENCE, until
 from tests.wire import streams
 
 HEADER = streams.HEADER
 CHAINS = ("fourier", "cg_sense")
 QUICK = Timing(
-    handshake=10.0, idle=10.0, send=5.0, grace=0.1, quiet_close=0.05, drain=0.3, linger=2.0
+    handshake=PATIENCE, idle=PATIENCE, stall=PATIENCE, send=PATIENCE, grace=0.1, quiet_close=0.05, drain=0.3, linger=20.0
 )  # generous where a slow machine must not matter
 
 
@@ -84,12 +85,17 @@ class Served:
     scans: list[Any] = field(default_factory=list)
 
     def client(self, **options: Any) -> StrictClient:
-        options = {"timeout": 20.0, **options}
+        options = {"timeout": PATIENCE, **options}
         return StrictClient("127.0.0.1", self.server.port, **options)
+
+    def ended(self) -> None:
+        """Close the server, and wait for its connections for longer than it does."""
+        self.server.close()
+        until(lambda: not self.server.n_connections, "a connection does not end")
 
     def captures(self) -> list[tuple[bytes, dict[str, Any]]]:
         """Bytes and sidecar of every capture, once all connections have ended."""
-        self.server.close()
+        self.ended()
         found = sorted(self.spool.glob("*.mrd"))
         return [(path.read_bytes(), json.loads(sidecar(path).read_text())) for path in found]
 

@@ -16,6 +16,7 @@ from gadgets.wire import codec
 from recon_core.errors import SettingError
 from tests.gadgets.serving import HEADER, counted, data, errors, serving, still_works
 from tests.strict_client import ClientAborted
+from tests.waiting import PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_an_open_address_needs_an_allow_list() -> None:
 
 def dial(port: int, source: str) -> socket.socket:
     """A connection from another address of this machine."""
-    return socket.create_connection(("127.0.0.1", port), timeout=20, source_address=(source, 0))
+    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE, source_address=(source, 0))
 
 
 def test_a_peer_that_is_not_listed_is_closed_at_once_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

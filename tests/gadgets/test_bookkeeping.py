@@ -29,6 +29,7 @@ from gadgets.wire.events import Readouts
 from recon_core.errors import DataError
 from tests.gadgets.serving import HEADER, CountingScan, Served, count_image, data, serving
 from tests.strict_client import Answer
+from tests.waiting import PATIENCE
 
 PATIENT = "Zuzana^Nowak"
 SUBJECT = f"<subjectInformation><patientName>{PATIENT}</patientName></subjectInformation>"
@@ -46,8 +47,8 @@ class Kept:
 
     def rows(self) -> list[JobRow]:
         """When every connection has ended and everything is written."""
-        self.served.server.close()
-        assert self.books.settle()
+        self.served.ended()
+        assert self.books.settle(PATIENCE)
         journal = Journal.open(self.root)
         try:
             return journal.rows()
@@ -100,7 +101,7 @@ def test_a_row_is_written_when_the_raw_data_are_on_the_device(tmp_path: Path) ->
         return ""
 
     books.put(JobRow("a"), force)
-    assert books.settle()
+    assert books.settle(PATIENCE)
     seen.append(Journal(tmp_path).counts()["received"])
     assert seen == [0, 1]
     books.close()
@@ -109,7 +110,7 @@ def test_a_row_is_written_when_the_raw_data_are_on_the_device(tmp_path: Path) ->
 def test_raw_data_that_cannot_be_forced_to_the_device_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     books = Books(tmp_path)
     books.put(JobRow("a"), lambda: "Input/output error")
-    assert books.settle() and "event=capture_not_flushed" in caplog.text
+    assert books.settle(PATIENCE) and "event=capture_not_flushed" in caplog.text
     books.close()
 
 
@@ -195,7 +196,7 @@ class PatientScan(CountingScan):
     def finish(self) -> Iterator[bytes]:
         yield count_image(1)
         PatientScan.begun.set()
-        assert PatientScan.gone.wait(20)
+        assert PatientScan.gone.wait(PATIENCE)
         while True:
             yield codec.text("DBG still at it\n")
 
@@ -211,7 +212,7 @@ def fresh_events() -> None:
 def leave(kept: Kept) -> None:
     with socket.create_connection(("127.0.0.1", kept.served.server.port)) as connection:
         connection.sendall(codec.config_file("fourier") + codec.header(NAMED) + data(4) + codec.close())
-        assert PatientScan.begun.wait(20)
+        assert PatientScan.begun.wait(PATIENCE)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     PatientScan.gone.set()
 
@@ -298,7 +299,7 @@ def test_scans_go_on_and_rows_are_written_later(
         better = locked(kept.root) if trouble == "locked" else full(kept.root, kept.books)
         for _ in range(4):
             assert len(kept.scan().images) == 3
-        assert kept.books.settle()
+        assert kept.books.settle(PATIENCE)
         errors = [record for record in caplog.records if "event=journal_failed" in record.getMessage()]
         assert errors and all(record.levelno == logging.ERROR for record in errors)
         assert Journal.open(kept.root).counts()["sent"] < 4
@@ -311,8 +312,8 @@ def test_no_journal_at_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     (tmp_path / "spool" / FILE_NAME).mkdir(parents=True)
     with keeping(tmp_path, InformedScan) as kept:
         assert len(kept.scan().images) == 3
-        kept.served.server.close()
-        assert kept.books.settle() and "event=journal_failed" in caplog.text
+        kept.served.ended()
+        assert kept.books.settle(PATIENCE) and "event=journal_failed" in caplog.text
     assert json.loads(next(kept.root.glob("*.json")).read_text())["status"] == "complete"
 
 
@@ -336,7 +337,7 @@ def test_without_a_spool_there_is_no_journal(tmp_path: Path) -> None:
     entry.end(
         None, ScanFacts(), complete=True, delivered=True, stopping=False, raw=None, chain="", n_readouts=1, protocol="server"
     )
-    assert entry.row is None and books.settle()
+    assert entry.row is None and books.settle(PATIENCE)
     books.close()
 
 
@@ -347,7 +348,7 @@ def test_a_bug_in_the_bookkeeping_ends_no_later_rows(tmp_path: Path, caplog: pyt
     books = Books(tmp_path)
     books.put(JobRow("a"), then=broken)
     books.put(JobRow("b"))
-    assert books.settle() and "event=journal_crashed" in caplog.text
+    assert books.settle(PATIENCE) and "event=journal_crashed" in caplog.text
     assert books.journal().counts()["received"] == 2
     books.close()
 

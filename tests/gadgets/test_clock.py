@@ -20,6 +20,7 @@ from gadgets.log_lines import LOG_FORMAT, OneLine
 from gadgets.monitor.files import begun
 from gadgets.pacs import Destination
 from gadgets.pacs_queue import Pauses, Queue
+from tests.waiting import PATIENCE
 
 STEM = "20261101T053000.250000Z-0a1b2c3d"
 """An hour that comes twice in New York."""
@@ -80,5 +81,7 @@ logging.getLogger().handle(record)
 
 
 def test_the_log_of_the_forwarder() -> None:
-    done = subprocess.run([sys.executable, "-c", FORWARDER % MOMENT], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", FORWARDER % MOMENT], capture_output=True, text=True, timeout=PATIENCE, check=True
+    )
     assert done.stderr == "2026-11-01 05:30:00.250Z level=INFO logger=x event=y\n"

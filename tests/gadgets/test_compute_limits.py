@@ -78,9 +78,9 @@ def test_waiting_for_a_worker_costs_no_time_of_the_limit(pair: Jobs, tmp_path: P
     go = tmp_path / "go"
     first = [pair.submit(wait_for, str(tmp_path / f"m{n}"), str(go)) for n in range(2)]
     until(lambda: all((tmp_path / f"m{n}").exists() for n in range(2)), "not begun")
-    budget = Budget(20.0, name="llr")
+    budget = Budget(PATIENCE, name="llr")
     waiting = pair.scope().submit(process_id, budget=budget)
-    assert budget.left(time.monotonic() + 1000.0) == 20.0
+    assert budget.left(time.monotonic() + 1000.0) == PATIENCE
     go.touch()
     assert waiting.result(PATIENCE) != os.getpid()
     for future in first:

@@ -23,7 +23,7 @@ from gadgets.reports import FileReport, ReportReader
 from gadgets.row_files import RowFiles
 from recon_core.errors import DataError
 from recon_core.types import ImageSeries
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def talk(job: Job) -> str:
     report.preview(ImageSeries("quick", torch.arange(4.0).reshape(1, 1, 2, 2)))
     assert job.begun is not None and job.go is not None
     job.begun.set()
-    job.go.wait(60)
+    job.go.wait(PATIENCE)
     report.warn("on its way out")
     return "done"
 
@@ -56,7 +56,7 @@ def test_words_come_while_it_runs_and_the_last_ones_with_the_result(tmp_path: Pa
     assert job.begun is not None and job.go is not None
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run_packed, "one", talk, job, None)
-        assert job.begun.wait(60)
+        assert job.begun.wait(PATIENCE)
         said = news([])["one"]
         assert said.seconds >= 0
         _write_words(tmp_path, said.words)
@@ -66,7 +66,7 @@ def test_words_come_while_it_runs_and_the_last_ones_with_the_result(tmp_path: Pa
         np.testing.assert_array_equal(series.data.numpy().ravel(), [0, 1, 2, 3])
         assert news([])["one"].words == {}  # nothing twice
         job.go.set()
-        outcome = running.result(60)
+        outcome = running.result(PATIENCE)
     assert (outcome.result, outcome.error) == ("done", None)
     _write_words(tmp_path, outcome.words)
     assert reader.warnings() == ["on its way out"]
@@ -85,10 +85,10 @@ def test_a_scan_that_was_given_up_takes_its_task_with_it() -> None:
     assert job.begun is not None and job.go is not None
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run_packed, "three", talk, job, None)
-        assert job.begun.wait(60)
+        assert job.begun.wait(PATIENCE)
         assert news(["three"]) == {}
         job.go.set()
-        outcome = running.result(60)
+        outcome = running.result(PATIENCE)
     assert isinstance(outcome.error, JobFailed) and "given up" in str(outcome.error)
 
 

@@ -18,6 +18,7 @@ from gadgets.node import node_request
 from gadgets.relay import SERVER
 from tests.gadgetron_stand_in import executed, recorded, session
 from tests.gadgets.serving import serving
+from tests.waiting import PATIENCE
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_the_module_finds_this_installation(home: Path) -> None:
         cwd=home,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     stub, node = done.stdout.split()

@@ -17,6 +17,7 @@ from gadgets.image_file import read_images
 from gadgets.job_images import MESSAGES, ImageLog, write_image_file
 from gadgets.wire import codec
 from tests.gadgets.serving import count_image
+from tests.waiting import PATIENCE
 
 
 def kept(folder: Path, *messages: bytes) -> Path:
@@ -119,7 +120,7 @@ def test_a_disk_that_fills_up_while_the_image_file_is_written(tmp_path: Path) ->
     """HDF5 would keep the file open, say so again and again, and refuse to make it when there is room."""
     folder = kept(tmp_path / "a.job", *(count_image(n) for n in range(1, 21)))
     command = [sys.executable, "-c", NO_ROOM, str(folder)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert ended.stdout.split() == ["ImageFileError", "20"], ended.stderr
     assert ended.stderr == ""
     assert len(list(read_images(folder / "images.h5"))) == 20

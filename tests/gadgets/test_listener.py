@@ -20,7 +20,7 @@ from gadgets.listener import Access, Listener
 from gadgets.service import Service, ServiceOptions
 from tests.gadgets.serving import serving, still_works
 from tests.monitor.site import monitoring
-from tests.waiting import until
+from tests.waiting import PATIENCE, until
 
 
 def break_socket(listener: Listener) -> None:
@@ -161,9 +161,9 @@ def test_a_connection_that_fails_in_an_odd_way_ends_alone(caplog: pytest.LogCapt
     listener = Listener("127.0.0.1", 0, serve)
     listener.start()
     try:
-        with socket.create_connection(("127.0.0.1", listener.port), timeout=20) as first:
+        with socket.create_connection(("127.0.0.1", listener.port), timeout=PATIENCE) as first:
             assert first.recv(10) == b""
-        with socket.create_connection(("127.0.0.1", listener.port), timeout=20) as second:
+        with socket.create_connection(("127.0.0.1", listener.port), timeout=PATIENCE) as second:
             assert second.recv(10) == b"served"
         until(lambda: len(listener.places) == 0)  # both have given theirs back
         assert listener.running

@@ -121,7 +121,7 @@ def test_readers_never_see_half_a_measurement(tmp_path: Path) -> None:
             store.put("scan", scale * np.eye(64), scale * 1e-6)
 
     def read() -> None:
-        while not done.is_set():
+        while not (seen and done.is_set()):
             noise = stores[1].get("scan")
             if noise is None or not np.array_equal(noise.covariance, round(noise.dwell_time * 1e6) * np.eye(64)):
                 wrong.append(noise)

@@ -35,6 +35,7 @@ from gadgets.openrecon_image import (
 )
 from gadgets.openrecon_label import LabelOptions, LabelRefused, check, decode, encode, instruction, label, product_name
 from gadgets.openrecon_schema import LABEL_NAME, SCHEMA
+from tests.waiting import PATIENCE
 
 FORWARD = PackageOptions(server="gpu.example:9002")
 
@@ -164,7 +165,7 @@ def test_the_forwarder_needs_nothing_but_the_standard_library(tmp_path: Path) ->
     ]
     # -S -E: no installed package can help
     command = ["python3", "-S", "-E", "-c", "import sys; sys.path.insert(0, 'app'); import gadgets.openrecon_forward"]
-    subprocess.run(command, cwd=tmp_path / "context", check=True, timeout=60)
+    subprocess.run(command, cwd=tmp_path / "context", check=True, timeout=PATIENCE)
 
 
 def test_the_cpu_image_brings_pinned_packages_and_a_check_of_its_torch(tmp_path: Path) -> None:
@@ -187,7 +188,7 @@ def test_the_script_that_builds_is_sound(tmp_path: Path, options: PackageOptions
     write_context(Package(manifest("llr"), options), tmp_path)
     script = tmp_path / "build.sh"
     assert script.stat().st_mode & 0o100
-    subprocess.run(["shellcheck", str(script)], check=True, timeout=60)
+    subprocess.run(["shellcheck", str(script)], check=True, timeout=PATIENCE)
     assert "-lt 25" in script.read_text()
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gadgets import openrecon_forward, relay
 from gadgets.chain import config_directory
 from gadgets.listener import Access
 from gadgets.manifest import manifest
@@ -36,7 +37,18 @@ from tests.gadgetron_stand_in import connected
 from tests.gadgetron_stand_in import session as asked_by_gadgetron
 from tests.gadgets.certificates import authority
 from tests.gadgets.serving import HEADER, count_image, data, serving
+from tests.ports import free_ports
 from tests.strict_client import StrictClient
+from tests.waiting import PATIENCE, until
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever listens is slow on a busy machine, and so is the scanner; all the others close."""
+    monkeypatch.setattr(relay, "CONNECT_SECONDS", PATIENCE)
+    monkeypatch.setattr(relay, "ANSWER_SECONDS", PATIENCE)
+    monkeypatch.setattr(openrecon_forward, "FIRST_SECONDS", PATIENCE)
+
 
 QUERY_BYTES = 26 + len("gadgetron::version")
 CLOSE = struct.pack("<H", 4)
@@ -45,7 +57,7 @@ CLOSE = struct.pack("<H", 4)
 @contextmanager
 def forwarding(*servers: str, retry_seconds: float = 0.3) -> Iterator[StrictClient]:
     with Forwarder("127.0.0.1", 0, servers, retry_seconds=retry_seconds) as forwarder:
-        yield StrictClient("127.0.0.1", forwarder.port, timeout=20.0, dialect="fire")
+        yield StrictClient("127.0.0.1", forwarder.port, timeout=PATIENCE, dialect="fire")
 
 
 class Stub:
@@ -74,7 +86,7 @@ class Stub:
                 return
             self.n += 1
             with connection:
-                connection.settimeout(20.0)
+                connection.settimeout(PATIENCE)
                 got = b""
                 while len(got) < QUERY_BYTES and (piece := connection.recv(QUERY_BYTES - len(got))):
                     got += piece
@@ -101,8 +113,8 @@ def answering(*messages: bytes) -> Callable[[socket.socket], None]:
 
 
 def nobody() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"127.0.0.1:{free.getsockname()[1]}"
+    """An address where nobody answers."""
+    return f"127.0.0.1:{free_ports(1)[0]}"
 
 
 def warnings(texts: list[str]) -> list[str]:
@@ -122,13 +134,13 @@ def test_a_scan_is_answered_as_by_the_server_itself(tmp_path: Path, dialect: str
 def test_through_tls_to_a_server_that_wants_our_certificate(tmp_path: Path) -> None:
     """And a server whose certificate is not of this authority gets no data."""
     ours, theirs = authority(tmp_path / "ours"), authority(tmp_path / "theirs", "stranger")
-    access = Access(tls=ServerTls(*ours.issue("server"), client_ca=ours.certificate), handshake_seconds=20.0)
+    access = Access(tls=ServerTls(*ours.issue("server"), client_ca=ours.certificate), handshake_seconds=PATIENCE)
     with serving(tmp_path, access=access) as served:
         for certificates, words in ((ours, ""), (theirs, "ERROR no reconstruction server answers")):
             secure = tls_client(certificates.certificate, *ours.issue("container"))
             address = f"127.0.0.1:{served.server.port}"
             with Forwarder("127.0.0.1", 0, [address], retry_seconds=0.3, secure=secure) as forwarder:
-                client = StrictClient("127.0.0.1", forwarder.port, timeout=20.0, dialect="fire")
+                client = StrictClient("127.0.0.1", forwarder.port, timeout=PATIENCE, dialect="fire")
                 answer = client.scan("fourier", header=HEADER, messages=[data(5), data(7)])
             assert [i.data.real.max() for i in answer.images] == ([] if words else [12.0])
             assert (answer.texts[-1] if words else "").startswith(words)
@@ -158,19 +170,18 @@ def test_nobody_answers() -> None:
 
 def test_a_server_that_comes_late_gets_the_whole_scan(tmp_path: Path) -> None:
     """The scanner has sent everything before anybody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     ours, theirs = socket.socketpair()
     with ours:
         ours.sendall(codec.config_file("fourier") + codec.header(HEADER) + data(9) + CLOSE)
-        running = threading.Thread(target=Session(theirs, [f"127.0.0.1:{port}"], retry_seconds=20.0).run)
+        running = threading.Thread(target=Session(theirs, [f"127.0.0.1:{port}"], retry_seconds=PATIENCE).run)
         running.start()
         stub = Stub(answering(count_image(9), CLOSE), port=port)
         with stub:
-            ours.settimeout(20.0)
+            ours.settimeout(PATIENCE)
             got = until_close(ours)
             ours.shutdown(socket.SHUT_WR)
-            running.join(20.0)
+            running.join(PATIENCE)
     (image,) = [event for event in FrameParser(role="client").feed(got) if isinstance(event, Image)]
     assert image.data.flat[0] == 9 and not running.is_alive()
 
@@ -269,12 +280,12 @@ def test_words_wait_until_it_is_clear_who_listens() -> None:
             time.sleep(0.1)  # the forwarder may already have something to say
         assert until_close(scanner) == CLOSE
         scanner.shutdown(socket.SHUT_WR)
-        thread.join(20.0)
+        thread.join(PATIENCE)
 
 
 def session(server: str, **options: int) -> tuple[socket.socket, threading.Thread]:
     ours, theirs = socket.socketpair()
-    ours.settimeout(20.0)
+    ours.settimeout(PATIENCE)
     thread = threading.Thread(target=Session(theirs, [server], retry_seconds=0.2, **options).run, daemon=True)
     thread.start()
     return ours, thread
@@ -289,7 +300,7 @@ def test_a_scan_that_is_too_large_is_refused_and_read_to_its_end(tmp_path: Path)
         scanner.sendall(CLOSE)
         got = until_close(scanner)
         scanner.close()
-        thread.join(20.0)
+        thread.join(PATIENCE)
     assert b"ERROR the scan is larger than" in got and not thread.is_alive()
 
 
@@ -299,9 +310,9 @@ def test_a_scanner_that_vanishes_leaves_nothing_behind(tmp_path: Path) -> None:
         scanner.sendall(codec.config_file("fourier") + codec.header(HEADER) + data(5)[:-7])
         scanner.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         scanner.close()
-        thread.join(20.0)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
-    assert not [t for t in threading.enumerate() if t.name in ("scanner", "pump")]
+    until(lambda: not [t for t in threading.enumerate() if t.name in ("scanner", "pump")])  # nor of the tests before
 
 
 def test_nothing_stays_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +372,7 @@ def test_the_container_reconstructs_by_itself_when_no_server_answers(tmp_path: P
             while not answers(f"127.0.0.1:{local}"):  # importing torch takes long on a busy machine
                 assert process.poll() is None and time.monotonic() < until
                 time.sleep(0.2)
-            scanner = StrictClient("127.0.0.1", port, dialect="fire", timeout=60.0)
+            scanner = StrictClient("127.0.0.1", port, dialect="fire", timeout=PATIENCE)
             made = scanner.scan("openrecon", header=scan.header, messages=scan.messages, parameters=parameters)
             unknown = scanner.scan("no_such_chain", header=HEADER)
         finally:
@@ -369,7 +380,7 @@ def test_the_container_reconstructs_by_itself_when_no_server_answers(tmp_path: P
         assert process.wait(120.0) == 0
     assert "without GPU" in made.texts[0] and not [text for text in made.texts if text.startswith("ERROR")]
     with Service(ServiceOptions(port=0, device="cpu")) as site:  # as many threads: sums depend on their number
-        client = StrictClient(site.host, site.port, dialect="fire", timeout=60.0)
+        client = StrictClient(site.host, site.port, dialect="fire", timeout=PATIENCE)
         expected = client.scan("openrecon", header=scan.header, messages=scan.messages, parameters=parameters)
     assert len(made.images) == len(expected.images) == 4
     for one, other in zip(made.images, expected.images, strict=True):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from gadgets.dicom_cli import pacs_app
 from gadgets.pacs import Attempt, Destination, PacsError, Tls
 from gadgets.pacs_backlog import OTHER, Backlog, QueueWatch, has_work, key_of
 from gadgets.pacs_queue import FAILED_SECONDS, Job, Pauses, Queue, QueueBusy
+from tests.ports import free_ports
 from tests.waiting import until
 
 DEAD, LIVING = Destination("192.0.2.1", 104, "DEAD"), Destination("192.0.2.2", 104, "LIVING")
@@ -208,8 +208,7 @@ def dicom_file(path: Path, **patient: str) -> Path:
 def test_objects_without_a_patient_are_sent_only_when_somebody_says_so(tmp_path: Path, image: Path) -> None:
     """Nobody listens there: what is accepted stays in the queue."""
     run, queue = CliRunner(), tmp_path / "queue"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    [port] = free_ports(1)
     known = [dicom_file(tmp_path / "id.dcm", PatientID="7"), dicom_file(tmp_path / "name.dcm", PatientName="X^Y")]
     nameless = [
         dicom_file(tmp_path / "nobody.dcm"),

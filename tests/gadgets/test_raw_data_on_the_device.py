@@ -16,6 +16,7 @@ from gadgets.wire.events import Readouts
 from tests.gadgets.left_behind import Site, over
 from tests.gadgets.serving import CountingScan
 from tests.gadgets.test_bookkeeping import keeping
+from tests.waiting import PATIENCE
 
 
 @dataclass
@@ -62,7 +63,7 @@ def broken_device(monkeypatch: pytest.MonkeyPatch) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr("gadgets.scan_log.os.fsync", fsync)
-    monkeypatch.setattr("gadgets.connection.FORCED_SECONDS", 60.0)
+    monkeypatch.setattr("gadgets.connection.FORCED_SECONDS", PATIENCE)
 
 
 def test_a_device_that_fails_is_told_to_the_operator_and_in_the_row(tmp_path: Path, broken_device: None) -> None:
@@ -102,7 +103,7 @@ def test_later_rows_of_the_same_job_keep_the_warning(tmp_path: Path) -> None:
     books.put(row, lambda: "Input/output error")
     books.put(replace(row, state="reconstructing"))
     books.put(replace(row, state="sent", finished=1.0))
-    assert books.settle()
+    assert books.settle(PATIENCE)
     assert books.journal().row("a").warnings == (f"{NOT_FORCED} (Input/output error)",)
     assert not books._unforced
     books.close()

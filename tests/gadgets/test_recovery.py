@@ -23,6 +23,7 @@ from gadgets.wire import codec
 from recon_core.errors import DataError
 from tests.gadgets.left_behind import SESSION, STEM, Site, begin, over
 from tests.gadgets.serving import HEADER, CountingScan, data
+from tests.waiting import PATIENCE
 
 FIRE = json.dumps({"version": "1.1.0", "parameters": {"weight": "7"}})
 FIRE_SESSION = codec.config_file("fourier") + codec.header(HEADER) + codec.text(FIRE) + data(4) + codec.close()
@@ -189,7 +190,7 @@ def test_the_end_of_the_server_is_no_attempt(site: Site) -> None:
     stem = site.left(1)
     site.scan = Slow
     with site.recovery():
-        assert begun.wait(30)
+        assert begun.wait(PATIENCE)
     with site.recovery(start=False) as (_, books):
         row = books.journal().row(stem)
         assert (row.state, row.owner, row.attempts) == ("received", "", 0)

@@ -15,8 +15,7 @@ from gadgets.journal import JobRow
 from gadgets.recovery import Recovery
 from tests.gadgets.left_behind import Site, begin, over
 from tests.gadgets.serving import CountingScan
-
-PATIENCE = 60.0
+from tests.waiting import PATIENCE
 
 
 @dataclass
@@ -39,7 +38,7 @@ def long_retry(root: Path, **options: object) -> Iterator[LongRetry]:
         def finish(self) -> Iterator[bytes]:
             if self.request.name == "cg_sense":
                 begun.set()
-                assert end.wait(2 * PATIENCE)
+                assert end.wait(PATIENCE)
             return super().finish()
 
     site.scan = Slow

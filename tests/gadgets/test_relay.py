@@ -22,9 +22,17 @@ from gadgets.wire import codec
 from tests.gadgetron_stand_in import GadgetronCrashed, Received, connected, session
 from tests.gadgets.certificates import Authority, authority
 from tests.gadgets.serving import HEADER, Served, count_image, data, serving
+from tests.waiting import PATIENCE
 from tests.wire import streams
 
 Core = Callable[[socket.socket], None]
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever listens is slow on a busy machine; all the others close."""
+    monkeypatch.setattr(relay, "CONNECT_SECONDS", PATIENCE)
+    monkeypatch.setattr(relay, "ANSWER_SECONDS", PATIENCE)
 
 
 def relayed(core: Core, stream: bytes, **options: object) -> Received:
@@ -36,9 +44,9 @@ def relayed(core: Core, stream: bytes, **options: object) -> Received:
     ]
     for thread in threads:
         thread.start()
-    received = session(gadgetron, stream, timeout=20.0, **options)  # type: ignore[arg-type]
+    received = session(gadgetron, stream, **options)  # type: ignore[arg-type]
     for thread in threads:
-        thread.join(20.0)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
     return received
 
@@ -140,7 +148,7 @@ def test_gadgetron_vanishes() -> None:
     seen = b"".join(iter(lambda: theirs.recv(1 << 16), b""))  # the end of the stream reaches the other side
     theirs.sendall(codec.error("x") + codec.close())
     theirs.close()
-    thread.join(20.0)
+    thread.join(PATIENCE)
     assert not thread.is_alive() and seen == b"start" + data(5)
 
 
@@ -148,8 +156,8 @@ def test_a_refusal_is_said_and_everything_read() -> None:
     gadgetron, node = socket.socketpair()
     thread = threading.Thread(target=relay.Relay(node).refuse, args=("no torch\nhere",), daemon=True)
     thread.start()
-    received = session(gadgetron, SCAN, timeout=20.0)
-    thread.join(20.0)
+    received = session(gadgetron, SCAN)
+    thread.join(PATIENCE)
     assert received.errors == ["no torch here"]
 
 
@@ -167,7 +175,7 @@ def test_the_stand_in_is_unforgiving() -> None:
         node.sendall(leave)
         node.close()
         with pytest.raises(GadgetronCrashed):
-            session(gadgetron, stream, timeout=5.0)
+            session(gadgetron, stream)
 
 
 # -- configuration ----------------------------------------------------------------------------------------------------------------
@@ -208,7 +216,7 @@ def listening(answer: bytes) -> Iterator[int]:
         thread = threading.Thread(target=serve, args=(listener,), daemon=True)
         thread.start()
         yield listener.getsockname()[1]
-        thread.join(10.0)
+        thread.join(PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -236,8 +244,8 @@ def test_our_server_is_found_and_used(tmp_path: Path, monkeypatch: pytest.Monkey
             target=relay.run, args=(node, "fourier", b"<configuration/>", HEADER.encode()), daemon=True
         )
         thread.start()
-        received = session(gadgetron, data(5) + codec.close(), timeout=20.0)
-        thread.join(20.0)
+        received = session(gadgetron, data(5) + codec.close())
+        thread.join(PATIENCE)
     assert received.images[0].data.flat[0] == 5 and served.scans[0].request.name == "fourier"
 
 
@@ -290,8 +298,8 @@ def test_a_forwarder_is_the_plain_port_beside_a_server_with_tls(
             target=relay.run, args=(node, "fourier", b"<configuration/>", HEADER.encode()), daemon=True
         )
         thread.start()
-        executed = session(gadgetron, data(5) + codec.close(), timeout=20.0)
-        thread.join(20.0)
+        executed = session(gadgetron, data(5) + codec.close())
+        thread.join(PATIENCE)
         text = '<configuration><property name="chain" value="fourier"/></configuration>'
         stream = codec.config_script(text) + codec.header(HEADER) + data(7) + codec.close()
         linked = session(connected(forwarder.port), stream)
@@ -312,5 +320,5 @@ def test_chains_are_no_attributes_elsewhere() -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     code = "import sys, gadgets.relay; print([m for m in ('torch', 'numpy', 'ismrmrd', 'h5py') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout.strip() == "[]"

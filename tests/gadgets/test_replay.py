@@ -24,6 +24,7 @@ from gadgets.wire.events import Image
 from gadgets.wire.framing import FrameParser
 from recon_core.errors import DataError
 from tests.gadgets.serving import HEADER, CountingScan, Served, count_image, serving
+from tests.waiting import PATIENCE, until
 
 CAPTURES = Path(__file__).parent.parent / "data" / "wire-captures"
 
@@ -187,11 +188,7 @@ def test_the_place_of_an_earlier_replay_is_none_of_the_scan(served: Served, tmp_
 
 def finished(served: Served, n: int) -> list[Path]:
     """The captures, when there are so many."""
-    deadline = time.monotonic() + 60.0
-    while len(found := served.server.spool.captures()) < n:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return found
+    return until(lambda: found if len(found := served.server.spool.captures()) >= n else [])
 
 
 @pytest.mark.parametrize(("words", "behind"), [([], True), (["--behind"], True), (["--urgent"], False)])
@@ -213,26 +210,24 @@ def test_the_noise_measurement_is_asked_for_first(served: Served) -> None:
     assert replay(source, port=served.server.port, config="fourier", ask_noise=False).noise is None
 
 
-def test_it_waits_for_a_server_that_is_still_starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_waits_for_a_server_that_is_still_starting(monkeypatch: pytest.MonkeyPatch) -> None:
     refused = threading.Event()
     monkeypatch.setattr("gadgets.replay._retry", lambda: refused.set())
-    with serving(tmp_path) as served:
-        port = served.server.port
-    results: list[ReplayResult] = []
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("127.0.0.1", port))  # bound but not listening: refused
-
-        client = threading.Thread(
-            target=lambda: results.append(replay(CAPTURES / "replayed.h5", port=port, config="fourier", connect_seconds=20))
-        )
-        client.start()
-        assert refused.wait(20)
     from gadgets.server import Server
     from gadgets.spool import Spool
 
-    with Server(port=port, open_scan=CountingScan, spool=Spool(None)):
-        client.join()
+    server = Server(port=0, open_scan=CountingScan, spool=Spool(None))
+    server.claim()  # it has its port, and refuses everybody
+    results: list[ReplayResult] = []
+
+    def client() -> None:
+        results.append(replay(CAPTURES / "replayed.h5", port=server.port, config="fourier", connect_seconds=PATIENCE))
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    assert refused.wait(PATIENCE)
+    with server:
+        thread.join()
     assert results[0].n_images == 1
 
 
@@ -333,7 +328,7 @@ def test_a_server_that_breaks_the_protocol(answer: bytes, words: str) -> None:
 
 def test_a_silent_server_is_not_waited_for_for_ever() -> None:
     through = threading.Event()
-    with pretender(lambda connection: void(through.wait(20))) as port:
+    with pretender(lambda connection: void(through.wait(PATIENCE))) as port:
         error = fails(port, silence_seconds=0.2)
         through.set()
     assert "silent" in str(error)

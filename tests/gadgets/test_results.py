@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,10 @@ from gadgets.image_file import read_images
 from gadgets.job_images import IMAGES, MESSAGES
 from gadgets.jobs import Jobs
 from gadgets.journal import JobRow
-from gadgets.results import MOST_TRIES, Results
+from gadgets.results import MOST_TRIES, Handed, Results
 from tests.gadgets.serving import count_image
 from tests.gadgets.test_job_images import kept
+from tests.waiting import PATIENCE
 
 STEM = "20260101T000000.000000Z-00000001"
 
@@ -65,7 +67,7 @@ def pixels(books: Books, row: JobRow) -> list[complex]:
 
 
 def caught_up(results: Results, books: Books, row: JobRow) -> None:
-    deadline = time.monotonic() + 60.0
+    deadline = time.monotonic() + PATIENCE
     while results._working or not (folder_of(books, row) / IMAGES).exists():  # the file is there before its task has ended
         assert time.monotonic() < deadline, "no image file was made"
         results.catch_up(books.journal())
@@ -147,12 +149,28 @@ def test_twice_is_once(books: Books, jobs: Jobs) -> None:
     assert pixels(books, row) == [1, 2] and not results._tried
 
 
+def test_closing_waits_until_what_came_of_a_job_is_noted(books: Books, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> None:
+    note = Results.note
+
+    def slowly(results: Results, row: JobRow, handed: Handed) -> JobRow:
+        time.sleep(0.2)
+        return note(results, row, handed)
+
+    monkeypatch.setattr(Results, "note", slowly)
+    row = replace(ended(books), archive="due")
+    books.journal().put(row)
+    results = Results(books.root, books, jobs)  # type: ignore[arg-type]
+    results.over(row)
+    results.close()
+    assert books.settle(PATIENCE) and books.journal().row(row.id).archive == "failed", "there is no archive"
+
+
 def test_an_archive_waits_for_its_images(books: Books, no_workers: Jobs) -> None:
     """An image that is due is not given up for want of a worker."""
     row = JobRow(**{**ended(books).__dict__, "archive": "due"})
     books.journal().put(row)
     results = Results(books.root, books, no_workers)  # type: ignore[arg-type]
     results.over(row)
-    assert books.settle() and books.journal().row(row.id).archive == "due"
+    assert books.settle(PATIENCE) and books.journal().row(row.id).archive == "due"
     with pytest.raises(JobFailed):
         no_workers.submit(os.getpid).result(5)

@@ -1,19 +1,21 @@
 """A live server against a client that is as unforgiving as the real one: every fragility of the protocol."""
 
+import json
 import logging
 import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gadgets.admission import Quota
+from gadgets.admission import Place, Quota
 from gadgets.capture import capture_status
 from gadgets.connection import Connection
 from gadgets.handlers import Handlers
@@ -38,6 +40,7 @@ from tests.gadgets.serving import (
     serving,
     still_works,
 )
+from tests.waiting import PATIENCE, until
 from tests.wire import streams
 
 CAPTURES = Path(__file__).parent.parent / "data" / "wire-captures"
@@ -88,12 +91,14 @@ def test_any_header_version(served: Served) -> None:
         assert counted(served.client().scan("fourier", header=header, messages=[data(2)])) == 2
 
 
-def test_fire_parameters_override_name_and_settings(served: Served) -> None:
-    client = served.client(dialect="fire")
+def test_fire_parameters_override_name_and_settings(tmp_path: Path) -> None:
     parameters = {"config": "cg_sense", "customconfig": "", "iterations": "8", "denoise": True}
-    # "openrecon" is no chain of ours: the text that follows names one
-    assert counted(client.scan("openrecon", header=HEADER, parameters=parameters, messages=[data(2)])) == 2
-    request = served.scans[0].request
+    text = codec.text(json.dumps({"version": "1.1.0", "parameters": parameters}) + "\0")
+    with serving(tmp_path, timing=replace(QUICK, grace=PATIENCE)) as served:
+        client = served.client(dialect="fire")
+        # "openrecon" is no chain of ours: the text that follows names one, in a piece of its own
+        assert counted(client.scan("openrecon", header=HEADER, messages=[text, data(2)])) == 2
+        request = served.scans[0].request
     assert request.name == "cg_sense" and request.overrides == {"iterations": "8", "denoise": "True"}
 
 
@@ -179,7 +184,7 @@ def test_a_connection_without_a_byte_is_not_an_event(served: Served, caplog: pyt
         for _ in range(3):
             socket.create_connection(("127.0.0.1", served.server.port)).close()
         still_works(served)
-        served.server.close()
+        served.ended()
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
     assert caplog.text.count("event=closed") == 1, "only the scan is worth a line"
 
@@ -230,7 +235,7 @@ def test_unknown_chain_is_said_drained_and_closed(served: Served) -> None:
 
 
 def test_unknown_chain_is_said_before_any_data(served: Served) -> None:
-    with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as client:
+    with socket.create_connection(("127.0.0.1", served.server.port), timeout=PATIENCE) as client:
         client.sendall(codec.config_file("nobody") + codec.header(HEADER))
         assert b"UnknownChain" in client.recv(4096)
         client.sendall(codec.close())
@@ -294,7 +299,7 @@ def test_unknown_id_is_named_and_drained(served: Served, tail: bytes) -> None:
 
 def test_unknown_id_and_a_client_that_only_waits(served: Served) -> None:
     """It has sent its CLOSE, which nobody can find, and waits for ours."""
-    with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as client:
+    with socket.create_connection(("127.0.0.1", served.server.port), timeout=PATIENCE) as client:
         client.sendall(codec.config_file("fourier") + struct.pack("<H", 999) + b"x" * 100 + codec.close())
         answer = b""
         while piece := client.recv(4096):
@@ -350,7 +355,7 @@ def test_client_resetting_in_mid_message(served: Served) -> None:
 
 def test_slow_byte_by_byte_client(served: Served) -> None:
     whole = codec.config_file("fourier") + codec.header(HEADER) + data(1, 1, 2) + codec.close()
-    with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as client:
+    with socket.create_connection(("127.0.0.1", served.server.port), timeout=PATIENCE) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for i in range(len(whole)):
             client.sendall(whole[i : i + 1])
@@ -443,7 +448,7 @@ def test_spool_off_reconstructs_all_the_same(tmp_path: Path) -> None:
     temporary.mkdir()
     with serving(tmp_path, spool=Spool(None, temporary_directories=(temporary,))) as served:
         still_works(served)
-        served.server.close()
+        served.ended()
     assert list(temporary.iterdir()) == []
 
 
@@ -452,7 +457,7 @@ def test_spool_off_reconstructs_all_the_same(tmp_path: Path) -> None:
 
 def test_two_scans_at_once(served: Served) -> None:
     """Message by message in turn: each gets its own readouts back."""
-    clients = [socket.create_connection(("127.0.0.1", served.server.port), timeout=20) for _ in range(2)]
+    clients = [socket.create_connection(("127.0.0.1", served.server.port), timeout=PATIENCE) for _ in range(2)]
     for client in clients:
         client.sendall(codec.config_file("fourier") + codec.header(HEADER))
     for n in range(1, 4):
@@ -488,7 +493,7 @@ def test_many_scans_at_once(served: Served) -> None:
 
 def test_a_busy_server_says_so(tmp_path: Path) -> None:
     with serving(tmp_path, access=Access(quota=Quota(total=1))) as served:
-        with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as first:
+        with socket.create_connection(("127.0.0.1", served.server.port), timeout=PATIENCE) as first:
             first.sendall(codec.query("ismrmrd::version"))
             assert first.recv(1), "the first connection is being served"
             answer = served.client().scan("fourier", header=HEADER, messages=[data(10)])
@@ -496,16 +501,29 @@ def test_a_busy_server_says_so(tmp_path: Path) -> None:
             first.sendall(codec.close())
             while first.recv(4096):
                 pass
-        while served.server.n_connections:
-            threading.Event().wait(0.001)
+        until(lambda: not served.server.n_connections)
         still_works(served)
+
+
+def test_where_no_connection_is_left_every_place_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leave = Place.leave
+
+    def slowly(place: Place) -> None:
+        time.sleep(0.2)
+        leave(place)
+
+    monkeypatch.setattr(Place, "leave", slowly)
+    with serving(tmp_path) as served:
+        still_works(served)
+        until(lambda: not served.server.n_connections)
+        assert not len(served.server._listener.places)
 
 
 def test_a_silent_peer_is_given_up(tmp_path: Path) -> None:
     timing = Timing(handshake=0.1, idle=0.1, linger=1.0)
     with serving(tmp_path, timing=timing) as served:
         for start in (b"\x01", codec.config_file("fourier") + codec.header(HEADER) + data(1)[:100]):
-            with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as client:
+            with socket.create_connection(("127.0.0.1", served.server.port), timeout=PATIENCE) as client:
                 client.sendall(start)
                 answer = b""
                 while piece := client.recv(4096):
@@ -523,21 +541,19 @@ class LargeScan(CountingScan):
 def test_a_peer_that_does_not_read_is_given_up(tmp_path: Path) -> None:
     timing = Timing(send=0.2, linger=0.2)
     with serving(tmp_path, LargeScan, timing=timing) as served:
-        with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as client:
+        with socket.create_connection(("127.0.0.1", served.server.port), timeout=PATIENCE) as client:
             client.sendall(codec.config_file("fourier") + codec.header(HEADER) + data(3) + codec.close())
-            while not served.scans or not served.scans[0].abandoned:
-                threading.Event().wait(0.001)
+            until(lambda: served.scans and served.scans[0].abandoned)
         [(_, info)] = served.captures()
         assert info["status"] == "failed" and "does not read" in info["note"]
 
 
 def test_closing_the_server_ends_idle_connections_and_abandons_scans(tmp_path: Path) -> None:
     with serving(tmp_path) as served:
-        idle = socket.create_connection(("127.0.0.1", served.server.port), timeout=20)
-        scanning = socket.create_connection(("127.0.0.1", served.server.port), timeout=20)
+        idle = socket.create_connection(("127.0.0.1", served.server.port), timeout=PATIENCE)
+        scanning = socket.create_connection(("127.0.0.1", served.server.port), timeout=PATIENCE)
         scanning.sendall(codec.config_file("fourier") + codec.header(HEADER) + data(3))
-        while not served.scans or not served.scans[0].n_readouts:
-            threading.Event().wait(0.001)
+        until(lambda: served.scans and served.scans[0].n_readouts)
         served.server.close(timeout=0.1)
         assert idle.recv(100) == codec.close()
         answer = b""
@@ -545,7 +561,7 @@ def test_closing_the_server_ends_idle_connections_and_abandons_scans(tmp_path: P
             answer += piece
         assert b"stopping" in answer and answer.endswith(codec.close())
         assert served.scans[0].abandoned
-        assert served.server.n_connections == 0
+        until(lambda: served.server.n_connections == 0)
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", served.server.port))
         idle.close()

@@ -13,6 +13,7 @@ import pytest
 from gadgets.wire import codec
 from gadgets.wire.dtypes import ACQUISITION_HEADER
 from tests.gadgets.serving import HEADER, QUICK, CountingScan, Served, data, serving
+from tests.waiting import PATIENCE
 from tests.wire import streams
 
 START = codec.config_file("fourier") + codec.header(HEADER)
@@ -21,7 +22,7 @@ PATIENT = replace(QUICK, handshake=3600.0, idle=3600.0, stall=3600.0, stall_clos
 
 def answer_to(served: Served, sent: bytes) -> bytes:
     """Everything the server says to a client that sends, keeps its socket open and waits."""
-    with socket.create_connection(("127.0.0.1", served.server.port), timeout=20) as client:
+    with socket.create_connection(("127.0.0.1", served.server.port), timeout=PATIENCE) as client:
         client.sendall(sent)
         answer = b""
         while piece := client.recv(4096):
@@ -78,7 +79,7 @@ def test_between_messages_a_scanner_may_pause(tmp_path: Path) -> None:
                 client.sendall(part)
                 with pytest.raises(TimeoutError):
                     client.recv(1)
-            client.settimeout(20)
+            client.settimeout(PATIENCE)
             client.sendall(codec.close())
             answer = b""
             while piece := client.recv(4096):
@@ -104,7 +105,7 @@ class EndlessScan(CountingScan):
 
 def test_images_of_a_client_that_is_gone_are_not_made(tmp_path: Path) -> None:
     with serving(tmp_path, EndlessScan) as served:
-        client = socket.create_connection(("127.0.0.1", served.server.port), timeout=20)
+        client = socket.create_connection(("127.0.0.1", served.server.port), timeout=PATIENCE)
         client.sendall(START + data(3) + codec.close())
         assert client.recv(2) == b"\x05\x00"
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -7,8 +7,7 @@ import signal
 import struct
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -16,8 +15,7 @@ import pytest
 
 from gadgets import worker_pipes
 from gadgets.jobs import Jobs
-
-DEADLINE = 40.0
+from tests.waiting import PATIENCE, until
 
 
 @pytest.fixture
@@ -51,7 +49,7 @@ def half_a_result(once: str) -> str:
 
 
 def test_half_a_result_is_made_again(jobs: Jobs, tmp_path: Path) -> None:
-    assert jobs.submit(half_a_result, str(tmp_path / "once")).result(DEADLINE) == "whole"
+    assert jobs.submit(half_a_result, str(tmp_path / "once")).result(PATIENCE) == "whole"
     assert jobs.state.deaths == 1
 
 
@@ -59,22 +57,15 @@ def test_half_of_the_arguments_leave_no_thread_waiting(jobs: Jobs, elsewhere: li
     """They are more than the pipe takes: who writes them waits for a worker that will read nothing any more."""
     before = [thread for thread in _threads() if thread not in elsewhere]
     assert before
-    worker = psutil.Process(jobs.submit(os.getpid).result(DEADLINE))
+    worker = psutil.Process(jobs.submit(os.getpid).result(PATIENCE))
     worker.suspend()
     future = jobs.submit(len, bytes(8 << 20))
-    _until(lambda: jobs.state.running == 1)
+    until(lambda: jobs.state.running == 1)
     worker.kill()
-    assert future.result(DEADLINE) == 8 << 20
-    _until(lambda: not any(thread.is_alive() for thread in before))
+    assert future.result(PATIENCE) == 8 << 20
+    until(lambda: not any(thread.is_alive() for thread in before))
 
 
 def _threads() -> list[threading.Thread]:
     """Of `loky`'s executors: one that reads and one that writes."""
     return [thread for thread in threading.enumerate() if thread.name in ("ExecutorManagerThread", "QueueFeederThread")]
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < deadline, "it never came"
-        time.sleep(0.02)

@@ -23,6 +23,7 @@ from gadgets.monitor.tallies import Tallies
 from gadgets.wire import codec
 from gadgets.wire.dtypes import IMAGE_HEADER
 from recon_core.types import Result
+from tests.waiting import PATIENCE
 
 GOOD = "20261120T101500.250000Z-00c0ffee"
 FAILED = "20261120T101000.000000Z-0badcafe"
@@ -106,9 +107,15 @@ def put_log(root: Path, id: str, text: str) -> None:
 
 
 def put_status(
-    root: Path, *, age: float = 0.0, pid: int | None = None, tallies: Tallies | None = None, active: Any = (), **server: Any
+    root: Path,
+    *,
+    age: float = -PATIENCE,
+    pid: int | None = None,
+    tallies: Tallies | None = None,
+    active: Any = (),
+    **server: Any,
 ) -> None:
-    """A server's word, ``age`` seconds ago; by default of this very process, without workers."""
+    """A server's word, ``age`` seconds ago; by default of this very process, without workers, and fresh for as long as a test takes."""
     root.mkdir(parents=True, exist_ok=True)
     said = {
         "time": time.time() - age,

@@ -212,9 +212,9 @@ def test_archives_are_told_apart_and_not_named(tmp_path: Path) -> None:
     second, foreign = Destination("pacs2.example", 104, "SECOND"), Destination("elsewhere.example", 104, "FOREIGN")
     spools.put_status(root, archives=[key_of(ARCHIVE), key_of(second)], archive_queue=str(tmp_path / "pacs"))
     waiting_since(root, 7200, second)
-    waiting_since(root, 60, foreign)
+    waiting_since(root, 3 * 3600, foreign)
     assert (
-        pacs(root).words == "archive 2: 1 transfer waits, the oldest 2 h; other archives: 1 transfer waits, the oldest 60 s"
+        pacs(root).words == "archive 2: 1 transfer waits, the oldest 2 h; other archives: 1 transfer waits, the oldest 3 h"
     )
     found = samples(root)
     of = {label: found["recon_pacs_waiting", frozenset({("archive", label)})] for label in ("1", "2", "other")}

@@ -14,6 +14,7 @@ import pytest
 from gadgets.wire import codec, events
 from gadgets.wire.framing import FrameParser
 from tests.strict_client import ClientAborted, StrictClient
+from tests.waiting import PATIENCE
 from tests.wire import streams
 
 
@@ -29,7 +30,7 @@ def server(behave: Callable[[socket.socket], None]) -> Iterator[int]:
         thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         yield listener.getsockname()[1]
-        thread.join(10)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
@@ -48,7 +49,7 @@ def answering(*messages: bytes) -> Callable[[socket.socket], None]:
     return behave
 
 
-def scan(behave: Callable[[socket.socket], None], timeout: float = 20.0, **arguments: object) -> object:
+def scan(behave: Callable[[socket.socket], None], timeout: float = PATIENCE, **arguments: object) -> object:
     with server(behave) as port:
         return StrictClient("127.0.0.1", port, timeout=timeout).scan("a.xml", header=streams.HEADER, **arguments)  # type: ignore[arg-type]
 
@@ -144,7 +145,7 @@ def test_silence_is_a_hang() -> None:
 
     def behave(connection: socket.socket) -> None:
         drain(connection)
-        release.wait(10)
+        release.wait(PATIENCE)
 
     with server(behave) as port:
         with pytest.raises(ClientAborted, match="no CLOSE"):
