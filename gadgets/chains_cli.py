@@ -61,8 +61,9 @@ def chains(
     configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
 ) -> None:
     """List the chains that a scanner can ask for, and their settings."""
-    from gadgets.chain import chain_names, describe_chain, load_chain
+    from gadgets.chain import chain_names, describe_chain, load_chain, require_chains
 
+    require_chains(configs)
     if docs:
         from gadgets.manifest_formats import markdown
 

@@ -39,7 +39,7 @@ from gadgets.replay_cli import replay, run
 from gadgets.state_folder import compiler_caches, state_folder
 from gadgets.terminal import err, log_from
 from gadgets.train_cli import app as train_app
-from recon_core.errors import ReconError
+from recon_core.errors import ReconError, SettingError
 
 app = typer.Typer(
     name="recon",
@@ -164,6 +164,8 @@ def serve(
     log_from(log_level)
     compiler_caches()
     cluster = None
+    if scheduler is None and (scheduler_ca or scheduler_cert or scheduler_key or scheduler_insecure):
+        raise SettingError("no cluster to send to", where="scheduler", remedy="Name it: --scheduler tls://HOST:PORT")
     if scheduler is not None:
         cluster = SchedulerOptions(scheduler, scheduler_ca, scheduler_cert, scheduler_key, scheduler_insecure)
     options = ServiceOptions(

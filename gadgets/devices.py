@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from gadgets.errors import DeviceFailed
 from recon_core.errors import SettingError
 
@@ -12,10 +14,12 @@ def choose_device(wanted: str) -> str:
     Raises
     ------
     SettingError
-        CUDA was asked for by name and is not there.
+        CUDA was asked for by name and is not there, or the name is that of no device.
     """
     import torch
 
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", wanted):
+        raise SettingError("no such device", where="device", got=repr(wanted[:40]), expected="auto, cpu, cuda or cuda:N")
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if wanted.startswith("cuda") and not torch.cuda.is_available():

@@ -18,6 +18,7 @@ from gadgets.capture import capture_beside
 from gadgets.clock import utc
 from gadgets.errors import MissingExtra
 from gadgets.log_lines import log_to_stderr
+from gadgets.outputs import check_folder
 
 if TYPE_CHECKING:  # neither pydicom nor pynetdicom is needed for --help
     from gadgets.pacs import Destination
@@ -69,6 +70,7 @@ def dicom(
         from gadgets.dicom import convert
         from gadgets.dicom_identity import read_header_text
 
+        check_folder(output)
         header = _header_beside(source) if header is None else header
         text = None if header is None else read_header_text(header)
         made = convert(source, output, header=text, group=group, previews=previews, parametric_maps=parametric_maps)
@@ -226,6 +228,7 @@ def make_destination(
         # the queue is worked off later, from another folder
         files = [None if path is None else str(path.resolve()) for path in (ca, certificate, key)]
         secure = Tls(files[0], files[1], files[2], name)
+        secure.context()  # files that cannot be used are said now, not when images wait
     elif host not in LOOPBACK:
         _say(err, "patient data go over the network unencrypted: --tls if the archive can")
     return Destination(host, port, aet, calling, secure)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gadgets.errors import ImageFileError
 from gadgets.wire.dtypes import DATA_TYPE_CODES, IMAGE_HEADER
 from gadgets.wire.events import Image
-from recon_core.hdf5_input import plain_dataset
+from recon_core.hdf5_input import plain_dataset, why_unreadable
 
 _COMPLEX = {
     np.dtype("<c8"): np.dtype([("real", "<f4"), ("imag", "<f4")]),
@@ -55,7 +55,7 @@ class ImageFile:
             kept = {"driver": "core", "backing_store": False} if at_once else {}
             self._file = h5py.File(self.path, "w" if at_once else "a", **kept)
         except OSError as problem:
-            raise ImageFileError("cannot be written", where=self.path.name, got=type(problem).__name__) from None
+            raise ImageFileError("cannot be written", where=self.path.name, got=why_unreadable(problem)) from None
         self._root = self._file.require_group(group)
 
     def append(self, image: Image) -> None:
@@ -170,7 +170,7 @@ def _open(path: Path | str) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except OSError as problem:
-        got = type(problem).__name__
+        got = why_unreadable(problem)
         raise ImageFileError("cannot be read", where=Path(path).name, got=got, expected="an HDF5 file") from None
 
 

@@ -30,6 +30,7 @@ from gadgets.chain import chain_names, config_directory
 from gadgets.manifest import Manifest
 from gadgets.openrecon_label import LabelOptions, decode, instruction, is_version, label, product_name, text_of
 from gadgets.openrecon_schema import LABEL_NAME
+from gadgets.tls import ClientTls
 from recon_core.errors import ReconError
 
 Mode = Literal["forward", "cpu"]
@@ -82,6 +83,8 @@ class Package:
     ------
     PackageRefused
         No server to forward to, an address that is none, or a version that scanners do not take.
+    TlsError
+        PEM files that cannot be used.
     LabelRefused
     """
 
@@ -102,6 +105,9 @@ class Package:
             raise PackageRefused("a certificate, but no authority", where="package", expected="--tls-ca FILE")
         if options.tls_ca is not None and options.server is None:
             raise PackageRefused("an authority, but no server", where="package", expected="--server HOST:PORT")
+        if options.tls_ca is not None:  # a file that cannot be used would be found on the scanner
+            files = [None if path is None else str(path) for path in (options.tls_ca, options.tls_cert, options.tls_key)]
+            ClientTls(*files).context()
         if not is_version(options.version):
             raise PackageRefused(
                 "not a version that scanners take",
@@ -206,7 +212,8 @@ def check_image(package: Package, image: Path) -> None:
             (entry,) = entries if isinstance(entries, list) and len(entries) == 1 else ({},)
             config = _json(archive, str(entry.get("Config", "")), where)
     except (tarfile.TarError, OSError) as error:
-        raise PackageRefused("cannot be read as a saved image", where=where, got=str(error)[:120]) from None
+        got = str(error).splitlines()[0].rstrip(":- ")[:120]
+        raise PackageRefused("cannot be read as a saved image", where=where, got=got, expected="docker save") from None
     tags = entry.get("RepoTags") or []
     if package.tag not in tags:
         raise PackageRefused(

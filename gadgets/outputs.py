@@ -59,9 +59,20 @@ def check_image_file(path: Path) -> None:
     """
     import h5py
 
+    from recon_core.hdf5_input import why_unreadable
+
     check_file(path)
-    if path.is_file() and not h5py.is_hdf5(path):
-        raise ImageFileError("exists, and images cannot be added", where=str(path), expected="an HDF5 file, or a new name")
+    if not path.is_file():
+        return
+    try:
+        h5py.File(path, "r").close()
+    except OSError as error:
+        raise ImageFileError(
+            "exists, and images cannot be added",
+            where=str(path),
+            got=why_unreadable(error),
+            expected="an HDF5 file, or a new name",
+        ) from None
 
 
 def check_folder(path: Path) -> None:

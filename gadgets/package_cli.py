@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from gadgets.outputs import check_folder
 from recon_core.errors import SettingError
 
 FORMATS = ("openrecon", "fire", "gadgetron", "markdown")
@@ -25,12 +26,14 @@ def manifest(
     configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
 ) -> None:
     """What a console shows of a chain: OpenRecon's label, FIRE's JSON, Gadgetron's XML, or a table."""
+    from gadgets.chain import require_chains
     from gadgets.manifest import manifest as described_by
     from gadgets.manifest_formats import fire_json, gadgetron_xml, markdown
     from gadgets.openrecon_label import label, text_of
 
     if form not in FORMATS:
         raise SettingError("no such format", where="--format", got=form, expected=", ".join(FORMATS))
+    require_chains(configs)
     if form == "markdown":
         print(markdown([chain], directory=configs), end="")
         return
@@ -69,9 +72,12 @@ def openrecon(
     configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
 ) -> None:
     """Write what a Siemens OpenRecon image is built from, or (with --image) the zip that a scanner installs."""
+    from gadgets.chain import require_chains
     from gadgets.manifest import manifest as described_by
     from gadgets.openrecon_image import Package, PackageOptions, write_context, write_zip
 
+    require_chains(configs)
+    check_folder(output)
     options = PackageOptions(
         mode="cpu" if cpu else "forward", server=server, vendor=vendor, injector=injector, configs=configs,
         tls_ca=tls_ca, tls_cert=tls_cert, tls_key=tls_key,

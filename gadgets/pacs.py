@@ -67,7 +67,7 @@ class Destination:
     Raises
     ------
     PacsError
-        An AE title that is none, or a port out of range.
+        An AE title or an address that is none, or a port out of range.
     """
 
     host: str
@@ -80,6 +80,10 @@ class Destination:
         for title in (self.aet, self.calling_aet):
             if not (1 <= len(title.strip()) <= 16 and title.isascii() and title.isprintable() and "\\" not in title):
                 raise PacsError("not an AE title", where="destination", got=repr(title[:40]), expected="1 to 16 characters")
+        if not self.host.strip():
+            raise PacsError(
+                "not an address", where="destination", got=repr(self.host), expected="the archive's name or address"
+            )
         if not 1 <= self.port <= 65535:
             raise PacsError("not a port", where="destination", got=self.port, expected="1 to 65535")
 

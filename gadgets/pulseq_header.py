@@ -17,6 +17,7 @@ import numpy as np
 from gadgets.errors import HeaderError, RawFileError
 from gadgets.mask_check import DIGEST_PARAMETER, NAME_PARAMETER
 from gadgets.wire.dtypes import Flag, has_flag
+from recon_core.hdf5_input import why_unreadable
 from recon_core.sampling.agreement import pattern_digest
 from recon_core.sampling.mask_files import SamplingMask
 from recon_core.simulation.signal import GYROMAGNETIC_RATIO
@@ -99,7 +100,7 @@ def attach_header(raw: Path, side: Path, out: Path, group: str = "dataset") -> N
     HeaderError
         One of the headers is no MRD header, or ``side`` is not that of a sequence.
     """
-    if out.exists() and (out.samefile(raw) or out.samefile(side)):
+    if out.exists() and any(given.exists() and out.samefile(given) for given in (raw, side)):
         raise RawFileError("would be overwritten", where=out.name, remedy="Name another file")
     told = _sequence_header(side)
     try:
@@ -109,7 +110,7 @@ def attach_header(raw: Path, side: Path, out: Path, group: str = "dataset") -> N
             noise = has_flag(heads, Flag.ACQ_IS_NOISE_MEASUREMENT)  # may be as long as the sequence's, whatever the scan
             lengths = np.unique(heads["number_of_samples"][~noise])
     except (OSError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
-        raise RawFileError("no MRD raw data", where=f"{raw.name}, group {group}", got=type(error).__name__) from None
+        raise RawFileError("no MRD raw data", where=f"{raw.name}, group {group}", got=why_unreadable(error)) from None
     expected = told.encoding[0].encodedSpace.matrixSize.x
     if expected not in lengths.tolist():
         raise RawFileError(
@@ -135,8 +136,9 @@ def _sequence_header(side: Path) -> Any:
     """The header that was written with a sequence."""
     try:
         told = _parsed(side.read_text(encoding="utf-8"), side.name)
-    except FileNotFoundError:
-        raise HeaderError("no such file", where=side.name, expected="the .mrd.xml beside the sequence") from None
+    except OSError as error:
+        expected = "the .mrd.xml beside the sequence"
+        raise HeaderError("cannot be read", where=side.name, got=error.strerror, expected=expected) from None
     except UnicodeDecodeError:
         raise HeaderError(
             "not an MRD header", where=side.name, got="no text", expected="the .mrd.xml of a sequence"

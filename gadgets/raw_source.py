@@ -21,7 +21,7 @@ from gadgets.wire.dtypes import ACQUISITION_HEADER, WAVEFORM_HEADER
 from gadgets.wire.framing import FrameParser
 from gadgets.wire.header import MrdHeader, parse_header
 from recon_core.errors import ReconError
-from recon_core.hdf5_input import plain_dataset, plain_item
+from recon_core.hdf5_input import plain_dataset, plain_item, why_unreadable
 
 SLAB_BYTES = 32 << 20
 """Read and sent as one piece."""
@@ -133,7 +133,7 @@ class RawFile:
         root = plain_item(file, self.group)
         if not isinstance(root, h5py.Group) or "xml" not in root or "data" not in root:
             known = ", ".join(name for name in file if isinstance(file.get(name), h5py.Group) and "xml" in file[name])
-            got, expected = self.group, known or "xml and data"
+            got, expected = f"group {self.group!r}", f"group {known}" if known else "a group with xml and data"
             raise RawFileError("no raw data in this group", where=self.path.name, got=got, expected=expected)
         text = plain_dataset(root, "xml")[0]
         return text.decode("utf-8") if isinstance(text, bytes) else str(text), len(plain_dataset(root, "data"))
@@ -177,7 +177,7 @@ class RawFile:
         try:
             return h5py.File(self.path, "r")
         except OSError as error:
-            raise RawFileError("cannot be read", where=self.path.name, got=type(error).__name__) from None
+            raise RawFileError("cannot be read", where=self.path.name, got=why_unreadable(error)) from None
 
     def _slabs(self, rows: h5py.Dataset) -> Iterator[tuple[int, int]]:
         n = len(rows)

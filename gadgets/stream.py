@@ -1,8 +1,9 @@
 """MRD streams: the same bytes in and out as ``gadgetron --from_stream`` and ISMRMRD's stream tools.
 
 In: HEADER (3), readouts and waveforms, CLOSE. Out: the header again, images (1022) as they are made, CLOSE. There is no CONFIG in
-such a stream; one that is there all the same (a capture) names the chain unless the caller does. Words go elsewhere: only ISMRMRD's
-own reader knows TEXT in a stream of images.
+such a stream; one that is there all the same (a capture) names the chain unless the caller does. Questions (QUERY) before the header,
+as captures of replays have them, are left out: nobody reads their answers. Words go elsewhere: only ISMRMRD's own reader knows TEXT
+in a stream of images.
 
 A stream that ends without CLOSE is a failure for every reader. So is ours when the reconstruction failed, after all images that
 were made.
@@ -147,6 +148,10 @@ def _beginning(source: BinaryIO, limits: Limits) -> tuple[bytes, bytes]:
         (number,) = struct.unpack("<H", _exactly(source, 2, "a message id"))
         if number == MessageId.HEADER:
             return config, _sized(source, limits.header, "the MRD header")
+        if number == MessageId.QUERY:
+            _exactly(source, 16, "a query")  # reserved, and the id of its answer
+            _sized(source, limits.query, "a query", "<Q")
+            continue
         if config or number not in (MessageId.CONFIG_FILE, MessageId.CONFIG_SCRIPT):
             raise IllegalOrder("a stream begins with the MRD header", where="stream", got=message_name(number))
         if number == MessageId.CONFIG_FILE:
@@ -156,8 +161,8 @@ def _beginning(source: BinaryIO, limits: Limits) -> tuple[bytes, bytes]:
             config = struct.pack("<HI", number, len(text)) + text
 
 
-def _sized(source: BinaryIO, limit: int, what: str) -> bytes:
-    (n,) = struct.unpack("<I", _exactly(source, 4, what))
+def _sized(source: BinaryIO, limit: int, what: str, length: str = "<I") -> bytes:
+    (n,) = struct.unpack(length, _exactly(source, struct.calcsize(length), what))
     if n > limit:
         raise Oversized(f"{what} is larger than this side accepts", where="stream", got=n, expected=f"at most {limit} bytes")
     return _exactly(source, n, what)

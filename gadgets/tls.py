@@ -50,7 +50,7 @@ class ServerTls:
         Raises
         ------
         TlsError
-            A file that is missing or is no certificate or key.
+            A file that is missing or is no certificate or key, or a key without a certificate.
         """
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         _settle(context, self.certificate, self.key)
@@ -78,7 +78,7 @@ class ClientTls:
         Raises
         ------
         TlsError
-            A file that is missing or is no certificate or key.
+            A file that is missing or is no certificate or key, or a key without a certificate.
         """
         with _usable_files(self.ca):
             context = ssl.create_default_context(cafile=self.ca)
@@ -115,6 +115,8 @@ def _path(file: Path | None) -> str | None:
 
 
 def _settle(context: ssl.SSLContext, certificate: str | None, key: str | None) -> None:
+    if key is not None and certificate is None:
+        raise TlsError("a key, but no certificate", where=f"TLS {key}", expected="the PEM file of the key's certificate")
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
     if certificate is not None:

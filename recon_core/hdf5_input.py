@@ -34,6 +34,12 @@ class UnsafeFile(DataError):
     """A file that refers to others, claims what it has not, or needs code from elsewhere."""
 
 
+def why_unreadable(error: Exception) -> str:
+    """What h5py's error about a whole file means, in words; the error's kind where they are not known."""
+    known = {"truncated file": "a file that is cut short", "file signature not found": "no HDF5 file"}
+    return next((words for said, words in known.items() if said in str(error)), type(error).__name__)
+
+
 def plain_item(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset | None:
     """What lies at ``path`` below ``group`` in this very file; ``None`` when nothing does.
 

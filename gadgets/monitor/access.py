@@ -86,7 +86,7 @@ def require_token(host: str, token: str | None) -> None:
             where="monitor",
             got=host,
             expected="127.0.0.1, or a token",
-            remedy="Name a file with a token: --monitor-token-file",
+            remedy="Name a file with a token: --token-file, of recon serve --monitor-token-file",
         )
 
 

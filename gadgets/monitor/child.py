@@ -31,8 +31,12 @@ def monitor_beside(
     Raises
     ------
     SettingError, MissingExtra
-        As ``MonitorChild``; or there is no spool to look into.
+        As ``MonitorChild``; or there is no spool to look into, or a token for no page.
     """
+    if listen is None and token_file is not None:
+        raise SettingError(
+            "a token, but no page", where="--monitor-token-file", remedy="Name its address: --monitor HOST:PORT"
+        )
     if listen is None:
         return contextlib.nullcontext()
     if spool is None:

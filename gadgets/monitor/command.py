@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from gadgets.errors import MissingExtra, WireError
+from gadgets.errors import MissingExtra, SpoolError, WireError
 from gadgets.log_lines import log_to_stderr
 from gadgets.orphans import end_with
 from recon_core.errors import ReconError, SettingError
@@ -54,6 +54,22 @@ def parse_address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def require_spool(spool: Path) -> None:
+    """Raise where nothing would ever be seen. A folder that goes while the monitor looks is a failed check, no end.
+
+    Raises
+    ------
+    SpoolError
+        No folder.
+    """
+    if not spool.is_dir():
+        got = "no folder" if spool.exists() else "does not exist"
+        raise SpoolError(
+            "nothing to monitor", where=str(spool), got=got, expected="a server's folder of raw data",
+            remedy="Correct --spool; a folder that is not there yet is made by the server: start that first",
+        )  # fmt: skip
+
+
 def monitor(
     spool: Annotated[Path, typer.Option(help="The server's folder of raw data.")],
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:9100",
@@ -66,6 +82,8 @@ def monitor(
     require_packages()
     from gadgets.monitor.access import read_token, require_token
 
+    spool = spool.expanduser()
+    require_spool(spool)
     host, port = parse_address(listen)
     token = None if token_file is None else read_token(token_file)
     require_token(host, token)

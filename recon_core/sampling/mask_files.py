@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recon_core.errors import DataError
-from recon_core.hdf5_input import plain_dataset
+from recon_core.hdf5_input import plain_dataset, why_unreadable
 from recon_core.sampling.ordering import check_order
 
 FORMAT = "recon-gadgets sampling mask"
@@ -151,7 +151,7 @@ def read_mask(path: str | Path) -> SamplingMask:
             )
     # the library has a RuntimeError for damage in its own structures
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise MaskError("not a readable HDF5 file", where=path.name, got=type(error).__name__) from None
+        raise MaskError("not a readable HDF5 file", where=path.name, got=why_unreadable(error)) from None
 
 
 def _check_ending(path: Path) -> None:

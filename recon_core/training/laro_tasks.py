@@ -117,9 +117,12 @@ class LaroRecipe(TrainingRecipe):
              "steps_per_scan", "network_rate"),
             ("first_steps", "mask_rate", "pixel_weight", "decay_weight", "warmup_steps", "n_validation"),
         )  # fmt: skip
-        known = self.mask_start in ("density", "uniform") and self.second_start in ("cg_sense", *STARTS)
-        if not self.patterns or not known:
-            raise SettingError("impossible recipe", where="LARO training", got=self)
+        for name, known in (("mask_start", ("density", "uniform")), ("second_start", ("cg_sense", *STARTS))):
+            if getattr(self, name) not in known:
+                got, expected = getattr(self, name), ", ".join(known)
+                raise SettingError(f"unknown {name}", where="LARO training", got=got, expected=expected)
+        if not self.patterns:
+            raise SettingError("no pattern", where="LARO training", expected="R/SPO, such as 8/2")
         if self.n_echoes < self.fewest_echoes:
             raise SettingError(
                 "too few echoes for the decay's error",

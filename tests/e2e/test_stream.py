@@ -9,6 +9,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -26,6 +27,8 @@ from gadgets.replay import replay
 from gadgets.service import Service, ServiceOptions
 from gadgets.stream import StreamFailed, run_files, run_stream
 from gadgets.wire import codec
+from gadgets.wire.framing import CONFIG_NAME_BYTES
+from gadgets.wire.ids import MessageId
 from recon_core.errors import ReconError
 from tests.e2e.scans import SimulatedScan, simulated
 
@@ -94,6 +97,20 @@ def test_a_pipe_gives_the_server_s_images(served: NDArray[np.floating], stream: 
     assert not os.listdir(tmp_path / "here"), "no file but what was asked for"
 
 
+def test_a_replay_s_capture_through_a_pipe(served: NDArray[np.floating], scan: SimulatedScan, tmp_path: Path) -> None:
+    """What the spool keeps of ``recon replay`` begins with a QUERY, and others may ask before their header as well."""
+    spool = tmp_path / "spool"
+    with Service(replace(OPTIONS, spool=spool)) as keeper:
+        replay(scan.path, port=keeper.port, config="llr", out=tmp_path / "replayed.h5", behind=True)
+    capture = next(spool.glob("*.mrd")).read_bytes()
+    assert struct.unpack_from("<H", capture) == (MessageId.QUERY,)
+    start = capture.index(struct.pack("<H", MessageId.CONFIG_FILE)) + 2 + CONFIG_NAME_BYTES
+    out = io.BytesIO()
+    asked = capture[:start] + codec.query("gadgetron::info", 3) + capture[start:]
+    run_stream(io.BytesIO(asked), out, options=OPTIONS)
+    np.testing.assert_array_equal(np.stack([image.data for image in read(out.getvalue())[1]]), served)
+
+
 def test_a_failure_before_the_pipe_ends_is_no_abort(stream: bytes, tmp_path: Path) -> None:
     """The thread that still waits for the pipe does not hold up the interpreter's end."""
     command = [sys.executable, "-m", "gadgets.cli", "run", "-", "-c", "llr", "--workers", "1", "--threads", "1"]
@@ -144,6 +161,7 @@ def test_a_file_into_a_stream(
         (("raw.h5", "-c", "llr", "-o", "-"), b"", "RawFileError.*raw.h5"),
         (("-", "-c", "llr", "-o", "images.h5"), b"", "Disconnected.*ends in the middle"),
         (("-", "-c", "llr", "-o", "images.h5"), b"\x89HDF\r\n\x1a\n", "IllegalOrder.*begins with the MRD header"),
+        (("-", "-o", "images.h5"), b"\x06\x00" + b"\x00" * 16 + b"\xff" * 8, "Oversized.*a query"),
         (("-", "-o", "images.h5"), b"\x03\x00\x00\x00\x00\x00", "ConfigRefused.*--config NAME"),
     ],
 )

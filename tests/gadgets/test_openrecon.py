@@ -35,6 +35,7 @@ from gadgets.openrecon_image import (
 )
 from gadgets.openrecon_label import LabelOptions, LabelRefused, check, decode, encode, instruction, label, product_name
 from gadgets.openrecon_schema import LABEL_NAME, SCHEMA
+from tests.gadgets.certificates import authority
 from tests.waiting import PATIENCE
 
 FORWARD = PackageOptions(server="gpu.example:9002")
@@ -193,15 +194,14 @@ def test_the_script_that_builds_is_sound(tmp_path: Path, options: PackageOptions
 
 
 def test_certificates_become_part_of_the_image(tmp_path: Path) -> None:
-    files = {name: tmp_path / f"{name}.file" for name in ("ca", "cert", "key")}
-    for name, path in files.items():
-        path.write_text(f"-- {name} --")
+    signer = authority(tmp_path / "authority")
+    files = dict(zip(("ca", "cert", "key"), map(Path, (signer.certificate, *signer.issue("image"))), strict=True))
     package = Package(manifest("llr"), replace(FORWARD, tls_ca=files["ca"], tls_cert=files["cert"], tls_key=files["key"]))
     write_context(package, tmp_path)
     dockerfile = (tmp_path / "context" / "Dockerfile").read_text()
     script = (tmp_path / "build.sh").read_text()
     for name in files:
-        assert (tmp_path / "context" / "app" / "tls" / f"{name}.pem").read_text() == f"-- {name} --"
+        assert (tmp_path / "context" / "app" / "tls" / f"{name}.pem").read_bytes() == files[name].read_bytes()
         assert f'"--tls-{name}", "/opt/recon/app/tls/{name}.pem"' in dockerfile and f"--tls-{name} context/app" in script
     # as the container starts it: every option is known
     words = json.loads(dockerfile.split("CMD ")[1])

@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from gadgets.errors import MissingExtra
+from gadgets.cli import app
+from gadgets.errors import MissingExtra, SpoolError
 from gadgets.journal import JobRow
 from gadgets.monitor.access import read_token, require_token
 from gadgets.monitor.child import monitor_beside
@@ -222,6 +224,16 @@ def test_the_commands_say_so(command: str, tmp_path: Path) -> None:
         [RECON, *command.split()], capture_output=True, text=True, timeout=PATIENCE, env=environment(tmp_path), check=False
     )
     assert done.returncode == 1 and "open to the network" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("spool", "said"), [("none", "does not exist"), ("file", "no folder")])
+def test_a_spool_that_shows_nothing_is_refused(
+    spool: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("gadgets.monitor.command.serve", lambda *_: None)  # else it would answer for ever
+    done = CliRunner().invoke(app, ["monitor", "--spool", str(tmp_path / spool), "--listen", "127.0.0.1:0"])
+    assert isinstance(done.exception, SpoolError) and said in str(done.exception)
 
 
 def test_what_is_not_installed_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -80,15 +80,11 @@ class LaroSettings:
     precision: str = "float32"
 
     def __post_init__(self) -> None:
-        if (
-            self.kind not in KINDS
-            or self.fusion not in (0, 1)
-            or self.direction not in DIRECTIONS
-            or self.precision not in PRECISIONS
-        ):
-            raise SettingError(
-                "unknown architecture", where="LARO", got=(self.kind, self.fusion, self.direction, self.precision)
-            )
+        known = {"kind": KINDS, "fusion": (0, 1), "direction": DIRECTIONS, "precision": PRECISIONS}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                got, expected = f"{name} {getattr(self, name)!r}", ", ".join(map(str, values))
+                raise SettingError("unknown architecture", where="LARO", got=got, expected=expected)
         if self.unrolls < 1 or self.channels < 1 or (self.kind == "modl") != (self.n_echoes > 0):
             raise SettingError("impossible architecture", where="LARO", got=self)
 
