@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from recon_core.errors import DataError, ReconError, SettingError
+from recon_core.errors import DataError, ReconError
 from recon_core.maps.background import BackgroundSettings, LocalField, outliers, pdf, resharp, v_sharp, without_outliers
 from recon_core.maps.brain_mask import brain_mask, given_mask, object_mask
 from recon_core.maps.dipole import Susceptibility, tkd, tv_admm
@@ -141,8 +141,6 @@ def field_frame(scan: ScanInfo, settings: MapSettings) -> FieldFrame:
     ------
     DataError
         A single slice, no directions, no field strength, an impossible one, two that contradict each other.
-    SettingError
-        ``map_b0_direction`` is no direction.
     """
     where = "susceptibility map"
     if scan.recon_matrix[0] < LEAST_PLANES:
@@ -185,17 +183,8 @@ def _larmor(scan: ScanInfo, where: str) -> float:
 
 
 def _b0_direction(scan: ScanInfo, settings: MapSettings) -> tuple[float, float, float]:
-    if settings.map_b0_direction:
-        try:
-            z, y, x = (float(part) for part in settings.map_b0_direction.replace(";", ",").split(","))
-            return unit_vector((z, y, x))
-        except (ValueError, DataError):
-            raise SettingError(
-                "not a direction",
-                where="maps.map_b0_direction",
-                got=repr(settings.map_b0_direction[:80]),
-                expected="'z, y, x'",
-            ) from None
+    if settings.b0_direction is not None:
+        return settings.b0_direction
     if scan.b0_direction is None:
         raise DataError(
             "B0's direction in the image is unknown",
