@@ -126,8 +126,8 @@ def multi_echo_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tu
             "an echo time occurs twice",
             where=where,
             got=", ".join(f"{1e3 * t:g}" for t in times) + " ms",
-            remedy="Only the contrast counter may vary: several repetitions or sets make several images of one echo. Echoes that a "
-            "converter counted as repetitions belong into contrast",
+            remedy="Only the contrast counter may vary: several repetitions or sets make several images of one echo. repetitions = "
+            "average makes one of them; echoes that a converter counted as repetitions belong into contrast",
         )
     if settings.maps == "qsm" and settings.map_failure == "error":
         field_frame(scan, settings)

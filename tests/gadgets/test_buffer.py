@@ -222,6 +222,21 @@ def test_every_echo_has_its_own_readout_range() -> None:
 # flags and counters
 
 
+def test_repetitions_are_images_of_their_own_or_averaged() -> None:
+    counters = [{"k1": k, "contrast": q, "repetition": r} for r in range(3) for q in range(2) for k in range(8)]
+    headers, rows = readout_headers(counters), numbered_rows(48, 2, 16)
+    header = mrd_header(limits={"repetition": Limit(0, 2, 0), "contrast": Limit(0, 1, 0)}, echo_times=(0.004, 0.009))
+    apart = sort_readouts(headers, header)
+    assert apart.n_states == 6 and not apart.notes
+    together = sort_readouts(headers, header, AcquisitionSettings(repetitions="average"))
+    assert together.echo_times == (0.004, 0.009)
+    assert together.notes == ("3 repetitions are averaged, as the setting repetitions asks",)
+    kspace = assemble(together, 0, rows)
+    assert bool((kspace.counts == 3).all())
+    expected = torch.from_numpy(rows.reshape(3, 2, 8, 2, 16).mean(0).swapaxes(1, 2))
+    torch.testing.assert_close(kspace.data[:, :, 0], expected)
+
+
 def test_every_flag_of_the_skip_set_is_left_out_and_counted() -> None:
     reasons = {
         23: "navigation",
