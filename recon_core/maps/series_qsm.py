@@ -49,6 +49,9 @@ THIN_SLAB = 0.040
 """m; below, what the rest of the head does to a slab's field cannot be told from the slab's own sources. Of simulated heads' contrast 8 and
 12 % are lost at 40 mm, 20 and 23 at 32 mm, 22 and 28 at 24 mm, 0 and 6 at 48 mm (`benchmarks.qsm --slabs`)."""
 
+PLACES = ("slab of {:.0f} mm", "{:.0f} mm along y", "{:.0f} mm along x")
+"""How long a side is, in words, for z, y and x."""
+
 LEAST_STRENGTH = 3.0
 """RMS of the echoes over that of their noise below which what is bright is no tissue."""
 
@@ -396,13 +399,18 @@ def _susceptibility(echoes: _Fittable, settings: MapSettings) -> SeriesMaps:
 
 
 def note_of_thin_slab(mask: Tensor, voxel: tuple[float, float, float]) -> str:
-    """A word where an object is cut at both ends of a slab so thin that the removal of the background takes contrast as well."""
-    thickness = len(mask) * voxel[0]
-    if thickness >= THIN_SLAB or not (bool(mask[:2].any()) and bool(mask[-2:].any())):
+    """A word where an object is cut at both ends of a volume so narrow that the removal of the background takes contrast as well."""
+    narrow = []
+    for axis, (side, place) in enumerate(zip(voxel, PLACES, strict=True)):
+        planes = mask.movedim(axis, 0)
+        width = len(planes) * side
+        if width < THIN_SLAB and bool(planes[:2].any()) and bool(planes[-2:].any()):
+            narrow.append(place.format(1e3 * width))
+    if not narrow:
         return ""
     return (
-        f"slab of {1e3 * thickness:.0f} mm, cut at both ends: susceptibilities are too low, at 30 mm by about a fifth; "
-        f"{1e3 * THIN_SLAB:.0f} mm or more are needed"
+        f"{' and '.join(narrow)}, cut at both ends: susceptibilities are too low, at 30 mm by about a fifth (by more where several sides "
+        f"are cut); {1e3 * THIN_SLAB:.0f} mm or more are needed"
     )
 
 
