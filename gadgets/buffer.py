@@ -107,21 +107,26 @@ def assemble(scan: SortedScan, slice_index: int, rows: Rows, *, noise_std: float
         acs_mask=acs_mask,
         acs_states=acs_states,
         noise_std=noise_std,
-        readout_range=readout_range(scan.readouts, imaging.rows),
+        readout_ranges=readout_ranges(scan.readouts, imaging, scan.n_states),
     )
 
 
-def readout_range(readouts: ReadoutGeometry, rows: NDArray[np.int32]) -> tuple[int, int]:
-    """First and one past the last k0 that *all* ``rows`` have measured, on the grid that the crop to ``n_x`` leaves.
+def readout_ranges(readouts: ReadoutGeometry, imaging: Placement, n_states: int) -> tuple[tuple[int, int], ...]:
+    """For each state first and one past the last k0 that *all* its readouts have measured, on the grid that the crop to ``n_x`` leaves.
 
     The crop by ``n_encoded / n_x`` in image space widens the spacing of k0 by that factor; the extent in k0 stays.
     """
-    n, n_x = readouts.n_encoded, readouts.n_x
-    start = int(readouts.k0_start[rows].max())
-    stop = int((readouts.k0_start[rows] + readouts.last[rows] - readouts.first[rows]).min())
-    first = 0 if start == 0 else math.ceil((start - n // 2) * n_x / n) + n_x // 2
-    last = n_x if stop == n else math.floor((stop - 1 - n // 2) * n_x / n) + n_x // 2 + 1
-    return max(first, 0), min(last, n_x)
+    n, n_x, rows = readouts.n_encoded, readouts.n_x, imaging.rows
+    starts, stops = np.zeros(n_states, np.int64), np.full(n_states, n, np.int64)
+    np.maximum.at(starts, imaging.state, readouts.k0_start[rows])
+    np.minimum.at(stops, imaging.state, readouts.k0_start[rows] + readouts.last[rows] - readouts.first[rows])
+
+    def cropped(start: int, stop: int) -> tuple[int, int]:
+        first = 0 if start == 0 else math.ceil((start - n // 2) * n_x / n) + n_x // 2
+        last = n_x if stop == n else math.floor((stop - 1 - n // 2) * n_x / n) + n_x // 2 + 1
+        return max(first, 0), min(last, n_x)
+
+    return tuple(cropped(start, stop) for start, stop in zip(starts.tolist(), stops.tolist(), strict=True))
 
 
 def _mean(

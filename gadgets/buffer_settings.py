@@ -20,6 +20,11 @@ class AcquisitionSettings:
         "'single': everything is averaged into one image.",
         choices=("auto", "phase", "contrast", "set", "repetition", "single"),
     )
+    repetitions: str = setting(
+        "images",
+        "Repetitions of the whole scan: 'images' of their own, or 'average' into one series, as averages are (parametric maps need one).",
+        choices=("images", "average"),
+    )
     encoding_space: int = setting(0, "Which encoding of the header is reconstructed.", low=0, high=15)
     centre_source: str = setting(
         "auto",

@@ -112,7 +112,10 @@ def announced(
     """Slices and states that the limits announce and that never came."""
     for name in ("slice", *STATE_COUNTERS):
         limit = encoding.limits.get(name)
-        if limit is None or (name == "phase" and settings.cardiac_phases) or (name != "slice" and name not in states[0]):
+        merged = (name == "phase" and settings.cardiac_phases) or (
+            name == "repetition" and settings.repetitions == "average"
+        )
+        if limit is None or merged or (name != "slice" and name not in states[0]):
             continue
         present = set(slices) if name == "slice" else {s[name] for s in states}
         n_announced = limit.maximum - limit.minimum + 1

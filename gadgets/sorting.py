@@ -96,7 +96,7 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
     _count_skipped(headers, kind, log)
     candidates, is_calibration = _images_and_calibration(kind, settings, log)
     k2, k1, inside = _phase_encoding(headers, candidates, encoding, settings, log)
-    counters = _counters(headers)
+    counters = _counters(headers, candidates, settings, log)
     rows = _image_rows(headers, header, candidates, inside, counters, settings, log)
 
     axes = _state_axes(counters, rows, settings, log)
@@ -156,8 +156,18 @@ def inside_grid(k2: NDArray[np.int32], k1: NDArray[np.int32], encoding: Encoding
     return (k2 >= 0) & (k2 < n2) & (k1 >= 0) & (k1 < n1)
 
 
-def _counters(headers: Headers) -> dict[str, NDArray[np.int32]]:
-    return {name: headers["idx"][name].astype(np.int32) for name in (*STATE_COUNTERS, "slice", "average")}
+def _counters(
+    headers: Headers, candidates: NDArray[np.intp], settings: AcquisitionSettings, log: SortLog
+) -> dict[str, NDArray[np.int32]]:
+    """Of all readouts; repetitions that are to be averaged are counted as averages."""
+    counters = {name: headers["idx"][name].astype(np.int32) for name in (*STATE_COUNTERS, "slice", "average")}
+    repetition = counters["repetition"]
+    n = len(np.unique(repetition[candidates]))
+    if settings.repetitions == "average" and n > 1:
+        counters["average"] += repetition * (int(counters["average"].max()) + 1)
+        counters["repetition"] = np.zeros_like(repetition)
+        log.notes.append(f"{n} repetitions are averaged, as the setting repetitions asks")
+    return counters
 
 
 def _channels(headers: Headers, header: MrdHeader, kind: NDArray[np.uint8], log: SortLog) -> int:

@@ -20,11 +20,11 @@ from recon_core.maps.settings import MapSettings
 from recon_core.methods import Method, get_method, is_separable, llr, needs_coil_maps
 from recon_core.preprocess.coil_compression import compress, compress_geometric, compression_matrix, geometric_compression
 from recon_core.preprocess.oversampling import to_recon_matrix
-from recon_core.preprocess.partial_fourier import Extent, complete, measured_extent, partial_axes
+from recon_core.preprocess.partial_fourier import Extent, Extents, complete, measured_extent, partial_axes
 from recon_core.preprocess.settings import PreprocessSettings
 from recon_core.problem import LOUDEST, noise_of, noise_scan_excess, pose
 from recon_core.state_images import StateImages
-from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, Report, Result, ScanInfo, Tensor, X
+from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, Report, Result, ScanInfo, Tensor
 
 COIL_IMAGE_AXES = (K2, K1)
 """Phase-encoding axes of hybrid k-space, which become z and y."""
@@ -154,7 +154,9 @@ def reconstruct_images(
         kspace = replace(
             kspace, coil_maps=_equal_coils(kspace) if empty else _coil_maps(kspace, scan, method, recipe, report)
         )
-    wanted = kspace if states is None else kspace.part(*states)
+    wanted = kspace
+    if states is not None:
+        wanted, extents = kspace.part(*states), extents[slice(*states)]
     if by_coil_maps:
         result, phase = _with_coil_maps(wanted, extents, scan, method, recipe, report, empty=empty)
     else:
@@ -293,11 +295,11 @@ def _with_believable_noise(kspace: KSpace, recipe: Recipe, report: Report) -> tu
 
 
 def _with_whole_phase(
-    recipe: Recipe, extents: tuple[Extent, Extent, Extent], scan: ScanInfo, report: Report
+    recipe: Recipe, extents: Sequence[Extents], scan: ScanInfo, report: Report
 ) -> tuple[Recipe, tuple[str, ...]]:
     """The recipe that completes k-space by another method where homodyne would take the field's details, and what to tell of it."""
     chosen = recipe.preprocess
-    if recipe.maps.maps != "qsm" or chosen.partial_fourier != "homodyne" or not partial_axes(extents, scan.matrix):
+    if recipe.maps.maps != "qsm" or chosen.partial_fourier != "homodyne" or not _is_partial(extents, scan):
         return recipe, ()
     report.warn(SMOOTH_PHASE)
     return replace(recipe, preprocess=replace(chosen, partial_fourier="pocs")), (SMOOTH_PHASE,)
@@ -314,19 +316,20 @@ def _calibration(method: Method, kspace: KSpace, scan: ScanInfo, settings: Any) 
     return kspace if choose is None else cast(KSpace, choose(kspace, scan, settings))
 
 
-def extents_of(kspace: KSpace) -> tuple[Extent, Extent, Extent]:
-    """First and one past the last measured index along z, y and x (states share the extent of their union).
+def extents_of(kspace: KSpace) -> tuple[Extents, ...]:
+    """For each state first and one past the last measured index along z, y and x (along z and y that of the states' union).
 
     Undersampled patterns seldom end on the outermost line: an end that is missing no more than twice the largest gap inside the
     pattern counts as measured. Partial Fourier is what is missing beyond that.
     """
     z, y = measured_extent(kspace.mask)
     sampled = kspace.mask.any(dim=0)
-    return (
-        _to_edge(z, sampled.any(dim=1)),
-        _to_edge(y, sampled.any(dim=0)),
-        kspace.readout_range or (0, int(kspace.data.shape[X])),
-    )
+    z, y = _to_edge(z, sampled.any(dim=1)), _to_edge(y, sampled.any(dim=0))
+    return tuple((z, y, x) for x in kspace.readout_extents)
+
+
+def _is_partial(extents: Sequence[Extents], scan: ScanInfo) -> bool:
+    return any(partial_axes(of_state, scan.matrix) for of_state in extents)
 
 
 def _to_edge(extent: Extent, sampled: torch.Tensor) -> Extent:
@@ -337,9 +340,9 @@ def _to_edge(extent: Extent, sampled: torch.Tensor) -> Extent:
     return (0 if start <= tolerance else start), (n if n - stop <= tolerance else stop)
 
 
-def _by_state(change: Callable[[torch.Tensor], torch.Tensor], data: torch.Tensor) -> torch.Tensor:
+def _by_state(change: Callable[..., torch.Tensor], data: torch.Tensor, *of_states: Sequence[Any]) -> torch.Tensor:
     """One state at a time: the rounding of a state does not depend on its neighbours, and less memory is needed."""
-    return torch.stack([change(state) for state in data])
+    return torch.stack([change(*state) for state in zip(data, *of_states, strict=True)])
 
 
 def _coil_maps(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe, report: Report) -> Tensor:
@@ -348,7 +351,7 @@ def _coil_maps(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe, r
 
 def _with_coil_maps(
     kspace: KSpace,
-    extents: tuple[Extent, Extent, Extent],
+    extents: Sequence[Extents],
     scan: ScanInfo,
     method: Method,
     recipe: Recipe,
@@ -368,20 +371,20 @@ def _with_coil_maps(
 
 
 def _without_coil_maps(
-    kspace: KSpace, extents: tuple[Extent, Extent, Extent], scan: ScanInfo, method: Method, recipe: Recipe, report: Report
+    kspace: KSpace, extents: Sequence[Extents], scan: ScanInfo, method: Method, recipe: Recipe, report: Report
 ) -> Result:
     """Methods that combine coils by magnitude: phase-sensitive steps have to come first, coil by coil."""
     how = recipe.preprocess.partial_fourier
-    completes = how != "zero_fill" and bool(partial_axes(extents, scan.matrix))
+    completes = how != "zero_fill" and _is_partial(extents, scan)
     moves_grid = scan.matrix != scan.recon_matrix or scan.fov[1:] != scan.recon_fov[1:]
     if completes or moves_grid:
 
-        def moved(state: torch.Tensor) -> torch.Tensor:
-            images = complete(ifft_centred(state, COIL_IMAGE_AXES), extents, how)
+        def moved(state: torch.Tensor, measured: Extents) -> torch.Tensor:
+            images = complete(ifft_centred(state, COIL_IMAGE_AXES), measured, how)
             images = to_recon_matrix(images, scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov)
             return fft_centred(images, COIL_IMAGE_AXES)
 
-        data = _by_state(moved, kspace.data)
+        data = _by_state(moved, kspace.data, extents)
         counts = torch.ones((data.shape[0], *data.shape[-3:-1]), dtype=torch.float32, device=data.device)
         kspace = KSpace(data, counts, noise_std=kspace.noise_std)
         there = replace(scan, matrix=scan.recon_matrix, fov=scan.recon_fov)
@@ -403,20 +406,20 @@ def _restored(result: Result, kspace: KSpace, recipe: Recipe) -> Result | None:
     return Result((replace(series, data=problem.leave(found)),))
 
 
-def _to_console(result: Result, extents: tuple[Extent, Extent, Extent], scan: ScanInfo, recipe: Recipe) -> Result:
+def _to_console(result: Result, extents: Sequence[Extents], scan: ScanInfo, recipe: Recipe) -> Result:
     completed = _complete(result, extents, recipe.preprocess)
     images = tuple(series_on_recon_matrix(series, scan) for series in completed.images)
     return replace(completed, images=images, maps=tuple(map_on_recon_matrix(m, scan) for m in completed.maps))
 
 
-def _complete(result: Result, extents: tuple[Extent, Extent, Extent], settings: PreprocessSettings) -> Result:
+def _complete(result: Result, extents: Sequence[Extents], settings: PreprocessSettings) -> Result:
     """Partial Fourier on the combined images of methods that keep the phase."""
 
-    def completed(state: torch.Tensor) -> torch.Tensor:
-        return complete(state, extents, settings.partial_fourier)
+    def completed(state: torch.Tensor, measured: Extents) -> torch.Tensor:
+        return complete(state, measured, settings.partial_fourier)
 
     images = tuple(
-        replace(series, data=_by_state(completed, series.data)) if series.data.is_complex() else series
+        replace(series, data=_by_state(completed, series.data, extents)) if series.data.is_complex() else series
         for series in result.images
     )
     return replace(result, images=images)
@@ -476,4 +479,4 @@ def _noise_of(kspace: KSpace, scan: ScanInfo) -> ImageNoise | None:
     noise, measured = noise_of(kspace)
     if not noise > 0:
         return None
-    return image_noise(noise, kspace.counts, scan, measured=measured, readout_share=kspace.readout_share)
+    return image_noise(noise, kspace.counts, scan, measured=measured, readout_shares=kspace.readout_shares)

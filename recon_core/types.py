@@ -51,9 +51,9 @@ class KSpace:
         Standard deviation of the noise of one *complex* sample of ``data`` where ``counts == 1`` (that is
         ``sqrt(E|n|^2)``); after prewhitening it is ``preprocess.noise.WHITENED_NOISE_STD``, sqrt(2): the scale gives unit
         SD to the real and to the imaginary part. ``None`` when no noise measurement exists.
-    readout_range
-        First and one past the last *measured* readout sample on the k0 grid of length ``x`` (asymmetric echo); ``(0, n_x)``
-        when complete.
+    readout_ranges
+        For each state the first and one past the last readout sample that all its readouts have *measured*, on the k0 grid of length
+        ``x`` (asymmetric echo; states may differ); ``(0, n_x)`` when complete. ``None``: all are.
     whole
         The k-space of all states that this one is a part of, see ``part``; ``None`` for one that is no part.
     """
@@ -65,7 +65,7 @@ class KSpace:
     acs_states: Tensor | None = None
     coil_maps: Tensor | None = None
     noise_std: float | None = None
-    readout_range: tuple[int, int] | None = None
+    readout_ranges: tuple[tuple[int, int], ...] | None = None
     whole: KSpace | None = None
 
     @property
@@ -86,11 +86,25 @@ class KSpace:
         return int(self.data.shape[K2]) > 1
 
     @property
+    def readout_extents(self) -> tuple[tuple[int, int], ...]:
+        """``readout_ranges``, spelt out where they are ``None``."""
+        return self.readout_ranges or ((0, int(self.data.shape[X])),) * self.n_states
+
+    @property
+    def common_readout(self) -> tuple[int, int]:
+        """First and one past the last readout sample that every state has measured; an empty range where there is none."""
+        starts, stops = zip(*self.readout_extents, strict=True)
+        return max(starts), min(stops)
+
+    @property
+    def readout_shares(self) -> tuple[float, ...]:
+        """For each state the part of the readout that was measured, above 0."""
+        return tuple((stop - start) / int(self.data.shape[X]) for start, stop in self.readout_extents)
+
+    @property
     def readout_share(self) -> float:
-        """Part of the readout that was measured, above 0."""
-        n_x = int(self.data.shape[X])
-        start, stop = self.readout_range or (0, n_x)
-        return (stop - start) / n_x
+        """Mean of ``readout_shares``."""
+        return sum(self.readout_shares) / self.n_states
 
     @property
     def all_states(self) -> KSpace:
@@ -109,7 +123,23 @@ class KSpace:
         """
         if not 0 <= first < stop <= self.n_states:
             raise DataError("no such states", where="k-space", got=(first, stop), expected=f"within 0 to {self.n_states}")
-        return replace(self, data=self.data[first:stop], counts=self.counts[first:stop], whole=self.all_states)
+        return replace(
+            self,
+            data=self.data[first:stop],
+            counts=self.counts[first:stop],
+            readout_ranges=None if self.readout_ranges is None else self.readout_ranges[first:stop],
+            whole=self.all_states,
+        )
+
+    def in_order(self, order: Tensor) -> KSpace:
+        """The states in another order: int64 ``(state,)``, which of them comes first, second and so on."""
+        ranges = self.readout_ranges
+        return replace(
+            self,
+            data=self.data[order],
+            counts=self.counts[order],
+            readout_ranges=None if ranges is None else tuple(ranges[i] for i in order.tolist()),
+        )
 
     def to(self, device: torch.device | str) -> KSpace:
         """The same k-space on another device."""

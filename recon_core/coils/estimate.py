@@ -82,7 +82,7 @@ def estimate_coil_maps(kspace: KSpace, settings: CoilSettings | None = None, rep
     mask = kspace.acs_mask if kspace.acs_mask is not None else (acs != 0).any(dim=-1).any(dim=0)
     rows, columns = _central_rectangle(mask, settings.calibration_lines)
     block = fft_centred(acs[:, rows, columns, :], -1)
-    block = block[..., _readout_range(kspace.readout_range, n_x, settings.calibration_lines)]
+    block = block[..., _readout_range(kspace.common_readout, n_x, settings.calibration_lines)]
     report.progress(0.0, f"coil maps ({settings.method})")
     shape: tuple[int, ...] = (n_2, n_1, n_x)
     if n_2 == 1:
@@ -152,8 +152,8 @@ def _shorten(start: int, stop: int, centre: int, most: int) -> slice:
     return slice(first, first + most)
 
 
-def _readout_range(measured: tuple[int, int] | None, n_x: int, most: int) -> slice:
-    start, stop = measured or (0, n_x)
+def _readout_range(measured: tuple[int, int], n_x: int, most: int) -> slice:
+    start, stop = measured
     if not start <= n_x // 2 < stop:
         raise CalibrationError(
             "the readout's centre was not measured",

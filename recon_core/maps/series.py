@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -37,11 +38,11 @@ class ImageNoise:
 
 
 def image_noise(
-    noise_std: float, counts: Tensor, scan: ScanInfo, *, measured: bool, readout_share: float = 1.0
+    noise_std: float, counts: Tensor, scan: ScanInfo, *, measured: bool, readout_shares: Sequence[float] = (1.0,)
 ) -> ImageNoise:
     """Noise of an image on the console's matrix, had it been unfolded without loss.
 
-    ``noise_std / sqrt(2) * sqrt(R mean(1 / counts) / readout_share)``: an orthonormal FFT keeps the noise of a complex sample, and a
+    ``noise_std / sqrt(2) * sqrt(R mean(1 / counts) / readout share)``: an orthonormal FFT keeps the noise of a complex sample, and a
     state with one sample for ``R`` positions has ``sqrt(R)`` times as much; the mean square over states counts. What an asymmetric
     echo left out is completed from the rest, as lines are. Interpolation keeps it, a coarser matrix averages it down.
 
@@ -55,13 +56,14 @@ def image_noise(
         Encoded and console's matrix.
     measured
         Whether ``noise_std`` comes from a noise measurement.
-    readout_share
-        Part of the readout that was measured, above 0.
+    readout_shares
+        For each state (or one for all) the part of the readout that was measured, above 0.
     """
     sampled = counts > 0
     n_sampled = sampled.sum(dim=(1, 2)).double().clamp_min(1.0)
     averaged = torch.where(sampled, 1 / counts.double().clamp_min(1e-9), 0.0).sum(dim=(1, 2)) / n_sampled
-    per_state = counts[0].numel() / n_sampled * averaged / readout_share
+    shares = torch.tensor(readout_shares, dtype=torch.float64, device=counts.device)
+    per_state = counts[0].numel() / n_sampled * averaged / shares
     kept = 1.0
     for n, fov, recon_n, recon_fov in zip(scan.matrix, scan.fov, scan.recon_matrix, scan.recon_fov, strict=True):
         kept *= min(1.0, round(recon_n * fov / recon_fov) / n) if n > 1 else 1.0

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 
-from recon_core.errors import DataError, ReconError, SettingError
+from recon_core.errors import DataError, ReconError
 from recon_core.maps.background import BackgroundSettings, LocalField, outliers, pdf, resharp, v_sharp, without_outliers
 from recon_core.maps.brain_mask import brain_mask, given_mask, object_mask
 from recon_core.maps.dipole import Susceptibility, tkd, tv_admm
@@ -48,6 +48,9 @@ LEAST_PLANES = 8
 THIN_SLAB = 0.040
 """m; below, what the rest of the head does to a slab's field cannot be told from the slab's own sources. Of simulated heads' contrast 8 and
 12 % are lost at 40 mm, 20 and 23 at 32 mm, 22 and 28 at 24 mm, 0 and 6 at 48 mm (`benchmarks.qsm --slabs`)."""
+
+PLACES = ("slab of {:.0f} mm", "{:.0f} mm along y", "{:.0f} mm along x")
+"""How long a side is, in words, for z, y and x."""
 
 LEAST_STRENGTH = 3.0
 """RMS of the echoes over that of their noise below which what is bright is no tissue."""
@@ -126,8 +129,8 @@ def multi_echo_times(scan: ScanInfo, n_states: int, settings: MapSettings) -> tu
             "an echo time occurs twice",
             where=where,
             got=", ".join(f"{1e3 * t:g}" for t in times) + " ms",
-            remedy="Only the contrast counter may vary: several repetitions or sets make several images of one echo. Echoes that a "
-            "converter counted as repetitions belong into contrast",
+            remedy="Only the contrast counter may vary: several repetitions or sets make several images of one echo. repetitions = "
+            "average makes one of them; echoes that a converter counted as repetitions belong into contrast",
         )
     if settings.maps == "qsm" and settings.map_failure == "error":
         field_frame(scan, settings)
@@ -141,8 +144,6 @@ def field_frame(scan: ScanInfo, settings: MapSettings) -> FieldFrame:
     ------
     DataError
         A single slice, no directions, no field strength, an impossible one, two that contradict each other.
-    SettingError
-        ``map_b0_direction`` is no direction.
     """
     where = "susceptibility map"
     if scan.recon_matrix[0] < LEAST_PLANES:
@@ -185,17 +186,8 @@ def _larmor(scan: ScanInfo, where: str) -> float:
 
 
 def _b0_direction(scan: ScanInfo, settings: MapSettings) -> tuple[float, float, float]:
-    if settings.map_b0_direction:
-        try:
-            z, y, x = (float(part) for part in settings.map_b0_direction.replace(";", ",").split(","))
-            return unit_vector((z, y, x))
-        except (ValueError, DataError):
-            raise SettingError(
-                "not a direction",
-                where="maps.map_b0_direction",
-                got=repr(settings.map_b0_direction[:80]),
-                expected="'z, y, x'",
-            ) from None
+    if settings.b0_direction is not None:
+        return settings.b0_direction
     if scan.b0_direction is None:
         raise DataError(
             "B0's direction in the image is unknown",
@@ -407,13 +399,18 @@ def _susceptibility(echoes: _Fittable, settings: MapSettings) -> SeriesMaps:
 
 
 def note_of_thin_slab(mask: Tensor, voxel: tuple[float, float, float]) -> str:
-    """A word where an object is cut at both ends of a slab so thin that the removal of the background takes contrast as well."""
-    thickness = len(mask) * voxel[0]
-    if thickness >= THIN_SLAB or not (bool(mask[:2].any()) and bool(mask[-2:].any())):
+    """A word where an object is cut at both ends of a volume so narrow that the removal of the background takes contrast as well."""
+    narrow = []
+    for axis, (side, place) in enumerate(zip(voxel, PLACES, strict=True)):
+        planes = mask.movedim(axis, 0)
+        width = len(planes) * side
+        if width < THIN_SLAB and bool(planes[:2].any()) and bool(planes[-2:].any()):
+            narrow.append(place.format(1e3 * width))
+    if not narrow:
         return ""
     return (
-        f"slab of {1e3 * thickness:.0f} mm, cut at both ends: susceptibilities are too low, at 30 mm by about a fifth; "
-        f"{1e3 * THIN_SLAB:.0f} mm or more are needed"
+        f"{' and '.join(narrow)}, cut at both ends: susceptibilities are too low, at 30 mm by about a fifth (by more where several sides "
+        f"are cut); {1e3 * THIN_SLAB:.0f} mm or more are needed"
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from recon_core.errors import DataError, SettingError
+from recon_core.maps.dipole_kernel import unit_vector
 from recon_core.maps.t1 import T1Settings
 from recon_core.settings import setting
 
@@ -106,6 +108,31 @@ class MapSettings:
     map_max_relative_sd: float = setting(
         T1Settings.max_relative_sd, "Largest believable standard deviation of T1, as a part of T1", low=0.001, high=10.0
     )
+
+    def __post_init__(self) -> None:
+        _ = self.b0_direction  # a scan begins with it, or is refused
+
+    @property
+    def b0_direction(self) -> tuple[float, float, float] | None:
+        """Unit vector of ``map_b0_direction``, ``(z, y, x)``; ``None`` where the readouts are to say.
+
+        Raises
+        ------
+        SettingError
+            It is no direction.
+        """
+        if not self.map_b0_direction:
+            return None
+        try:
+            z, y, x = (float(part) for part in self.map_b0_direction.replace(";", ",").split(","))
+            return unit_vector((z, y, x))
+        except (ValueError, DataError):
+            raise SettingError(
+                "not a direction",
+                where="maps.map_b0_direction",
+                got=repr(self.map_b0_direction[:80]),
+                expected="'z, y, x', not all zero",
+            ) from None
 
     @property
     def t1(self) -> T1Settings:

@@ -16,6 +16,8 @@ from recon_core.fourier import fft_centred, ifft_centred
 
 Tensor = torch.Tensor
 Extent = tuple[int, int]
+Extents = tuple[Extent, Extent, Extent]
+"""Along z, y and x."""
 
 AXES = (-3, -2, -1)
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gadgets.service import Service
 from gadgets.simulate_header import Geometry
 from recon_core.simulation.options import settings_for
-from tests.e2e.scans import SimulatedScan, ask, complaints, error, in_memory, stack
+from tests.e2e.scans import Batches, SimulatedScan, ask, complaints, encoded, error, in_memory, is_noise, stack
 
 
 @pytest.fixture(scope="module", params=["lines", "echo"])
@@ -162,3 +162,27 @@ def test_interpolation_keeps_what_was_measured(chain: str, service: Service, ful
     # every second pixel lies where a pixel was, up to the Nyquist line, which interpolation splits
     assert error(fine[..., ::2, ::2], plain, full_cine.tissue) < 0.02
     assert np.linalg.norm(fine[..., ::2, ::2]) == pytest.approx(np.linalg.norm(plain), rel=0.02)
+
+
+def with_short_readouts(scan: SimulatedScan, first_samples: dict[int, int]) -> list[bytes]:
+    """The scan's messages, without so many samples at the beginning of each readout of some phases (asymmetric echo)."""
+    cut: Batches = []
+    for headers, samples in scan.stream.batches:
+        lost = np.where(is_noise(headers), 0, [first_samples.get(int(phase), 0) for phase in headers["idx"]["phase"]])
+        for n in np.unique(lost).tolist():
+            part = headers[lost == n].copy()
+            part["number_of_samples"] -= n
+            part["center_sample"] -= n
+            cut.append((part, np.ascontiguousarray(samples[lost == n][..., n:])))
+    return encoded(cut)
+
+
+@pytest.mark.parametrize("chain", ["fourier", "cg_sense"])
+def test_one_asymmetric_echo_leaves_the_others_whole(chain: str, service: Service) -> None:
+    scan = in_memory("cine", matrix_x=96, matrix_y=96, coils=4, states=2, snr=400.0)
+    whole = stack(ask(service, chain, scan).images, 2)
+    answer = ask(service, chain, scan, messages=with_short_readouts(scan, {0: 40}))
+    assert not complaints(answer)
+    images = stack(answer.images, 2)
+    for state, least, most in ((0, 0.001, 0.03), (1, 0.0, 0.001)):
+        assert least <= error(images[:, [state]], whole[:, [state]], scan.tissue) < most

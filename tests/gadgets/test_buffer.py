@@ -84,7 +84,7 @@ def test_measured_phantom_reconstructs() -> None:
     kspace = assemble(scan, 0, transform_readouts(samples, headers, header))
     assert kspace.data.shape == (1, 2, 1, 160, 160)
     assert bool((kspace.counts == 1).all())
-    assert kspace.readout_range == (0, 160)
+    assert set(kspace.readout_extents) == {(0, 160)}
     assert scan.echo_times == pytest.approx((0.003,))
     image = np.sqrt((np.abs(centred_ifft(kspace.data.numpy(), 3)) ** 2).sum(axis=(0, 1)))[0]
     # an independent 2D transform of the raw samples
@@ -193,17 +193,48 @@ def test_asymmetric_echo_range_on_the_cropped_grid() -> None:
     scan = sort_readouts(headers, header)
     assert scan.n_x == 16
     # measured 8..31 of 32, k0 from -8 to 15; twice the spacing: -4 to 7
-    assert assemble(scan, 0, numbered_rows(4, 2, 16)).readout_range == (4, 16)
+    assert assemble(scan, 0, numbered_rows(4, 2, 16)).readout_ranges == ((4, 16),)
 
 
 def test_readout_that_ends_early_on_the_cropped_grid() -> None:
     header = mrd_header(32, 4, recon_x=16)
     headers = readout_headers([{"k1": k, "center_sample": 16} for k in range(4)], n_samples=25)
     # measured 0..24 of 32, k0 to 8, which is 4 after the crop
-    assert assemble(sort_readouts(headers, header), 0, numbered_rows(4, 2, 16)).readout_range == (0, 13)
+    assert assemble(sort_readouts(headers, header), 0, numbered_rows(4, 2, 16)).readout_ranges == ((0, 13),)
+
+
+def test_every_echo_has_its_own_readout_range() -> None:
+    whole = [{"k1": k, "contrast": 0, "center_sample": 16, "number_of_samples": 32} for k in range(4)]
+    short = [{"k1": k, "contrast": 1, "center_sample": 8, "number_of_samples": 24} for k in range(4)]
+    # read backwards, the samples that come last are the first on the grid
+    other_side = [
+        {"k1": k, "contrast": 2, "center_sample": 16, "number_of_samples": 24, "flags": flag(22)} for k in range(4)
+    ]
+    headers = readout_headers([*other_side, *short, *whole])
+    kspace = assemble(sort_readouts(headers, mrd_header(32, 4)), 0, numbered_rows(12, 2, 32))
+    assert kspace.readout_ranges == ((0, 32), (8, 32), (0, 24))
+    assert kspace.common_readout == (8, 24)
+    assert kspace.readout_shares == (1.0, 0.75, 0.75)
+    assert kspace.part(1, 3).readout_ranges == ((8, 32), (0, 24))
+    assert kspace.in_order(torch.tensor([2, 0, 1])).readout_ranges == ((0, 24), (0, 32), (8, 32))
 
 
 # flags and counters
+
+
+def test_repetitions_are_images_of_their_own_or_averaged() -> None:
+    counters = [{"k1": k, "contrast": q, "repetition": r} for r in range(3) for q in range(2) for k in range(8)]
+    headers, rows = readout_headers(counters), numbered_rows(48, 2, 16)
+    header = mrd_header(limits={"repetition": Limit(0, 2, 0), "contrast": Limit(0, 1, 0)}, echo_times=(0.004, 0.009))
+    apart = sort_readouts(headers, header)
+    assert apart.n_states == 6 and not apart.notes
+    together = sort_readouts(headers, header, AcquisitionSettings(repetitions="average"))
+    assert together.echo_times == (0.004, 0.009)
+    assert together.notes == ("3 repetitions are averaged, as the setting repetitions asks",)
+    kspace = assemble(together, 0, rows)
+    assert bool((kspace.counts == 3).all())
+    expected = torch.from_numpy(rows.reshape(3, 2, 8, 2, 16).mean(0).swapaxes(1, 2))
+    torch.testing.assert_close(kspace.data[:, :, 0], expected)
 
 
 def test_every_flag_of_the_skip_set_is_left_out_and_counted() -> None:

@@ -34,6 +34,17 @@ def test_any_chain_makes_t1_maps_when_asked() -> None:
         load_chain("llr", {"map_model": "guess"})
 
 
+@pytest.mark.parametrize("text", ["up", "1, 0", "0, 0, 0", "1, nan, 0", "1 0 0"])
+def test_b0_along_no_direction_is_refused_with_the_other_settings(text: str) -> None:
+    with pytest.raises(SettingError, match="map_b0_direction"):
+        load_chain("llr_qsm", {"map_b0_direction": text})
+
+
+def test_b0_along_a_direction() -> None:
+    assert load_chain("llr_qsm", {"map_b0_direction": "0; -2; 0"}).maps.b0_direction == (0.0, -1.0, 0.0)
+    assert load_chain("llr_qsm").maps.b0_direction is None
+
+
 def test_limits_of_the_fit_have_one_default() -> None:
     assert all(
         getattr(MapSettings().t1, field.name) == field.default for field in dataclasses.fields(type(MapSettings().t1))

@@ -67,9 +67,9 @@ def test_asymmetric_echo() -> None:
     k0 = fft_centred(kspace.acs, -1)
     k0[..., :31] = 0
     partial = replace(kspace, acs=torch.fft.fftshift(torch.fft.ifft(torch.fft.ifftshift(k0, dim=-1), norm="ortho"), dim=-1))
-    assert combination_error(estimate_coil_maps(replace(partial, readout_range=(31, 80))), images) < 0.015
+    assert combination_error(estimate_coil_maps(replace(partial, readout_ranges=((31, 80),))), images) < 0.015
     with pytest.raises(CalibrationError, match="centre was not measured"):
-        estimate_coil_maps(replace(partial, readout_range=(45, 80)))
+        estimate_coil_maps(replace(partial, readout_ranges=((45, 80),)))
 
 
 def test_single_coil_is_all_ones() -> None:

@@ -128,7 +128,7 @@ def test_noise_of_an_image_follows_acceleration_averages_and_matrix() -> None:
     assert image_noise(math.sqrt(2), counts, half, measured=True).std == pytest.approx(1.0)
     double = replace(SCAN, recon_matrix=(1, 2 * N, 2 * N))
     assert image_noise(math.sqrt(2), counts, double, measured=True).std == pytest.approx(2.0)
-    assert image_noise(math.sqrt(2), counts, SCAN, measured=True, readout_share=0.64).std == pytest.approx(2.5)
+    assert image_noise(math.sqrt(2), counts, SCAN, measured=True, readout_shares=(0.64,)).std == pytest.approx(2.5)
     counts[:, :, ::8] = 4  # half of the lines as well as before: a quarter of their variance
     assert image_noise(math.sqrt(2), counts, SCAN, measured=True).std == pytest.approx(2 * math.sqrt(0.625))
     rng = np.random.default_rng(1)

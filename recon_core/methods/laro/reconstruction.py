@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -93,7 +93,7 @@ def reconstruct_with(
     check_maps(kspace, where)
     order = echo_order(kspace, scan, where).to(kspace.data.device)
     if not torch.equal(order, torch.sort(order).values):  # k-space is large: no copy of it where none is needed
-        kspace = replace(kspace, data=kspace.data[order], counts=kspace.counts[order])
+        kspace = kspace.in_order(order)
     if not bool((kspace.data != 0).any()):
         return _nothing(kspace, report)
     problem = pose(kspace, where, report)

@@ -150,7 +150,7 @@ def in_order(kspace: KSpace, order: Tensor) -> KSpace:
     if bool((order == torch.arange(len(order))).all()):
         return kspace
     order = order.to(kspace.data.device)
-    return replace(kspace, data=kspace.data[order], counts=kspace.counts[order])
+    return kspace.in_order(order)
 
 
 def _weights(plan: Plan) -> dict[str, float]:

@@ -166,7 +166,7 @@ class Applied:
     noise, noise_measured
         SD of a complex sample of a complete readout of ``data``, and whether it was measured or estimated from the outer lines.
     readout_share
-        Part of the readout that was measured.
+        Part of the readout that was measured, mean over states.
     """
 
     operator: BatchedSense
@@ -198,7 +198,7 @@ def apply_network(
         Results that are not finite.
     """
     order = order.to(kspace.data.device)
-    kspace = replace(kspace, data=kspace.data[order], counts=kspace.counts[order])
+    kspace = kspace.in_order(order)
     problem = pose(kspace, where, report)
     scale, noise = problem.scale / trained.amplitude, problem.noise * trained.amplitude
     assert kspace.coil_maps is not None

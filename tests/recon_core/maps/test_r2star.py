@@ -119,6 +119,22 @@ def test_late_echoes_of_nothing_but_noise_take_no_voxel_away() -> None:
     assert float(known[:, :, :5].float().mean()) > 0.97 and not bool(known[:, :, 7:].any())
 
 
+@pytest.mark.parametrize("loud", [1.0, 1.5])
+@pytest.mark.parametrize("n_echoes", [3, 6, 20])
+def test_dim_fluid_is_no_void(n_echoes: int, loud: float) -> None:
+    """Fluid a seventh as bright as tissue at SNR 20 has a field; what is empty has none, also where unfolding made noise louder."""
+    shape, noise, times = (16, 20, 40), 0.05, tuple(0.004 * (i + 1) for i in range(n_echoes))
+    z, y, x = torch.meshgrid(*(torch.arange(n) - n // 2 for n in shape), indexing="ij")
+    fluid, empty = ((z**2 + y**2 + (x - at) ** 2).float().sqrt() for at in (-10, 10))
+    signal = torch.where(fluid < 6.5, 0.15, 1.0) * (empty >= 6.5)
+    phase = 2 * math.pi * 20.0 * torch.tensor(times)[:, None, None, None] * (1 + 0.02 * z)
+    scatter = torch.randn(n_echoes, *shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(0))
+    echoes = torch.polar(signal.expand_as(phase), phase) + noise * 2**0.5 * scatter * torch.where(empty < 6.5, loud, 1.0)
+    known = known_field(fit_field(echoes, times, torch.ones(shape, dtype=torch.bool), noise_std=noise), echoes, noise)
+    assert float(known[fluid < 5].float().mean()) > 0.95 and not bool(known[empty < 5].any())
+    assert bool(known[(fluid > 8) & (empty > 8)].all())
+
+
 @pytest.mark.parametrize("noise", [None, 0.1])
 def test_magnitude_model_derivatives(noise: float | None) -> None:
     model = MagnitudeDecay(EQUAL, noise)
