@@ -284,7 +284,11 @@ def _honest_deviation(maps: T1Maps, noise: ImageNoise | None, settings: MapSetti
 
     return T1Maps(
         kept(maps.t1, maps.t1.data),
-        kept(maps.t1_sd, sd, f"from {noise.source}, or the fit's residual where that is larger; not what regularisation smooths away"),
+        kept(
+            maps.t1_sd,
+            sd,
+            f"from {noise.source}, or the fit's residual where that is larger; not what regularisation smooths away",
+        ),
         kept(maps.m0, maps.m0.data),
         kept(maps.residual, maps.residual.data),
         None if maps.m0_phase is None else kept(maps.m0_phase, maps.m0_phase.data),
