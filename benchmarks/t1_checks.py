@@ -6,9 +6,11 @@
   centre of k-space, delays counted to another moment. Nine tubes, in which T1 is known.
 * What differs from place to place (`recon_core.maps.saturation_places`): a saturation that follows B1, and coil maps of too few lines.
   T1's error there, and what is said.
+* An object that moved in one state (`recon_core.maps.state_motion`): T1's error against that of the object at rest, and what is said.
 * Scans without calibration lines: T1 by coil maps of what all states have together, beside the contrast between those lines.
 * Scans with separate calibration lines whose states lack lines at the centre of k-space, beside how many.
-* A noise measurement three times too loud, against outer k-space and (``--pinqi``) against the residual of the maps.
+* A noise measurement three times too loud, against outer k-space and (``--pinqi``) against the residual of the maps; and one that is
+  1000 times too quiet.
 
     python -m benchmarks.t1_checks --pinqi
 """
@@ -16,6 +18,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,13 +33,14 @@ from benchmarks.common import print_table, write_result
 from benchmarks.pinqi_methods import Sample
 from benchmarks.pinqi_phantom import acquired
 from recon_core.errors import ReconError
+from recon_core.fourier import fft_centred, ifft_centred
 from recon_core.maps.sampled_centre import doubtful_centre, missing_at_centre, missing_centre
 from recon_core.maps.saturation import judge_recovery
 from recon_core.maps.series_t1 import t1_maps
 from recon_core.maps.settings import MapSettings
 from recon_core.maps.t1 import T1Maps, molli_t1, saturation_recovery_t1
 from recon_core.methods import get_method
-from recon_core.problem import noise_scan_excess
+from recon_core.problem import noise_scan_excess, noise_scan_lack
 from recon_core.reconstruct import Recipe, calibration_contrast, reconstruct
 from recon_core.simulation.head_atlas import HeadAtlas
 from recon_core.simulation.options import settings_for
@@ -196,6 +201,57 @@ def place_rows() -> list[list[Any]]:
     return rows
 
 
+MOVES: tuple[tuple[int, float, float], ...] = ((-1, 2, 0), (-1, 0, 1), (-1, 0.5, 0), (2, 2, 0), (0, 0, 2), (0, 1, 0))
+"""Which state, in order of times, and by how many pixels along y and x."""
+
+
+def moved(kspace: KSpace, state: int, dy: float, dx: float) -> KSpace:
+    """The object (and its coils) of one state elsewhere."""
+    data = kspace.data.clone()
+    one = fft_centred(data[state], -1)
+    for axis, pixels in ((-2, dy), (-1, dx)):
+        n = one.shape[axis]
+        ramp = torch.exp(-2j * math.pi * pixels * (torch.arange(n) - n // 2) / n)
+        one = one * (ramp if axis == -1 else ramp[:, None])
+    data[state] = ifft_centred(one, -1)
+    return replace(
+        kspace, data=data, acs=None if kspace.acs_mask is None else data.mean(0) * kspace.acs_mask[None, ..., None]
+    )
+
+
+def motion_cases() -> dict[str, tuple[str, KSpace, ScanInfo]]:
+    """Brains, tubes, and a heart by MOLLI 5(3)3."""
+    saturated = {name: ("saturation_recovery", *case) for name, case in cases().items()}
+    values = {"matrix_x": MATRIX, "matrix_y": MATRIX, "coils": 6, "snr": 60.0, "mask": "random"}
+    for r in (3.0, 6.0):
+        scan = simulate_scan("molli", settings_for("molli", {**values, "acceleration": r}))
+        kspace, info = acquired(scan, 0)
+        info = replace(info, saturation_times=(), inversion_times=tuple(scan.truth.states))
+        saturated[f"MOLLI {r:g}x"] = ("molli", kspace, info)
+    return saturated
+
+
+def motion_rows() -> list[list[Any]]:
+    """What is said of an object at rest, and of one that is elsewhere in one state."""
+    rows: list[list[Any]] = []
+    for name, (model, kspace, info) in motion_cases().items():
+        settings, rest = MapSettings(maps="t1", map_model=model, map_delays="tell"), None
+        times = info.saturation_times or info.inversion_times
+        order = sorted(range(len(times)), key=times.__getitem__)
+        for move in (None, *MOVES):
+            data = kspace if move is None else moved(kspace, order[move[0]], *move[1:])
+            found = t1_maps(ImageSeries("image", images_of(data, info)), info, None, settings)
+            t1 = found.maps[0]
+            rest = t1 if rest is None else rest
+            both = t1.valid & rest.valid
+            error = (t1.data[both] / rest.data[both] - 1).abs().numpy()
+            off = [f"{100 * np.quantile(error, part):.0f}" for part in (0.5, 0.75, 0.95)]
+            said = next((note for note in found.notes if "seems to have moved" in note), "").partition("moved ")[2]
+            label = "-" if move is None else f"{times[order[move[0]]]:g} s: {move[1]:g}, {move[2]:g}"
+            rows.append([name, label, *off, re.sub(": T1 is wrong.*pixels by", "; a quarter by", said)])
+    return rows
+
+
 def without_calibration(kspace: KSpace) -> KSpace:
     """Calibrated as the server would: the centre that the states sample together, each line the mean of the states that have it."""
     counts = kspace.counts.sum(0)
@@ -311,6 +367,9 @@ def noise_row(name: str, kspace: KSpace, scan: ScanInfo, pinqi: bool) -> list[An
         if pinqi:
             recipe = Recipe("pinqi", get_method("pinqi").Settings(), maps=MapSettings())
             row.append(f"{reconstruct(loud, scan, recipe).quality['residual_maps']:.2f}")
+    for quieter in (1.0, 1000.0):
+        assert kspace.noise_std is not None
+        row.append(f"{noise_scan_lack(replace(kspace, noise_std=kspace.noise_std / quieter)):.2f}")
     return row
 
 
@@ -330,6 +389,9 @@ def main() -> int:
     places = place_rows()
     place_columns = ["the scan", "T1 off %, median", "a quarter", "a twentieth", "said"]
     print_table("what differs from place to place", place_columns, places)
+    motion = motion_rows()
+    motion_columns = ["the scan", "moved: pixels along y, x", "T1 off %, median", "a quarter", "a twentieth", "said: moved"]
+    print_table("an object that moved in one state", motion_columns, motion)
     calibration = calibration_rows()
     calibration_columns = ["kind", "lines", "contrast", "T1 off %, worst", "median"]
     print_table("without calibration lines", calibration_columns, calibration)
@@ -338,12 +400,13 @@ def main() -> int:
     print_table("with separate calibration lines, and gaps at the centre of k-space", centre_columns, centre)
     noise = [noise_row(name, kspace, scan, options.pinqi) for name, (kspace, scan) in good.items()]
     per = ["over outer", "residual"] if options.pinqi else ["over outer"]
-    noise_columns = ["scan", *(f"{text} {times}" for times in ("1x", "3x") for text in per)]
+    noise_columns = ["scan", *(f"{text} {times}" for times in ("1x", "3x") for text in per), "quieter 1x", "1/1000"]
     print_table("noise measurement", noise_columns, noise)
     tables = {
         "gains": gains,
         "physics": physics,
         "places": places,
+        "motion": motion,
         "calibration": calibration,
         "centre": centre,
         "noise": noise,
@@ -352,6 +415,7 @@ def main() -> int:
         "gains": gain_columns,
         "physics": physics_columns,
         "places": place_columns,
+        "motion": motion_columns,
         "calibration": calibration_columns,
         "centre": centre_columns,
         "noise": noise_columns,

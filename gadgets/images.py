@@ -328,13 +328,13 @@ class ImageWriter:
             frame[0] = shown
         else:
             frame[0], beyond = scaling.encode(shown, valid)
-            if display.adaptive and beyond > MAX_CLIPPED * valid.sum():
+            if (display.adaptive or display.arbitrary) and beyond > MAX_CLIPPED * valid.sum():
                 wider = map_display(parameter.name, parameter.unit, values[valid], self.header.field_strength)
-                if wider.slope > display.slope:
+                if wider.slope / wider.factor > display.slope / display.factor:
                     chosen = self._series("map", parameter.name, frame.shape, stored_as, begin, fresh=True)
                     display, scaling = chosen.display, chosen.scaling
                     assert display is not None and scaling is not None
-                    frame[0], beyond = scaling.encode(shown, valid)
+                    frame[0], beyond = scaling.encode(np.where(valid, values, 0.0) * display.factor, valid)
                     told = ("larger values than the slices before: new series with its own scale",)
             told += beyond_comment(beyond, int(valid.sum()), display, scaling)
         comments: Comments = (map_comment(display, scaling), parameter.comment, *told)

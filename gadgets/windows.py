@@ -110,7 +110,7 @@ class MapDisplay:
         The slope is doubled (up to 16 times) when the first slice or volume does not fit; a later slice that does not begins a series.
     arbitrary
         The quantity has the images' own unit: slope and factor (a power of 1000, named in the unit) follow the first slice, and
-        the window goes from zero to its 99th percentile.
+        the window goes from zero to its 99th percentile; a later slice that does not fit begins a series.
     """
 
     role: str

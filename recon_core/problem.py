@@ -21,6 +21,24 @@ LOUDEST = 1.33
 """A noise scan may say so many times what outer k-space shows, where signal comes on top: few samples, and noise bandwidths that differ by
 12 %. Good T1 scans show 0.47 to 0.75 (`benchmarks.t1_checks`)."""
 
+QUIETEST = 1.5
+"""... and outer k-space that holds nothing but noise may be so many times louder than the noise scan. Good scans show 0.94 to 1.27
+(`benchmarks.t1_checks`)."""
+
+WHITE, LARGELY_WHITE, FAR_TOO_QUIET = 0.85, 0.6, 20.0
+"""Geometric over arithmetic mean of the eigenvalues of the covariance between coils, above which samples are noise that was whitened: 0.86
+to 0.99 at an SNR of up to 100. Signal in outer k-space is shared by neighbouring coils: 0.8 where it is half as loud again as noise, and
+below 0.5 where it is 4 times louder, so that the second value serves where noise seems more than 20 times louder than measured."""
+
+FEWEST_COILS = 4
+"""Below which signal may look white: two coils on either side."""
+
+AIR = 0.1
+"""Part of the readout positions, those with least energy, that are asked for noise."""
+
+ROUNDING = 1e-6
+"""Of the largest sample: what simulated data without noise have instead."""
+
 MOST_WEIGHT = 2.0
 """Averages count by their number up to this many times the typical one: more would slow every solver (condition number)."""
 
@@ -226,16 +244,40 @@ def noise_scan_excess(kspace: KSpace) -> float:
     return kspace.noise_std * math.sqrt(kspace.readout_share / outer)
 
 
+def noise_scan_lack(kspace: KSpace) -> float:
+    """How many times quieter the noise measurement is than the outer k-space of the images; 0 where signal may be what is louder.
+
+    Asked are the readout positions with least energy, where there is no object. Noise of the right covariance is white after whitening,
+    however wrong its scale is, and signal is not (`WHITE`).
+    """
+    samples = _outer_samples(kspace)  # (position, x, coil)
+    power = samples.abs().double().square().mean((0, 2))
+    quiet = samples[:, power.argsort()[: max(1, int(AIR * len(power)))]].flatten(0, 1).to(torch.complex128)
+    quiet = quiet[:, (quiet != 0).any(0)]  # channels without a receiver are silent
+    if not kspace.noise_std or quiet.shape[1] < FEWEST_COILS or len(quiet) <= quiet.shape[1]:
+        return 0.0
+    variances = torch.linalg.eigvalsh(quiet.mH @ quiet / len(quiet))
+    level = math.sqrt(float(variances.mean()))
+    if level <= ROUNDING * float(kspace.data.abs().max()) or not float(variances[0]) > 0:
+        return 0.0
+    lack = level / (kspace.noise_std * math.sqrt(kspace.readout_share))
+    white = float(variances.log().mean().exp() / variances.mean())
+    return lack if white > (WHITE if lack < FAR_TOO_QUIET else LARGELY_WHITE) else 0.0
+
+
 def _outer_power(kspace: KSpace) -> Tensor:
     """Noise variance of each coil, float64 ``(coil,)``; see `outer_noise`."""
+    # one variance per coil: without prewhitening coils differ
+    per_coil = _outer_samples(kspace).abs().double().square().flatten(0, 1)
+    return per_coil.kthvalue(max(1, per_coil.shape[0] // 10), dim=0).values / -math.log(0.9)
+
+
+def _outer_samples(kspace: KSpace) -> Tensor:
+    """The outer quarter of the sampled positions as if sampled once, ``(position, x, coil)``."""
     counts = kspace.counts
     k2 = (torch.arange(counts.shape[1], device=counts.device) - counts.shape[1] // 2) / max(1, counts.shape[1] // 2)
     k1 = (torch.arange(counts.shape[2], device=counts.device) - counts.shape[2] // 2) / max(1, counts.shape[2] // 2)
     distance = torch.maximum(k2.abs()[:, None], k1.abs()[None, :]).expand(counts.shape)
     sampled = counts > 0
     far = sampled & (distance >= torch.quantile(distance[sampled].float(), 0.75))
-    samples = kspace.data.movedim(1, -1)[far]  # (position, x, coil)
-    power = samples.abs().double().square() * counts[far][:, None, None]
-    # one variance per coil: without prewhitening coils differ
-    per_coil = power.flatten(0, 1)
-    return per_coil.kthvalue(max(1, per_coil.shape[0] // 10), dim=0).values / -math.log(0.9)
+    return kspace.data.movedim(1, -1)[far] * counts[far].sqrt()[:, None, None]

@@ -22,7 +22,7 @@ from recon_core.preprocess.coil_compression import compress, compress_geometric,
 from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.preprocess.partial_fourier import Extent, Extents, complete, measured_extent, partial_axes
 from recon_core.preprocess.settings import PreprocessSettings
-from recon_core.problem import LOUDEST, noise_of, noise_scan_excess, pose
+from recon_core.problem import LOUDEST, QUIETEST, noise_of, noise_scan_excess, noise_scan_lack, pose
 from recon_core.state_images import StateImages
 from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, Report, Result, ScanInfo, Tensor
 
@@ -279,16 +279,19 @@ def calibration_contrast(states: Tensor, times: Sequence[float], *, inverted: bo
 
 
 def _with_believable_noise(kspace: KSpace, recipe: Recipe, report: Report) -> tuple[KSpace, tuple[str, ...]]:
-    """The k-space without its noise measurement where that is louder than the samples can be, and what to tell of it.
+    """The k-space without its noise measurement where that contradicts the samples, and what to tell of it.
 
     A noise level too high would blind T1's checks, which ask whether the misfit is more than noise, and bend R2* (noise lifts late
-    echoes).
+    echoes). One too low would make standard deviations too small, and regularisation that follows the noise next to none.
     """
-    if recipe.maps.maps == "none" or (excess := noise_scan_excess(kspace)) <= LOUDEST:
+    if recipe.maps.maps != "none" and (excess := noise_scan_excess(kspace)) > LOUDEST:
+        note = f"{excess:.1f} times louder than the outer k-space of the images, which cannot be"
+    elif (lack := noise_scan_lack(kspace)) > QUIETEST:
+        note = f"{lack:.{1 if lack < 10 else 0}f} times quieter than the noise in the outer k-space of the images"
+    else:
         return kspace, ()
     note = (
-        f"the noise measurement is {excess:.1f} times louder than the outer k-space of the images, which cannot be (its scaling, or "
-        "another bandwidth): noise is estimated from outer k-space instead"
+        f"the noise measurement is {note} (its scaling, or another bandwidth): noise is estimated from outer k-space instead"
     )
     report.warn(note)
     return replace(kspace, noise_std=None), (note,)

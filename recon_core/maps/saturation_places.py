@@ -79,5 +79,5 @@ def note_of_places(places: Sequence[Place]) -> str:
     return (
         f"T1 is wrong in {100 * share:.0f} % of the object, by {100 * worst:.0f} % and more in places: the recovery seems to begin at "
         f"{round(100 * low)} to {round(100 * high)} % of M0 from place to place (a saturation that follows B1, coil maps of too few "
-        "calibration lines, or motion)"
+        "calibration lines, motion, or a spike in k-space)"
     )

@@ -16,6 +16,7 @@ from recon_core.errors import DataError
 from recon_core.maps.saturation import MOST_WRONG, judge_recovery, strong_signal
 from recon_core.maps.series import ImageNoise, SeriesMaps
 from recon_core.maps.settings import MapSettings
+from recon_core.maps.state_motion import moved_state
 from recon_core.maps.state_phase import note_of, turn_back, turns_of_states
 from recon_core.maps.t1 import T1Maps, inversion_recovery_t1, molli_t1, saturation_recovery_t1
 from recon_core.types import ImageSeries, ParameterMap, ScanInfo
@@ -46,6 +47,12 @@ MOST_INVALID = 0.2
 
 MOST_EMPTY = 0.1
 """Part of the object with a T1 below which another recovery than the one that is fitted is likely."""
+
+ALIKE = 1.1
+"""Residuals of two recoveries that differ by less are alike."""
+
+MOST_ASKED = 2000
+"""Pixels that are asked whether another recovery fits as well."""
 
 FITS = {"molli": molli_t1, "inversion_recovery": inversion_recovery_t1, "saturation_recovery": saturation_recovery_t1}
 
@@ -115,7 +122,8 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     DataError
         Times as in `recovery_times`; images that are not finite; a sign from the phase asked of magnitude images; of a
         saturation recovery, delays that do not belong together, a beginning far from zero, where T1 would be too wrong, or a shortest
-        delay that is the brightest.
+        delay that is the brightest; an object that moved in one state, where T1 would be too wrong; of an inversion
+        recovery, images that a saturation explains as well.
     """
     times = recovery_times(scan, len(series.data), settings)
     if settings.map_model == "saturation_recovery":
@@ -138,6 +146,10 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     if settings.map_model == "saturation_recovery" and (
         note := _judged_saturation(signed, maps, times, settings.map_delays)
     ):
+        notes.append(f"T1: {note}")
+    other = "" if settings.map_model == "saturation_recovery" else _judged_inversion(signed, fitted, times, settings)
+    # what another recovery leaves looks like motion as well
+    if note := other or _judged_motion(signed, fitted, times, settings.map_delays):
         notes.append(f"T1: {note}")
     if share < 1 - MOST_INVALID:
         empty = f"T1: {100 * (1 - share):.0f} % of the object's pixels have no believable T1 and are left empty"
@@ -188,6 +200,53 @@ def _judged_saturation(images: Tensor, maps: T1Maps, times: tuple[float, ...], d
     return judged.note
 
 
+def _judged_inversion(images: Tensor, maps: T1Maps, times: tuple[float, ...], settings: MapSettings) -> str:
+    """What is to be said of an inversion recovery that one from saturation explains as well; raises ``DataError`` (``map_delays``).
+
+    With signs from the zero crossing a shortest delay that is dim passes for inverted, and T1 comes out by half too short.
+    """
+    seen = maps.t1.valid.flatten().nonzero()[:, 0]
+    if len(set(times)) <= LEAST_TIMES or not len(seen):
+        return ""
+    asked = seen[:: -(-len(seen) // MOST_ASKED)]
+    few = images.flatten(1)[:, asked][:, None, None]
+    saturated = saturation_recovery_t1(few, times, settings=settings.t1).residual
+    alike = saturated.valid[0, 0] & (saturated.data[0, 0] < ALIKE * maps.residual.data.flatten()[asked])
+    share = float(alike.float().mean())
+    if share <= 0.5:
+        return ""
+    found = f"a recovery from saturation fits {100 * share:.0f} % of the pixels as well, with one number less"
+    if settings.map_delays == "require":
+        raise DataError(
+            "this is no inversion recovery",
+            where="T1 map",
+            got=found,
+            expected="images that begin with inverted magnetisation",
+            remedy="Use map_model = saturation_recovery, or check the preparation and the times in the header; map_delays = tell sends "
+            "such a map",
+        )
+    return f"{found}: likely there was no inversion, and T1 is wrong (setting map_model)"
+
+
+def _judged_motion(images: Tensor, maps: T1Maps, times: tuple[float, ...], delays: str) -> str:
+    """What is to be said of an object that moved in one state; raises ``DataError`` where T1 would be too wrong (``map_delays``)."""
+    inside = maps.t1.valid
+    fitted = torch.stack((maps.m0.data, 1 / maps.t1.data)) if maps.parameters is None else maps.parameters
+    phase = None if maps.m0_phase is None else maps.m0_phase.data
+    motion = moved_state(images, phase, fitted[:, inside], times, inside)
+    if motion is None:
+        return ""
+    if motion.forbids_map and delays == "require":
+        raise DataError(
+            "T1 would be wrong",
+            where="T1 map",
+            got=motion.note,
+            expected=f"an object at rest, and T1 within {100 * MOST_WRONG:g} % of the truth",
+            remedy="Repeat the scan, or leave that image out; map_delays = tell sends such a map",
+        )
+    return motion.note
+
+
 def _with_sign(images: Tensor, sign: str) -> tuple[Tensor, str]:
     """Complex images where the phase is to give the sign, magnitudes otherwise; and a note where 'auto' had to decline."""
     if not images.is_complex():
@@ -225,8 +284,13 @@ def _honest_deviation(maps: T1Maps, noise: ImageNoise | None, settings: MapSetti
 
     return T1Maps(
         kept(maps.t1, maps.t1.data),
-        kept(maps.t1_sd, sd, f"from {noise.source}, or the fit's residual where that is larger"),
+        kept(
+            maps.t1_sd,
+            sd,
+            f"from {noise.source}, or the fit's residual where that is larger; not what regularisation smooths away",
+        ),
         kept(maps.m0, maps.m0.data),
         kept(maps.residual, maps.residual.data),
         None if maps.m0_phase is None else kept(maps.m0_phase, maps.m0_phase.data),
+        maps.parameters,
     )

@@ -40,9 +40,9 @@ class MapSettings:
     )
     map_delays: str = setting(
         "require",
-        "Saturation recovery whose delays do not belong together, so that T1 would be more than a tenth wrong: 'require' makes no "
-        "map, 'tell' makes it and says how wrong (tissue that does not recover by one exponential looks alike). An inversion never "
-        "makes one.",
+        "Saturation recovery whose delays do not belong together, or an object that moved in one state, so that T1 would be more than a "
+        "tenth wrong, or an inversion recovery that was none: 'require' makes no map, 'tell' makes it and says how wrong (tissue that "
+        "does not recover by one exponential looks like wrong delays). An inversion that was to be a saturation never makes one.",
         choices=("require", "tell"),
     )
     map_t1_min: float = setting(T1Settings.t1_min, "Shortest plausible T1", unit="s", low=0.001, high=1.0)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -62,6 +62,8 @@ class T1Maps:
         Standard deviation of the data about the fit in the images' unit: ``sqrt(sum |q - y|^2 / degrees of freedom)``.
     m0_phase
         Phase of M0 in rad; ``None`` for magnitude images.
+    parameters
+        ``(A, B, R)`` of ``A - B exp(-TI R)``, float32 ``(parameter, z, y, x)``, images' unit and 1/s; ``None`` for a saturation recovery.
     """
 
     t1: ParameterMap
@@ -69,6 +71,7 @@ class T1Maps:
     m0: ParameterMap
     residual: ParameterMap
     m0_phase: ParameterMap | None = None
+    parameters: Tensor | None = None
 
     @property
     def maps(self) -> tuple[ParameterMap, ...]:
@@ -311,7 +314,11 @@ def _three_parameter(
         found.append(_Candidate(t1, t1_sd, b - a if look_locker else a, fit, _believable(fit, inverted)))
     c = found[0] if len(found) == 1 else _better(found[0], found[1], series)
     phase = None if axis is None else torch.remainder(axis + math.pi, 2 * math.pi) - math.pi
-    return series.maps(c.t1, c.t1_sd, c.m0, c.fit, len(series.times), c.believable, phase)
+    maps = series.maps(c.t1, c.t1_sd, c.m0, c.fit, len(series.times), c.believable, phase)
+    parameters = torch.zeros((3, *series.has_signal.shape), dtype=torch.float32, device=data.device)
+    unit = torch.tensor([series.scale, series.scale, 1.0], device=data.device)
+    parameters[:, series.has_signal] = c.fit.parameters.float() * unit[:, None]
+    return replace(maps, parameters=parameters)
 
 
 @dataclass(frozen=True)

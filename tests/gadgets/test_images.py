@@ -151,6 +151,21 @@ def test_a_much_brighter_slice_is_not_cut_off_but_begins_a_series_with_a_coarser
     assert any("brighter" in comment for comment in values(bright[0].meta, "ImageComments"))
 
 
+@pytest.mark.parametrize("brighter", [20.0, 5000.0])
+def test_a_map_in_the_images_own_unit_is_not_cut_off_where_a_slice_is_much_brighter(brighter: float) -> None:
+    writer = ImageWriter(mrd_header(), "llr", OutputSettings(pixel_type="uint16"))
+    m0 = np.linspace(100, 150, MATRIX[-1])
+    dim, bright, after = (
+        received(writer, result(t1_map(gain * m0, "M0", "1")), scan_info(n))[-1]
+        for n, gain in enumerate((1, brighter, brighter))
+    )
+    assert dim.image_series_index < bright.image_series_index == after.image_series_index
+    unit = float(values(bright.meta, "QuantityUnit")[0]) if bright.meta.get("QuantityUnit") else 1.0
+    shown = unit * bright.data[0] * float(bright.meta["RescaleSlope"])
+    np.testing.assert_allclose(shown[0, 0], brighter * m0, rtol=2e-3)
+    assert any("new series" in comment for comment in values(bright.meta, "ImageComments"))
+
+
 def test_an_empty_first_slice_decides_neither_scale_nor_window() -> None:
     writer, plain = (ImageWriter(mrd_header(), "llr", OutputSettings(pixel_type="uint16")) for _ in range(2))
     zero = received(writer, result(t1_map(0.0, "M0", "1"), data=torch.zeros_like(cine())), scan_info(1))

@@ -16,6 +16,7 @@ from recon_core.maps.series_t1 import recovery_times, t1_maps
 from recon_core.maps.settings import MapSettings
 from recon_core.methods import get_method
 from recon_core.preprocess.oversampling import to_recon_matrix
+from recon_core.problem import noise_scan_excess, noise_scan_lack
 from recon_core.reconstruct import Recipe, reconstruct
 from recon_core.settings import parse_settings
 from recon_core.types import ImageSeries, KSpace, ParameterMap, Result, ScanInfo
@@ -356,3 +357,51 @@ def test_a_noise_measurement_louder_than_outer_kspace_is_told_and_not_used(loude
     assert any("noise measurement is" in text for text in report.warnings) == told
     comment = next(m.comment for m in result.maps if m.name == "T1_SD")
     assert ("noise of outer k-space" in comment) == told
+
+
+@pytest.mark.parametrize("maps", [T1, MapSettings()])
+@pytest.mark.parametrize(("quieter", "told"), [(1.0, False), (2.0, True), (1000.0, True)])
+def test_a_noise_measurement_quieter_than_the_noise_of_outer_kspace_is_told_and_not_used(
+    quieter: float, told: bool, maps: MapSettings
+) -> None:
+    k = molli_kspace(0.02)
+    report = Listener()
+    result = reconstruct(replace(k, noise_std=0.02 / quieter), SCAN, recipe("cg_sense", maps), report)
+    assert any("times quieter than the noise" in note for note in result.notes) == told
+    assert any("times quieter than the noise" in text for text in report.warnings) == told
+    for found in result.maps:
+        assert found.name != "T1_SD" or ("noise of outer k-space" in found.comment) == told
+
+
+def test_signal_in_outer_kspace_is_not_taken_for_a_quiet_noise_measurement() -> None:
+    """Without air and with little noise the samples of outer k-space are signal, which neighbouring coils share."""
+    k = molli_kspace(1e-5)
+    inside = replace(k, data=k.data[..., N // 3 : -N // 3])
+    assert noise_scan_excess(inside) < 0.3
+    assert noise_scan_lack(inside) == 0
+    assert noise_scan_lack(replace(k, noise_std=1e-6)) == pytest.approx(10, rel=0.1)
+
+
+@pytest.mark.parametrize("model", ["molli", "inversion_recovery"])
+def test_a_saturation_is_not_fitted_as_an_inversion_whose_sign_was_lost(model: str) -> None:
+    t1, density = object_t1()
+    tau = (0.5, 1.0, 1.5, 2.0, 8.0)
+    images = np.stack([density * (1 - np.exp(-t / t1)) for t in tau])[:, None]
+    rng = np.random.default_rng(3)
+    images = images + 0.01 * (rng.standard_normal(images.shape) + 1j * rng.standard_normal(images.shape))
+    series = ImageSeries("image", torch.from_numpy(images).to(torch.complex64))
+    scan, noise = replace(SCAN, inversion_times=tau), ImageNoise(0.01, True)
+    settings = replace(T1, map_model=model, map_sign="magnitude")
+    with pytest.raises(DataError, match=r"this is no inversion recovery.*saturation fits") as refused:
+        t1_maps(series, scan, noise, settings)
+    assert "map_model = saturation_recovery" in (refused.value.remedy or "")
+    (told,) = [n for n in t1_maps(series, scan, noise, replace(settings, map_delays="tell")).notes if "likely" in n]
+    assert "no inversion" in told
+
+
+@pytest.mark.parametrize("sign", ["phase", "magnitude"])
+def test_an_inversion_is_not_taken_for_a_saturation(sign: str) -> None:
+    images = molli_images().to(torch.complex64)
+    rng = torch.Generator().manual_seed(2)
+    images = images + 0.05 * torch.randn(images.shape, generator=rng, dtype=torch.complex64)
+    assert not t1_maps(ImageSeries("image", images), SCAN, ImageNoise(0.05, True), replace(T1, map_sign=sign)).notes

@@ -9,6 +9,7 @@ import torch
 
 from recon_core.errors import DataError, NumericalError
 from recon_core.maps.saturation import MOST_WRONG, Judgement, judge_recovery, strong_signal
+from recon_core.maps.state_motion import Motion, moved_state
 from recon_core.maps.state_phase import note_of, turn_back, turns_of_states
 from recon_core.methods.pinqi.installed import installed_weights
 from recon_core.methods.pinqi.model import AS_LEARNED, PinqiOutput, Strengths
@@ -109,12 +110,14 @@ def reconstruct_with(trained: TrainedPinqi, kspace: KSpace, scan: ScanInfo, sett
     report.progress(0.9, NAME)
     agreed = agreement(applied.operator, applied.data, found, applied.signal, applied.sample_noise)
     judged = _judged_recovery(trained, applied)
-    notes = _judge(agreed, judged, applied.noise_measured, settings, where)
+    motion = _motion(trained, applied)
+    notes = _judge(agreed, judged, motion, applied.noise_measured, settings, where)
     if turned := note_of(turns, scan.saturation_times):
         notes = (f"pinqi: {turned}", *notes)
     comment = "; ".join((_origin(trained), *notes))
     rates = trained.network.predicted_rates
-    believed = not judged.is_no_saturation and (settings.quality_failure == "tell" or not judged.forbids_map)
+    wrong = judged.forbids_map or (motion is not None and motion.forbids_map)
+    believed = not judged.is_no_saturation and (settings.quality_failure == "tell" or not wrong)
     maps, share = parameter_maps(
         trained.network.model, applied.operator, found, agreed, noise, scale, settings, comment, rates, believed=believed
     )
@@ -345,7 +348,9 @@ def calibration(kspace: KSpace, scan: ScanInfo, settings: Settings) -> KSpace:
     return longest_delay_calibration(kspace, scan) if settings.coil_map_source == "longest" else kspace
 
 
-def _judge(agreed: Agreement, judged: Judgement, noise_measured: bool, settings: Settings, where: str) -> tuple[str, ...]:
+def _judge(
+    agreed: Agreement, judged: Judgement, motion: Motion | None, noise_measured: bool, settings: Settings, where: str
+) -> tuple[str, ...]:
     """Nothing, or what the operator has to know of maps that contradict the data or of delays that contradict each other.
 
     Raises
@@ -356,8 +361,8 @@ def _judge(agreed: Agreement, judged: Judgement, noise_measured: bool, settings:
     source = "measured noise" if noise_measured else "noise of outer k-space"
     misfit = f"residual {agreed.maps:.1f} times the {source}, {100 * agreed.unexplained:.0f} % of the signal unexplained"
     if settings.quality_failure == "error":
-        _refuse_wrong(agreed, judged, misfit, settings, where)
-    told = [judged.note] if judged.note else []
+        _refuse_wrong(agreed, judged, motion, misfit, settings, where)
+    told = [found.note for found in (judged, motion) if found is not None and found.note]
     if agreed.fails(settings):
         told.append(f"the maps do not fit the measured data ({misfit})")
     if noise_measured and agreed.noise_too_loud:
@@ -369,23 +374,27 @@ def _judge(agreed: Agreement, judged: Judgement, noise_measured: bool, settings:
     return (f"pinqi: {'; '.join(told)}",) if told else ()
 
 
-def _refuse_wrong(agreed: Agreement, judged: Judgement, misfit: str, settings: Settings, where: str) -> None:
+def _refuse_wrong(
+    agreed: Agreement, judged: Judgement, motion: Motion | None, misfit: str, settings: Settings, where: str
+) -> None:
     """Raise ``NumericalError`` for maps that are not to be sent."""
-    if judged.forbids_map:
+    causes = [found for found in (judged, motion) if found is not None and found.forbids_map]
+    if causes:
         raise NumericalError(
             "T1 would be wrong",
             where=where,
-            got=judged.note,
-            expected=f"delays that belong together, and T1 within {100 * MOST_WRONG:g} % of the truth",
+            got="; ".join(found.note for found in causes),
+            expected=f"delays that belong together, an object at rest, and T1 within {100 * MOST_WRONG:g} % of the truth",
             remedy="Another method's T1 would be as wrong; the images are not. quality_failure = tell sends the map",
         )
     if agreed.fails(settings):
+        told = "; ".join(found.note for found in (judged, motion) if found is not None and found.note)
         raise NumericalError(
             "the maps do not fit the measured data",
             where=where,
             got=misfit,
             expected=f"below {settings.quality_noise:g} times, or below {100 * settings.quality_signal:g} %",
-            remedy=f"The chain's fallback can answer; {judged.note or 'motion and wrong delays are common causes'}",
+            remedy=f"The chain's fallback can answer; {told or 'motion and wrong delays are common causes'}",
         )
 
 
@@ -394,11 +403,26 @@ def _judged_recovery(trained: TrainedPinqi, applied: Applied) -> Judgement:
     model = trained.network.model
     if not isinstance(model, SaturationRecovery) or not model.is_complex:
         return Judgement()
-    images = applied.found.images if applied.start is None else applied.start
+    images, m0, rate, inside = _untouched(applied)
+    return judge_recovery(images[:, inside], m0[inside], 1 / rate[inside], trained.times, inside)
+
+
+def _motion(trained: TrainedPinqi, applied: Applied) -> Motion | None:
+    """Whether the object moved in one delay, by the same images."""
+    model = trained.network.model
+    if not isinstance(model, SaturationRecovery) or not model.is_complex:
+        return None
+    images, m0, rate, inside = _untouched(applied)
+    fitted = torch.stack((m0.abs(), rate))
+    return moved_state(images[:, None], m0.angle()[None], fitted[:, inside], trained.times, inside[None])
+
+
+def _untouched(applied: Applied) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images ``(state, x, y)`` that the model has not touched, complex M0 and R1 ``(x, y)``, and where there is signal."""
+    images = (applied.found.images if applied.start is None else applied.start)[0]
     parameters = applied.found.parameters[0]
-    inside = strong_signal(images[0]) & (parameters[-1] > 0)
-    m0 = torch.complex(parameters[0], parameters[1])[inside]
-    return judge_recovery(images[0][:, inside], m0, 1 / parameters[-1][inside], trained.times, inside)
+    inside = strong_signal(images) & (parameters[-1] > 0)
+    return images, torch.complex(parameters[0], parameters[1]), parameters[-1], inside
 
 
 def _origin(trained: TrainedPinqi) -> str:

@@ -280,6 +280,29 @@ def test_a_gain_that_makes_t1_wrong_by_a_tenth_leaves_no_map_unless_asked_for(ph
         assert any("delay 8 s" in note for note in result.notes)
 
 
+def moved(s: SaturationScan, state: int, pixels: float) -> KSpace:
+    """The object of one delay elsewhere along y."""
+    data = s.kspace.data.clone()
+    n = data.shape[-2]
+    data[state] *= torch.exp(-2j * torch.pi * pixels * (torch.arange(n) - n // 2) / n)[:, None]
+    return replace(s.kspace, data=data)
+
+
+@pytest.mark.parametrize("state", [None, 0, 3])
+def test_an_object_that_moved_in_one_delay_is_said_with_every_map(physics: TrainedPinqi, state: int | None) -> None:
+    s = saturation_scan((56, 52), noise=0.003)
+    result = run(physics, s, None if state is None else moved(s, state, 1.0), quality_failure="tell")
+    told = [note for note in result.notes if "seems to have moved" in note]
+    assert bool(told) == (state is not None)
+    assert state is None or all(f"at {TIMES[state]:g} s" in told[0] and told[0] in m.comment for m in result.maps)
+
+
+def test_maps_that_do_not_fit_for_motion_are_refused_with_its_reason(physics: TrainedPinqi) -> None:
+    s = saturation_scan((56, 52), noise=0.003)
+    with pytest.raises(NumericalError, match="moved at 8 s"):
+        run(physics, s, moved(s, 3, 2.0), quality_failure="error")
+
+
 @pytest.mark.parametrize("times", [1.0, 1.5, 3.0])
 def test_a_noise_measurement_that_is_too_loud_is_told(physics: TrainedPinqi, times: float) -> None:
     """The residual is then less than noise, which made the quality check blind."""
