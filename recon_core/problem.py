@@ -22,8 +22,8 @@ LOUDEST = 1.33
 12 %. Good T1 scans show 0.47 to 0.75 (`benchmarks.t1_checks`)."""
 
 QUIETEST = 1.5
-"""... and outer k-space that holds nothing but noise may be so many times louder than the noise scan. Good scans show 0.94 to 1.27
-(`benchmarks.t1_checks`)."""
+"""... and outer k-space that holds nothing but noise may be so many times louder than the noise scan. Good scans show 0.95 to 1.23
+(`benchmarks.t1_checks`; 0.94 to 1.27 in trials)."""
 
 WHITE, LARGELY_WHITE, FAR_TOO_QUIET = 0.85, 0.6, 20.0
 """Geometric over arithmetic mean of the eigenvalues of the covariance between coils, above which samples are noise that was whitened: 0.86

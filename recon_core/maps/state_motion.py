@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 
 LEAST_MOVED = 0.15
 """Pixels beyond doubt from which on the operator is told. Good scans show at most 0.10, and 0.14 where states lack the centre of k-space;
-a state moved by a pixel or two 0.14 to 1.3 (`benchmarks.t1_checks`)."""
+a state moved by a pixel or two 0.14 to 1.3 (trials with some 75 scans; fewer in `benchmarks.t1_checks`)."""
 
 FEWEST_PARTS = 9
 """Of the object, below which nothing can be said of the uncertainty of six numbers."""
