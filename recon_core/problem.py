@@ -250,11 +250,13 @@ def noise_scan_lack(kspace: KSpace) -> float:
     Asked are the readout positions with least energy, where there is no object. Noise of the right covariance is white after whitening,
     however wrong its scale is, and signal is not (`WHITE`).
     """
+    if not kspace.noise_std or not bool(kspace.mask.any()):
+        return 0.0
     samples = _outer_samples(kspace)  # (position, x, coil)
     power = samples.abs().double().square().mean((0, 2))
     quiet = samples[:, power.argsort()[: max(1, int(AIR * len(power)))]].flatten(0, 1).to(torch.complex128)
     quiet = quiet[:, (quiet != 0).any(0)]  # channels without a receiver are silent
-    if not kspace.noise_std or quiet.shape[1] < FEWEST_COILS or len(quiet) <= quiet.shape[1]:
+    if quiet.shape[1] < FEWEST_COILS or len(quiet) <= quiet.shape[1] or not bool(torch.isfinite(quiet.abs()).all()):
         return 0.0
     variances = torch.linalg.eigvalsh(quiet.mH @ quiet / len(quiet))
     level = math.sqrt(float(variances.mean()))

@@ -382,6 +382,13 @@ def test_signal_in_outer_kspace_is_not_taken_for_a_quiet_noise_measurement() -> 
     assert noise_scan_lack(replace(k, noise_std=1e-6)) == pytest.approx(10, rel=0.1)
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_samples_that_are_none_say_nothing_of_the_noise(value: float) -> None:
+    k = molli_kspace(0.02)
+    assert noise_scan_lack(replace(k, data=torch.full_like(k.data, value))) == 0
+    assert noise_scan_lack(replace(k, counts=torch.zeros_like(k.counts))) == 0
+
+
 @pytest.mark.parametrize("model", ["molli", "inversion_recovery"])
 def test_a_saturation_is_not_fitted_as_an_inversion_whose_sign_was_lost(model: str) -> None:
     t1, density = object_t1()
