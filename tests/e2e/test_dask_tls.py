@@ -36,7 +36,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 @pytest.fixture(scope="module")
 def address(site: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     certificate, key = site.issue("cluster")
-    with dask_cluster(tmp_path_factory.mktemp("cluster"), 1, tls_options(site.certificate, certificate, key)) as running:
+    folder = tmp_path_factory.mktemp("cluster")
+    with dask_cluster(folder, 1, tls_options(site.certificate, certificate, key)) as running:
+        until(lambda: "Registered to:" in (folder / "dask.log").read_text(), "its worker does not come")
         yield running
 
 
