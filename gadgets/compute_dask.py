@@ -36,6 +36,7 @@ AHEAD = 2  # tasks sent for each one that is computed: the next one has to be th
 PATIENCE = 10.0  # s for an answer of the scheduler
 CONNECT = 10.0  # s to reach it
 AGAIN = 5.0  # s between attempts to reach a scheduler that was lost, or was not there yet
+ATTEMPTS, PAUSE = 3, 1.0  # to make the workers ready where the connection ends meanwhile, and s between two of them
 DESERTED = 20.0  # s without any worker after which what was sent is computed here
 SPEECHLESS = 60.0  # s that a task of an abandoned scan may be silent before its worker is ended
 
@@ -45,11 +46,19 @@ SETTINGS = {
     "distributed.admin.large-graph-warning-threshold": "8GB",
     # looks at every thread's stack 100 times a second, for a page that nobody opens
     "distributed.worker.profile.enabled": False,
+    # how long a worker of our own cluster may take to come back once its process has ended; then Dask gives it up for ever. Its 15 s
+    # are less than a new process needs on a busy machine
+    "distributed.deploy.lost-worker-timeout": "1h",
 }
+
+NOBODY = "nobody answers"
 
 
 class _Away(ConnectionError):
-    """Nobody answers at the scheduler's address: it may still come. Whoever answers and is none, or refuses us, is something else."""
+    """The scheduler is of no use yet, and may be later: nobody answers, or it has answered and the connection ends after that.
+
+    Whoever answers and is none, or refuses us, is something else.
+    """
 
 
 @dataclass(eq=False)
@@ -169,45 +178,73 @@ class DaskPool:
         Raises
         ------
         _Away
-            Nobody answers.
+            Nobody answers, or a scheduler does and its workers cannot be made ready yet.
         SchedulerError
             Who answers is of no use.
         """
-        from gadgets.compute_worker import Prepare, versions
-
-        options, address = self._options, self._options.address
         try:
-            n_local = local_workers(address)
-            if n_local is not None and self._cluster is None:
-                self._cluster = self._distributed.LocalCluster(
-                    n_workers=n_local, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0",
-                    memory_limit=0,
-                )  # fmt: skip
-            security = None
-            if address.startswith("tls://"):
-                security = self._distributed.Security(
-                    tls_ca_file=str(options.ca), tls_client_cert=str(options.cert), tls_client_key=str(options.key),
-                    require_encryption=True,
-                )  # fmt: skip
-            target = address if self._cluster is None else self._cluster.scheduler_address
+            target, security = self._target()
             self._knock(target, security)
-            if self._closed.is_set():
-                raise _Away("not wanted any more")
-            self._client = self._distributed.Client(
-                target, security=security, timeout=CONNECT, set_as_default=False, name="recon-gadgets"
-            )
-            self._client.register_plugin(Prepare(versions(), self._threads, rehearse=self._rehearse))
-        except _Away:
-            raise
-        except ReconError:
+            self._join(target, security)
+        except (_Away, ReconError):
             self._disconnect()
             raise
         except Exception as error:
             self._disconnect()
             remedy = "Is it a Dask scheduler of this version, and are the certificates of its authority?"
             raise SchedulerError(
-                "the Dask scheduler cannot be used", where=address, got=_kind(error), remedy=remedy
+                "the Dask scheduler cannot be used", where=self._options.address, got=_kind(error), remedy=remedy
             ) from error
+
+    def _target(self) -> tuple[str, Any]:
+        """The scheduler's address and how to trust it; a cluster of our own is started first, once."""
+        options, address = self._options, self._options.address
+        n_local = local_workers(address)
+        if n_local is not None and self._cluster is None:
+            self._cluster = self._distributed.LocalCluster(
+                n_workers=n_local, threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address="127.0.0.1:0",
+                memory_limit=0,
+            )  # fmt: skip
+        security = None
+        if address.startswith("tls://"):
+            security = self._distributed.Security(
+                tls_ca_file=str(options.ca), tls_client_cert=str(options.cert), tls_client_key=str(options.key),
+                require_encryption=True,
+            )  # fmt: skip
+        return address if self._cluster is None else self._cluster.scheduler_address, security
+
+    def _join(self, target: str, security: Any) -> None:
+        """A client of a scheduler that has answered, and every worker made ready.
+
+        It has taken our certificate, so that a connection that ends is no refusal. A scheduler ends it also when that to one of its
+        workers ends: the worker's process died meanwhile. The others, and whoever takes its place, can be made ready.
+
+        Raises
+        ------
+        _Away
+            The connection ended each time, or there was no answer in time.
+        Exception
+            A worker is of no use.
+        """
+        from distributed.comm.core import CommClosedError
+
+        from gadgets.compute_worker import Prepare, versions
+
+        if self._closed.is_set():
+            raise _Away("not wanted any more")
+        try:
+            self._client = self._distributed.Client(
+                target, security=security, timeout=CONNECT, set_as_default=False, name="recon-gadgets"
+            )
+            for left in reversed(range(ATTEMPTS)):
+                try:
+                    self._client.register_plugin(Prepare(versions(), self._threads, rehearse=self._rehearse))
+                    return
+                except CommClosedError:
+                    if not left or self._closed.wait(PAUSE):
+                        raise
+        except OSError as error:
+            raise _Away(f"its workers cannot be made ready: {_kind(error)}") from error
 
     def _knock(self, target: str, security: Any) -> None:
         """Whether anybody answers there, within `CONNECT`: a client waits for ever for one that takes the connection and is silent.
@@ -235,7 +272,7 @@ class DaskPool:
         except CommClosedError:  # is an OSError, too
             raise
         except OSError as error:
-            raise _Away("nobody answers") from error
+            raise _Away(NOBODY) from error
 
     def _disconnect(self) -> None:
         client, self._client = self._client, None
@@ -399,13 +436,15 @@ class DaskPool:
 
     def _lost(self, error: BaseException) -> None:
         """No scheduler: what it had is computed here. Said once, until there is something else to say."""
-        problem = str(error) if isinstance(error, ReconError) else _kind(error)
+        problem = str(error) if isinstance(error, ReconError | _Away) else _kind(error)
         if self._client is not None:
             log.error("event=scheduler_lost error=%s action=local", _kind(error))
+            problem = NOBODY  # that it stays away is no news
+        elif problem == self._problem:
+            pass
         elif isinstance(error, _Away):
-            if not self._problem:
-                log.warning("event=scheduler_away address=%s action=local", self._options.address)
-        elif problem != self._problem:
+            log.warning("event=scheduler_away address=%s text=%r action=local", self._options.address, problem)
+        else:
             log.error("event=scheduler_refused text=%r action=local", problem)
         self._problem = problem
         self._disconnect()

@@ -6,15 +6,17 @@ import contextlib
 import logging
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from distributed import Client
+from distributed.comm.core import CommClosedError
 
 from benchmarks.dask_cluster import dask_cluster, tls_options
-from gadgets.compute_dask import DaskPool, _Away
+from gadgets.compute_dask import ATTEMPTS, DaskPool, _Away, _import
 from gadgets.errors import SchedulerError
 from gadgets.jobs import Jobs
 from gadgets.scheduler_options import SchedulerOptions
@@ -34,7 +36,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 @pytest.fixture(scope="module")
 def address(site: Authority, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     certificate, key = site.issue("cluster")
-    with dask_cluster(tmp_path_factory.mktemp("cluster"), 1, tls_options(site.certificate, certificate, key)) as running:
+    folder = tmp_path_factory.mktemp("cluster")
+    with dask_cluster(folder, 1, tls_options(site.certificate, certificate, key)) as running:
+        until(lambda: "Registered to:" in (folder / "dask.log").read_text(), "its worker does not come")
         yield running
 
 
@@ -139,6 +143,66 @@ def test_a_stranger_that_comes_later_is_not_let_in(
     assert "cannot be used" in said
 
 
+@contextlib.contextmanager
+def empty_cluster() -> Iterator[str]:
+    """The address of a scheduler without workers, of this process."""
+    distributed = _import()
+    with distributed.LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0") as running:
+        yield running.scheduler_address
+
+
+def server(address: str) -> Jobs:
+    return Jobs(0, remote=lambda events, threads: DaskPool(SchedulerOptions(address), threads, "cpu", events))
+
+
+def breaks_off(times: int, error: Exception, method: Callable[..., Any]) -> Callable[..., Any]:
+    """``method``, which fails at first."""
+    errors = [error] * times
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return method(*arguments, **options)
+
+    return call
+
+
+def test_a_connection_that_breaks_off_at_the_start_is_no_refusal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A scheduler closes its client's connection when a worker ends that is being made ready."""
+    monkeypatch.setattr("gadgets.compute_dask.PAUSE", 0.01)
+    broken = CommClosedError("for the test")
+    monkeypatch.setattr(Client, "register_plugin", breaks_off(ATTEMPTS - 1, broken, Client.register_plugin))
+    with empty_cluster() as address:
+        jobs = server(address)
+        remote = jobs._remote
+        assert isinstance(remote, DaskPool) and remote._client is not None and "event=scheduler" not in caplog.text
+        jobs.close()
+
+
+@pytest.mark.parametrize("error", [CommClosedError("for the test"), OSError("Timed out trying to connect to a worker")])
+def test_a_server_starts_though_its_workers_cannot_be_made_ready_yet(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gadgets.compute_dask.PAUSE", 0.01)
+    monkeypatch.setattr("gadgets.compute_dask.AGAIN", 0.01)
+    monkeypatch.setattr(Client, "register_plugin", breaks_off(ATTEMPTS + 1, error, Client.register_plugin))
+    with empty_cluster() as address:
+        jobs = server(address)
+        until(lambda: "event=scheduler_back" in caplog.text, "it is not looked for")
+        jobs.close()
+    (said,) = [record.message for record in caplog.records if "event=scheduler_away" in record.message]
+    assert "cannot be made ready" in said and not refused(caplog)
+
+
+def test_workers_that_cannot_have_our_code_are_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = ModuleNotFoundError("No module named 'gadgets'")
+    monkeypatch.setattr(Client, "register_plugin", breaks_off(ATTEMPTS, absent, Client.register_plugin))
+    with empty_cluster() as address, pytest.raises(SchedulerError, match="cannot be used; got ModuleNotFoundError"):
+        server(address)
+
+
 @pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n"])
 def test_what_answers_and_is_no_scheduler_is_refused(answer: bytes) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -148,6 +212,9 @@ def test_what_answers_and_is_no_scheduler_is_refused(answer: bytes) -> None:
                 while True:
                     connection, _ = listener.accept()
                     with connection:
+                        connection.recv(
+                            1
+                        )  # one that closes before it has heard anything is a proxy of a scheduler that is not there
                         connection.sendall(answer)
 
         threading.Thread(target=behave, daemon=True).start()

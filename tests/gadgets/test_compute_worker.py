@@ -11,9 +11,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import dask
 import numpy as np
 import pytest
 import torch
+from dask.utils import parse_timedelta
 
 from gadgets import compute_worker
 from gadgets.compute_dask import _import, _write_words
@@ -155,6 +157,12 @@ def test_without_dask_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "distributed", None)
     with pytest.raises(SchedulerError, match=r"recon-gadgets\[dask\]"):
         _import()
+
+
+def test_a_worker_of_our_own_cluster_may_be_long_in_coming_back() -> None:
+    """On a busy machine a new process takes minutes, and Dask starts none for a worker that it has given up."""
+    _import()
+    assert parse_timedelta(dask.config.get("distributed.deploy.lost-worker-timeout")) > PATIENCE
 
 
 def test_packed_readouts_are_those_of_the_files(tmp_path: Path) -> None:
