@@ -39,6 +39,7 @@ from gadgets.wire import codec
 from recon_core.errors import SettingError
 from tests.e2e.orthanc import AET, orthanc
 from tests.e2e.scans import SimulatedScan, ask, complaints, in_memory, stack
+from tests.gadgets.certificates import authority
 from tests.ports import free_ports
 from tests.strict_client import Answer
 from tests.waiting import PATIENCE, until
@@ -436,6 +437,7 @@ def archives_of(archiving: Archiving) -> Archives:
 
 
 def test_what_the_command_line_says_about_archives(tmp_path: Path) -> None:
+    authority(tmp_path)
     assert archives(tmp_path / "spool", None, "RECONGADGETS", False, None, None, None) is None
     found = archives(tmp_path / "spool", ["A@127.0.0.1:104", "B@[::1]:105"], "US", False, tmp_path / "ca.pem", None, None)
     assert found is not None and found.queue == tmp_path / "pacs"
@@ -450,6 +452,8 @@ def test_what_the_command_line_says_about_archives(tmp_path: Path) -> None:
     assert found.destinations[0].tls is not None and found.destinations[0].tls.server_name == "pacs.example"
     with pytest.raises(PacsError, match="AET@HOST:PORT"):
         archives(None, ["nonsense"], "US", False, None, None, None)
+    with pytest.raises(PacsError, match=r"none\.pem.*cannot use the TLS files.*No such file"):
+        archives(None, ["A@127.0.0.1:104"], "US", False, tmp_path / "none.pem", None, None)
 
 
 def test_what_belongs_to_an_archive_needs_one(tmp_path: Path) -> None:
