@@ -65,9 +65,10 @@ def test_a_series_is_completed_image_by_image() -> None:
     zero_filled, extents = acquire(Y, 6)
     series = torch.stack([zero_filled, 2j * zero_filled])
     for method in ("pocs", "homodyne"):
-        out = complete(series, extents, method)
-        torch.testing.assert_close(out[0], complete(zero_filled, extents, method))
-        torch.testing.assert_close(out[1], 2j * complete(zero_filled, extents, method), rtol=0, atol=1e-4)
+        alone = complete(zero_filled, extents, method)
+        for found, factor in zip(complete(series, extents, method), (1, 2j), strict=True):
+            # where there is no signal the phase is that of rounding, which differs between processors
+            assert float((found - factor * alone).norm() / alone.norm()) < 5e-4
 
 
 @pytest.mark.parametrize("extents", [[(0, 1), (0, N), (0, N)], [(0, 1), (20, N - 19), (0, N)], [(0, 1), (2, N), (0, N)]])
