@@ -23,7 +23,7 @@ LOUDEST = 1.33
 
 QUIETEST = 3.0
 """... and outer k-space that holds nothing but noise may be so many times louder than the noise scan. Good scans show 0.95 to 1.23
-(`benchmarks.t1_checks`), and up to 1.6 where signal passes for white: four coils, an SNR of 200, partial Fourier."""
+(`benchmarks.t1_checks`), and up to 1.7 where signal passes for white: four coils, an SNR of 200, partial Fourier."""
 
 WHITE, LARGELY_WHITE, FAR_TOO_QUIET = 0.85, 0.75, 20.0
 """Geometric over arithmetic mean of the eigenvalues of the covariance between coils, above which samples are noise that was whitened: 0.86
