@@ -141,8 +141,8 @@ class Books:
 
     def settle(self, timeout: float = CLOSE_SECONDS) -> bool:
         """Wait until everything put so far has been tried; whether that was in time."""
-        if self._thread is None:
-            return True
+        if self._thread is None or not self._thread.is_alive():
+            return not self._queued
         done = threading.Event()
         self._notes.put(done)
         return done.wait(timeout)

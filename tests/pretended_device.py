@@ -9,14 +9,13 @@ PyTorch lets one process have one such device, for good: whoever imports this mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 from unittest import mock
 
 import torch
 import torch.utils.backend_registration as registration
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
 NAME = "pretended"
 aten = torch.ops.aten
@@ -64,13 +63,33 @@ class Elsewhere(torch.Tensor):
         return f"{NAME}: {self.values!r}"
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    """What lies in nested sequences and mappings, as an operation's arguments do (PyTorch's own trees know more and take most of the time)."""
+    if isinstance(value, (list, tuple)):
+        for one in value:
+            yield from _leaves(one)
+    elif isinstance(value, dict):
+        yield from _leaves(list(value.values()))
+    else:
+        yield value
+
+
+def _changed(change: Callable[[Any], Any], value: Any) -> Any:
+    """The same nesting of changed leaves."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_changed(change, one) for one in value])
+    if isinstance(value, dict):
+        return {key: _changed(change, one) for key, one in value.items()}
+    return change(value)
+
+
 def _values(value: Any) -> Any:
     return value.values if isinstance(value, Elsewhere) else value
 
 
 def _computed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     func = LAZY.get(func, func)
-    tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)]
+    tensors = [t for t in _leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     there = [t for t in tensors if isinstance(t, Elsewhere)]
     here = [t for t in tensors if not isinstance(t, Elsewhere) and t.dim()]
     indexed_here = func in INDEXING and not isinstance(args[0], Elsewhere)
@@ -84,7 +103,7 @@ def _computed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         elsewhere = isinstance(args[0], Elsewhere) if func is aten.copy_.default else bool(there)
     if elsewhere:
         kwargs.pop("pin_memory", None)
-    found = func(*tree_map(_values, args), **tree_map(_values, kwargs))
+    found = func(*_changed(_values, tuple(args)), **_changed(_values, kwargs))
     changed = {id(t.values): t for t in there}  # of an operation in place, the tensor itself
 
     def wrapped(value: Any) -> Any:
@@ -92,7 +111,7 @@ def _computed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
             return value
         return changed.get(id(value)) if id(value) in changed else Elsewhere(value)
 
-    return tree_map(wrapped, found)
+    return _changed(wrapped, found)
 
 
 class _Generator(torch.Generator):

@@ -22,12 +22,12 @@ from tests.e2e.scans import SimulatedScan
 from tests.e2e.semi_measured import encode_oversampled
 
 WEIGHTS = Path(recon_core.__file__).parent / "weights"
-MATRIX, N_ECHOES, N_COILS = (32, 64, 32), 6, 8
+MATRIX, N_ECHOES, N_COILS = (32, 64, 24), 6, 8
 
 
 @lru_cache(maxsize=2)
 def head(seed: int) -> BrainScan:
-    """32 x 64 positions, 32 samples along the readout, six echoes, eight coils."""
+    """32 x 64 positions, 24 samples along the readout, six echoes, eight coils."""
     return simulate(ScanRecipe(matrix=MATRIX, n_echoes=N_ECHOES, n_coils=N_COILS), seed)
 
 

@@ -77,7 +77,7 @@ def test_images_are_those_of_the_servers_own_workers(cluster: Service, service: 
 def test_progress_and_previews_cross_the_cluster(cluster: Service) -> None:
     # nothing is said in the first three seconds: enough work for an idle machine
     scan = in_memory("cine", matrix_x=112, matrix_y=96, coils=4, states=2, slices=3, calibration="separate", acs=16)
-    answer = ask(cluster, "long", scan, iterations=2000, preview="auto")
+    answer = ask(cluster, "long", scan, iterations=1200, preview="auto")
     assert any(text.startswith("DBG long") for text in answer.texts)
     assert len(final_images(answer)) == 6
 

@@ -19,7 +19,7 @@ from tests.e2e.test_cli import Serving, serving
 from tests.strict_client import Answer, StrictClient
 from tests.waiting import PATIENCE, until
 
-LATE = 20.0
+LATE = 12.0
 """s that a scan computes after the server was told to stop: more than the 10 s after which servers used to abandon it."""
 
 

@@ -105,6 +105,7 @@ def test_a_row_is_written_when_the_raw_data_are_on_the_device(tmp_path: Path) ->
     seen.append(Journal(tmp_path).counts()["received"])
     assert seen == [0, 1]
     books.close()
+    assert books.settle(0.0), "nothing is waited for when the writer has ended"
 
 
 def test_raw_data_that_cannot_be_forced_to_the_device_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

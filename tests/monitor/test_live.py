@@ -37,7 +37,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 
 @pytest.fixture(scope="module")
 def cine(tmp_path_factory: pytest.TempPathFactory) -> SimulatedScan:
-    """With 2000 iterations some ten seconds of work on a machine that has nothing else to do."""
+    """With 1000 iterations some five seconds of work on a machine that has nothing else to do."""
     folder = tmp_path_factory.mktemp("cine")
     return simulated(
         "cine", folder / "cine.h5", matrix_x=96, matrix_y=96, coils=4, states=4, slices=2, mask="vista", acceleration=2.0
@@ -67,7 +67,7 @@ def test_a_running_job_moves_and_ends_without_a_reload(
         shown.goto(site.url)
         assert "No scan has been received yet" in shown.locator("main").inner_text()
         shown.evaluate("window.same = true")
-        running = begin(site, cine, "llr", iterations="2000")
+        running = begin(site, cine, "llr", iterations="1000")
 
         def bar() -> float:
             return float(shown.evaluate("(document.querySelector('progress[value]') || {value: 0}).value"))
@@ -90,7 +90,7 @@ def test_a_running_job_moves_and_ends_without_a_reload(
         pictures_loaded(shown)
         assert shown.evaluate("window.same") is True
         # the log may come a moment after the state
-        words = ("8 images in", "event=scan_started", "event=closed", "iterations", "2000", "first image")
+        words = ("8 images in", "event=scan_started", "event=closed", "iterations", "1000", "first image")
         until(lambda: all(word in shown.locator("main").inner_text() for word in words))
 
 
