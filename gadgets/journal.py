@@ -300,7 +300,10 @@ class Journal:
     def _prepare(self) -> None:
         found = int(self._database.execute("PRAGMA user_version").fetchone()[0])
         if found > FORMAT:
-            raise JournalError("the journal is of a newer version", where=str(self.path), got=found, expected=FORMAT)
+            raise JournalError(
+                "the journal is of a newer version", where=str(self.path), got=found, expected=FORMAT,
+                remedy="Go back to that version, or move the file away: a new one is begun",
+            )  # fmt: skip
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = FULL")
         if found < FORMAT:
