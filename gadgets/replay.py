@@ -162,7 +162,8 @@ def replay(
     with _connect(host, port, connect_seconds, tls) as connection, contextlib.ExitStack() as stack:
         images = _Images(result, group, stack, on_image)
         if behind:
-            connection.sendall(codec.query(BEHIND, BEHIND_ID))
+            with contextlib.suppress(OSError):  # a server that has gone already: what is received says so
+                connection.sendall(codec.query(BEHIND, BEHIND_ID))
         sender = _Sender(connection, played, rate, progress)
         sender.start()
         try:

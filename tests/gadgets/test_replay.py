@@ -344,6 +344,13 @@ def test_a_server_that_breaks_the_protocol(answer: bytes, words: str) -> None:
     assert ("--tls-ca" in failed) == (answer == b""), "only of a server that said nothing"
 
 
+def test_a_server_that_has_gone_before_the_first_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()  # sending fails from the first byte on, and a command that ends by a broken pipe says nothing
+    monkeypatch.setattr("gadgets.replay._connect", lambda *_: ours)
+    assert "closed without CLOSE" in str(fails(0, behind=True))
+
+
 def test_a_silent_server_is_not_waited_for_for_ever() -> None:
     through = threading.Event()
     with pretender(lambda connection: void(through.wait(PATIENCE))) as port:
