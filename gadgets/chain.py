@@ -8,7 +8,7 @@ never name code, libraries or addresses.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from gadgets.errors import ConfigRefused, UnknownChain
 from gadgets.images import OutputSettings
 from gadgets.manifest_ids import by_setting
 from recon_core.coils.estimate import CoilSettings
-from recon_core.errors import SettingError, plain
+from recon_core.errors import ReconError, SettingError, plain
 from recon_core.maps.settings import MapSettings
 from recon_core.methods import get_method, methods
 from recon_core.preprocess.settings import PreprocessSettings
@@ -124,6 +124,18 @@ def require_chains(directory: Path | None) -> None:
             expected="a folder with files such as the shipped configs/llr.xml",
             remedy="Without --configs the shipped chains are used",
         )
+
+
+def chain_faults(directory: Path | None) -> Iterator[tuple[str, str]]:
+    """Name and fault of every chain that cannot answer, or whose stand-in cannot: said before a scan needs them."""
+    for name in chain_names(directory):
+        try:
+            fallback = load_chain(name, directory=directory).fallback
+        except ReconError as fault:
+            yield name, str(fault)
+            continue
+        if fallback is not None and fallback not in chain_names(directory):
+            yield name, f"no stand-in when its method fails: no chain {fallback} in this folder"
 
 
 def load_chain(name: str, overrides: Mapping[str, Any] | None = None, *, directory: Path | None = None) -> Chain:

@@ -11,7 +11,7 @@ import typer
 
 from gadgets.jobs_cli import name_value_pairs
 from gadgets.outputs import check_file
-from gadgets.terminal import make_table, out
+from gadgets.terminal import err, make_table, out
 
 
 def simulate(
@@ -61,7 +61,7 @@ def chains(
     configs: Annotated[Path | None, typer.Option(help="Folder of chain files instead of the shipped ones.")] = None,
 ) -> None:
     """List the chains that a scanner can ask for, and their settings."""
-    from gadgets.chain import chain_names, describe_chain, load_chain, require_chains
+    from gadgets.chain import chain_faults, chain_names, describe_chain, load_chain, require_chains
 
     require_chains(configs)
     if docs:
@@ -89,6 +89,8 @@ def chains(
     for c in loaded:
         rows.add_row(c.name, c.method, c.fallback or "-", c.summary)
     out.print(rows)
+    for faulty, fault in chain_faults(configs) if configs and not name else ():
+        err.print(f"WRN {faulty}: {fault}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     if describe:
         for c in loaded:
             _print_chain_settings(c.name, describe_chain(c.name, directory=configs))

@@ -157,20 +157,27 @@ class Journal:
         return row_of(found[0])
 
     def find(self, start: str) -> JobRow:
-        """The one job whose id begins so.
+        """The one job whose id begins so; a scan goes before its own retries, whose ids begin with its id.
 
         Raises
         ------
         UnknownJob
-            None does, or several do.
+            None does, or several scans' do.
         JournalError
             The file cannot be read.
         """
         with contextlib.suppress(UnknownJob):
             return self.row(start)
-        found = self._read("SELECT * FROM jobs WHERE substr(id, 1, ?) = ? ORDER BY id LIMIT 3", (len(start), start))
-        if len(found) == 1 and start:
-            return row_of(found[0])
+        found = self._read("SELECT * FROM jobs WHERE substr(id, 1, ?) = ? ORDER BY id LIMIT 1", (len(start), start))
+        if found and start:
+            first = row_of(found[0])
+            retries = f"{first.id}.r"
+            others = self._read(
+                "SELECT 1 FROM jobs WHERE substr(id, 1, ?) = ? AND id <> ? AND substr(id, 1, ?) <> ? LIMIT 1",
+                (len(start), start, first.id, len(retries), retries),
+            )
+            if not others:
+                return first
         if found:
             raise UnknownJob("several jobs begin so", where="journal", got=start[:80], expected="the whole id: recon jobs")
         return self.row(start)
@@ -293,7 +300,10 @@ class Journal:
     def _prepare(self) -> None:
         found = int(self._database.execute("PRAGMA user_version").fetchone()[0])
         if found > FORMAT:
-            raise JournalError("the journal is of a newer version", where=str(self.path), got=found, expected=FORMAT)
+            raise JournalError(
+                "the journal is of a newer version", where=str(self.path), got=found, expected=FORMAT,
+                remedy="Go back to that version, or move the file away: a new one is begun",
+            )  # fmt: skip
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = FULL")
         if found < FORMAT:

@@ -87,5 +87,6 @@ def openrecon(
     if image is not None:
         print(write_zip(made, output, image))
         return
-    for path in write_context(made, output):
-        print(path)
+    n_files = len(list(write_context(made, output)))
+    print(f"{n_files} files in {output}; the image and the zip are made by (Docker older than 25)")
+    print(output / "build.sh")

@@ -34,6 +34,10 @@ RETRY_SECONDS = 0.2
 PACE_SECONDS = 0.01  # readouts of one such interval are sent together
 SILENCE_SECONDS = 600.0
 RECEIVE_BYTES = 1 << 20
+UNHEARD = (
+    "It may let in other addresses only (--allow), speak TLS (--tls-ca) or want a certificate (--tls-cert): its log says"
+)
+"""Of a server that ends without a word."""
 ERROR_WORDS = ("ERROR", "ERR ", "ERR:")
 
 # what the reference client asks before a scan that depends on a noise measurement (same element names, so that a real
@@ -158,7 +162,8 @@ def replay(
     with _connect(host, port, connect_seconds, tls) as connection, contextlib.ExitStack() as stack:
         images = _Images(result, group, stack, on_image)
         if behind:
-            connection.sendall(codec.query(BEHIND, BEHIND_ID))
+            with contextlib.suppress(OSError):  # a server that has gone already: what is received says so
+                connection.sendall(codec.query(BEHIND, BEHIND_ID))
         sender = _Sender(connection, played, rate, progress)
         sender.start()
         try:
@@ -293,14 +298,14 @@ def _receive(
     where: str,
 ) -> ReplayFailed | None:
     """Until the server's CLOSE; the way in which that did not come, if so."""
+    remedy: str | None = UNHEARD
     with FrameParser(role="client") as parser:
         while not parser.closed:
             try:
                 chunk = _wait(connection, sender, silence)
             except OSError as error:
-                return ReplayFailed(
-                    "the connection broke before the server's CLOSE", where=where, got=error.strerror or "silence"
-                )
+                said = error.strerror or "silence"
+                return ReplayFailed("the connection broke before the server's CLOSE", where=where, got=said, remedy=remedy)
             if chunk is None:
                 return ReplayFailed("the server is silent", where=where, got=f"nothing for {silence:g} s", expected="CLOSE")
             if not chunk:
@@ -308,7 +313,8 @@ def _receive(
                     parser.finish()
                 except Disconnected as error:
                     return ReplayFailed(f"the server closed in the middle: {error}", where=where)
-                return ReplayFailed("the server closed without CLOSE", where=where)
+                return ReplayFailed("the server closed without CLOSE", where=where, remedy=remedy)
+            remedy = None
             for event in parser.feed(chunk):
                 match event:
                     case events.Image():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from gadgets.errors import ImageFileError
+from gadgets.errors import ImageFileError, ReplayFailed
 from gadgets.jobs_cli import name_value_pairs
 from gadgets.outputs import check_folder, check_image_file
 from gadgets.state_folder import compiler_caches, state_folder
@@ -60,7 +62,7 @@ def replay(
     if montage is not None:
         check_folder(montage)
     log_from("warning")
-    with _progress() as bar:
+    with _said_before_it_failed(), _progress() as bar:
         result = run_replay(
             source, host=host, port=port, config=config, out=output, rate=rate, parameters=name_value_pairs(settings or []),
             tls=client_tls(tls, tls_ca, tls_cert, tls_key, tls_name), behind=not urgent,
@@ -126,11 +128,15 @@ def run(
     if piped or str(output) == STANDARD:
         _run_stream(source, output, montage, config, settings, options)
         return
-    with Service(options) as service, _progress() as bar:
-        result = run_replay(
-            source, host=service.host, port=service.port, config=config, out=output,
-            parameters=name_value_pairs(settings or []), progress=readouts_bar(bar), on_text=reconstruction_bar(bar),
-        )  # fmt: skip
+    try:
+        with Service(options) as service, _said_before_it_failed(), _progress() as bar:
+            result = run_replay(
+                source, host=service.host, port=service.port, config=config, out=output,
+                parameters=name_value_pairs(settings or []), progress=readouts_bar(bar), on_text=reconstruction_bar(bar),
+            )  # fmt: skip
+    except ReplayFailed as failure:  # nobody started a server or named an address
+        words = getattr(failure.result, "errors", ())
+        raise (ReplayFailed(" | ".join(word.removeprefix("ERROR ") for word in words)) if words else failure) from None
     _show(result, output, montage)
     if job_folder is not None and job_folder.is_dir():
         _tell(f"what the method tells besides: {job_folder}")
@@ -204,12 +210,27 @@ def show_line(line: str, where: Console) -> None:
     where.print(line.rstrip(), style=STYLES.get(line.split(" ", 1)[0]), markup=False, highlight=False, soft_wrap=True)
 
 
-def _show(result: Any, output: Path, montage: Path | None) -> None:
+@contextmanager
+def _said_before_it_failed() -> Iterator[None]:
+    """The warnings of a scan that fails are part of the reason, so they are shown as well."""
+    try:
+        yield
+    except ReplayFailed as failure:
+        said = str(failure)
+        _show_lines(line for line in getattr(failure.result, "texts", ()) if line.strip() not in said)
+        raise
+
+
+def _show_lines(lines: Iterable[str]) -> None:
     from gadgets.progress import read_progress_line
 
-    for line in result.texts:
+    for line in lines:
         if read_progress_line(line) is None:  # how far it was is no news now
             show_line(line, err)
+
+
+def _show(result: Any, output: Path, montage: Path | None) -> None:
+    _show_lines(result.texts)
     quick = f"; {result.n_previews} previews, first {result.seconds_to_first_preview:.3f} s" if result.n_previews else ""
     _tell(
         f"{result.n_images} images in {output} (group {result.group}); {result.readouts_per_second:.0f} readouts/s, "

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from gadgets.chain import Chain, chain_from_script, chain_names, load_chain, require_chains
+from gadgets.chain import Chain, chain_faults, chain_from_script, chain_names, load_chain, require_chains
 from gadgets.compute_pool import Events
 from gadgets.connection import ChainRequest
 from gadgets.devices import choose_device
@@ -123,6 +123,9 @@ class Service:
     def __init__(self, options: ServiceOptions, hurry: threading.Event | None = None) -> None:
         self.options, self._hurry = options, hurry
         require_chains(options.configs)
+        if options.configs is not None:  # better now than while a patient lies in the scanner
+            for name, fault in chain_faults(options.configs):
+                log.warning("event=chain_faulty chain=%s reason=%r", name, fault)
         cores = os.cpu_count() or 1
         workers = max(1, cores // 2) if options.workers is None else options.workers
         stale = remove_stale_scratch()

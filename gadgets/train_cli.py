@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from recon_core.errors import SettingError
+
 if TYPE_CHECKING:  # torch takes a second to import: not for --help
     from recon_core.training.loop import Progress as Step
 
@@ -73,6 +75,14 @@ def _made(kind: type[Made], options: Mapping[str, Any]) -> Made:
     given = {f.name: options[f.name] for f in fields(kind) if f.name not in SET_BY_PROGRAM}  # type: ignore[arg-type]
     plain = {k: tuple(v) if isinstance(v, list) else str(v) if isinstance(v, Path) else v for k, v in given.items()}
     return kind(**{k: v for k, v in plain.items() if v is not None})
+
+
+def _check_resumed(output: Path, resume: bool) -> None:
+    """A folder that was misspelt would begin a training of hours, by default at the published size."""
+    if resume and not (output / "recipe.json").exists():
+        raise SettingError(
+            "no training to resume", where=str(output), remedy="Correct --output, or leave --resume out to begin one"
+        )
 
 
 @app.callback()
@@ -193,6 +203,7 @@ def pinqi(
     if threads:
         torch.set_num_threads(threads)
     recipe, settings = _made(PinqiRecipe, options), _made(RunSettings, options)
+    _check_resumed(output, settings.resume)
     with progress_bars() as progress:
         result, weights = run(recipe, output, settings, PhaseBars(progress))
     _say_ended(result.finished, result.minutes, weights)
@@ -278,6 +289,7 @@ def laro(
     if threads:
         torch.set_num_threads(threads)
     recipe, settings = _made(LaroRecipe, options), _made(RunSettings, options)
+    _check_resumed(output, settings.resume)
     with progress_bars() as progress:
         result, weights = run(recipe, output, settings, PhaseBars(progress))
     _say_ended(result.finished, result.minutes, weights)

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 from typer.main import get_command
 
+from gadgets.chain import chain_names, describe_chain, load_chain
 from gadgets.cli import app
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+COMMAND: Any = get_command(app)
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text() for page in PAGES}
 
 
@@ -53,7 +55,7 @@ def options(words: list[str]) -> list[str]:
 
 def wrong_use(words: list[str]) -> list[str]:
     """Options of a ``recon`` command that it does not have, or the command's name if there is none."""
-    command: Any = get_command(app)
+    command = COMMAND
     rest = words[1:]
     while hasattr(command, "commands") and rest and not rest[0].startswith("-"):
         if rest[0] not in command.commands:
@@ -96,3 +98,45 @@ def test_every_recorded_figure_is_named_by_a_page() -> None:
         if not re.search(rf"\b{path.stem}\b", said) and path.stem not in short and not any(map(path.stem.startswith, groups))
     ]
     assert not silent
+
+
+def named_settings(page: str) -> Iterator[tuple[str, str, str]]:
+    """Chain ("" for any), name and value of every ``name = value`` in code, and of ``--set`` in commands."""
+    for words in commands(page):
+        if words[:2] in (["recon", "run"], ["recon", "replay"], ["recon", "retry"]):
+            chain = next((words[i + 1] for i, word in enumerate(words[:-1]) if word in ("-c", "--config")), "")
+            yield from ((chain, *words[i + 1].split("=", 1)) for i, word in enumerate(words[:-1]) if word == "--set")
+    for name, value in re.findall(r"`(\w+) = ([\w.]+)`", TEXT[page]):
+        if name in SETTINGS:  # a recipe of a training has names as well
+            yield "", name, value
+
+
+SETTINGS = {info.name: chain for chain in chain_names() for infos in describe_chain(chain).values() for info in infos}
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_settings_exist_and_take_these_values(page: str) -> None:
+    for chain, name, value in named_settings(page):
+        load_chain(chain or SETTINGS[name], {name: value})
+
+
+def sources(*folders: str) -> str:
+    return "\n".join(path.read_text() for folder in folders for path in sorted((ROOT / folder).rglob("*.py")))
+
+
+def test_lines_of_the_log_are_those_that_the_program_writes() -> None:
+    program = sources("gadgets", "recon_core")
+    said = {event for text in TEXT.values() for event in re.findall(r"event=(\w+)", text)} - {"NAME"}
+    assert len(said) > 20
+    assert not {event for event in said if f"event={event} " not in program and f'"{event}"' not in program}
+
+
+def test_metrics_are_those_that_the_monitor_has() -> None:
+    program = (ROOT / "gadgets" / "monitor" / "metrics.py").read_text()
+    names = set(re.findall(r'"(recon_\w+)"', program))
+    names |= {f"recon_{counter}" for counter in re.findall(r'\("(?!recon_)(\w+)", "[A-Z]', program)}
+    table = TEXT["docs/monitor.md"].partition("## Metrics")[2].partition("\n## ")[0]
+    said = {name.removesuffix("_total") for name in re.findall(r"\brecon_\w+", table)}
+    assert said == names
+    everywhere = {name.removesuffix("_total") for text in TEXT.values() for name in re.findall(r"`(recon_\w+)[`{]", text)}
+    assert everywhere - names <= {"recon_core"}

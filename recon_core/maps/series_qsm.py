@@ -420,7 +420,9 @@ def _mask(
     if given is not None:
         return given_mask(given.to(images.device), images.shape[1:])
     if settings.map_mask_file:
-        raise DataError("the mask that was named is not there", where="given mask", got=repr(settings.map_mask_file[:64]))
+        raise DataError(
+            "the mask that was named is not there or does not fit", where="given mask", got=repr(settings.map_mask_file[:64])
+        )
     if settings.map_mask == "object":
         return object_mask(images)
     mask = brain_mask(images, frame.voxel)

@@ -247,7 +247,7 @@ def test_run_fails_in_one_line(scan: SimulatedScan, tmp_path: Path) -> None:
     done = recon("run", scan.path, "--config", "cg_sense", "--out", tmp_path / "out.h5", "--set", "nonsense=1")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
-    assert "SettingError" in line and "nonsense" in line
+    assert line.startswith("recon: ReplayFailed: SettingError: chain cg_sense: unknown setting; got nonsense"), line
 
 
 # ---- the other commands ----------------------------------------------------------------------------------------------------

@@ -83,6 +83,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "train laro --output t --second-start x",
             r"SettingError: LARO training: unknown second_start; got x; expected cg_sense",
         ),
+        ("train laro --output t --resume", r"SettingError: t: no training to resume.*--output"),
+        ("train pinqi --output t --resume", r"SettingError: t: no training to resume.*--output"),
         ("train laro --output t --kind x", r"SettingError: LARO: unknown architecture; got kind 'x'; expected laro, modl"),
     ],
 )

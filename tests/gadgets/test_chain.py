@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from gadgets.chain import (
+    chain_faults,
     chain_from_script,
     chain_names,
     config_directory,
@@ -170,6 +171,22 @@ def test_a_folder_without_chains_is_refused_before_a_scanner_finds_out(tmp_path:
         with pytest.raises(SettingError, match=r"configs .*: no chain files; expected a folder .*--configs"):
             Service(ServiceOptions(port=0, spool=None, configs=folder))
     require_chains(None)
+
+
+def test_a_chain_that_cannot_answer_or_has_no_stand_in_is_told_before_a_scan_needs_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    site_chain(tmp_path, "true")
+    (tmp_path / "copied.xml").write_text((config_directory() / "fourier.xml").read_text())
+    (tmp_path / "fourier.xml").write_text((config_directory() / "fourier.xml").read_text())
+    faults = dict(chain_faults(tmp_path))
+    assert faults.keys() == {"copied", "our_llr"}
+    assert "target" in faults["copied"] and "copied" in faults["copied"]
+    assert "cg_sense" in faults["our_llr"]
+    assert not dict(chain_faults(None))
+    with caplog.at_level("WARNING"):
+        Service(ServiceOptions(port=0, workers=0, spool=None, configs=tmp_path)).close()
+    assert [f"chain={name}" in caplog.text for name in ("copied", "our_llr", "fourier")] == [True, True, False]
 
 
 def test_an_edited_chain_file_holds_from_the_next_scan_on(tmp_path: Path) -> None:

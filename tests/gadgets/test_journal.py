@@ -58,6 +58,7 @@ def test_jobs_are_found_by_the_beginning_of_their_id(tmp_path: Path) -> None:
     journal.put(row(2))
     retried = journal.add_retry(row(1), {})
     assert journal.find("20260101T000002").id == row(2).id
+    assert journal.find("20260101T000001").id == row(1).id, "a scan and its retries are one scan"
     assert journal.find(row(1).id) == row(1), "an id is itself, also where it begins another's"
     assert journal.find(retried.id).id == retried.id
     for unknown in ("2026", "", "x' OR '1'='1", "%"):

@@ -1,5 +1,6 @@
 """Our own client against a live server: bit-exact input, images where they belong, and no failure without a word."""
 
+import re
 import socket
 import struct
 import threading
@@ -261,6 +262,21 @@ def test_images_before_an_error_are_kept(tmp_path: Path) -> None:
 
 
 @dataclass
+class WarnedScan(CountingScan):
+    def finish(self) -> Iterator[bytes]:
+        yield codec.text("WRN the first half is dim\n")
+        raise DataError("the second half is missing")
+
+
+def test_the_command_shows_the_words_before_an_error(tmp_path: Path) -> None:
+    given = [str(CAPTURES / "replayed.h5"), "-o", str(tmp_path / "o.h5"), "-c"]
+    with serving(tmp_path, WarnedScan) as served:
+        done = CliRunner().invoke(app, ["replay", *given, "fourier", "-p", str(served.server.port)])
+    assert done.output.count("WRN the first half is dim") == 1
+    assert re.match(r"127\.0\.0\.1:\d+: the server says: ERROR .*second half", str(done.exception))
+
+
+@dataclass
 class EmptyScan(CountingScan):
     def finish(self) -> Iterator[bytes]:
         yield codec.text("INF an empty answer\n")
@@ -323,7 +339,16 @@ def pretender(answer: Callable[[socket.socket], None]) -> Iterator[int]:
 )
 def test_a_server_that_breaks_the_protocol(answer: bytes, words: str) -> None:
     with pretender(lambda connection: connection.sendall(answer)) as port:
-        assert words in str(fails(port))
+        failed = str(fails(port))
+    assert words in failed
+    assert ("--tls-ca" in failed) == (answer == b""), "only of a server that said nothing"
+
+
+def test_a_server_that_has_gone_before_the_first_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()  # sending fails from the first byte on, and a command that ends by a broken pipe says nothing
+    monkeypatch.setattr("gadgets.replay._connect", lambda *_: ours)
+    assert "closed without CLOSE" in str(fails(0, behind=True))
 
 
 def test_a_silent_server_is_not_waited_for_for_ever() -> None:

@@ -444,7 +444,7 @@ def test_a_given_mask_is_the_map_s_and_is_checked() -> None:
             multi_echo_maps(series, scan, ImageNoise(NOISE, True), settings, wrong)
         quiet = multi_echo_maps(series, scan, ImageNoise(NOISE, True), replace(settings, map_failure="warn"), wrong)
         assert len(quiet.maps) == 3 and words in quiet.notes[0]
-    with pytest.raises(DataError, match="the mask that was named is not there; got 'mine'"):
+    with pytest.raises(DataError, match="the mask that was named is not there or does not fit; got 'mine'"):
         multi_echo_maps(series, scan, ImageNoise(NOISE, True), replace(settings, map_mask_file="mine"))
 
 
