@@ -16,6 +16,7 @@ NAMES = (
     "llr_weight",
     "t1_maps",
     "t1_checks",
+    "molli_gains",
     "qsm",
     "qsm_server",
     "qsm_surface",

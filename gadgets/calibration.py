@@ -50,15 +50,17 @@ def calibration_lines(
 ) -> CalibrationLines | None:
     """The calibration readouts of the slice at position ``slice_index``.
 
-    Flagged readouts if there are any. Otherwise the imaging readouts in a contiguous block about DC (grown greedily, at most
-    ``settings.calibration_extent`` in each direction) whose every position is sampled in all states; when that block has fewer
-    than `ENOUGH_LINES` lines in an encoded direction, in at least one state: such a block mixes the states' contrasts.
-    ``None`` when that block has fewer than `FEWEST_LINES` lines in an encoded direction.
+    Flagged readouts if there are any; those of a separate scan alone where images hold such lines as well. Otherwise the
+    imaging readouts in a contiguous block about DC (grown greedily, at most ``settings.calibration_extent`` in each
+    direction) whose every position is sampled in all states; when that block has fewer than `ENOUGH_LINES` lines in an
+    encoded direction, in at least one state: such a block mixes the states' contrasts. ``None`` when that block has fewer
+    than `FEWEST_LINES` lines in an encoded direction.
     """
     flagged = calibration.take(calibration.slice == slice_index)
-    if len(flagged):
-        return CalibrationLines(flagged, _complete_states(flagged, grid))
     own = imaging.take(imaging.slice == slice_index)
+    if len(flagged):
+        flagged = _of_one_scan(flagged, own, grid)
+        return CalibrationLines(flagged, _complete_states(flagged, grid))
     block = _shared_centre(own, grid, settings.calibration_extent)
     if block is None:
         sampled = np.zeros(grid, bool)
@@ -71,6 +73,18 @@ def calibration_lines(
         return None
     centre = own.take((own.k2 >= z0) & (own.k2 < z1) & (own.k1 >= y0) & (own.k1 < y1))
     return CalibrationLines(centre, _complete_states(centre, grid))
+
+
+def _of_one_scan(flagged: Placement, imaging: Placement, grid: tuple[int, int]) -> Placement:
+    """Without the images' own lines where a scan of its own, for calibration alone, has all positions and some of theirs in their state.
+
+    Such a scan may have another flip angle, phase or scale: a mean of both is a step in k-space that no coil has.
+    """
+    alone = ~np.isin(flagged.rows, imaging.rows)
+    position = flagged.k2.astype(np.int64) * grid[1] + flagged.k1
+    place = flagged.state.astype(np.int64) * (grid[0] * grid[1]) + position
+    twice = bool(np.isin(place[alone], place[~alone]).any())
+    return flagged.take(alone) if twice and bool(np.isin(position, position[alone]).all()) else flagged
 
 
 def sampled_centre(sampled: NDArray[np.bool_], largest: int) -> Block | None:

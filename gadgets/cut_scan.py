@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from gadgets.buffer_settings import AcquisitionSettings
 from gadgets.errors import IncompleteScan, SortError
@@ -27,12 +28,19 @@ CENTRE = 16
 """The centre is this part of k-space to either side of DC, and one line at least."""
 
 
-def sort_cut_scan(headers: Headers, header: MrdHeader, settings: AcquisitionSettings, *, unfolds: bool) -> SortedScan:
+def sort_cut_scan(
+    headers: Headers,
+    header: MrdHeader,
+    settings: AcquisitionSettings,
+    unmeasured: NDArray[np.int64] | None = None,
+    *,
+    unfolds: bool,
+) -> SortedScan:
     """`sort_readouts` for a scan without its end.
 
     Parameters
     ----------
-    headers, header, settings
+    headers, header, settings, unmeasured
         As there; ``settings.incomplete`` is ``drop``, whatever it says.
     unfolds
         Whether the method can do without lines between others.
@@ -44,7 +52,8 @@ def sort_cut_scan(headers: Headers, header: MrdHeader, settings: AcquisitionSett
     """
     fraction = settings.min_line_fraction if settings.cardiac_phases else max(settings.min_line_fraction, ENOUGH)
     try:
-        scan = sort_readouts(headers, header, replace(settings, incomplete="drop", min_line_fraction=fraction))
+        wanted = replace(settings, incomplete="drop", min_line_fraction=fraction)
+        scan = sort_readouts(headers, header, wanted, unmeasured)
     except SortError as error:
         raise IncompleteScan(
             f"too little of the scan came: {error.what}", where=error.where, got=error.got, expected=error.expected

@@ -9,6 +9,7 @@
    Gadgetron's MOLLI chain expects of a scanner. Used when asked for, or when the header has TIs that do not fit the images and the
    readouts number several inversions (the two fields mean other things in other sequences).
 
+Times that contradict the time stamps of images of one inversion are used, and it is said.
 Where none of them fits there are no times, and a T1 chain refuses the scan with an error that says so.
 """
 
@@ -32,6 +33,9 @@ PREFIX = "InversionTime_ms_"
 SAME = 1e-3  # s; two lists that differ by more contradict each other
 LONGEST = 60.0  # s after an inversion; beyond that a counter or a time stamp means something else
 FIRST_TIME, INVERSION = 4, 5  # in ``user_int``
+MOST_APART = 0.04  # of the longest time; T1 is off by half as much where heartbeats were others (MOLLI 5(3)3)
+FEWEST_STEPS = 3  # from image to image of an inversion: two may agree with time stamps by chance
+UNLIKE = 1.5  # times and stamps that differ by this factor are no copies of each other
 
 
 def inversion_times(
@@ -61,6 +65,18 @@ def inversion_times(
     SettingError
         The setting is no list of times, or has another number of them than there are images.
     """
+    times, notes = _found_times(header, states, source, settings, limits)
+    contradiction = _stamps_note(times, source, settings.tick)
+    return times, (*notes, contradiction) if contradiction else notes
+
+
+def _found_times(
+    header: MrdHeader,
+    states: States,
+    source: Headers,
+    settings: AcquisitionSettings,
+    limits: Mapping[str, Limit] | None,
+) -> tuple[Times, tuple[str, ...]]:
     n_slices = len(source)
     if settings.inversion_times:
         return (_stated(settings.inversion_times, len(states)),) * n_slices, ()
@@ -79,6 +95,36 @@ def inversion_times(
         return (of_header,) * n_slices, ()
     first = ", ".join(f"{1e3 * t:.0f}" for t in of_readouts[0])
     return of_readouts, (f"inversion times from the readouts' user values and time stamps, first slice: {first} ms",)
+
+
+def _stamps_note(times: Times, source: Headers, tick: float) -> str:
+    """What is to be said of images of one inversion that were read at other distances in time than their inversion times have; or nothing.
+
+    Nominal heartbeats in a header are a common cause. Nothing is said where stamps and times are no copies of each other at all: images
+    with an inversion each, or stamps of another unit.
+    """
+    worst, told = MOST_APART, ""
+    for row, of_slice in zip(source, times, strict=True):
+        if len(of_slice) != len(row):
+            continue
+        stamps = row["acquisition_time_stamp"].astype(np.int64) * tick
+        order = np.argsort(stamps, kind="stable")
+        stated, read = np.diff(np.asarray(of_slice)[order]), np.diff(stamps[order])
+        follows = stated > 0  # a time that is not longer than the one before belongs to the next inversion
+        if follows.sum() < FEWEST_STEPS or ((read < stated / UNLIKE) | (read > stated * UNLIKE))[follows].any():
+            continue
+        inversion = np.cumsum(~follows)
+        for number in np.unique(inversion[follows]):
+            own = follows & (inversion == number)
+            by_times, by_stamps = float(stated[own].sum()), float(read[own].sum())
+            apart = abs(by_times - by_stamps) / max(of_slice)
+            if apart > worst:
+                worst = apart
+                told = (
+                    f"images of one inversion are {by_times:.2f} s apart by their inversion times and {by_stamps:.2f} s by the readouts' "
+                    "time stamps: T1 is wrong if the times are of nominal heartbeats (settings inversion_times, inversion_time_source)"
+                )
+    return told
 
 
 def times_notes(header: MrdHeader, settings: AcquisitionSettings, used: Times, n_states: int) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ from gadgets.previews import OFF, Previews
 from gadgets.progress import progress_line
 from gadgets.readouts import Kind, ReadoutIndex, classify
 from gadgets.row_files import RowFiles
+from gadgets.sample_checks import unmeasured
 from gadgets.scan_facts import facts_of
 from gadgets.scratch import Scratch
 from gadgets.slice_work import SliceWork
@@ -173,24 +174,34 @@ class Scan:
             if (kind == Kind.NOISE).any() and not (kind <= Kind.CALIBRATION_AND_IMAGING).any() and not self.raw.cut:
                 yield from self._noise_only(np.flatnonzero(kind == Kind.NOISE))
                 return
-            sorted_scan = self._sort()
+            sorted_scan, rows = self._sorted_and_prepared()
             sampled = check_samples(sorted_scan, self.services.masks)
             for note in (*sorted_scan.notes, *sampled.notes):
                 self._warn(note)
             if sampled.agreement is not None:
                 self.say(f"INF {sampled.agreement}\n")
             mask, refusal = self._given_mask(sorted_scan)
-            rows = self.preparation.rows()
             yield from self._reconstruct(sorted_scan, rows, started, sampled.refusal or refusal, mask)
         finally:
             self.abandon()
 
-    def _sort(self) -> SortedScan:
+    def _sorted_and_prepared(self) -> tuple[SortedScan, RowFiles]:
+        """The scan without the lines that turn out to hold nothing, and its rows."""
+        sorted_scan = self._sort()  # first: headers that contradict each other are known at once
+        rows = self.preparation.rows()
+        samples = self.preparation.samples()
+        if samples.note:
+            self._warn(samples.note)
+        without = unmeasured(sorted_scan, samples.empty)
+        return (self._sort(without) if len(without) else sorted_scan), rows
+
+    def _sort(self, unmeasured: NDArray[np.int64] | None = None) -> SortedScan:
+        headers, settings = self.index.headers, self.chain.acquisition
         if not self.raw.cut:
-            return sort_readouts(self.index.headers, self.header, self.chain.acquisition)
+            return sort_readouts(headers, self.header, settings, unmeasured)
         self._warn(f"incomplete: {self.raw.cut}")
         unfolds = self.chain.method != "fourier"
-        return sort_cut_scan(self.index.headers, self.header, self.chain.acquisition, unfolds=unfolds)
+        return sort_cut_scan(headers, self.header, settings, unmeasured, unfolds=unfolds)
 
     def _given_mask(self, sorted_scan: SortedScan) -> tuple[NDArray[np.bool_] | None, ReconError | None]:
         """The mask that the chain's maps are to be made in, or why the chain is refused; where that is to be a warning, it is one."""

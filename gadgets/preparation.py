@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from gadgets.jobs import Scope
 from gadgets.noise_store import NoiseStore
 from gadgets.readouts import Kind, ReadoutIndex, chosen_encoding, classify, readout_geometry
 from gadgets.row_files import RowFiles
+from gadgets.sample_checks import Samples, together
 from gadgets.scan_checks import COMPLEX_BYTES, MAX_EXPANSION, refuse_out_of_proportion
 from gadgets.scratch import Scratch
 from gadgets.tasks import (
@@ -60,11 +62,12 @@ CALIBRATION_LINES = 24
 
 @dataclass
 class Chunk:
-    """One run of readouts: its task, its file, and which coils the file holds."""
+    """One run of readouts: its task, its file, which coils the file holds, and the task that has seen the samples."""
 
-    future: Future[None] | None
+    future: Future[Any] | None
     path: str
     compressed: bool = False
+    seen: Future[Samples] | None = None
 
 
 @dataclass
@@ -285,10 +288,9 @@ class Preparation:
             self._note_calibration(rows[keep], source.headers[keep])
         n_coils = self._n_channels if matrices is None else self._settings.virtual_coils
         out = str(self._scratch.allocate(len(rows) * n_coils * placement.n_x * 8))
-        job = ChunkJob(source, keep, placement, self._whitening, matrices, out)
-        self._chunks.append(
-            Chunk(self._jobs.submit(prepare_chunk, job, budget=self._budget), out, compressed=matrices is not None)
-        )
+        job = ChunkJob(source, keep, placement, self._whitening, matrices, out, start)
+        seen = self._jobs.submit(prepare_chunk, job, budget=self._budget)
+        self._chunks.append(Chunk(seen, out, matrices is not None, seen))
 
     def _note_calibration(self, rows: NDArray[np.intp], headers: NDArray[np.void]) -> None:
         assert self._calibration is not None
@@ -369,6 +371,10 @@ class Preparation:
             if chunk.future is not None:
                 waiting.result(chunk.future)
         return self._row_files(len(self._index), compressed=self._first_compressed is not None)
+
+    def samples(self) -> Samples:
+        """What the samples of all readouts that carry k-space say by themselves; after ``rows``."""
+        return together([chunk.seen.result() for chunk in self._chunks if chunk.seen is not None])
 
     def _start_again(self, noise_rows: NDArray[np.intp], waiting: Waiting) -> None:
         """The noise readouts came after the first imaging readout: nothing that was prepared is white."""

@@ -8,7 +8,8 @@ Rules (beyond the MRD specification, where writers differ)
   Without limits any counter outside the matrix is an error.
 * Siemens readouts carry the centre line and partition in ``idx.user[5]`` and ``[6]``. If that is one non-zero value which
   differs from the header's centre, a note says so; see the setting ``centre_source``.
-* Averages, and readouts of the same place that come twice, are averaged with counts; segments are merged.
+* Averages, and readouts of the same place that come twice, are averaged with counts; segments are merged. Readouts that hold nothing but
+  zeros are left out, where others of the image hold something (`gadgets.sample_checks`).
 * The states are the product of the values of all counters of the state axis; two that only go together count as one.
   A (slice, state) without lines, or with far fewer than the fullest one, is an error (or is dropped, setting
   ``incomplete``). So is a slice, contrast or set that the limits announce and that never came; phases and repetitions that
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -37,6 +39,7 @@ from gadgets.readouts import (
     SKIP_FLAGS,
     Headers,
     Kind,
+    ReadoutGeometry,
     check_channels,
     chosen_encoding,
     flag_mask,
@@ -71,7 +74,12 @@ FEWEST_TOGETHER = 4
 """Readouts of each value, of counters that go together: those that count the readouts themselves are no states."""
 
 
-def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSettings | None = None) -> SortedScan:
+def sort_readouts(
+    headers: Headers,
+    header: MrdHeader,
+    settings: AcquisitionSettings | None = None,
+    unmeasured: NDArray[np.int64] | None = None,
+) -> SortedScan:
     """Give every readout its slice, state and k-space position.
 
     Parameters
@@ -82,6 +90,8 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
         The MRD header.
     settings
         Default settings when ``None``.
+    unmeasured
+        Arrival numbers of readouts that hold nothing: they are left out (`gadgets.sample_checks.unmeasured`).
 
     Raises
     ------
@@ -91,7 +101,10 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
     settings = settings or AcquisitionSettings()
     encoding = chosen_encoding(header, settings)
     readouts = readout_geometry(headers, header, settings)
-    kind, log = readouts.kind, SortLog({}, [])
+    log = SortLog({}, [])
+    if unmeasured is not None and len(unmeasured):
+        readouts = _without(readouts, unmeasured, log)
+    kind = readouts.kind
     n_channels = _channels(headers, header, kind, log)
     _count_skipped(headers, kind, log)
     candidates, is_calibration = _images_and_calibration(kind, settings, log)
@@ -148,6 +161,16 @@ def sort_readouts(headers: Headers, header: MrdHeader, settings: AcquisitionSett
         inversion_times=inversions,
         saturation_times=saturation_times,
     )
+
+
+def _without(readouts: ReadoutGeometry, unmeasured: NDArray[np.int64], log: SortLog) -> ReadoutGeometry:
+    kind = readouts.kind.copy()
+    kind[unmeasured] = Kind.SKIPPED
+    log.skip("nothing but zeros", len(unmeasured))
+    log.notes.append(
+        f"{len(unmeasured)} of {int(readouts.is_image.sum())} readouts hold nothing but zeros: they count as not measured"
+    )
+    return replace(readouts, kind=kind)
 
 
 def inside_grid(k2: NDArray[np.int32], k1: NDArray[np.int32], encoding: Encoding) -> NDArray[np.bool_]:

@@ -24,6 +24,7 @@ from gadgets.memory_errors import out_of_memory
 from gadgets.readouts import ReadoutGeometry
 from gadgets.reports import FileReport
 from gadgets.row_files import RowArrays, RowFiles
+from gadgets.sample_checks import Samples, look_at, together
 from gadgets.wire.readouts import read_samples
 from recon_core.batches import batch_share
 from recon_core.errors import DataError, ReconError
@@ -91,6 +92,7 @@ class ChunkJob:
 
     ``placement`` is for every readout of the chunk. ``whitening`` is complex64 ``(coil, coil)`` or ``None``; ``matrices`` are
     complex64 ``(virtual coil, coil)`` by slice counter, or ``None``. The file holds complex64 ``(n, coil or virtual coil, x)``.
+    ``first_row`` is the arrival number of the chunk's first readout.
     """
 
     source: LogSlice
@@ -99,10 +101,11 @@ class ChunkJob:
     whitening: NDArray[np.complex64] | None
     matrices: dict[int, NDArray[np.complex64]] | None
     out: str
+    first_row: int = 0
 
 
-def prepare_chunk(job: ChunkJob) -> None:
-    """Whiten, flip, inverse-transform, crop and compress one chunk of readouts into its file.
+def prepare_chunk(job: ChunkJob) -> Samples:
+    """Whiten, flip, inverse-transform, crop and compress one chunk of readouts into its file; what their samples say by themselves.
 
     Raises
     ------
@@ -116,10 +119,12 @@ def prepare_chunk(job: ChunkJob) -> None:
     # one transform at a time for readouts of equal length, and of equal slice where coils are compressed by slice
     slices = headers["idx"]["slice"] if job.matrices is not None else np.zeros(len(headers), np.int64)
     group = np.stack([headers["number_of_samples"][job.keep].astype(np.int64), slices[job.keep].astype(np.int64)], axis=1)
+    seen = []
     for length, number in np.unique(group, axis=0):
         chosen = job.keep[(group[:, 0] == length) & (group[:, 1] == number)]
         samples = job.source.take(chosen).read()
         _require_finite(samples, headers[chosen])
+        seen.append(look_at(samples, job.first_row + chosen))
         rows[chosen] = prepare_readouts(
             samples,
             first=place.first[chosen],
@@ -131,6 +136,7 @@ def prepare_chunk(job: ChunkJob) -> None:
             whitening=_coil_transform(job, int(number)),
         ).numpy()
     _write(job.out, rows)
+    return together(seen)
 
 
 def _coil_transform(job: ChunkJob, number: int) -> torch.Tensor | None:

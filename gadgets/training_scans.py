@@ -23,6 +23,7 @@ from gadgets.jobs import Jobs
 from gadgets.preparation import Preparation
 from gadgets.raw_source import open_source
 from gadgets.readouts import ReadoutIndex
+from gadgets.sample_checks import unmeasured
 from gadgets.scratch import Scratch
 from gadgets.sorting import sort_readouts
 from gadgets.wire.events import HeaderText, Problem, Readouts
@@ -147,6 +148,9 @@ def read_kspace(source: Path, *, group: str = "dataset", tell: Tell | None = Non
         if ordered.n_slices != 1:
             raise DataError("not one slab", where=source.name, got=f"{ordered.n_slices} slices")
         rows = preparation.rows()
+        without = unmeasured(ordered, preparation.samples().empty)
+        if len(without):
+            ordered = sort_readouts(index.headers, header, acquisition, without)
         kspace = assemble(ordered, 0, rows)
         noise = WHITENED_NOISE_STD if preparation.whitened else None
     if tell is not None:

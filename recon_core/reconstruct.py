@@ -177,7 +177,8 @@ def _known_beforehand(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Re
     refuses = recipe.maps.map_failure == "error"
     if recipe.maps.maps != "none" and refuses:
         _require_times(scan, kspace.n_states, recipe.maps)
-    wrong = _mixed_calibration(kspace, scan, method, recipe) or _missing_centre(kspace, scan, method, recipe)
+    wrong: ReconError | None = _empty_states(kspace, scan, recipe)
+    wrong = wrong or _mixed_calibration(kspace, scan, method, recipe) or _missing_centre(kspace, scan, method, recipe)
     if wrong is not None and refuses:
         raise wrong
     return wrong
@@ -249,6 +250,21 @@ def _mixed_calibration(kspace: KSpace, scan: ScanInfo, method: Method, recipe: R
         got=f"lines of which the signal differs by {100 * spread:.0f} % at a T1 of 1 s",
         expected=f"one state, or a scan of its own, with all of them, or at most {100 * MOST_MIXED:g} %",
         remedy="Acquire calibration lines; maps = none sends the images alone",
+    )
+
+
+def _empty_states(kspace: KSpace, scan: ScanInfo, recipe: Recipe) -> DataError | None:
+    """Why a map would be wrong: it would take an image that was lost for one without signal."""
+    if recipe.maps.maps == "none":
+        return None
+    empty = [number for number, state in enumerate(kspace.data) if not bool((state != 0).any())]
+    if len(empty) in (0, kspace.n_states):
+        return None
+    return DataError(
+        "images without any signal",
+        where=f"slice {scan.slice_index}",
+        got=f"nothing but zeros in {len(empty)} of {kspace.n_states} images, the first: {empty[0]}",
+        remedy="Repeat the scan; maps = none sends the images alone",
     )
 
 

@@ -343,7 +343,7 @@ class _Fitted:
         known = torch.isfinite(sizes) & torch.isfinite(weight) & torch.isfinite(rate_change) & (weight > 0)
         if int(known.sum()) < FEWEST_PIXELS:
             return None
-        size, spread = _weighted_median(sizes[known], weight[known])
+        size, spread = weighted_median(sizes[known], weight[known])
         effect = abs(size) * math.sqrt(float(weight[known].sum() / self.amplitude[known].square().sum()))
         # lengths and not squares: single pixels with artefacts must not decide
         shorter = torch.linalg.vector_norm(self.residual, dim=0) - torch.linalg.vector_norm(
@@ -368,7 +368,7 @@ def strong_signal(images: Tensor) -> Tensor:
     return (strength >= OBJECT * top) & (strength > 0)
 
 
-def _weighted_median(values: Tensor, weight: Tensor) -> tuple[float, float]:
+def weighted_median(values: Tensor, weight: Tensor) -> tuple[float, float]:
     """And half the distance of the two values that hold 68 % of the weight between them."""
     values, order = values.sort()
     share = weight[order].cumsum(0)

@@ -16,6 +16,7 @@ from recon_core.errors import DataError
 from recon_core.maps.saturation import MOST_WRONG, judge_recovery, strong_signal
 from recon_core.maps.series import ImageNoise, SeriesMaps
 from recon_core.maps.settings import MapSettings
+from recon_core.maps.state_gain import state_gain
 from recon_core.maps.state_motion import moved_state
 from recon_core.maps.state_phase import note_of, turn_back, turns_of_states
 from recon_core.maps.t1 import T1Maps, inversion_recovery_t1, molli_t1, saturation_recovery_t1
@@ -123,7 +124,8 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
         Times as in `recovery_times`; images that are not finite; a sign from the phase asked of magnitude images; of a
         saturation recovery, delays that do not belong together, a beginning far from zero, where T1 would be too wrong, or a shortest
         delay that is the brightest; an object that moved in one state, where T1 would be too wrong; of an inversion
-        recovery, images that a saturation explains as well.
+        recovery, images that a saturation explains as well, or one that is brighter or darker than the others say, where T1 would be too
+        wrong.
     """
     times = recovery_times(scan, len(series.data), settings)
     if settings.map_model == "saturation_recovery":
@@ -147,8 +149,12 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
         note := _judged_saturation(signed, maps, times, settings.map_delays)
     ):
         notes.append(f"T1: {note}")
-    other = "" if settings.map_model == "saturation_recovery" else _judged_inversion(signed, fitted, times, settings)
-    # what another recovery leaves looks like motion as well
+    other = ""
+    if settings.map_model != "saturation_recovery":
+        other = _judged_inversion(signed, fitted, times, settings) or _judged_gain(
+            signed, fitted, times, settings.map_delays
+        )
+    # what another recovery or gain leaves looks like motion as well
     if note := other or _judged_motion(signed, fitted, times, settings.map_delays):
         notes.append(f"T1: {note}")
     if share < 1 - MOST_INVALID:
@@ -226,6 +232,26 @@ def _judged_inversion(images: Tensor, maps: T1Maps, times: tuple[float, ...], se
             "such a map",
         )
     return f"{found}: likely there was no inversion, and T1 is wrong (setting map_model)"
+
+
+def _judged_gain(images: Tensor, maps: T1Maps, times: tuple[float, ...], delays: str) -> str:
+    """What is to be said of an image that is brighter than the others say; raises ``DataError`` where T1 would be too wrong."""
+    assert maps.parameters is not None
+    inside = maps.t1.valid
+    phase = None if maps.m0_phase is None else maps.m0_phase.data
+    gain = state_gain(images, phase, maps.parameters[:, inside], times, inside)
+    if gain is None:
+        return ""
+    if gain.forbids_map and delays == "require":
+        raise DataError(
+            "T1 would be wrong",
+            where="T1 map",
+            got=gain.note,
+            expected=f"images that belong together, and T1 within {100 * MOST_WRONG:g} % of the truth",
+            remedy="Check the times in the header, and whether the scanner or a converter scaled images by themselves; map_delays = tell "
+            "sends such a map",
+        )
+    return gain.note
 
 
 def _judged_motion(images: Tensor, maps: T1Maps, times: tuple[float, ...], delays: str) -> str:

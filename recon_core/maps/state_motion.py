@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import torch
 
+from recon_core.maps.recovery_residual import RecoveryResidual, along_magnetisation
 from recon_core.maps.saturation import MOST_WRONG
 from recon_core.maps.saturation_places import parts
-from recon_core.signal_models import SaturationRecovery, ThreeParameterRecovery
 
 Tensor = torch.Tensor
 
@@ -101,20 +101,14 @@ def moved_state(
     pieces = parts(inside)
     if len(pieces) < FEWEST_PARTS or len(set(times)) <= len(parameters):
         return None
-    signal, jacobian = _model(times, parameters).signal_and_jacobian(parameters.double())
-    gram = torch.einsum("spn,sqn->npq", jacobian, jacobian)
-    estimate = torch.einsum("npq,sqn->psn", torch.linalg.pinv(gram, hermitian=True), jacobian)  # dp over dy
-    tells = 1 - torch.einsum(
-        "spn,psn->sn", jacobian, estimate
-    )  # of a change of one state: what the fit leaves there, over its size
-    t1_change = torch.einsum("pn,psn->sn", _relative_slope(parameters.double()), estimate)
-    axis = _along(images, phase)[:, inside] if phase is not None else images[:, inside].abs() * signal.sign()
-    residual = axis.double() - signal
-    residual = residual - torch.einsum("spn,ptn,tn->sn", jacobian, estimate, residual)
+    fitted = RecoveryResidual.of(images, phase, parameters, times, inside)
+    signal, residual = fitted.signal, fitted.residual
+    # of a change of one state: what the fit leaves there, over its size
+    tells = 1 - torch.einsum("spn,psn->sn", fitted.jacobian, fitted.estimate)
     energy = float(residual.square().sum())
     found = []
     for state, time in enumerate(times):
-        slopes = [_along(_central_difference(images[state], dim), phase)[inside].double() for dim in (-2, -1)]
+        slopes = [along_magnetisation(_central_difference(images[state], dim), phase)[inside].double() for dim in (-2, -1)]
         if phase is None:
             slopes = [slope * signal[state].sign() for slope in slopes]
         changes = _displacements(inside, *slopes)  # (6, pixel)
@@ -125,7 +119,7 @@ def moved_state(
         deviations = without - without.mean(0)
         along = float((deviations @ size).square().sum() / size.square().sum())
         variance = (len(pieces) - 1) / len(pieces) * along
-        error = (t1_change[state] * (size @ changes)).abs().sort().values
+        error = (fitted.t1_change[state] * (size @ changes)).abs().sort().values
         found.append(
             Motion(
                 state,
@@ -137,28 +131,6 @@ def moved_state(
             )
         )
     return max(found, key=lambda motion: motion.explained)
-
-
-def _model(times: Sequence[float], parameters: Tensor) -> SaturationRecovery | ThreeParameterRecovery:
-    if len(parameters) == 2:
-        return SaturationRecovery(tuple(times), is_complex=False)
-    return ThreeParameterRecovery(tuple(times))
-
-
-def _relative_slope(parameters: Tensor) -> Tensor:
-    """``d ln T1 / dp``, ``(parameter, pixel)``."""
-    rate = parameters[-1]
-    if len(parameters) == 2:
-        return torch.stack((torch.zeros_like(rate), -1 / rate))
-    a, b, _ = parameters
-    return torch.stack((-b / (a * (b - a)), 1 / (b - a), -1 / rate))
-
-
-def _along(images: Tensor, phase: Tensor | None) -> Tensor:
-    """Real: the part of ``(..., z, y, x)`` that has the magnetisation's phase, or the magnitude."""
-    if phase is None:
-        return images.abs() if images.is_complex() else images
-    return (images * torch.polar(torch.ones_like(phase), -phase)).real
 
 
 def _central_difference(image: Tensor, dim: int) -> Tensor:

@@ -162,6 +162,29 @@ def test_magnitude_images_and_float_maps(service: Service) -> None:
     assert np.median(np.abs(image.data[0] - 1e3 * scan.stream.truth.maps["t1"][0])[inside]) < 20  # ms
 
 
+def test_lines_of_zeros_count_as_not_measured_and_a_signal_that_was_cut_off_is_told(service: Service) -> None:
+    """Some converters write the whole grid. The maps are those of the scan as it was, to the last bit."""
+    scan = in_memory("molli", matrix_x=48, matrix_y=48, coils=4, mask="golden", acceleration=3.0, acs=8, snr=60.0)
+    batches = list(scan.stream.batches)
+    headers = np.concatenate([own for own, _ in batches if not is_noise(own).any()])
+    samples = np.concatenate([own for own_headers, own in batches if not is_noise(own_headers).any()])
+    measured = {(int(idx["set"]), int(idx["kspace_encode_step_1"])) for idx in headers["idx"]}
+    places = [(state, line) for state in range(8) for line in range(48) if (state, line) not in measured]
+    empty = np.repeat(headers[-1:], len(places))
+    empty["flags"], empty["idx"]["set"], empty["idx"]["kspace_encode_step_1"] = 0, *np.array(places).T
+    padded = encoded([*batches, (empty, np.zeros((len(empty), *samples.shape[1:]), np.complex64))])
+    answer = ask(service, "llr_t1", scan, messages=padded)
+    assert complaints(answer) == [
+        f"WRN {len(empty)} of {8 * 48} readouts hold nothing but zeros: they count as not measured\n"
+    ]
+    np.testing.assert_array_equal(maps_of(answer)["T1"][0].data, maps_of(ask(service, "llr_t1", scan))["T1"][0].data)
+    top = 0.5 * max(np.abs(samples.real).max(), np.abs(samples.imag).max())
+    cut = (np.clip(samples.real, -top, top) + 1j * np.clip(samples.imag, -top, top)).astype(np.complex64)
+    noise = [batch for batch in batches if is_noise(batch[0]).any()]
+    answer = ask(service, "llr_t1", scan, messages=encoded([*noise, (headers, cut)]))
+    assert any("cut the signal off" in text for text in complaints(answer))
+
+
 @every_chain
 def test_a_header_without_inversion_times_gives_images_and_says_why_there_is_no_map(
     chain: str, service: Service, molli: SimulatedScan

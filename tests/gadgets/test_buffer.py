@@ -278,6 +278,18 @@ def test_calibration_kinds() -> None:
     assert bool(both.mask.all())
 
 
+def test_a_separate_calibration_is_not_averaged_with_the_images_own_lines() -> None:
+    """A scan of its own may have another scale. Lines that complete those of the image calibrate with them."""
+    of_image = [{"k1": k, **({"flags": flag(21)} if 3 <= k <= 5 else {})} for k in range(8)]
+    separate = [{"k1": k, "flags": flag(20)} for k in range(2, 7)]
+    rows = numbered_rows(13, 2, 16)
+    acs = assemble(sort_readouts(readout_headers(separate + of_image), mrd_header()), 0, rows).acs
+    assert acs is not None and np.array_equal(acs[:, 0, 2:7].numpy().swapaxes(0, 1), rows[:5])
+    between = [line for line in of_image if line["k1"] % 2] + [{"k1": k, "flags": flag(20)} for k in range(2, 7, 2)]
+    kspace = assemble(sort_readouts(readout_headers(between), mrd_header()), 0, numbered_rows(7, 2, 16))
+    assert kspace.acs_mask is not None and kspace.acs_mask[0].nonzero().flatten().tolist() == [2, 3, 4, 5, 6]
+
+
 def test_unflagged_calibration_is_the_sampled_centre_of_the_union() -> None:
     # DC is line 8 of 16; the union samples 5..11, line 4 is missing in both states
     first, second = [0, 5, 7, 8, 9, 11], [2, 6, 8, 10, 13]

@@ -68,6 +68,32 @@ def test_where_images_are_missing_the_limits_tell_whose_times_those_are(present:
         assert times(scan) == ()
 
 
+@pytest.mark.parametrize(
+    ("beat", "scheme", "told"),
+    [
+        (1.0, 0, ""),
+        (0.98, 0, ""),
+        (0.9, 0, "3.60 s apart by their inversion times and 4.00 s"),
+        (1.1, 0, "4.40 s"),
+        (1.0, 10000, ""),
+    ],
+)
+def test_times_of_nominal_heartbeats_are_told_where_time_stamps_say_others(beat: float, scheme: int, told: str) -> None:
+    """Stamps of one inversion have the distances of its images. ``scheme``: ticks between images that have an inversion each."""
+    listed = tuple(t + beat * i for t, n in ((0.12, 5), (0.2, 3)) for i in range(n))
+    headers = molli_readouts(n_slices=2)
+    if scheme:
+        headers["acquisition_time_stamp"] = headers["idx"]["set"] * scheme
+    found = [
+        note for note in sort(header(inversion_times=listed), headers).notes if "apart by their inversion times" in note
+    ]
+    assert len(found) == bool(told) and all(told in note for note in found)
+    stated = ",".join(f"{1e3 * t:g}" for t in listed)
+    assert any("apart" in note for note in sort(header(), headers, inversion_times=stated).notes) == bool(told)
+    saturated = header(inversion_times=listed, user_string={"MagnetizationPreparation": "saturation"})
+    assert not any("apart" in note for note in sort(saturated, headers).notes)
+
+
 def test_numbered_user_parameters_come_before_the_list() -> None:
     numbered: dict[str, float] = {f"InversionTime_ms_{i}": 100.0 + i for i in range(8)}
     scan = sort(header(inversion_times=(0.5,), user_double=numbered), molli_readouts())

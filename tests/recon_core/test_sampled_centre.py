@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from recon_core.errors import CalibrationError
+from recon_core.errors import CalibrationError, DataError
 from recon_core.maps.sampled_centre import missing_at_centre, missing_centre
 from recon_core.maps.settings import MapSettings
 from recon_core.methods import get_method
@@ -74,6 +74,17 @@ def test_one_coil_without_the_centre_of_one_delay_gives_images_and_no_t1() -> No
     assert not result.maps and any("no T1 map" in note and "centre of k-space" in note for note in result.notes)
     assert bool((result.images[0].data != 0).any())
     assert not reconstruct(s.kspace, s.scan, recipe(MapSettings())).notes  # images alone need no such word
+
+
+def test_an_image_that_was_lost_is_none_without_signal() -> None:
+    s = saturation_scan((48, 40), n_coils=2, noise=1e-3)
+    data = s.kspace.data.clone()
+    data[1] = 0
+    lost = replace(s.kspace, data=data)
+    with pytest.raises(DataError, match=r"nothing but zeros in 1 of \d images, the first: 1"):
+        reconstruct(lost, s.scan, recipe())
+    result = reconstruct(lost, s.scan, recipe(replace(T1, map_failure="warn")))
+    assert not result.maps and any("images without any signal" in note for note in result.notes)
 
 
 def test_what_four_coils_can_tell_gives_the_true_t1() -> None:

@@ -1,0 +1,106 @@
+"""What the samples say of readouts and their headers do not: lines that hold nothing, and signal at a receiver's limit.
+
+Some converters write the whole grid, with zeros where nothing was measured. Taken for measured, such lines alias, and no coil unfolds
+them: T1 is wrong in places, and hardly anything says so. Receivers that are driven too far, and converters to integers, cut samples off at
+one largest value. That makes the centre of k-space, and of a recovery the bright images most, darker than they are, which a fit takes up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gadgets.sorted_scan import Placement, SortedScan
+
+NEAR = 0.98
+"""Real and imaginary parts from this part of a channel's largest value on are near its limit ..."""
+
+FEWEST_AT_LIMIT = 6
+"""... and the largest value is one if it comes so often, and more than `OFTENER` times as often as all others near it. In whole scans
+without a limit it comes once or twice, and others near it at least as often."""
+
+OFTENER = 2
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What is known of the samples of some readouts.
+
+    Attributes
+    ----------
+    empty
+        int64, arrival numbers of those that hold nothing but zeros.
+    largest
+        Largest absolute value of a real or imaginary part, float32 ``(coil,)``.
+    n_largest, n_near
+        How often it comes, and how many others are near it, int64 ``(coil,)``.
+    """
+
+    empty: NDArray[np.int64]
+    largest: NDArray[np.float32]
+    n_largest: NDArray[np.int64]
+    n_near: NDArray[np.int64]
+
+    @property
+    def limited(self) -> NDArray[np.intp]:
+        """Channels whose largest value is a limit."""
+        often = (self.n_largest >= FEWEST_AT_LIMIT) & (self.n_largest > OFTENER * self.n_near)
+        return np.flatnonzero(often & (self.largest > 0))
+
+    @property
+    def note(self) -> str:
+        """What the operator has to know of signal at a limit; empty for none."""
+        channels = self.limited
+        if not len(channels):
+            return ""
+        named = ", ".join(map(str, channels[:8])) + (", ..." if len(channels) > 8 else "")
+        return (
+            f"{int(self.n_largest[channels].sum())} samples are at one largest value (channels {named}): the receiver or the conversion "
+            "cut the signal off there, so that bright images are too dark, and T1 and other maps wrong; repeat the scan with less gain"
+        )
+
+
+def look_at(samples: NDArray[np.complex64], rows: NDArray[np.integer]) -> Samples:
+    """`Samples` of readouts ``(readout, coil, sample)`` whose arrival numbers are ``rows``; all finite."""
+    middle = samples[:, :, samples.shape[2] // 2]
+    empty = np.flatnonzero(~middle.any(axis=1))  # most have none: no second pass of all samples
+    empty = empty[~samples[empty].any(axis=(1, 2))]
+    parts = (samples.real, samples.imag)
+    largest = np.maximum.reduce([np.abs(part).max(axis=(0, 2)) for part in parts])
+    n_largest, n_near = np.zeros((2, len(largest)), np.int64)
+    for part in parts:
+        size = np.abs(part)
+        n_largest += (size == largest[:, None]).sum(axis=(0, 2))
+        n_near += (size >= np.float32(NEAR) * largest[:, None]).sum(axis=(0, 2))
+    return Samples(np.asarray(rows, np.int64)[empty], largest, n_largest, n_near - n_largest)
+
+
+def together(found: Sequence[Samples]) -> Samples:
+    """`Samples` of all of them, at least one; their channels are the same."""
+    largest = np.maximum.reduce([one.largest for one in found])
+    n_largest, n_near = np.zeros((2, len(largest)), np.int64)
+    for one in found:
+        equal, near = one.largest == largest, one.largest >= np.float32(NEAR) * largest
+        n_largest += np.where(equal, one.n_largest, 0)
+        n_near += np.where(equal, one.n_near, np.where(near, one.n_largest, 0))
+    return Samples(np.concatenate([one.empty for one in found]), largest, n_largest, n_near)
+
+
+def unmeasured(scan: SortedScan, empty: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Arrival numbers of the readouts among ``empty`` that were not measured: others of the same image hold something.
+
+    Of lines for calibration alone: others of the same slice do. An image without any signal stays one.
+    """
+    imaging = scan.imaging
+    calibration = scan.calibration.take(~np.isin(scan.calibration.rows, imaging.rows))
+    of_image = _lacking(imaging, imaging.slice.astype(np.int64) * scan.n_states + imaging.state, empty)
+    return np.union1d(of_image, _lacking(calibration, calibration.slice.astype(np.int64), empty))
+
+
+def _lacking(lines: Placement, group: NDArray[np.int64], empty: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows of ``lines`` that are empty in a group that is not."""
+    is_empty = np.isin(lines.rows, empty)
+    return lines.rows[is_empty & np.isin(group, group[~is_empty])].astype(np.int64)
