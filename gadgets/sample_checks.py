@@ -37,18 +37,21 @@ class Samples:
         Largest absolute value of a real or imaginary part, float32 ``(coil,)``.
     n_largest, n_near
         How often it comes, and how many others are near it, int64 ``(coil,)``.
+    step
+        Smallest value that is not zero in readouts that come near the largest one, float32 ``(coil,)``.
     """
 
     empty: NDArray[np.int64]
     largest: NDArray[np.float32]
     n_largest: NDArray[np.int64]
     n_near: NDArray[np.int64]
+    step: NDArray[np.float32]
 
     @property
     def limited(self) -> NDArray[np.intp]:
-        """Channels whose largest value is a limit."""
+        """Channels whose largest value is a limit. Of whole numbers as small as a silent coil's none is near the largest but itself."""
         often = (self.n_largest >= FEWEST_AT_LIMIT) & (self.n_largest > OFTENER * self.n_near)
-        return np.flatnonzero(often & (self.largest > 0))
+        return np.flatnonzero(often & (self.step < np.float32(1 - NEAR) * self.largest))
 
     @property
     def note(self) -> str:
@@ -68,14 +71,17 @@ def look_at(samples: NDArray[np.complex64], rows: NDArray[np.integer]) -> Sample
     middle = samples[:, :, samples.shape[2] // 2]
     empty = np.flatnonzero(~middle.any(axis=1))  # most have none: no second pass of all samples
     empty = empty[~samples[empty].any(axis=(1, 2))]
-    parts = (samples.real, samples.imag)
-    largest = np.maximum.reduce([np.abs(part).max(axis=(0, 2)) for part in parts])
-    n_largest, n_near = np.zeros((2, len(largest)), np.int64)
-    for part in parts:
-        size = np.abs(part)
-        n_largest += (size == largest[:, None]).sum(axis=(0, 2))
-        n_near += (size >= np.float32(NEAR) * largest[:, None]).sum(axis=(0, 2))
-    return Samples(np.asarray(rows, np.int64)[empty], largest, n_largest, n_near - n_largest)
+    parts = np.ascontiguousarray(samples).view(np.float32)  # real and imaginary parts in turn
+    peaks = np.maximum(parts.max(axis=2), -parts.min(axis=2))
+    largest = peaks.max(axis=0)
+    level = np.float32(NEAR) * largest
+    readout, coil = np.nonzero(peaks >= level)  # few readouts have to be looked at again
+    size, most = np.abs(parts[readout, coil]), largest[coil, None]
+    n_largest = np.bincount(coil, (size == most).sum(1), len(largest)).astype(np.int64)
+    n_near = np.bincount(coil, (size >= level[coil, None]).sum(1), len(largest)).astype(np.int64)
+    step = np.full(len(largest), np.inf, np.float32)
+    np.minimum.at(step, coil, np.where(size > 0, size, np.inf).min(axis=1))
+    return Samples(np.asarray(rows, np.int64)[empty], largest, n_largest, n_near - n_largest, step)
 
 
 def together(found: Sequence[Samples]) -> Samples:
@@ -86,7 +92,8 @@ def together(found: Sequence[Samples]) -> Samples:
         equal, near = one.largest == largest, one.largest >= np.float32(NEAR) * largest
         n_largest += np.where(equal, one.n_largest, 0)
         n_near += np.where(equal, one.n_near, np.where(near, one.n_largest, 0))
-    return Samples(np.concatenate([one.empty for one in found]), largest, n_largest, n_near)
+    step = np.minimum.reduce([one.step for one in found])
+    return Samples(np.concatenate([one.empty for one in found]), largest, n_largest, n_near, step)
 
 
 def unmeasured(scan: SortedScan, empty: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -64,7 +64,10 @@ class Elsewhere(torch.Tensor):
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    """What lies in nested sequences and mappings, as an operation's arguments do (PyTorch's own trees know more and take most of the time)."""
+    """What lies in nested sequences and mappings, as an operation's arguments do.
+
+    PyTorch's own trees know more kinds, and would take most of the time.
+    """
     if isinstance(value, (list, tuple)):
         for one in value:
             yield from _leaves(one)

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gadgets.buffer import sort_readouts
-from gadgets.sample_checks import Samples, look_at, together, unmeasured
+from gadgets.sample_checks import FEWEST_AT_LIMIT, Samples, look_at, together, unmeasured
 from gadgets.simulate import simulate_stream
 from tests.gadgets.scan_factory import flag, mrd_header, readout_headers
 
@@ -43,6 +43,11 @@ def test_a_sound_scan_has_no_limit(samples: NDArray[np.complex64]) -> None:
     for sound in (samples, integers(samples, 32000), integers(samples, 500), samples * np.float32(1e-9)):
         assert not in_pieces(sound).note and not len(in_pieces(sound).empty)
     assert not in_pieces(np.zeros_like(samples[:9])).note
+    silent = samples.copy()
+    silent[:, 1] = np.round(np.random.default_rng(0).uniform(-3, 3, (*silent[:, 1].shape, 2))) @ np.array([1, 1j])
+    assert in_pieces(silent).n_largest[1] >= FEWEST_AT_LIMIT and not in_pieces(silent).note, (
+        "a coil without signal, in whole numbers"
+    )
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5, 0.7])

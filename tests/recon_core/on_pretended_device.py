@@ -1,4 +1,4 @@
-"""The same computation here and on a pretended device: ``python -m tests.recon_core.on_pretended_device [GROUP ...]``, a process of its own."""
+"""The same computation here and on a pretended device: ``python -m tests.recon_core.on_pretended_device GROUP``, a process of its own."""
 
 from __future__ import annotations
 
