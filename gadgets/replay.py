@@ -293,9 +293,10 @@ def _receive(
     on_text: Callable[[str], None] | None,
     silence: float,
     where: str,
-    unheard: str | None,
+    unheard: str,
 ) -> ReplayFailed | None:
     """Until the server's CLOSE; the way in which that did not come, if so. ``unheard`` is what may help where nothing came at all."""
+    remedy: str | None = unheard
     with FrameParser(role="client") as parser:
         while not parser.closed:
             try:
@@ -305,7 +306,7 @@ def _receive(
                     "the connection broke before the server's CLOSE",
                     where=where,
                     got=error.strerror or "silence",
-                    remedy=unheard,
+                    remedy=remedy,
                 )
             if chunk is None:
                 return ReplayFailed("the server is silent", where=where, got=f"nothing for {silence:g} s", expected="CLOSE")
@@ -314,10 +315,10 @@ def _receive(
                     parser.finish()
                 except Disconnected as error:
                     return ReplayFailed(f"the server closed in the middle: {error}", where=where)
-                return ReplayFailed("the server closed without CLOSE", where=where, remedy=unheard)
-            if unheard is not None and chunk[: len(TLS_ALERT)] == TLS_ALERT:
-                return ReplayFailed("the server answers in TLS", where=where, remedy=unheard)
-            unheard = None
+                return ReplayFailed("the server closed without CLOSE", where=where, remedy=remedy)
+            if remedy is not None and chunk[: len(TLS_ALERT)] == TLS_ALERT:
+                return ReplayFailed("the server answers in TLS", where=where, remedy=remedy)
+            remedy = None
             for event in parser.feed(chunk):
                 match event:
                     case events.Image():
@@ -409,11 +410,12 @@ def _tls_remedy(error: TlsError) -> str | None:
     return "Does this port speak TLS? A plain one is asked without --tls, --tls-ca and --tls-cert"
 
 
-def _unheard(tls: ClientTls | None) -> str | None:
+def _unheard(tls: ClientTls | None) -> str:
     """What to try where a server ends the connection and has said nothing."""
+    least = "let in other addresses only (its --allow): its log says"
     if tls is None:
-        return "A port that speaks TLS closes plain connections: --tls, or --tls-ca FILE with its authority, speaks it"
-    return None if tls.certificate else "It may want a certificate: --tls-cert FILE"
+        return f"It may speak TLS (--tls, or --tls-ca FILE with its authority), or {least}"
+    return f"It may {least}" if tls.certificate else f"It may want a certificate (--tls-cert FILE), or {least}"
 
 
 def _retry() -> None:

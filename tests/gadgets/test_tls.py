@@ -153,7 +153,7 @@ RAW = Path(__file__).parent.parent / "data" / "wire-captures" / "replayed_with_w
 
 
 def test_a_replay_without_tls_to_a_port_that_speaks_it_is_told_the_option(served: Served) -> None:
-    with pytest.raises(ReplayFailed, match="closes plain connections: --tls, or --tls-ca FILE"):
+    with pytest.raises(ReplayFailed, match=r"It may speak TLS \(--tls, or --tls-ca FILE.*or let in other addresses"):
         replay(RAW, port=served.server.port, config="fourier")
 
 
