@@ -36,6 +36,7 @@ AHEAD = 2  # tasks sent for each one that is computed: the next one has to be th
 PATIENCE = 10.0  # s for an answer of the scheduler
 CONNECT = 10.0  # s to reach it
 AGAIN = 5.0  # s between attempts to reach a scheduler that was lost, or was not there yet
+READY = 120.0  # s for the workers to be made ready: imports, and every method run once
 ATTEMPTS, PAUSE = 3, 1.0  # to make the workers ready where the connection ends meanwhile, and s between two of them
 DESERTED = 20.0  # s without any worker after which what was sent is computed here
 SPEECHLESS = 60.0  # s that a task of an abandoned scan may be silent before its worker is ended
@@ -238,13 +239,29 @@ class DaskPool:
             )
             for left in reversed(range(ATTEMPTS)):
                 try:
-                    self._client.register_plugin(Prepare(versions(), self._threads, rehearse=self._rehearse))
+                    self._run(self._make_ready(Prepare(versions(), self._threads, rehearse=self._rehearse)), READY)
                     return
+                except TimeoutError as error:  # one that hangs keeps the answer of all
+                    raise _Away(f"its workers are not ready after {READY:g} s{self._silent_workers()}") from error
                 except CommClosedError:
                     if not left or self._closed.wait(PAUSE):
                         raise
+        except _Away:
+            raise
         except OSError as error:
             raise _Away(f"its workers cannot be made ready: {_kind(error)}") from error
+
+    async def _make_ready(self, plugin: Any) -> None:
+        await self._client.register_plugin(plugin)
+
+    def _silent_workers(self) -> str:
+        """Which workers the scheduler has not heard of while all were made ready: they hold the others up."""
+        with contextlib.suppress(Exception):
+            known = self._run(self._client.scheduler.identity(n_workers=-1))["workers"]
+            heard = max(worker["last_seen"] for worker in known.values())
+            silent = [address for address, worker in known.items() if heard - worker["last_seen"] > READY / 2]
+            return f"; silent: {', '.join(silent)}" if silent else ""
+        return ""
 
     def _knock(self, target: str, security: Any) -> None:
         """Whether anybody answers there, within `CONNECT`: a client waits for ever for one that takes the connection and is silent.

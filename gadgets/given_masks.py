@@ -9,16 +9,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from tokenize import TokenError
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gadgets.errors import SortError
 from gadgets.mask_check import mask_names
+from gadgets.readouts import chosen_encoding
 from gadgets.sorted_scan import SortedScan
-from recon_core.errors import DataError
+from gadgets.wire.header import MrdHeader
+from recon_core.errors import DataError, ReconError
 from recon_core.maps.brain_mask import given_mask
+from recon_core.maps.settings import MapSettings
 from recon_core.sampling.mask_files import MaskError
+
+if TYPE_CHECKING:
+    from gadgets.chain import Chain
 
 ENDING = ".npy"
 
@@ -36,6 +44,44 @@ def given_mask_of(scan: SortedScan, name: str, folder: Path | None) -> NDArray[n
     DataError
         As `recon_core.maps.brain_mask.given_mask`.
     """
+    path = _named(name, folder)
+    if scan.n_slices > 1:
+        raise MaskError("a mask is of one slab", where=f"mask {name!r}", got=f"{scan.n_slices} slabs")
+    return read_given_mask(path, scan.scan_info(0).recon_matrix)
+
+
+def named_mask(settings: MapSettings) -> str:
+    """The mask that maps with these settings are made in; empty where they need none."""
+    return settings.map_mask_file if settings.maps == "qsm" else ""
+
+
+def require_given_mask(chain: Chain, folder: Path | None) -> None:
+    """A mask that was chosen for this scan is there, and one. (One of a chain's file that is gone costs no scan: it is said.)
+
+    Raises
+    ------
+    MaskError, DataError
+        As `given_mask_of`, as far as no scan is needed to tell.
+    """
+    if "map_mask_file" in chain.overrides and (name := named_mask(chain.maps)):
+        read_given_mask(_named(name, folder))
+
+
+def doubt_of_mask(chain: Chain, header: MrdHeader, folder: Path | None) -> str:
+    """Why a chain's mask will make no map, as far as the header tells, in words for the operator; empty: nothing speaks against it."""
+    name = named_mask(chain.maps)
+    if not name:
+        return ""
+    try:
+        read_given_mask(_named(name, folder), chosen_encoding(header, chain.acquisition).recon_matrix)
+    except SortError:
+        return ""  # of the header: whoever sorts the readouts says so
+    except ReconError as error:
+        return str(error)
+    return ""
+
+
+def _named(name: str, folder: Path | None) -> Path:
     known = mask_names(folder, (ENDING,))
     # looked up among the names that exist: a path can never match
     if name not in known:
@@ -46,9 +92,7 @@ def given_mask_of(scan: SortedScan, name: str, folder: Path | None) -> NDArray[n
             expected="one of " + ", ".join(known) if known else f"a {ENDING} file in the masks folder, which has none",
             remedy=f"recon mask install FILE{ENDING} puts one there",
         )
-    if scan.n_slices > 1:
-        raise MaskError("a mask is of one slab", where=f"mask {name!r}", got=f"{scan.n_slices} slabs")
-    return read_given_mask(known[name], scan.scan_info(0).recon_matrix)
+    return known[name]
 
 
 def read_given_mask(path: Path, shape: Sequence[int] | None = None) -> NDArray[np.bool_]:

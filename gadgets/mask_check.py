@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,9 @@ from gadgets.wire.header import MrdHeader
 from recon_core.errors import ReconError
 from recon_core.sampling.agreement import differences, pattern_digest
 from recon_core.sampling.mask_files import MaskError, SamplingMask, read_mask
+
+if TYPE_CHECKING:
+    from gadgets.chain import Chain
 
 NAME_PARAMETER, DIGEST_PARAMETER = "SamplingMask", "SamplingMaskSHA256"
 BY_HEADER, UNCHECKED = "auto", "none"
@@ -61,10 +65,26 @@ def default_folder() -> Path:
 
 
 def mask_names(folder: Path | None, endings: tuple[str, ...] = ENDINGS) -> dict[str, Path]:
-    """The masks of a folder by name; none where there is no folder."""
-    if folder is None or not folder.is_dir():
+    """The masks of a folder by name; none where there is no folder.
+
+    Raises
+    ------
+    MaskError
+        What is there cannot be read, or is no folder.
+    """
+    try:
+        found = [] if folder is None else sorted(folder.iterdir())
+        files = [path for path in found if path.suffix.lower() in endings and path.is_file()]
+    except FileNotFoundError:
         return {}
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in endings and path.is_file())
+    except OSError as error:
+        raise MaskError(
+            "the server's masks cannot be read",
+            where="masks folder",
+            got=os.strerror(error.errno or 0),
+            expected="a folder that the server may read",
+            remedy="recon serve --masks DIR names it",
+        ) from None
     return {path.stem: path for path in files if MASK_NAME.fullmatch(path.stem)}
 
 
@@ -133,7 +153,7 @@ def check_samples(scan: SortedScan, folder: Path | None) -> MaskReport:
         return MaskReport((f"mask {told.name!r}: not compared, the echoes are averaged into one image",))
     shape = _shape(scan)
     try:
-        mask = _read(told, folder)
+        mask = _read(told.name, folder)
     except MaskError as error:
         return MaskReport(refusal=error) if told.by_operator else _by_digest(scan, shape, told, error)
     if shape != mask.mask.shape:
@@ -158,6 +178,19 @@ def check_samples(scan: SortedScan, folder: Path | None) -> MaskReport:
     return MaskReport(tuple(notes), agreement=good)
 
 
+def require_sampling_mask(chain: Chain, folder: Path | None) -> None:
+    """A sampling mask that was chosen for this scan is there, and one. (One of a chain's file that is gone costs no scan.)
+
+    Raises
+    ------
+    MaskError
+        It is not.
+    """
+    name = chain.acquisition.sampling_mask
+    if "sampling_mask" in chain.overrides and name not in (BY_HEADER, UNCHECKED):
+        _read(name, folder)
+
+
 def _told(header: MrdHeader, setting: str) -> _Told | None:
     if setting == UNCHECKED:
         return None
@@ -168,18 +201,18 @@ def _told(header: MrdHeader, setting: str) -> _Told | None:
     return _Told(name[:64], digest or None, by_operator=False) if name else None
 
 
-def _read(told: _Told, folder: Path | None) -> SamplingMask:
+def _read(name: str, folder: Path | None) -> SamplingMask:
     known = mask_names(folder)
     # looked up among the names that exist: a path can never match
-    if told.name not in known:
+    if name not in known:
         raise MaskError(
             "no such mask on this server",
             where="sampling mask",
-            got=repr(told.name),
+            got=repr(name[:64]),
             expected="one of " + ", ".join(known) if known else "a file in the masks folder, which has none",
             remedy="recon mask install FILE puts one there",
         )
-    return read_mask(known[told.name])
+    return read_mask(known[name])
 
 
 def _by_digest(scan: SortedScan, shape: tuple[int, int, int], told: _Told, error: MaskError) -> MaskReport:

@@ -23,7 +23,7 @@ from gadgets.compute_pool import Budget
 from gadgets.cut_scan import sort_cut_scan
 from gadgets.errors import SortError
 from gadgets.fair_queue import REPLAY, SCAN
-from gadgets.given_masks import given_mask_of
+from gadgets.given_masks import doubt_of_mask, given_mask_of, named_mask
 from gadgets.images import ImageWriter, sending_order
 from gadgets.job_folder import JobFolders, JobRecord
 from gadgets.jobs import Jobs
@@ -119,6 +119,9 @@ class Scan:
             budget=self._preparing,
             sign=self._give_sign,
         )
+        # while the patient still lies there
+        if doubt := doubt_of_mask(chain, header, services.masks):
+            self._warn(doubt)
 
     # ---- while the scan runs -------------------------------------------------------------------------------------------
 
@@ -206,10 +209,10 @@ class Scan:
     def _given_mask(self, sorted_scan: SortedScan) -> tuple[NDArray[np.bool_] | None, ReconError | None]:
         """The mask that the chain's maps are to be made in, or why the chain is refused; where that is to be a warning, it is one."""
         settings = self.chain.maps
-        if settings.maps != "qsm" or not settings.map_mask_file:
+        if not (name := named_mask(settings)):
             return None, None
         try:
-            return given_mask_of(sorted_scan, settings.map_mask_file, self.services.masks), None
+            return given_mask_of(sorted_scan, name, self.services.masks), None
         except ReconError as error:
             if settings.map_failure == "error":
                 return None, error

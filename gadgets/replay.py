@@ -25,7 +25,7 @@ from gadgets.image_attributes import is_preview
 from gadgets.image_file import ImageFile
 from gadgets.queries import BEHIND, BEHIND_ID
 from gadgets.raw_source import Source, open_source
-from gadgets.tls import ClientTls, connect_tls
+from gadgets.tls import ClientTls, TlsError, connect_tls
 from gadgets.wire import codec, events
 from gadgets.wire.framing import FrameParser
 from recon_core.errors import ReconError
@@ -34,10 +34,7 @@ RETRY_SECONDS = 0.2
 PACE_SECONDS = 0.01  # readouts of one such interval are sent together
 SILENCE_SECONDS = 600.0
 RECEIVE_BYTES = 1 << 20
-UNHEARD = (
-    "It may let in other addresses only (--allow), speak TLS (--tls-ca) or want a certificate (--tls-cert): its log says"
-)
-"""Of a server that ends without a word."""
+TLS_ALERT = b"\x15\x03"  # what a TLS server may say to a plain peer; no message begins so
 ERROR_WORDS = ("ERROR", "ERR ", "ERR:")
 
 # what the reference client asks before a scan that depends on a noise measurement (same element names, so that a real
@@ -167,7 +164,7 @@ def replay(
         sender = _Sender(connection, played, rate, progress)
         sender.start()
         try:
-            failure = _receive(connection, result, images, sender, on_text, silence_seconds, where)
+            failure = _receive(connection, result, images, sender, on_text, silence_seconds, where, _unheard(tls))
         finally:
             sender.stop()
     _settle_times(result, images, sender)
@@ -296,16 +293,21 @@ def _receive(
     on_text: Callable[[str], None] | None,
     silence: float,
     where: str,
+    unheard: str,
 ) -> ReplayFailed | None:
-    """Until the server's CLOSE; the way in which that did not come, if so."""
-    remedy: str | None = UNHEARD
+    """Until the server's CLOSE; the way in which that did not come, if so. ``unheard`` is what may help where nothing came at all."""
+    remedy: str | None = unheard
     with FrameParser(role="client") as parser:
         while not parser.closed:
             try:
                 chunk = _wait(connection, sender, silence)
             except OSError as error:
-                said = error.strerror or "silence"
-                return ReplayFailed("the connection broke before the server's CLOSE", where=where, got=said, remedy=remedy)
+                return ReplayFailed(
+                    "the connection broke before the server's CLOSE",
+                    where=where,
+                    got=error.strerror or "silence",
+                    remedy=remedy,
+                )
             if chunk is None:
                 return ReplayFailed("the server is silent", where=where, got=f"nothing for {silence:g} s", expected="CLOSE")
             if not chunk:
@@ -314,6 +316,8 @@ def _receive(
                 except Disconnected as error:
                     return ReplayFailed(f"the server closed in the middle: {error}", where=where)
                 return ReplayFailed("the server closed without CLOSE", where=where, remedy=remedy)
+            if remedy is not None and chunk[: len(TLS_ALERT)] == TLS_ALERT:
+                return ReplayFailed("the server answers in TLS", where=where, remedy=remedy)
             remedy = None
             for event in parser.feed(chunk):
                 match event:
@@ -389,7 +393,29 @@ def _connect(host: str, port: int, seconds: float, tls: ClientTls | None) -> soc
             raise ReplayFailed("cannot connect", where=f"{host}:{port}", got=error.strerror or str(error)) from None
         connection.settimeout(None)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection if tls is None else connect_tls(connection, host, tls)
+        try:
+            return connection if tls is None else connect_tls(connection, host, tls)
+        except TlsError as error:
+            raise TlsError(
+                error.what, where=f"{host}:{port}", got=error.got, expected=error.expected, remedy=_tls_remedy(error)
+            ) from None
+
+
+def _tls_remedy(error: TlsError) -> str | None:
+    """Which option is likely to be wrong, where no TLS came about with a server that was reached."""
+    if error.where != "TLS handshake":
+        return error.remedy  # our own files
+    if "CERTIFICATE" in str(error.got):
+        return "Is --tls-ca the authority of its certificate, and --tls-name (by default the host) the name in it?"
+    return "Does this port speak TLS? A plain one is asked without --tls, --tls-ca and --tls-cert"
+
+
+def _unheard(tls: ClientTls | None) -> str:
+    """What to try where a server ends the connection and has said nothing."""
+    least = "let in other addresses only (its --allow): its log says"
+    if tls is None:
+        return f"It may speak TLS (--tls, or --tls-ca FILE with its authority), or {least}"
+    return f"It may {least}" if tls.certificate else f"It may want a certificate (--tls-cert FILE), or {least}"
 
 
 def _retry() -> None:

@@ -15,11 +15,13 @@ from gadgets.chain import Chain, chain_faults, chain_from_script, chain_names, l
 from gadgets.compute_pool import Events
 from gadgets.connection import ChainRequest
 from gadgets.devices import choose_device
+from gadgets.given_masks import require_given_mask
 from gadgets.handlers import Scan as OpenedScan
 from gadgets.job_folder import JobFolders, remove_orphans
 from gadgets.jobs import Jobs
 from gadgets.journal import JobRow
 from gadgets.listener import Access
+from gadgets.mask_check import require_sampling_mask
 from gadgets.monitor.observer import Observer
 from gadgets.noise_store import NoiseStore
 from gadgets.pacs_backlog import key_of
@@ -229,6 +231,8 @@ class Service:
             chain = load_chain(request.name or "", request.overrides, directory=folder)
         if "preview" in chain.overrides:
             require_preview(chain, folder)
+        require_given_mask(chain, self.options.masks)
+        require_sampling_mask(chain, self.options.masks)
         return chain
 
     def _open_scan(self, request: ChainRequest, header_text: str, raw: ScanLog, say: Callable[[str], None]) -> OpenedScan:

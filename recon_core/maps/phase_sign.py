@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,6 +16,12 @@ DEEP = 0.010
 FASTEST = 0.98
 """Quantile of R2* above which voxels hold iron or blood: nuclei and veins."""
 
+LARGEST_VOXEL = 100e-9
+"""m³; in larger ones neither nuclei nor veins are seen, and R2* is highest where the field bends within a voxel, beside air."""
+
+LARGEST_RATE = 25.0
+"""1/(s T), at which the fastest voxels may begin; iron and veins have less, a field that bends within a voxel gives more."""
+
 LEAST_VOXELS = 1000
 """Deep voxels; of fewer the fastest tell nothing."""
 
@@ -27,7 +34,9 @@ WORDS = (
 )
 
 
-def iron_contrast(chi: ParameterMap, r2star: ParameterMap, mask: Tensor, voxel: Sequence[float]) -> float | None:
+def iron_contrast(
+    chi: ParameterMap, r2star: ParameterMap, mask: Tensor, voxel: Sequence[float], field_strength: float
+) -> float | None:
     """Mean susceptibility of the voxels whose R2* is highest (`FASTEST`) less the median of all, over their robust SD.
 
     Iron and venous blood are paramagnetic and raise R2*; what raises it and is diamagnetic, calcium, is rare.
@@ -40,20 +49,26 @@ def iron_contrast(chi: ParameterMap, r2star: ParameterMap, mask: Tensor, voxel: 
         bool ``(z, y, x)``, of the brain; its outer `DEEP` do not count.
     voxel
         ``(z, y, x)`` in m.
+    field_strength
+        In T.
 
     Returns
     -------
     float or None
-        ``None`` where too little is deep enough, or all is uniform.
+        ``None`` where too little is deep enough, all is uniform, voxels are too large (`LARGEST_VOXEL`), or what is fastest is not iron
+        (`LARGEST_RATE`).
     """
+    if math.prod(voxel) > LARGEST_VOXEL:
+        return None
     deep = (inner_distance(mask, voxel) > DEEP) & chi.valid & r2star.valid
     if int(deep.sum()) < LEAST_VOXELS:
         return None
     values, rates = chi.data[deep].cpu().numpy(), r2star.data[deep].cpu().numpy()
     middle = float(np.median(values))
     spread = 1.4826 * float(np.median(np.abs(values - middle)))
-    fastest = rates > np.quantile(rates, FASTEST)
-    if not (spread > 0 and fastest.any()):
+    least = float(np.quantile(rates, FASTEST))
+    fastest = rates > least
+    if not (spread > 0 and fastest.any()) or least > LARGEST_RATE * field_strength:
         return None
     return (float(values[fastest].mean()) - middle) / spread
 

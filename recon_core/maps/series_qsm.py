@@ -371,7 +371,8 @@ def _susceptibility(echoes: _Fittable, settings: MapSettings) -> SeriesMaps:
     if not chi.converged:
         notes.append(f"dipole inversion: still changing by {100 * chi.change:.1f} % after {chi.iterations} steps")
     brain = settings.map_mask == "brain"  # of phantoms nothing is known
-    contrast = iron_contrast(chi.chi, r2star.r2star, mask, frame.voxel) if brain else None
+    tesla = frame.larmor / GYROMAGNETIC_RATIO
+    contrast = iron_contrast(chi.chi, r2star.r2star, mask, frame.voxel, tesla) if brain else None
     if turned := note_of_sign(contrast, settings.map_phase_sign):
         notes.append(turned)
     method = settings.map_background

@@ -58,6 +58,11 @@ def is_partial(extent: Extent, n: int) -> bool:
     return n > 1 and abs(before - after) > max(1.0, ASYMMETRY * n)
 
 
+def has_phase(extent: Extent, n: int) -> bool:
+    """Whether enough is measured on both sides of the centre for the phase that completes the rest."""
+    return min(_sides(extent, n)) >= FEWEST_BOTH_SIDES
+
+
 def partial_axes(extents: Sequence[Extent], shape: Sequence[int]) -> tuple[int, ...]:
     """Axes (-3 for z, -2 for y, -1 for x) that are partial, the one with most missing first."""
     missing = {}
@@ -173,7 +178,7 @@ def _sides(extent: Extent, n: int) -> tuple[int, int]:
 
 def _half_band(extent: Extent, n: int) -> int:
     half = min(_sides(extent, n))
-    if half < FEWEST_BOTH_SIDES:
+    if not has_phase(extent, n):
         raise DataError(
             "too little measured on both sides of the centre for a phase estimate",
             where="partial Fourier",

@@ -260,7 +260,18 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what `optimizer_tensors` gave; settings of the groups stay the optimiser's own."""
+    """Put back what `optimizer_tensors` gave; settings of the groups stay the optimiser's own.
+
+    Raises
+    ------
+    ValueError
+        The state of other parameters.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for name, value in tensors.items():
+        of = int(name.partition(".")[0])
+        if of >= len(parameters) or (value.ndim and value.shape != parameters[of].shape):
+            raise ValueError(f"optimizer state {name} of shape {tuple(value.shape)}")
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         number, _, entry = name.partition(".")

@@ -48,7 +48,7 @@ class TrainingLog:
         """Names of the figures, as the file began; ``None`` if it has not begun."""
         if not self.path.is_file():
             return None
-        with open(self.path, newline="", encoding="utf-8") as file:
+        with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
             header = next(csv.reader(file), None)
         return header[1:-1] if header else None
 
@@ -62,7 +62,7 @@ class TrainingLog:
         """
         if not self.path.is_file():
             return
-        with open(self.path, newline="", encoding="utf-8") as file:
+        with open(self.path, newline="", encoding="utf-8", errors="replace") as file:
             rows = list(csv.reader(file))
         kept = rows[:1] + [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= step]
         part = self.path.with_suffix(".csv.part")

@@ -247,7 +247,7 @@ class _Run:
     def begin(self, resume: bool) -> None:
         """Load the checkpoint, or check that there is none."""
         path = self.output / f"{CHECKPOINT}.json"
-        if path.is_file():
+        if path.exists():
             if not resume:
                 raise SettingError(
                     "the folder holds a training", where=self.output.name, remedy="resume it, or name another one"
@@ -279,13 +279,7 @@ class _Run:
         try:
             tensors, facts = read_pair(path)
         except WeightError as error:
-            raise WeightError(
-                f"the checkpoint is damaged: {error.what}",
-                where=f"{self.output.name}/{path.name}",
-                got=error.got,
-                expected=error.expected,
-                remedy=f"put both files back from a copy, or remove {path.name}: this phase then begins anew",
-            ) from None
+            raise self._damaged(path, f": {error.what}", error.got, error.expected) from None
         try:
             if facts["task"] != _as_json(self.task.facts()) or facts["schedule"] != _as_json(self._schedule()):
                 raise SettingError(
@@ -299,11 +293,32 @@ class _Run:
             restore_optimizer(self.optimizer, parts["optimizer"])
             if self.average is not None:
                 self.average = {k: v.to(self.average[k].device) for k, v in parts["average"].items()}
-            restore_random_state(parts["random"], facts["random"])
+            try:
+                restore_random_state(parts["random"], facts["random"])
+            except RuntimeError as error:
+                raise ValueError(f"random generators: {error}") from None
             self.step, self.skipped, self.streak = int(facts["step"]), int(facts["skipped"]), int(facts["streak"])
             self.minutes_before, self.figures = float(facts["minutes"]), dict(facts["figures"])
         except KeyError as error:
-            raise WeightError("incomplete checkpoint", where=path.name, got=f"no {error}") from None
+            raise self._damaged(path, "", f"no {error}") from None
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+            RuntimeError,
+        ) as error:  # of JSON of other types, and of tensors of other sizes
+            raise self._damaged(path, "", f"{type(error).__name__}: {error}") from None
+        if not 0 <= self.step <= self.settings.steps:
+            raise self._damaged(path, "", f"step {self.step}", f"0 to {self.settings.steps}")
+
+    def _damaged(self, path: Path, why: str, got: object, expected: object = None) -> WeightError:
+        return WeightError(
+            f"the checkpoint is damaged{why}",
+            where=f"{self.output.name}/{path.name}",
+            got=got,
+            expected=expected,
+            remedy=f"put both files back from a copy, or remove {path.name}: this phase then begins anew",
+        )
 
     def _schedule(self) -> dict[str, Any]:
         """What changes the result; limits of time and frequencies of reports do not."""
@@ -317,7 +332,7 @@ class _Run:
     def work(self, stop: threading.Event, progress: Callable[[Progress], None] | None) -> None:
         """Steps until there is a reason to end."""
         settings = self.settings
-        deadline = self.started + settings.max_minutes * 60
+        deadline, begun = self.started + settings.max_minutes * 60, self.step
         while self.step < settings.steps and not stop.is_set() and time.monotonic() < deadline:
             loss, figures = self._one_step()
             self.step += 1
@@ -333,7 +348,8 @@ class _Run:
                 self.save()
             if progress is not None:
                 progress(Progress(self.step, settings.steps, loss, self.minutes, figures, validation))
-        self.save()
+        if self.step > begun or not (self.output / f"{CHECKPOINT}.json").exists():
+            self.save()
 
     def _one_step(self) -> tuple[float, dict[str, float]]:
         rate = self.settings.rate(self.step)
@@ -445,6 +461,9 @@ def _difference(stated: Mapping[str, Any], own: Mapping[str, Any]) -> str:
     parts = []
     for room, values in own.items():
         mine, theirs = _as_json(values), stated.get(room, {})
+        if not isinstance(theirs, Mapping):
+            parts.append(f"{room}: {theirs}")
+            continue
         parts += [
             f"{k}: {theirs.get(k)}, not {mine.get(k)}" for k in sorted({*mine, *theirs}) if mine.get(k) != theirs.get(k)
         ]

@@ -157,12 +157,13 @@ def settle_recipe(recipe: TrainingRecipe, output: Path, resume: bool, data: Mapp
     Raises
     ------
     SettingError
-        The folder holds a training and ``resume`` is off, one of another recipe or from other data, or a damaged recipe; or it is no
-        folder, and cannot be made.
+        The folder holds a training and ``resume`` is off, one of another recipe or from other data, or a damaged recipe; weights or
+        checkpoints without a recipe; or it is no folder, and cannot be made.
     """
     data = dict(data or {})
     stated = read_recipe(output)
     if stated is None:
+        _require_unused(output)
         try:
             output.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -171,6 +172,7 @@ def settle_recipe(recipe: TrainingRecipe, output: Path, resume: bool, data: Mapp
         return
     if not resume:
         raise SettingError("the folder holds a training", where=output.name, remedy="add --resume, or name another folder")
+    _require_same_kind(recipe, output, stated)
     try:
         there = asdict(type(recipe).from_facts(stated))
     except (TypeError, ValueError, AttributeError) as error:
@@ -188,6 +190,35 @@ def settle_recipe(recipe: TrainingRecipe, output: Path, resume: bool, data: Mapp
         write_json(output / RECIPE, {**stated, DATA: data})
 
 
+def _require_unused(output: Path) -> None:
+    """A training that begins would put its weights in the place of what is there."""
+    there = sorted([*output.glob("*.safetensors"), *output.glob(f"*/{CHECKPOINT}.json")])
+    if there:
+        raise SettingError(
+            f"the folder holds weights or checkpoints, but no {RECIPE}",
+            where=output.name,
+            got=str(there[0].relative_to(output)),
+            expected="a folder without them",
+            remedy="put the recipe back from a copy (the JSON of exported weights states it), or name another folder",
+        )
+
+
+def _require_same_kind(recipe: TrainingRecipe, output: Path, stated: Mapping[str, Any]) -> None:
+    """Choices that are not there have their defaults; choices that this training does not have belong to another method."""
+    own = {f.name for f in fields(recipe)}
+    foreign = sorted(set(stated) - own - {DATA})
+    if foreign:
+        raise SettingError(
+            "the folder holds a training of another kind",
+            where=f"{output.name}/{RECIPE}",
+            got=", ".join(foreign),
+            expected=f"the choices of {type(recipe).__name__}",
+            remedy="name another folder",
+        )
+    if not own & set(stated):
+        raise _damaged(output, "none of its choices")
+
+
 def initial_digest(initial: str | None, output: Path, resume: bool) -> str:
     """sha256 of the weights that a training begins, or has begun, with; empty for random ones.
 
@@ -196,11 +227,20 @@ def initial_digest(initial: str | None, output: Path, resume: bool) -> str:
     WeightError
         ``initial`` is no pair of weights.
     SettingError
-        A training that was stopped before its first checkpoint has to be given its initial weights again; or a damaged recipe.
+        There is no training to ``resume``; one that was stopped before its first checkpoint has to be given its initial weights again; or
+        a damaged recipe.
     """
+    stated = read_recipe(output) if resume else None
+    if resume and stated is None:
+        raise SettingError(
+            "no training to resume",
+            where=str(output),
+            got=f"no {RECIPE}",
+            expected="the folder of one that was begun",
+            remedy="leave --resume out to begin one, or name its folder",
+        )
     if initial:
         return str(read_pair(initial)[1]["sha256"])
-    stated = read_recipe(output) if resume else None
     digest = str((stated or {}).get("initial_sha256", ""))
     if digest and not any(output.glob(f"*/{CHECKPOINT}.json")):
         raise SettingError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
@@ -17,6 +18,7 @@ from distributed.comm.core import CommClosedError
 
 from benchmarks.dask_cluster import dask_cluster, tls_options
 from gadgets.compute_dask import ATTEMPTS, DaskPool, _Away, _import
+from gadgets.compute_worker import Prepare
 from gadgets.errors import SchedulerError
 from gadgets.jobs import Jobs
 from gadgets.scheduler_options import SchedulerOptions
@@ -144,10 +146,13 @@ def test_a_stranger_that_comes_later_is_not_let_in(
 
 
 @contextlib.contextmanager
-def empty_cluster() -> Iterator[str]:
-    """The address of a scheduler without workers, of this process."""
+def empty_cluster(workers: int = 0) -> Iterator[str]:
+    """The address of a scheduler without workers, or with some that do nothing, of this process."""
     distributed = _import()
-    with distributed.LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address="127.0.0.1:0") as running:
+    with distributed.LocalCluster(
+        n_workers=workers, threads_per_worker=1, processes=False, protocol="tcp://", host="127.0.0.1",
+        dashboard_address="127.0.0.1:0",
+    ) as running:  # fmt: skip
         yield running.scheduler_address
 
 
@@ -194,6 +199,28 @@ def test_a_server_starts_though_its_workers_cannot_be_made_ready_yet(
         jobs.close()
     (said,) = [record.message for record in caplog.records if "event=scheduler_away" in record.message]
     assert "cannot be made ready" in said and not refused(caplog)
+
+
+def test_a_worker_that_hangs_while_it_is_made_ready_holds_no_server_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gadgets.compute_dask.READY", 0.2)
+    monkeypatch.setattr("gadgets.compute_dask.AGAIN", 0.01)
+    free = threading.Event()
+
+    async def setup(plugin: Prepare, worker: Any) -> None:
+        while not free.is_set():
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(Prepare, "setup", setup)
+    with empty_cluster(workers=2) as address:
+        jobs = server(address)
+        assert jobs.state.remote == 0 and "event=scheduler_away" in caplog.text and "not ready after 0.2 s" in caplog.text
+        monkeypatch.setattr("gadgets.compute_dask.READY", PATIENCE)
+        free.set()
+        until(lambda: jobs.state.remote == 2, "workers that are ready are not used")
+        jobs.close()
+    assert caplog.text.count("event=scheduler_away") == 1
 
 
 def test_workers_that_cannot_have_our_code_are_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,6 +37,8 @@ def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(folder / "empty.npy", np.zeros_like(mask))
     (folder / "damaged.npy").write_bytes(b"\x93NUMPY")
     np.save(folder.parent / "outside.npy", mask)
+    (folder / "folder.npy").mkdir()
+    (folder / "broken.h5").write_bytes(b"\x89HDF")
     return folder
 
 
@@ -78,25 +80,46 @@ def test_maps_are_made_in_the_given_mask_and_nowhere_else(server: Service) -> No
 
 
 def test_a_mask_that_cannot_be_used_is_named_and_none_is_looked_for_in_its_place(server: Service) -> None:
-    cases = (
-        ("absent", "no such mask on this server"),
-        ("turned", "not (x, y, z)"),
-        ("../outside", "no such mask on this server"),
-        ("empty", "mask is empty"),
-        ("damaged", "not a readable mask"),
-    )
-    for name, words in cases if server.options.workers == 0 else cases[:2]:
-        said = ask(server, "cg_sense", head()[0], map_mask_file=name, **QSM)
-        assert only_r2star(said), name
-        assert any(words in text for text in complaints(said)), name
-        assert any("R2* only, no susceptibility map" in text for text in complaints(said)), name
+    said = ask(server, "cg_sense", head()[0], map_mask_file="turned", **QSM)
+    assert only_r2star(said)
+    assert any("not (x, y, z)" in text for text in complaints(said))
+    assert any("R2* only, no susceptibility map" in text for text in complaints(said))
 
 
 def test_where_maps_must_be_made_the_chain_is_refused_and_its_fallback_says_so(server: Service) -> None:
     said = ask(
-        server, "llr_qsm", head()[0], map_mask_file="absent", map_failure="error", map_echo_images=False, iterations=2
+        server, "llr_qsm", head()[0], map_mask_file="turned", map_failure="error", map_echo_images=False, iterations=2
     )
     assert only_r2star(said)
-    assert any("llr_qsm failed" in text and "no such mask" in text for text in complaints(said))
+    assert any("llr_qsm failed" in text and "not (x, y, z)" in text for text in complaints(said))
     assert "fallback" in " ".join(said.texts) or any("its images come from" in text for text in complaints(said))
     assert all("QSM" not in meta(image).get("ImageTypeValue4", ()) for image in said.images)
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "words"),
+    [
+        (
+            "map_mask_file",
+            "absent",
+            "no such mask on this server; got 'absent'; expected one of damaged, empty, half, turned",
+        ),
+        ("map_mask_file", "../outside", "no such mask on this server"),
+        ("map_mask_file", "folder", "no such mask on this server"),
+        ("map_mask_file", "empty", "mask is empty"),
+        ("map_mask_file", "damaged", "not a readable mask"),
+        ("sampling_mask", "half", "no such mask on this server"),
+        ("sampling_mask", "broken", "not a readable HDF5 file"),
+    ],
+)
+def test_a_mask_that_was_chosen_and_is_none_stops_the_scan_before_its_first_readout(
+    server: Service, setting: str, name: str, words: str
+) -> None:
+    said = ask(server, "cg_sense", head()[0], messages=(), **{**QSM, setting: name})
+    (complaint,) = complaints(said)
+    assert complaint.startswith(("ERROR MaskError", "ERROR DataError")) and words in complaint
+
+
+def test_a_mask_of_another_matrix_is_doubted_as_the_scan_begins(server: Service) -> None:
+    turned, last = complaints(ask(server, "cg_sense", head()[0], messages=(), map_mask_file="turned", **QSM))
+    assert "not (x, y, z)" in turned and "no readouts" in last

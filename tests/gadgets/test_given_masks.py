@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from gadgets import node
 from gadgets.buffer import AcquisitionSettings, sort_readouts
+from gadgets.chain import config_directory, load_chain
 from gadgets.cli import app
-from gadgets.given_masks import given_mask_of, read_given_mask
+from gadgets.given_masks import doubt_of_mask, given_mask_of, read_given_mask, require_given_mask
 from gadgets.mask_check import default_folder, mask_names
 from gadgets.service import ServiceOptions
 from gadgets.wire.header import Limit
@@ -100,6 +101,36 @@ def test_a_mask_is_found_by_its_name_alone(tmp_path: Path) -> None:
     two = replace(scan, slices=(0, 1))
     with pytest.raises(MaskError, match="a mask is of one slab; got 2 slabs"):
         given_mask_of(two, "head", folder)
+
+
+def test_a_chain_s_mask_costs_no_scan_and_is_doubted_with_its_header(tmp_path: Path) -> None:
+    """One that was chosen for the scan is as any other setting."""
+    shipped = (config_directory() / "cg_sense.xml").read_text()
+    named = '<property name="maps" value="qsm"/><property name="map_mask_file" value="head"/></configuration>'
+    (tmp_path / "own.xml").write_text(
+        shipped.replace('target="cg_sense"', 'target="own"').replace("</configuration>", named, 1)
+    )
+    own, chosen = load_chain("own", directory=tmp_path), load_chain("cg_sense", {"maps": "qsm", "map_mask_file": "head"})
+    header = mrd_header(n1=4, n2=3, n_x=5)
+    for chain in (own, chosen):
+        assert "no such mask on this server" in doubt_of_mask(chain, header, tmp_path)
+    require_given_mask(own, tmp_path)
+    with pytest.raises(MaskError, match="no such mask on this server"):
+        require_given_mask(chosen, tmp_path)
+    saved(tmp_path / "head.npy", MASK)
+    require_given_mask(chosen, tmp_path)
+    assert doubt_of_mask(own, header, tmp_path) == ""
+    assert "do not fit" in doubt_of_mask(own, mrd_header(n1=6, n2=3, n_x=5), tmp_path)
+    assert doubt_of_mask(load_chain("cg_sense", {"map_mask_file": "absent"}), header, tmp_path) == ""
+
+
+def test_a_masks_folder_that_cannot_be_read_is_told_from_an_empty_one(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_bytes(b"")
+    for place in (tmp_path / "loop", tmp_path / "file"):
+        with pytest.raises(MaskError, match=r"the server's masks cannot be read.*--masks"):
+            mask_names(place)
+    assert mask_names(tmp_path / "nowhere") == {}
 
 
 def test_sampling_masks_and_brain_masks_are_told_apart(tmp_path: Path) -> None:

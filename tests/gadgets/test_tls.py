@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from gadgets.errors import ReplayFailed
 from gadgets.listener import Access
 from gadgets.peer import Timing
+from gadgets.replay import replay
 from gadgets.tls import ClientTls, ServerTls, TlsError, connect_tls, server_tls
 from gadgets.wire import codec
 from gadgets.wire.events import Close, Image, Text
@@ -145,6 +147,28 @@ def test_the_client_verifies_the_server(served: Served, ours: Authority, theirs:
 def test_a_server_without_tls(tmp_path: Path, ours: Authority) -> None:
     with serving(tmp_path) as served, pytest.raises(TlsError):
         connect_tls(dial(served), "127.0.0.1", ClientTls(ours.certificate), seconds=1.0)
+
+
+RAW = Path(__file__).parent.parent / "data" / "wire-captures" / "replayed_with_waveforms.h5"
+
+
+def test_a_replay_without_tls_to_a_port_that_speaks_it_is_told_the_option(served: Served) -> None:
+    with pytest.raises(ReplayFailed, match=r"It may speak TLS \(--tls, or --tls-ca FILE.*or let in other addresses"):
+        replay(RAW, port=served.server.port, config="fourier")
+
+
+def test_a_replay_with_tls_to_a_plain_port_or_a_stranger_is_told_the_option(
+    tmp_path: Path, served: Served, ours: Authority, theirs: Authority
+) -> None:
+    with pytest.raises(
+        TlsError, match=r"127.0.0.1:\d+: no TLS.*Is --tls-ca the authority of its certificate, and --tls-name"
+    ):
+        replay(RAW, port=served.server.port, config="fourier", tls=ClientTls(theirs.certificate))
+    with (
+        serving(tmp_path / "plain") as plain,
+        pytest.raises(TlsError, match=r"Does this port speak TLS\? A plain one is asked without --tls"),
+    ):
+        replay(RAW, port=plain.server.port, config="fourier", tls=ClientTls(ours.certificate))
 
 
 def test_a_client_that_stops_sending_still_gets_its_answer(served: Served, ours: Authority) -> None:

@@ -4,6 +4,8 @@ import torch
 from recon_core.errors import DataError
 from recon_core.fourier import fft_centred, ifft_centred
 from recon_core.preprocess.partial_fourier import complete, homodyne, is_partial, measured_extent, partial_axes, pocs
+from recon_core.reconstruct import extents_of
+from recon_core.types import KSpace
 from tests.recon_core.coil_phantom import phantom
 
 N = 96
@@ -104,3 +106,20 @@ def test_errors() -> None:
         complete(TRUTH, [(0, 1), (0, N), (0, N)], "margosian")
     with pytest.raises(DataError, match="at least one"):
         pocs(TRUTH, [(0, 1), (30, N), (0, N)], 0)
+
+
+def test_states_have_ends_of_their_own_where_a_side_is_missing_and_not_by_chance() -> None:
+    def ends(*masks: torch.Tensor) -> list[tuple[int, int]]:
+        counts = torch.stack(masks)[:, None].float()
+        return [y for _, y, _ in extents_of(KSpace(torch.zeros(len(masks), 1, 1, 96, 4, dtype=torch.complex64), counts))]
+
+    lines = torch.arange(96)
+    whole, right, left, every_second = lines >= 0, lines >= 24, lines < 72, lines % 2 == 0
+    assert ends(whole, right, left) == [(0, 96), (24, 96), (0, 72)]
+    assert ends(right, right) == [(24, 96)] * 2
+    assert ends(whole, right & every_second) == [(0, 96), (24, 96)]
+    assert ends(whole, lines >= 46) == [(0, 96)] * 2  # too little for a phase: zeros, as if all were like that
+    assert ends(whole, lines >= 6) == [(0, 96)] * 2
+    chance = (lines - 48).abs() < 10
+    chance[[72, 80, 84, 91]] = True  # few are on the other side, too
+    assert ends(whole, chance) == [(0, 96)] * 2

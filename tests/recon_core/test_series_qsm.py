@@ -13,6 +13,7 @@ from scipy.ndimage import binary_dilation
 from recon_core.errors import DataError
 from recon_core.maps.dipole_kernel import ppm_per_hz
 from recon_core.maps.echo_agreement import check_direction
+from recon_core.maps.phase_sign import iron_contrast, note_of_sign
 from recon_core.maps.series import ImageNoise
 from recon_core.maps.series_qsm import field_frame, multi_echo_maps, multi_echo_times, note_of_thin_slab
 from recon_core.maps.settings import MapSettings
@@ -501,6 +502,18 @@ def test_a_phase_of_the_other_sign_is_told() -> None:
         assert (found.quality["iron_contrast"] < 0) == bool(told)
     phantom = multi_echo_maps(other, scan, noise, QSM)
     assert not phantom.notes and "iron_contrast" not in phantom.quality
+
+
+def test_the_sign_is_not_asked_for_where_the_fastest_decay_is_not_that_of_iron() -> None:
+    """Coarse voxels, and rates as a field gives that bends within a voxel: what is fast is beside air, and has either sign."""
+    head, _, _ = scene()
+    tesla, inside = 3.0, head.mask
+    nuclei, ramp = head.chi > 0.16, torch.linspace(0, 0.1, head.chi.numel()).reshape(head.chi.shape)
+    chi = ParameterMap("QSM", ramp - head.chi.float(), "ppm", inside)
+    for side, rate, told in ((head.voxel[0], 40.0, True), (0.0048, 40.0, False), (head.voxel[0], 160.0, False)):
+        r2star = ParameterMap("R2star", torch.where(nuclei, rate, 18.0) + ramp, "1/s", inside)
+        contrast = iron_contrast(chi, r2star, inside, (side, side, side), tesla)
+        assert (note_of_sign(contrast, "positive") != "") == (contrast is not None) == told
 
 
 def test_phases_of_smoothed_images_get_back_what_the_data_hold() -> None:

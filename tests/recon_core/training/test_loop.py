@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from recon_core.errors import NumericalError, SettingError, WriteError
-from recon_core.training.checkpoint import WeightError
+from recon_core.training.checkpoint import WeightError, read_pair, write_pair
 from recon_core.training.log import TrainingLog
 from recon_core.training.loop import LONGEST_STREAK, LoopSettings, ParameterGroup, Progress, Validation, train
 
@@ -232,8 +232,53 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
         WeightError, match=rf"{tmp_path.name}/checkpoint.json: .*damaged: wrong sha256.*this phase then begins anew"
     ):
         train(Regression(), LoopSettings(steps=3), tmp_path, resume=True)
-    (tmp_path / "checkpoint.json").unlink()  # as it says
+    (tmp_path / "checkpoint.json").rename(tmp_path / "kept")
+    (tmp_path / "checkpoint.json").mkdir()
+    with pytest.raises(WeightError, match="damaged: no such weights"):
+        train(Regression(), LoopSettings(steps=3), tmp_path, resume=True)
+    (tmp_path / "checkpoint.json").rmdir()  # as it says
     assert train(Regression(), LoopSettings(steps=3), tmp_path, resume=True).finished
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"step": "x"}, "ValueError"),
+        ({"step": -5}, "got step -5; expected 0 to 4"),
+        ({"step": 10**9}, "expected 0 to 4"),
+        ({"figures": 3}, "TypeError"),
+        ({"random": 3}, "TypeError"),
+        ({"random": {}}, "no 'kind'"),
+        ({"schedule": 3}, "another training; got schedule: 3"),
+        ({"task": [1]}, r"another training; got task: \[1\]"),
+        ("random/torch", "random generators"),
+        ("optimizer/0.exp_avg", "optimizer state 0.exp_avg"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_refused_in_words_and_stays(
+    tmp_path: Path, changes: dict[str, Any] | str, words: str
+) -> None:
+    train(Regression(), LoopSettings(steps=4), tmp_path, progress=stop_at(2))
+    path = tmp_path / "checkpoint.json"
+    tensors, facts = read_pair(path)
+    del facts["sha256"]
+    if isinstance(changes, str):
+        tensors[changes], changes = tensors[changes].flatten()[:1].clone(), {}
+    before = write_pair(tmp_path, "checkpoint", tensors, {**facts, **changes}, version="-2").read_bytes()
+    with pytest.raises((WeightError, SettingError), match=words):
+        train(Regression(), LoopSettings(steps=4), tmp_path, resume=True)
+    assert path.read_bytes() == before
+
+
+def test_a_training_that_is_finished_writes_nothing_anew(tmp_path: Path) -> None:
+    """Otherwise the checkpoint of one phase would change before that of the next is looked at."""
+    train(Regression(), LoopSettings(steps=3), tmp_path)
+    (tmp_path / "log.csv").write_bytes((tmp_path / "log.csv").read_bytes() + b"\xff\xfe,garbage\n")
+    before = (tmp_path / "checkpoint.json").stat()
+    assert train(Regression(), LoopSettings(steps=3), tmp_path, resume=True).finished
+    after = (tmp_path / "checkpoint.json").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "2", "3"]
 
 
 def test_a_full_disk_ends_a_training_in_words_and_it_goes_on_to_the_same_bits(

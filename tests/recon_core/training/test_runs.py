@@ -85,17 +85,49 @@ def test_a_damaged_recipe_is_a_typed_error_and_stays(tmp_path: Path) -> None:
     path = tmp_path / RECIPE
     whole = path.read_text()
     wrong_kind = json.dumps({**json.loads(whole), "patterns": 3})
-    for content in (whole[: len(whole) // 2], "", "[1]", wrong_kind, json.dumps({**json.loads(whole), "data": 1})):
+    for content in (whole[: len(whole) // 2], "", "[1]", wrong_kind, "{}", json.dumps({**json.loads(whole), "data": 1})):
         path.write_text(content)
         with pytest.raises(SettingError, match=f"{tmp_path.name}/{RECIPE}: the recipe is damaged; got .*; expected JSON"):
             settle_recipe(SMALL, tmp_path, resume=True)
-        if content != wrong_kind:
+        if content not in (wrong_kind, "{}"):
             with pytest.raises(SettingError, match="damaged"):
                 initial_digest(None, tmp_path, True)
         assert path.read_text() == content
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(SettingError, match="damaged"):
         settle_recipe(SMALL, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("training", [laro, pinqi])
+def test_where_no_training_was_begun_there_is_none_to_resume(
+    training: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "phase").mkdir()
+    for name in ("laro.json", "notes.txt", "phase/checkpoint.json"):
+        (tmp_path / name).write_text(name)
+    for folder in (tmp_path, tmp_path / "typo"):
+        with pytest.raises(SystemExit) as stopped:
+            training.main(["--output", str(folder), "--resume", "--device", "cpu", "--max-minutes", "0.001"])
+        assert stopped.value.code == 1 and "no training to resume; got no recipe.json" in capsys.readouterr().err
+    with pytest.raises(SettingError, match=r"no recipe.json; got phase/checkpoint.json"):
+        settle_recipe(SMALL, tmp_path, False)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {"laro.json", "notes.txt", "phase", "phase/checkpoint.json"}
+    (tmp_path / "phase" / "checkpoint.json").unlink()
+    (tmp_path / "laro.safetensors").write_text("")
+    with pytest.raises(SettingError, match=r"weights or checkpoints, but no recipe.json; got laro.safetensors"):
+        settle_recipe(SMALL, tmp_path, False)
+
+
+def test_a_recipe_of_another_method_is_none_of_ours(tmp_path: Path) -> None:
+    """Their choices would be ignored, and ours that are missing be taken for their defaults."""
+    settle_recipe(PinqiRecipe(), tmp_path, False)
+    stated = json.loads((tmp_path / RECIPE).read_text())
+    for content in (stated, {"ablation": "g1"}):
+        (tmp_path / RECIPE).write_text(json.dumps(content))
+        with pytest.raises(SettingError, match=r"training of another kind; got ablation.*choices of LaroRecipe"):
+            settle_recipe(LaroRecipe(), tmp_path, True)
+        assert json.loads((tmp_path / RECIPE).read_text()) == content
 
 
 def test_resuming_does_not_write_the_recipe_again(tmp_path: Path) -> None:
