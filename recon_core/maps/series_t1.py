@@ -16,8 +16,8 @@ from recon_core.errors import DataError
 from recon_core.maps.saturation import MOST_WRONG, judge_recovery, strong_signal
 from recon_core.maps.series import ImageNoise, SeriesMaps
 from recon_core.maps.settings import MapSettings
-from recon_core.maps.state_gain import state_gain
-from recon_core.maps.state_motion import moved_state
+from recon_core.maps.state_gain import StateGain, state_gain
+from recon_core.maps.state_motion import Motion, moved_state
 from recon_core.maps.state_phase import note_of, turn_back, turns_of_states
 from recon_core.maps.t1 import T1Maps, inversion_recovery_t1, molli_t1, saturation_recovery_t1
 from recon_core.types import ImageSeries, ParameterMap, ScanInfo
@@ -235,42 +235,39 @@ def _judged_inversion(images: Tensor, maps: T1Maps, times: tuple[float, ...], se
 
 
 def _judged_gain(images: Tensor, maps: T1Maps, times: tuple[float, ...], delays: str) -> str:
-    """What is to be said of an image that is brighter than the others say; raises ``DataError`` where T1 would be too wrong."""
+    """What is to be said of an image that is brighter than the others say; raises as `_told_or_refused`."""
     assert maps.parameters is not None
     inside = maps.t1.valid
-    phase = None if maps.m0_phase is None else maps.m0_phase.data
-    gain = state_gain(images, phase, maps.parameters[:, inside], times, inside)
-    if gain is None:
-        return ""
-    if gain.forbids_map and delays == "require":
-        raise DataError(
-            "T1 would be wrong",
-            where="T1 map",
-            got=gain.note,
-            expected=f"images that belong together, and T1 within {100 * MOST_WRONG:g} % of the truth",
-            remedy="Check the times in the header, and whether the scanner or a converter scaled images by themselves; map_delays = tell "
-            "sends such a map",
-        )
-    return gain.note
+    gain = state_gain(images, _phase_of(maps), maps.parameters[:, inside], times, inside)
+    remedy = "Check the times in the header, and whether the scanner or a converter scaled images by themselves"
+    return _told_or_refused(gain, delays, "images that belong together", remedy)
 
 
 def _judged_motion(images: Tensor, maps: T1Maps, times: tuple[float, ...], delays: str) -> str:
-    """What is to be said of an object that moved in one state; raises ``DataError`` where T1 would be too wrong (``map_delays``)."""
+    """What is to be said of an object that moved in one state; raises as `_told_or_refused`."""
     inside = maps.t1.valid
     fitted = torch.stack((maps.m0.data, 1 / maps.t1.data)) if maps.parameters is None else maps.parameters
-    phase = None if maps.m0_phase is None else maps.m0_phase.data
-    motion = moved_state(images, phase, fitted[:, inside], times, inside)
-    if motion is None:
+    motion = moved_state(images, _phase_of(maps), fitted[:, inside], times, inside)
+    return _told_or_refused(motion, delays, "an object at rest", "Repeat the scan, or leave that image out")
+
+
+def _phase_of(maps: T1Maps) -> Tensor | None:
+    return None if maps.m0_phase is None else maps.m0_phase.data
+
+
+def _told_or_refused(found: StateGain | Motion | None, delays: str, expected: str, remedy: str) -> str:
+    """The note of what was found; raises ``DataError`` where T1 would be too wrong and ``map_delays`` requires that it is not."""
+    if found is None:
         return ""
-    if motion.forbids_map and delays == "require":
+    if found.forbids_map and delays == "require":
         raise DataError(
             "T1 would be wrong",
             where="T1 map",
-            got=motion.note,
-            expected=f"an object at rest, and T1 within {100 * MOST_WRONG:g} % of the truth",
-            remedy="Repeat the scan, or leave that image out; map_delays = tell sends such a map",
+            got=found.note,
+            expected=f"{expected}, and T1 within {100 * MOST_WRONG:g} % of the truth",
+            remedy=f"{remedy}; map_delays = tell sends such a map",
         )
-    return motion.note
+    return found.note
 
 
 def _with_sign(images: Tensor, sign: str) -> tuple[Tensor, str]:
