@@ -288,6 +288,9 @@ class ThreadPool:
             if self._task is not task:
                 return  # it was stopped
             self._task = None
+        if finished.cancelled():  # the pool was closed before its thread came to it
+            self._events.died(task, CancelledError())
+            return
         error = finished.exception()
         if error is None:
             self._events.succeeded(task, finished.result())

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from gadgets.compute_local import LocalPool, ThreadPool, places
 from gadgets.compute_pool import Budget, Events, Place, Pool, RemotePool, Task
 from gadgets.device_errors import device_failure
-from gadgets.errors import JobFailed, TimeLimitReached, WorkerDied, WorkerKilled
+from gadgets.errors import GivenUp, JobFailed, TimeLimitReached, WorkerDied, WorkerKilled
 from gadgets.fair_queue import SCAN, FairQueue
 from gadgets.memory_errors import out_of_memory
 from gadgets.reports import given_up
@@ -164,7 +164,7 @@ class Jobs:
         """Queue a task. Never waits."""
         with self._wake:
             if self._closed:
-                refusal = _stopping(task)
+                refusal: JobFailed = _stopping(task)
             elif task.owner.abandoned:
                 refusal = given_up(task.name)
             elif not self._is_dispatched():
@@ -401,8 +401,8 @@ class Jobs:
             task.outer.set_exception(why)
 
 
-def _stopping(task: Task) -> JobFailed:
-    return JobFailed("the server is stopping", where=task.name)
+def _stopping(task: Task) -> GivenUp:
+    return GivenUp("the server is stopping", where=task.name)
 
 
 def _too_long(budget: Budget) -> TimeLimitReached:
