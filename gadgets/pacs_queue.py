@@ -26,6 +26,7 @@ from typing import Any
 
 from gadgets.capture import sync
 from gadgets.pacs import Attempt, Destination, PacsError, Tls, store
+from gadgets.pacs_receipts import STORED, Passage, leave_receipt, prune_receipts, write_passage
 from gadgets.private_folder import make_private
 
 log = logging.getLogger(__name__)
@@ -88,13 +89,15 @@ class Queue:
         self._unwritten: dict[str, Job] = {}  # as they are, where the disk took no new record
         self._silent: set[Destination] = set()  # did not answer the last time
         try:
-            for folder in (self.root, self.root / "waiting", self.root / "failed"):
+            for folder in (self.root, self.root / "waiting", self.root / "failed", self.root / STORED):
                 make_private(folder)
         except OSError as error:
             raise PacsError("cannot make the folder", where=f"queue {self.root}", got=error.strerror) from None
 
-    def put(self, files: Iterable[Path], destination: Destination) -> Job:
+    def put(self, files: Iterable[Path], destination: Destination, passage: Passage | None = None) -> Job:
         """Copy files into the queue; when this returns they are safe on disk.
+
+        With a ``passage`` they belong to a scan, whose row says what becomes of them (`gadgets.pacs_receipts`).
 
         Raises
         ------
@@ -115,6 +118,8 @@ class Queue:
                 shutil.copyfile(source, target)
                 sync(target)
             _write(incoming / "job.json", job)
+            if passage is not None:
+                write_passage(incoming, passage)
             sync(incoming)
             os.rename(incoming, self.root / "waiting" / name)
             sync(self.root / "waiting")
@@ -182,6 +187,7 @@ class Queue:
             Another process is sending.
         """
         with self._sending():
+            prune_receipts(self.root, self._now() - seconds)
             for folder in sorted((self.root / "failed").iterdir()):
                 with contextlib.suppress(FileNotFoundError):  # somebody has removed it by hand just now
                     files = _images(folder)
@@ -275,6 +281,7 @@ class Queue:
         left = len(list(folder.glob("*.dcm")))
         if not left:
             self._unwritten.pop(job.id, None)
+            leave_receipt(self.root, folder)
             shutil.rmtree(folder)
             log.info("event=pacs_sent job=%s objects=%d attempts=%d", job.id, job.n_files, job.attempts + 1)
             return replace(job, attempts=job.attempts + 1, left=0, problem=""), True

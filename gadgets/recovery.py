@@ -156,6 +156,7 @@ class Recovery:
         for row in journal.unarchived():
             journal.update(row.id, owner=self._books.token)
             self._results.over(row)
+        self._results.note_receipts(journal)
         if time.monotonic() - self._tidied > HOUSEKEEPING_SECONDS:
             self._tidied = time.monotonic()
             self._spool.make_room()

@@ -24,6 +24,7 @@ from gadgets.fair_queue import HOUSEKEEPING
 from gadgets.job_images import IMAGES, MESSAGES, write_image_file
 from gadgets.jobs import Jobs
 from gadgets.journal import JobRow, Journal, UnknownJob
+from gadgets.pacs_receipts import Passage, Receipts
 
 if TYPE_CHECKING:  # pynetdicom is an extra
     from gadgets.pacs import Destination
@@ -74,6 +75,7 @@ class Results:
     ) -> None:
         self._root, self._books, self._jobs = root, books, jobs
         self._archives, self._sender = archives, sender
+        self._receipts = None if archives is None else Receipts(archives.queue)
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
         self._working: set[str] = set()
@@ -111,6 +113,17 @@ class Results:
                 if row.is_over and (row.owner == self._books.token or not journal.is_alive(row.owner)):
                     self.over(row)
 
+    def note_receipts(self, journal: Journal) -> None:
+        """What the archives have confirmed, or refused, since the last look.
+
+        Raises
+        ------
+        JournalError
+            The journal cannot be read or written.
+        """
+        if self._receipts is not None:
+            self._receipts.note(journal)
+
     def _left(self) -> Iterator[str]:
         """Jobs whose images are still as they were sent."""
         for path in sorted(self._root.glob(f"*{JOB_SUFFIX}/{MESSAGES}")):
@@ -122,7 +135,7 @@ class Results:
         """The task itself."""
         archives = self._archives if row.archive == "due" else None
         capture = self._root / row.capture
-        return self._jobs.scope(HOUSEKEEPING).submit(finish_job, self._root / row.folder, capture, archives)
+        return self._jobs.scope(HOUSEKEEPING).submit(finish_job, self._root / row.folder, capture, archives, row.id)
 
     def note(self, row: JobRow, handed: Handed) -> JobRow:
         """The row after its images' way to the archive; the sender is told."""
@@ -176,7 +189,7 @@ def _plain(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
 
 
-def finish_job(folder: Path, capture: Path, archives: Archives | None) -> Handed:
+def finish_job(folder: Path, capture: Path, archives: Archives | None, scan: str) -> Handed:
     """A worker's task: the image file, then the queue to the archives.
 
     Raises
@@ -185,11 +198,11 @@ def finish_job(folder: Path, capture: Path, archives: Archives | None) -> Handed
         The image file cannot be made.
     """
     write_image_file(folder)
-    return Handed() if archives is None else queue_images(folder, capture, archives)
+    return Handed() if archives is None else queue_images(folder, capture, archives, scan)
 
 
-def queue_images(folder: Path, capture: Path, archives: Archives) -> Handed:
-    """Convert a job's images and put them into the queue once for each archive.
+def queue_images(folder: Path, capture: Path, archives: Archives, scan: str) -> Handed:
+    """Convert the images of the job ``scan`` and put them into the queue once for each archive.
 
     Run twice, it queues the same objects with the same UIDs, which an archive takes as the same.
     """
@@ -211,7 +224,7 @@ def queue_images(folder: Path, capture: Path, archives: Archives) -> Handed:
             files = convert(folder / IMAGES, made, header=header).files
         queue = Queue(archives.queue)
         for destination in archives.destinations:
-            queue.put(files, destination)
+            queue.put(files, destination, Passage(scan, str(destination), len(set(archives.destinations))))
     except Exception as error:  # DICOM libraries raise many kinds; a scan is none the worse for it
         return Handed(problem=_told(error))
     finally:

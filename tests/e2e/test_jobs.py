@@ -310,14 +310,15 @@ def test_images_reach_the_archive_by_themselves(
             for job in Queue(archiving.queue).jobs():  # the pause after a vain attempt would be a matter of patience
                 until(lambda job=job: retried(archiving.queue, job.id))
             until(lambda: sum(map(len, archive.uids().values())) == 4)
+            assert archiving.row("stored", known).id == row.id
             assert archive.json("/patients?expand")[0]["MainDicomTags"]["PatientName"] == PATIENT
             # once more: the same series, not another one
             again, _ = retry(spool_of(service), row.id, here=no_server)
             assert again.archive == "" and sum(map(len, archive.uids().values())) == 4
             known = archiving.known()
             assert len(ask(service, "fourier", scan, header=header).images) == 4
-            archiving.row("queued", known)
-            until(lambda: not list((archiving.queue / "waiting").iterdir()))
+            archiving.row("stored", known)
+            assert not list((archiving.queue / "waiting").iterdir())
             assert sum(map(len, archive.uids().values())) == 4, "the same images are the same objects"
     assert PATIENT not in caplog.text and "Nowak" not in caplog.text
 

@@ -252,7 +252,9 @@ def test_images_of_a_job_s_folder_are_those_of_its_patient(
     capture.write_bytes(codec.config_file("llr_t1.xml") + codec.header(known.header) + codec.close())
     folder.mkdir(parents=True)
     known.write(folder / "images.h5")
-    assert queue_images(folder, capture, Archives((Destination("127.0.0.1", 104, "PACS"),), tmp_path / "pacs")).queued
+    assert queue_images(
+        folder, capture, Archives((Destination("127.0.0.1", 104, "PACS"),), tmp_path / "pacs"), "scan"
+    ).queued
     monkeypatch.chdir(folder)
     made, said = converted(Path("images.h5"), tmp_path / "out")
     assert made == uids_below(tmp_path / "pacs") and len(made) == len(known.events)
