@@ -25,6 +25,7 @@ from gadgets.raw_source import RawFile
 from gadgets.wire.events import HeaderText
 from gadgets.wire.framing import FrameParser
 from gadgets.wire.header import MrdHeader, parse_header
+from gadgets.wire.header_text import header_text
 from recon_core.errors import ReconError
 
 MAX_HEADER_BYTES = 16 << 20
@@ -120,7 +121,7 @@ def read_header_text(path: Path | str, group: str = "dataset") -> str:
         if path.stat().st_size > MAX_HEADER_BYTES:
             got = f"{path.stat().st_size} bytes"
             raise RawFileError("too long for a header", where=path.name, got=got, expected=f"at most {MAX_HEADER_BYTES}")
-        return path.read_bytes().decode("utf-8", "replace")
+        return header_text(path.read_bytes())[0]
     with FrameParser() as parser:
         for block in _blocks(read_capture(path).path):
             for event in parser.feed(block):
