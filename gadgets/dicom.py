@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +130,7 @@ def plan_series(seen: Mapping[int, Survey], identity: Identity) -> dict[int, Ser
     """
     content = [one.digest.hexdigest() for one in seen.values()]
     scan = (identity.mrd.measurement_id if identity.mrd is not None else None) or "".join(content)
-    study = identity.study.get("StudyInstanceUID") or make_uid("study", scan)
+    study = identity.study.get("StudyInstanceUID") or make_uid("study", scan, *_when_and_where(identity, content))
     frame = identity.frame_of_reference or make_uid("frame of reference", study)
     plans = {}
     for (index, one), digest in zip(seen.items(), content, strict=True):
@@ -149,6 +149,15 @@ def plan_series(seen: Mapping[int, Survey], identity: Identity) -> dict[int, Ser
             n_contrasts=len(one.contrasts),
         )
     return plans
+
+
+def _when_and_where(identity: Identity, content: Sequence[str]) -> tuple[str, ...]:
+    """What tells a measurement from others of the same id: some converters call every one "1", and two patients must not share a study."""
+    about = {**identity.equipment, **identity.series, **identity.study}
+    moment = [about.get(word, "") for word in ("StudyDate", "StudyTime", "SeriesDate", "SeriesTime")]
+    place = [identity.frame_of_reference or "", about.get("DeviceSerialNumber", "")]
+    known = place[0] or all(moment[:2]) or all(moment[2:])
+    return (*place, *moment) if known else (*place, *moment, *content)
 
 
 def mr_datasets(

@@ -222,6 +222,30 @@ def test_the_same_images_give_the_same_files_and_others_do_not(tmp_path: Path) -
     assert len(different) == len(first) and not uids[0] & uids[1]
 
 
+def test_two_patients_do_not_share_a_study_for_want_of_its_uid(tmp_path: Path) -> None:
+    """Some converters give every measurement the same id; a frame of reference, or a moment, tells them apart."""
+    known = scan(maps=())
+    bare = re.sub("<studyInstanceUID>.*?</studyInstanceUID>", "", known.header)
+    timeless = re.sub("<study(Date|Time)>.*?</study(Date|Time)>", "", bare)
+    framed = "<frameOfReferenceUID>1.2.{}</frameOfReferenceUID><protocolName>"
+    headers = {
+        "at 10": bare,
+        "at 10 again": bare,
+        "at 11": bare.replace("10:11:12", "11:11:12"),
+        "there": timeless.replace("<protocolName>", framed.format(3)),
+        "elsewhere": timeless.replace("<protocolName>", framed.format(4)),
+        "nowhere": timeless,
+    }
+    studies = {}
+    for name, header in headers.items():
+        made = convert(known.write(tmp_path / f"{name}.h5"), tmp_path / name, header=header)
+        (studies[name],) = {pydicom.dcmread(path).StudyInstanceUID for path in made.files}
+    other = convert(scan(maps=(), seed=1).write(tmp_path / "other.h5"), tmp_path / "other", header=timeless)
+    studies["nobody knows"] = pydicom.dcmread(other.files[0]).StudyInstanceUID
+    assert studies["at 10"] == studies.pop("at 10 again")
+    assert len(set(studies.values())) == len(studies)
+
+
 def test_without_a_header_the_patient_is_empty(tmp_path: Path) -> None:
     made = convert(scan(maps=()).write(tmp_path / "images.h5"), tmp_path / "out")
     dataset = pydicom.dcmread(made.files[0])
