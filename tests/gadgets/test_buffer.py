@@ -769,6 +769,17 @@ def test_index_grows_and_old_views_stay() -> None:
         index.append(headers[:2], np.arange(2), np.arange(3))
 
 
+def test_a_stream_of_readouts_without_end_is_refused_before_its_headers_fill_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gadgets.readouts.MAX_READOUTS", 10)
+    index, headers = ReadoutIndex(capacity=2), readout_headers(lines(8))
+    index.append(headers, np.arange(8), np.arange(8))
+    with pytest.raises(SortError, match="too many readouts; got at least 16; expected at most 10"):
+        index.append(headers, np.arange(8), np.arange(8))
+    assert len(index) == 8 and len(index._headers) <= 10
+
+
 def test_settings_parse_from_text() -> None:
     parsed = parse_settings(AcquisitionSettings, {"state": "phase", "cardiac_phases": "25", "arrhythmia_rejection": "20"})
     assert parsed == AcquisitionSettings(state="phase", cardiac_phases=25, arrhythmia_rejection=20.0)
