@@ -251,7 +251,9 @@ class Queue:
                 log.error("event=pacs_record_unreadable job=%s", folder.name)
                 os.rename(folder, self.root / "failed" / folder.name)
                 continue
-            if only is not None or job.next_try <= self._now():
+            now = self._now()
+            # further away than any pause is long: the clock has been put back since
+            if only is not None or not now < job.next_try <= now + self.pauses.longest:
                 due.append((folder, job))
         return due
 

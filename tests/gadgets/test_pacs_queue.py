@@ -113,6 +113,17 @@ def files_left(root: Path) -> dict[str, int]:
     return {folder.name: len(list(folder.glob("*.dcm"))) for folder in (root / "failed").iterdir()}
 
 
+def test_a_clock_that_is_put_back_does_not_stop_the_queue(image: Path, tmp_path: Path) -> None:
+    clock = [1e9]
+    queue, archives = Queue(tmp_path, now=lambda: clock[0]), Archives()
+    queue.put([image], DEAD)
+    queue.send_due(archives)
+    assert queue.send_due(archives) == [], "the pause holds"
+    clock[0] -= 12 * 3600  # it was wrong until the time server answered
+    assert len(queue.send_due(archives)) == 1
+    assert queue.send_due(archives) == [], "and so does the next one"
+
+
 def test_files_that_failed_go_by_age_and_it_is_said(image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     old, fresh = given_up(tmp_path, image, days=31), given_up(tmp_path, image, days=29)
     queue = Queue(tmp_path)
