@@ -327,6 +327,15 @@ def test_a_slice_that_comes_again_gets_new_indices() -> None:
     assert sorted(indices) == list(range(1, 13))
 
 
+def test_more_images_than_a_series_can_number_go_on_in_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``image_index`` has 16 bits; the middle slice goes first, so that numbers are free below when the last one is taken."""
+    monkeypatch.setattr("gadgets.images.MAX_IMAGE_INDEX", 13)
+    writer = ImageWriter(mrd_header(), "fourier")
+    images = [i for s in (4, 0, 1, 2, 3, 5) for i in received(writer, result(), scan_info(s))]
+    numbers = [(i.image_series_index, i.image_index) for i in images]
+    assert len(set(numbers)) == len(images) == 18 and max(index for _, index in numbers) <= 13
+
+
 def test_order_of_slices_does_not_change_their_indices() -> None:
     writer = ImageWriter(mrd_header(), "fourier")
     assert [received(writer, result(), scan_info(s))[0].image_index for s in (2, 0, 1)] == [7, 1, 4]
