@@ -300,6 +300,14 @@ def test_both_key_families_and_no_empty_value() -> None:
     assert images[0].meta["GADGETRON_TS"] == "600.0"
 
 
+def test_a_long_comment_is_cut_and_not_left_out() -> None:
+    """What was changed at the console may be a long list."""
+    changed = {f"setting_{n:02d}": "0.123456789" for n in range(60)}
+    [image] = received(ImageWriter(mrd_header(), "llr", changed=changed), result(data=cine()[:1]))
+    (said,) = [text for text in values(image.meta, "ImageComments") if text.startswith("setting_00=0.123456789")]
+    assert len(said) == 200
+
+
 def test_a_series_never_mixes_matrices_types_or_meanings() -> None:
     writer = ImageWriter(mrd_header(), "llr", OutputSettings(phase=True, complex=True))
     received(writer, result(t1_map(1.0), t1_map(20.0, "R2*", "1/s")))
