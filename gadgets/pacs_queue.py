@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from gadgets.capture import sync
+from gadgets.clock import not_ahead
 from gadgets.pacs import Attempt, Destination, PacsError, Tls, store
 from gadgets.pacs_receipts import STORED, Passage, leave_receipt, prune_receipts, write_passage
 from gadgets.private_folder import make_private
@@ -186,12 +187,13 @@ class Queue:
         QueueBusy
             Another process is sending.
         """
+        oldest = min(self._now(), not_ahead()) - seconds
         with self._sending():
-            prune_receipts(self.root, self._now() - seconds)
+            prune_receipts(self.root, oldest)
             for folder in sorted((self.root / "failed").iterdir()):
                 with contextlib.suppress(FileNotFoundError):  # somebody has removed it by hand just now
                     files = _images(folder)
-                    if files and self._now() - _changed(folder) > seconds:
+                    if files and _changed(folder) < oldest:
                         self._drop(folder, files, seconds)
 
     def _drop(self, folder: Path, files: list[Path], seconds: float) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gadgets.bookkeeping import Books, Entry, reason_of
 from gadgets.capture import Capture, amend_sidecar, read_capture, windows
+from gadgets.clock import not_ahead
 from gadgets.connection import Connection
 from gadgets.errors import CaptureGone
 from gadgets.handlers import ChainRequest, Handlers
@@ -161,7 +162,7 @@ class Recovery:
             self._tidied = time.monotonic()
             self._spool.make_room()
             self._results.catch_up(journal)
-            journal.prune(time.time() - ROW_SECONDS)
+            journal.prune(not_ahead() - ROW_SECONDS)
             self.housekeeping()
 
     def _adopt(self, journal: Journal) -> None:
