@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
 import tempfile
 import uuid
 from pathlib import Path
+
+from gadgets.errors import SpoolError
+from gadgets.storage_room import is_in_memory, memory_room
 
 log = logging.getLogger(__name__)
 
@@ -26,20 +30,42 @@ class Scratch:
 
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-", dir=_scratch_root()))
+        self._in_memory = is_in_memory(self.path)
         self._overflow: Path | None = None
 
     def allocate(self, n_bytes: int) -> Path:
-        """A new file with ``n_bytes`` really reserved; falls from shared memory to disk when memory is short."""
+        """A new file with ``n_bytes`` really reserved; on disk where memory would become short.
+
+        Raises
+        ------
+        SpoolError
+            Neither has room.
+        """
         path = self.path / uuid.uuid4().hex
         try:
+            if self._in_memory and memory_room() < n_bytes:  # the file system would take what programs need
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
             _reserve(path, n_bytes)
         except OSError as error:
             path.unlink(missing_ok=True)
+            path = self._on_disk(path.name, n_bytes, error.strerror)
+        return path
+
+    def _on_disk(self, name: str, n_bytes: int, why: str | None) -> Path:
+        path: Path | None = None
+        try:
             if self._overflow is None:
                 self._overflow = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-"))
-                log.warning("event=scratch_overflow bytes=%d error=%s", n_bytes, error.strerror)
-            path = self._overflow / path.name
+                log.warning("event=scratch_overflow bytes=%d error=%s", n_bytes, why)
+            path = self._overflow / name
             _reserve(path, n_bytes)
+        except OSError as error:
+            if path is not None:
+                path.unlink(missing_ok=True)
+            raise SpoolError(
+                "no room for prepared readouts", where="temporary storage", got=f"{why}; {error.strerror}",
+                expected=f"{n_bytes >> 20} MiB more", remedy="Free memory, or disk space where TMPDIR points to",
+            ) from None  # fmt: skip
         return path
 
     def close(self) -> None:
