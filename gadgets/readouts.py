@@ -194,7 +194,9 @@ def chosen_encoding(header: MrdHeader, settings: AcquisitionSettings) -> Encodin
         )
     encoding = header.encodings[settings.encoding_space]
     if encoding.trajectory.strip().lower() != "cartesian":
-        raise SortError("trajectory is not supported", where="header", got=encoding.trajectory, expected="cartesian")
+        raise SortError(
+            "trajectory is not supported", where="header", got=encoding.trajectory or "none", expected="cartesian"
+        )
     matrices = (*encoding.encoded_matrix, *encoding.recon_matrix)
     if not all(1 <= n <= MAX_MATRIX for n in matrices):
         raise SortError("matrix is impossible", where="header", got=matrices, expected=f"1 to {MAX_MATRIX} each")

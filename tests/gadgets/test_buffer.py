@@ -532,9 +532,10 @@ def test_other_encoding_space_is_skipped_and_can_be_chosen() -> None:
         sort_readouts(headers, header, AcquisitionSettings(encoding_space=2))
 
 
-def test_not_cartesian_is_refused() -> None:
-    encoding = Encoding("radial", (1, 8, 16), (0.1, 0.1, 0.1), (1, 8, 16), (0.1, 0.1, 0.1))
-    with pytest.raises(SortError, match="got radial; expected cartesian"):
+@pytest.mark.parametrize(("trajectory", "got"), [("radial", "radial"), ("", "none")])
+def test_not_cartesian_is_refused(trajectory: str, got: str) -> None:
+    encoding = Encoding(trajectory, (1, 8, 16), (0.1, 0.1, 0.1), (1, 8, 16), (0.1, 0.1, 0.1))
+    with pytest.raises(SortError, match=f"got {got}; expected cartesian"):
         sort_readouts(readout_headers(lines(8)), MrdHeader(encodings=(encoding,)))
 
 
