@@ -8,7 +8,6 @@ be run again.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 from gadgets.compute_local import LocalPool, ThreadPool, places
 from gadgets.compute_pool import Budget, Events, Place, Pool, RemotePool, Task
+from gadgets.cores import cores
 from gadgets.device_errors import device_failure
 from gadgets.errors import GivenUp, JobFailed, TimeLimitReached, WorkerDied, WorkerKilled
 from gadgets.fair_queue import SCAN, FairQueue
@@ -96,7 +96,7 @@ class Jobs:
         rehearse: bool = True,
     ) -> None:
         self.workers = workers
-        self.threads = threads or max(1, (os.cpu_count() or 1) // max(workers, 1))
+        self.threads = threads or max(1, cores() // max(workers, 1))
         self._wake = threading.Condition(threading.RLock())
         self._queue = FairQueue()
         self._running: dict[Task, Pool] = {}
