@@ -253,7 +253,7 @@ class Recovery:
             return replace(row, state="failed", why="there is no scan in the capture")
         row = replace(entry.row, why=row.why if entry.row.state == "sent" else entry.row.why)
         if row.state == "sent" and row.n_images:
-            row = self._results.note(row, self._results.make(row).result())
+            row = self._results.finish(row)
         return row
 
     def _cut(self, row: JobRow, capture: Path) -> tuple[int | None, str]:

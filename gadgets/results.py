@@ -6,6 +6,7 @@ Both are a worker's work at the lowest priority; the console has its images by t
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import shutil
 import threading
@@ -137,6 +138,21 @@ class Results:
         capture = self._root / row.capture
         return self._jobs.scope(HOUSEKEEPING).submit(finish_job, self._root / row.folder, capture, archives, row.id)
 
+    def finish(self, row: JobRow) -> JobRow:
+        """As `over`, and waits for it; what does not work now and may later is taken up then.
+
+        Raises
+        ------
+        ReconError
+            The image file cannot be made.
+        """
+        made = self.make(row)
+        error = made.exception()
+        if isinstance(error, JobFailed) and row.archive == "due" and row.images(self._root) is not None:
+            self._put_off(row, 1, error)
+            return row
+        return self.note(row, made.result())
+
     def note(self, row: JobRow, handed: Handed) -> JobRow:
         """The row after its images' way to the archive; the sender is told."""
         if row.archive != "due":
@@ -174,15 +190,21 @@ class Results:
         error = future.exception()
         with self._lock:
             tries = self._tried.pop(row.id, (0, 0.0))[0] + 1
-            if error is not None:
-                self._tried[row.id] = (tries, time.monotonic() + FIRST_PAUSE * 2 ** (tries - 1))
         if error is not None and self._passes(row, error) and tries < MOST_TRIES:
-            log.warning("event=images_later job=%s try=%d error=%r", row.id, tries, reason_of(_plain(error)))
+            self._put_off(row, tries, error)
             return
+        if error is not None:
+            with self._lock:
+                self._tried[row.id] = (tries, time.monotonic() + FIRST_PAUSE * 2 ** (tries - 1))
         if error is not None:
             log.error("event=images_not_kept job=%s error=%r", row.id, reason_of(_plain(error)))
         if row.archive == "due":
             self._books.put(self.note(row, future.result() if error is None else Handed(problem=reason_of(_plain(error)))))
+
+    def _put_off(self, row: JobRow, tries: int, error: BaseException) -> None:
+        log.warning("event=images_later job=%s try=%d error=%r", row.id, tries, reason_of(_plain(error)))
+        with self._lock:
+            self._tried[row.id] = (tries, time.monotonic() + FIRST_PAUSE * 2 ** (tries - 1))
 
 
 def _plain(error: BaseException) -> Exception:
@@ -205,6 +227,11 @@ def queue_images(folder: Path, capture: Path, archives: Archives, scan: str) -> 
     """Convert the images of the job ``scan`` and put them into the queue once for each archive.
 
     Run twice, it queues the same objects with the same UIDs, which an archive takes as the same.
+
+    Raises
+    ------
+    JobFailed
+        The disk is full: it may be tried again.
     """
     made, problem = folder / "dicom", ""
     try:
@@ -226,10 +253,22 @@ def queue_images(folder: Path, capture: Path, archives: Archives, scan: str) -> 
         for destination in archives.destinations:
             queue.put(files, destination, Passage(scan, str(destination), len(set(archives.destinations))))
     except Exception as error:  # DICOM libraries raise many kinds; a scan is none the worse for it
+        if (full := _disk_is_full(error)) is not None:
+            remedy = "Free disk space beside the spool"
+            raise JobFailed("no room for DICOM files", where=folder.name, got=full, remedy=remedy) from None
         return Handed(problem=_told(error))
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return Handed(queued=True, problem=problem)
+
+
+def _disk_is_full(error: BaseException | None) -> str | None:
+    """The system's words for it, where that is what is behind an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error.strerror
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _told(error: Exception) -> str:
