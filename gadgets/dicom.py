@@ -107,7 +107,10 @@ def convert(
     series = tuple(Counter(path.parent.name for path in itertools.chain.from_iterable(files.values())).items())
     log.info("event=dicom_written series=%d objects=%d", len(series), sum(n for _, n in series))
     named = {"PatientName", "PatientID"} & set(identity.patient)
-    notes = () if named else (NO_PATIENT if identity.mrd is not None else NO_HEADER,)
+    notes: tuple[str, ...] = () if named else (NO_PATIENT if identity.mrd is not None else NO_HEADER,)
+    if identity.left_out:
+        log.warning("event=dicom_left_out fields=%s", ",".join(identity.left_out))
+        notes += (f"left out, because DICOM cannot hold what the MRD header says: {', '.join(identity.left_out)}",)
     written = (out / path.relative_to(partial) for path in itertools.chain.from_iterable(files.values()))
     return Conversion(out, tuple(written), series, notes)
 

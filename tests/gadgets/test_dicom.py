@@ -210,6 +210,31 @@ def test_patient_study_and_series_come_from_the_header(tmp_path: Path) -> None:
     assert (t1.WindowCenter, t1.WindowWidth, t1.RescaleType) == (1600, 1600, "US")
 
 
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("Yamada^Tarou=山田^太郎=やまだ^たろう", "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+        ("=山田^太郎", "=山田^太郎"),  # no alphabetic group
+        ("Müller^Jürgen^^Dr.", "Müller^Jürgen^^Dr."),
+        ("Ong==", "Ong"),
+        ("==", None),
+    ],
+)
+def test_names_keep_their_letters_and_groups(name: str, kept: str | None) -> None:
+    assert read_identity(header_text((1, 24, 40), name=name)).patient.get("PatientName") == kept
+
+
+def test_numbers_that_are_too_long_are_left_out_and_not_cut() -> None:
+    """The beginning of an order's number may be another order's."""
+    text = header_text((1, 24, 40)).replace("A77", "A7700000000000001").replace(PATIENT_ID, 65 * "7")
+    identity = read_identity(text)
+    assert "AccessionNumber" not in identity.study and "PatientID" not in identity.patient
+    assert identity.left_out == ("PatientID", "AccessionNumber")
+    assert (
+        read_identity(text.replace("A7700000000000001", "A770000000000001")).study["AccessionNumber"] == "A770000000000001"
+    )
+
+
 def test_the_same_images_give_the_same_files_and_others_do_not(tmp_path: Path) -> None:
     known, other = scan(), scan(seed=1)
     for name, one in (("a", known), ("b", known), ("c", other)):
@@ -323,6 +348,9 @@ def test_nothing_of_the_patient_is_said_anywhere(tmp_path: Path, caplog: pytest.
         name = str(dataset.PatientName)
     assert "\\" not in name and len(name) <= 64 and name.startswith("Secret Name")
     assert dataset.PatientBirthDate == "" and dataset.StudyInstanceUID.startswith("2.25.")
+    assert made.notes == (
+        "left out, because DICOM cannot hold what the MRD header says: PatientBirthDate, StudyInstanceUID",
+    )
     told = caplog.text + " ".join(str(p.relative_to(tmp_path)) for p in made.files) + repr(read_identity(header))
     assert "Secret" not in told and PATIENT_ID not in told
     assert "event=dicom_written" in caplog.text
