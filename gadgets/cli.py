@@ -60,7 +60,7 @@ app.add_typer(mask_app, name="mask")
 app.command()(manifest)
 app.add_typer(package_app, name="package")
 
-for _name, _value in {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}.items():
+for _name, _value in {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}.items():
     os.environ.setdefault(_name, _value)  # before numpy and torch are imported: see gadgets.compute_local.WORKER_ENVIRONMENT
 
 

@@ -37,9 +37,10 @@ LEAST_GROWTH = 1 << 30
 WORKER_NICENESS = 10
 """Computing yields to reading: where cores are short, the scanner's readouts come first. An idle machine does not notice."""
 
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 """Threads that wait must sleep, not spin: the reader, other workers and the client share these cores. numpy's and scipy's BLAS only
-gets small problems here, and its threads spin for longer than those take; torch has its own."""
+gets small problems here, and its threads spin for longer than those take; torch has its own. A file in the folder in which somebody
+typed a command, ``json.py`` say, is no module of ours: Python would import it in every process that is started there."""
 
 MOST_FAILED_STARTS = 8
 
