@@ -138,8 +138,8 @@ class RawFile:
             got, expected = f"group {self.group!r}", f"group {known}" if known else "a group with xml and data"
             raise RawFileError("no raw data in this group", where=self.path.name, got=got, expected=expected)
         text = plain_dataset(root, "xml")[0]
-        raw = text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogateescape")
-        found, guessed = header_text(raw.rstrip(b"\0"))
+        raw = (text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogateescape")).rstrip(b"\0")
+        found, guessed = header_text(raw)
         if guessed:  # whoever reads it says so
             self._verbatim = raw
         return found, len(plain_dataset(root, "data"))

@@ -45,8 +45,8 @@ MAX_MATRIX = 65535
 
 
 MAX_READOUTS = 8_000_000
-"""Of one scan, ten times as many as a long 4D flow has. Their headers stay in memory, 356 bytes each: a stream of empty readouts would fill
-it long before the disk."""
+"""Of one scan, several times as many as a long 4D flow has. Their headers stay in memory, 356 bytes each: a stream of empty readouts would
+fill it long before the disk."""
 
 
 class Kind(IntEnum):

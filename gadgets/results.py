@@ -194,15 +194,17 @@ class Results:
             self._put_off(row, tries, error)
             return
         if error is not None:
-            with self._lock:
-                self._tried[row.id] = (tries, time.monotonic() + FIRST_PAUSE * 2 ** (tries - 1))
-        if error is not None:
-            log.error("event=images_not_kept job=%s error=%r", row.id, reason_of(_plain(error)))
+            self._note_try(row, tries)
+            if row.images(self._root) is None:  # else it was their way to the archive that failed, which is said below
+                log.error("event=images_not_kept job=%s error=%r", row.id, reason_of(_plain(error)))
         if row.archive == "due":
             self._books.put(self.note(row, future.result() if error is None else Handed(problem=reason_of(_plain(error)))))
 
     def _put_off(self, row: JobRow, tries: int, error: BaseException) -> None:
         log.warning("event=images_later job=%s try=%d error=%r", row.id, tries, reason_of(_plain(error)))
+        self._note_try(row, tries)
+
+    def _note_try(self, row: JobRow, tries: int) -> None:
         with self._lock:
             self._tried[row.id] = (tries, time.monotonic() + FIRST_PAUSE * 2 ** (tries - 1))
 
