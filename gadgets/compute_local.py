@@ -24,6 +24,7 @@ from gadgets.compute_pool import Events, Task
 from gadgets.device_errors import device_failure
 from gadgets.errors import JobFailed
 from gadgets.orphans import end_with
+from gadgets.storage_room import memory_in_all
 from gadgets.worker_pipes import guard
 
 log = logging.getLogger(__name__)
@@ -305,8 +306,7 @@ def worker_environment(workers: int, number: int, devices: int, environment: Map
     `loky` replaces a worker that has gained 300 MB since its first task, which a scan of ordinary size does: the next scan would wait
     2 to 3 s for a fresh process. The limit here follows the machine's memory, so that only a real leak reaches it.
     """
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    growth = max(LEAST_GROWTH, int(GROWTH_SHARE * memory / max(1, workers)))
+    growth = max(LEAST_GROWTH, int(GROWTH_SHARE * memory_in_all() / max(1, workers)))
     found = {**WORKER_ENVIRONMENT, "LOKY_MAX_MEMORY_LEAK_SIZE": str(growth)}
     if devices > 1:
         named = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
