@@ -22,6 +22,10 @@ MIN_SHARED_BYTES = 1 << 30
 """With less room than this in shared memory (64 MiB in a container by default), scratch files go to the temporary directory."""
 
 
+LOOK_BYTES = 64 << 20
+"""Memory taken between two looks at how much is left: they cost the thread that reads its time."""
+
+
 class Scratch:
     """A scan's files between processes: prepared readouts, progress, previews. Memory-backed where there is room.
 
@@ -31,6 +35,7 @@ class Scratch:
     def __init__(self) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=f"{SCRATCH_PREFIX}{os.getpid()}-", dir=_scratch_root()))
         self._in_memory = is_in_memory(self.path)
+        self._granted = 0  # bytes that may be taken before the next look at the memory
         self._overflow: Path | None = None
 
     def allocate(self, n_bytes: int) -> Path:
@@ -43,13 +48,22 @@ class Scratch:
         """
         path = self.path / uuid.uuid4().hex
         try:
-            if self._in_memory and memory_room() < n_bytes:  # the file system would take what programs need
-                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            if self._in_memory:
+                self._ask_for_memory(n_bytes)
             _reserve(path, n_bytes)
         except OSError as error:
             path.unlink(missing_ok=True)
             path = self._on_disk(path.name, n_bytes, error.strerror)
         return path
+
+    def _ask_for_memory(self, n_bytes: int) -> None:
+        """The file system itself would give what programs need."""
+        if self._granted < n_bytes:
+            left = memory_room()
+            if left < n_bytes:
+                raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            self._granted = max(n_bytes, min(left, LOOK_BYTES))
+        self._granted -= n_bytes
 
     def _on_disk(self, name: str, n_bytes: int, why: str | None) -> Path:
         path: Path | None = None
