@@ -14,6 +14,7 @@ import typer
 
 from gadgets import __version__
 from gadgets.chains_cli import chains, simulate
+from gadgets.cores import cores
 from gadgets.dicom_cli import dicom, pacs_app
 from gadgets.install_gadgetron import install_gadgetron
 from gadgets.jobs_cli import (
@@ -59,7 +60,7 @@ app.add_typer(mask_app, name="mask")
 app.command()(manifest)
 app.add_typer(package_app, name="package")
 
-for _name, _value in {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}.items():
+for _name, _value in {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}.items():
     os.environ.setdefault(_name, _value)  # before numpy and torch are imported: see gadgets.compute_local.WORKER_ENVIRONMENT
 
 
@@ -235,7 +236,7 @@ def info() -> None:
         "numpy": np.__version__,
         "h5py": h5py.__version__,
         "ismrmrd": getattr(ismrmrd, "__version__", "unknown"),
-        "cores": str(os.cpu_count()),
+        "cores": str(cores()),
         "cuda": f"{torch.cuda.get_device_name(0)} (CUDA {torch.version.cuda})" if torch.cuda.is_available() else "none",
         "chains": ", ".join(chain_names()),
         "chain files": str(config_directory()),

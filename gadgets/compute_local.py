@@ -24,6 +24,7 @@ from gadgets.compute_pool import Events, Task
 from gadgets.device_errors import device_failure
 from gadgets.errors import JobFailed
 from gadgets.orphans import end_with
+from gadgets.storage_room import memory_in_all
 from gadgets.worker_pipes import guard
 
 log = logging.getLogger(__name__)
@@ -37,9 +38,10 @@ LEAST_GROWTH = 1 << 30
 WORKER_NICENESS = 10
 """Computing yields to reading: where cores are short, the scanner's readouts come first. An idle machine does not notice."""
 
-WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1"}
+WORKER_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 """Threads that wait must sleep, not spin: the reader, other workers and the client share these cores. numpy's and scipy's BLAS only
-gets small problems here, and its threads spin for longer than those take; torch has its own."""
+gets small problems here, and its threads spin for longer than those take; torch has its own. A file in the folder in which somebody
+typed a command, ``json.py`` say, is no module of ours: Python would import it in every process that is started there."""
 
 MOST_FAILED_STARTS = 8
 
@@ -288,6 +290,9 @@ class ThreadPool:
             if self._task is not task:
                 return  # it was stopped
             self._task = None
+        if finished.cancelled():  # the pool was closed before its thread came to it
+            self._events.died(task, CancelledError())
+            return
         error = finished.exception()
         if error is None:
             self._events.succeeded(task, finished.result())
@@ -301,8 +306,7 @@ def worker_environment(workers: int, number: int, devices: int, environment: Map
     `loky` replaces a worker that has gained 300 MB since its first task, which a scan of ordinary size does: the next scan would wait
     2 to 3 s for a fresh process. The limit here follows the machine's memory, so that only a real leak reaches it.
     """
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    growth = max(LEAST_GROWTH, int(GROWTH_SHARE * memory / max(1, workers)))
+    growth = max(LEAST_GROWTH, int(GROWTH_SHARE * memory_in_all() / max(1, workers)))
     found = {**WORKER_ENVIRONMENT, "LOKY_MAX_MEMORY_LEAK_SIZE": str(growth)}
     if devices > 1:
         named = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]

@@ -25,6 +25,7 @@ from gadgets.peer import Peer
 from gadgets.spool import ScanLog, Status
 from gadgets.wire import codec, events
 from gadgets.wire.framing import FrameParser, Limits
+from gadgets.wire.header_text import GUESS
 from gadgets.wire.ids import MessageId
 from gadgets.wire.session import Session
 from recon_core.errors import ReconError, plain
@@ -256,6 +257,8 @@ class Connection:
                 self.asked.script(event.text, node=self.is_node)
             case events.HeaderText():
                 self.asked.describe(event.text)
+                if event.guessed:
+                    self.say(f"WRN the MRD header is not UTF-8 and was read as {GUESS}: are the names in the images right?")
             case events.Text():
                 self.asked.parameters(event.text, open=self.scan is None and not self.is_node)
             case events.Query():

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +107,10 @@ def convert(
     series = tuple(Counter(path.parent.name for path in itertools.chain.from_iterable(files.values())).items())
     log.info("event=dicom_written series=%d objects=%d", len(series), sum(n for _, n in series))
     named = {"PatientName", "PatientID"} & set(identity.patient)
-    notes = () if named else (NO_PATIENT if identity.mrd is not None else NO_HEADER,)
+    notes: tuple[str, ...] = () if named else (NO_PATIENT if identity.mrd is not None else NO_HEADER,)
+    if identity.left_out:
+        log.warning("event=dicom_left_out fields=%s", ",".join(identity.left_out))
+        notes += (f"left out, because DICOM cannot hold what the MRD header says: {', '.join(identity.left_out)}",)
     written = (out / path.relative_to(partial) for path in itertools.chain.from_iterable(files.values()))
     return Conversion(out, tuple(written), series, notes)
 
@@ -130,7 +133,7 @@ def plan_series(seen: Mapping[int, Survey], identity: Identity) -> dict[int, Ser
     """
     content = [one.digest.hexdigest() for one in seen.values()]
     scan = (identity.mrd.measurement_id if identity.mrd is not None else None) or "".join(content)
-    study = identity.study.get("StudyInstanceUID") or make_uid("study", scan)
+    study = identity.study.get("StudyInstanceUID") or make_uid("study", scan, *_when_and_where(identity, content))
     frame = identity.frame_of_reference or make_uid("frame of reference", study)
     plans = {}
     for (index, one), digest in zip(seen.items(), content, strict=True):
@@ -149,6 +152,15 @@ def plan_series(seen: Mapping[int, Survey], identity: Identity) -> dict[int, Ser
             n_contrasts=len(one.contrasts),
         )
     return plans
+
+
+def _when_and_where(identity: Identity, content: Sequence[str]) -> tuple[str, ...]:
+    """What tells a measurement from others of the same id: some converters call every one "1", and two patients must not share a study."""
+    about = {**identity.equipment, **identity.series, **identity.study}
+    moment = [about.get(word, "") for word in ("StudyDate", "StudyTime", "SeriesDate", "SeriesTime")]
+    place = [identity.frame_of_reference or "", about.get("DeviceSerialNumber", "")]
+    known = place[0] or all(moment[:2]) or all(moment[2:])
+    return (*place, *moment) if known else (*place, *moment, *content)
 
 
 def mr_datasets(

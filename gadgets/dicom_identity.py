@@ -25,6 +25,7 @@ from gadgets.raw_source import RawFile
 from gadgets.wire.events import HeaderText
 from gadgets.wire.framing import FrameParser
 from gadgets.wire.header import MrdHeader, parse_header
+from gadgets.wire.header_text import header_text
 from recon_core.errors import ReconError
 
 MAX_HEADER_BYTES = 16 << 20
@@ -44,8 +45,8 @@ class DicomError(ReconError):
 class Identity:
     """DICOM keywords and values, by module; what the header does not say is missing. Its ``repr`` shows nothing of it.
 
-    ``patient``, ``study``, ``series`` and ``equipment`` hold texts that are valid for their value representation; ``mrd`` is
-    the rest of the header (sequence, matrices), ``None`` without a header.
+    ``patient``, ``study``, ``series`` and ``equipment`` hold texts that are valid for their value representation; ``left_out`` are keywords
+    of those that were not. ``mrd`` is the rest of the header (sequence, matrices), ``None`` without a header.
     """
 
     patient: Mapping[str, str] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Identity:
     initial_series: int = 0
     sequence_type: str = ""
     mrd: MrdHeader | None = None
+    left_out: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Identity({len(self.patient)} about the patient, {len(self.study)} about the study)"
@@ -73,7 +75,8 @@ def make_uid(*parts: object) -> str:
 def read_identity(text: str) -> Identity:
     """Everything about patient, study and scanner in an MRD header.
 
-    Values that their DICOM field cannot hold (a birth date that is none, a UID that is none) are left out.
+    Values that their DICOM field cannot hold (a birth date that is none, a UID that is none, a number of the patient or the order that
+    is too long) are left out; descriptions are cut.
 
     Raises
     ------
@@ -86,17 +89,19 @@ def read_identity(text: str) -> Identity:
     except (ElementTree.ParseError, ValueError):
         raise HeaderError("not XML", where="header") from None
     first_series = _words(root, "measurementInformation", "initialSeriesNumber")
+    left_out: list[str] = []
     return Identity(
-        patient=_module(root, "subjectInformation", _PATIENT),
-        study=_module(root, "studyInformation", _STUDY),
-        series=_module(root, "measurementInformation", _SERIES),
-        equipment=_module(root, "acquisitionSystemInformation", _EQUIPMENT),
+        patient=_module(root, "subjectInformation", _PATIENT, left_out),
+        study=_module(root, "studyInformation", _STUDY, left_out),
+        series=_module(root, "measurementInformation", _SERIES, left_out),
+        equipment=_module(root, "acquisitionSystemInformation", _EQUIPMENT, left_out),
         frame_of_reference=_uid(_words(root, "measurementInformation", "frameOfReferenceUID")),
         initial_series=int(first_series)
         if first_series.isascii() and first_series.isdecimal() and len(first_series) < 6
         else 0,
         sequence_type=_words(root, "sequenceParameters", "sequence_type"),
         mrd=mrd,
+        left_out=tuple(left_out),
     )
 
 
@@ -120,7 +125,7 @@ def read_header_text(path: Path | str, group: str = "dataset") -> str:
         if path.stat().st_size > MAX_HEADER_BYTES:
             got = f"{path.stat().st_size} bytes"
             raise RawFileError("too long for a header", where=path.name, got=got, expected=f"at most {MAX_HEADER_BYTES}")
-        return path.read_bytes().decode("utf-8", "replace")
+        return header_text(path.read_bytes())[0]
     with FrameParser() as parser:
         for block in _blocks(read_capture(path).path):
             for event in parser.feed(block):
@@ -148,12 +153,16 @@ def _plain(element: ElementTree.Element) -> str:
     return str(element.tag).rpartition("}")[2]
 
 
-def _module(root: ElementTree.Element, section: str, rules: Mapping[str, tuple[str, _Rule]]) -> dict[str, str]:
+def _module(
+    root: ElementTree.Element, section: str, rules: Mapping[str, tuple[str, _Rule]], left_out: list[str]
+) -> dict[str, str]:
     found = {}
     for name, (keyword, rule) in rules.items():
-        value = rule(_words(root, section, name))
-        if value:
+        words = _words(root, section, name)
+        if value := rule(words):
             found[keyword] = value
+        elif words:
+            left_out.append(keyword)
     return found
 
 
@@ -165,10 +174,20 @@ def text_value(limit: int) -> _Rule:
     return lambda value: _CONTROL.sub(" ", value).strip()[:limit].strip() or None
 
 
+def _identifier(limit: int) -> _Rule:
+    """Numbers that something is found by: one that is too long is left out, since its beginning may be somebody else's."""
+
+    def rule(value: str) -> str | None:
+        plain = text_value(len(value))(value)
+        return plain if plain is not None and len(plain) <= limit else None
+
+    return rule
+
+
 def _person(value: str) -> str | None:
-    """PN: three groups of 64 characters, five components each."""
+    """PN: three groups of 64 characters, five components each. The first, alphabetic one may be empty and keeps its place."""
     groups = [_CONTROL.sub(" ", g).strip() for g in value.split("=")[:3]]
-    return "=".join("^".join(g.split("^")[:5])[:64].strip() for g in groups).strip("=") or None
+    return "=".join("^".join(g.split("^")[:5])[:64].strip() for g in groups).rstrip("=") or None
 
 
 def _date(value: str) -> str | None:
@@ -209,7 +228,7 @@ def _code(value: str) -> str | None:
 
 _PATIENT = {
     "patientName": ("PatientName", _person),
-    "patientID": ("PatientID", text_value(64)),
+    "patientID": ("PatientID", _identifier(64)),
     "patientBirthdate": ("PatientBirthDate", _date),
     "patientGender": ("PatientSex", _sex),
     "patientWeight_kg": ("PatientWeight", _decimal),
@@ -218,8 +237,8 @@ _PATIENT = {
 _STUDY = {
     "studyDate": ("StudyDate", _date),
     "studyTime": ("StudyTime", _time),
-    "studyID": ("StudyID", text_value(16)),
-    "accessionNumber": ("AccessionNumber", text_value(16)),
+    "studyID": ("StudyID", _identifier(16)),
+    "accessionNumber": ("AccessionNumber", _identifier(16)),
     "referringPhysicianName": ("ReferringPhysicianName", _person),
     "studyDescription": ("StudyDescription", text_value(64)),
     "studyInstanceUID": ("StudyInstanceUID", _uid),

@@ -77,6 +77,10 @@ class JobFailed(ReconError):
     """A worker died or a job exceeded its limit, and no fallback could answer."""
 
 
+class GivenUp(JobFailed):
+    """A task that nobody waits for any more: its scan was given up, or the server is stopping. Not the method's failure."""
+
+
 class OutOfMemory(JobFailed):
     """A task got no memory."""
 

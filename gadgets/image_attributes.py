@@ -187,9 +187,9 @@ def beyond_comment(count: int, total: int, display: MapDisplay, scaling: Scaling
 
 def _comments(texts: Sequence[str]) -> list[str]:
     kept: list[str] = []
-    for text in texts:
+    for text in (text[:MAX_COMMENT] for text in texts):
         if text and text not in kept and sum(map(len, kept)) + len(text) <= MAX_COMMENTS:
-            kept.append(text[:MAX_COMMENT])
+            kept.append(text)
     return kept
 
 

@@ -16,7 +16,8 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from gadgets.errors import ImageFileError
+from gadgets.errors import ImageFileError, OutputError
+from gadgets.outputs import require_room
 from gadgets.wire.dtypes import DATA_TYPE_CODES, IMAGE_HEADER
 from gadgets.wire.events import Image
 from recon_core.hdf5_input import plain_dataset, why_unreadable
@@ -51,6 +52,8 @@ class ImageFile:
         self.path, self.group = Path(path), group
         self.n_images = 0
         self._at_once = at_once
+        if not at_once:
+            self._require_room(None, 0)
         try:
             kept = {"driver": "core", "backing_store": False} if at_once else {}
             self._file = h5py.File(self.path, "w" if at_once else "a", **kept)
@@ -65,7 +68,7 @@ class ImageFile:
         ------
         ImageFileError
             Its matrix, channels or pixel type differ from those of the series (the real client aborts on a matrix and
-            silently converts pixels), or its data are not what its header says.
+            silently converts pixels), its data are not what its header says, or the disk has no room for it.
         """
         header, data = image.header, image.data
         name = f"image_{int(header['image_series_index'])}"
@@ -75,6 +78,8 @@ class ImageFile:
             wanted = f"data type {int(header['data_type'])}, {expected}"
             raise ImageFileError("data and header of an image disagree", where=name, got=got, expected=wanted)
         stored = _COMPLEX.get(data.dtype, data.dtype)
+        if not self._at_once:
+            self._require_room(self._file, data.nbytes + len(image.attributes) + IMAGE_HEADER.itemsize)
         if name not in self._root:
             self._create(name, data.shape, stored)
         series = self._root[name]
@@ -110,6 +115,15 @@ class ImageFile:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _require_room(self, file: h5py.File | None, needed: int) -> None:
+        try:
+            require_room(file, self.path, needed)
+        except OutputError as error:
+            remedy = f"Free disk space. The {self.n_images} images before are there"
+            raise ImageFileError(
+                error.what, where=error.where, got=error.got, expected=error.expected, remedy=remedy
+            ) from None
 
     def _create(self, name: str, shape: tuple[int, ...], stored: np.dtype[Any]) -> None:
         series = self._root.create_group(name)

@@ -377,7 +377,7 @@ class ImageWriter:
         for state, pixels in enumerate(frames):
             index = place.position * len(frames) + state + 1
             if index in series.used or index > MAX_IMAGE_INDEX:
-                index = max(series.used, default=0) + 1  # a slice that comes again (live repetitions) goes behind
+                index = _free(series.used)
             series.used.add(index)
             text = write_meta(image_attributes(series, self.chain, pixels, state, index, comments, place))
             header = image_header(series, pixels, state, index, place)
@@ -421,6 +421,12 @@ def sending_order(n_slices: int, *, scaled: bool) -> tuple[int, ...]:
 def _without_states(scan: ScanInfo) -> ScanInfo:
     """For images that combine states: they have no state's counters and times."""
     return replace(scan, state_counters=(), echo_times=(), inversion_times=(), saturation_times=())
+
+
+def _free(used: set[int]) -> int:
+    """The number of an image whose own is taken: one that comes again (live repetitions) goes behind, while there is room."""
+    behind = max(used, default=0) + 1
+    return behind if behind <= MAX_IMAGE_INDEX else next(n for n in range(1, MAX_IMAGE_INDEX + 1) if n not in used)
 
 
 class _Numbers:

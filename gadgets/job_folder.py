@@ -97,12 +97,18 @@ class JobFolders:
     folder
         For every scan (``recon run --job-folder``); by default each goes beside its capture, and goes with it: a folder whose
         capture was removed is removed when the next one is written or the server starts.
+
+    Attributes
+    ----------
+    problems
+        What could not be kept, in words; complete after ``close``. Also in the log.
     """
 
     def __init__(self, jobs: Jobs, folder: Path | None = None) -> None:
         self._jobs, self._folder = jobs, folder
         self._lock = threading.Condition()
         self._writing: set[Future[list[str]]] = set()
+        self.problems: list[str] = []
 
     def keep(self, record: JobRecord, raw: ScanLog) -> None:
         """Begin to write a scan's record; nothing is kept of a scan whose capture is not, or that told nothing."""
@@ -123,15 +129,20 @@ class JobFolders:
         with self._lock:
             if not self._lock.wait_for(lambda: not self._writing, CLOSE_SECONDS):
                 log.warning("event=job_folder_incomplete scans=%d", len(self._writing))
+                self.problems.append(f"not finished after {CLOSE_SECONDS:g} s")
 
     def _written(self, future: Future[list[str]]) -> None:
         try:
             error = future.exception()
             if error is not None:
-                log.warning("event=job_folder_failed error=%s", type(error).__name__)
+                # a system's words are plain; those of other errors may quote what is in the scan
+                problem = (error.strerror if isinstance(error, OSError) else None) or type(error).__name__
+                log.warning("event=job_folder_failed error=%r", problem)
+                self.problems.append(problem)
                 return
             for problem in future.result():
                 log.warning("event=job_folder_incomplete text=%r", problem)
+                self.problems.append(problem)
         finally:  # only then `close` has nothing to wait for
             with self._lock:
                 self._writing.discard(future)

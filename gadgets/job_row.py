@@ -13,8 +13,9 @@ State = Literal["received", "reconstructing", "sent", "failed"]
 STATES: tuple[State, ...] = ("received", "reconstructing", "sent", "failed")
 OPEN_STATES: tuple[State, ...] = ("received", "reconstructing")
 
-Archive = Literal["", "due", "queued", "failed"]
-"""Automatic sending to an archive: none wanted; images still to be queued; in the queue; could not be queued."""
+Archive = Literal["", "due", "queued", "stored", "failed"]
+"""Automatic sending to an archive: none wanted; images still to be queued; in the queue; confirmed by every archive; not queued, or
+given up by the queue."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ be run again.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -18,8 +17,9 @@ from typing import Any, TypeVar
 
 from gadgets.compute_local import LocalPool, ThreadPool, places
 from gadgets.compute_pool import Budget, Events, Place, Pool, RemotePool, Task
+from gadgets.cores import cores
 from gadgets.device_errors import device_failure
-from gadgets.errors import JobFailed, TimeLimitReached, WorkerDied, WorkerKilled
+from gadgets.errors import GivenUp, JobFailed, TimeLimitReached, WorkerDied, WorkerKilled
 from gadgets.fair_queue import SCAN, FairQueue
 from gadgets.memory_errors import out_of_memory
 from gadgets.reports import given_up
@@ -96,7 +96,7 @@ class Jobs:
         rehearse: bool = True,
     ) -> None:
         self.workers = workers
-        self.threads = threads or max(1, (os.cpu_count() or 1) // max(workers, 1))
+        self.threads = threads or max(1, cores() // max(workers, 1))
         self._wake = threading.Condition(threading.RLock())
         self._queue = FairQueue()
         self._running: dict[Task, Pool] = {}
@@ -164,7 +164,7 @@ class Jobs:
         """Queue a task. Never waits."""
         with self._wake:
             if self._closed:
-                refusal = _stopping(task)
+                refusal: JobFailed = _stopping(task)
             elif task.owner.abandoned:
                 refusal = given_up(task.name)
             elif not self._is_dispatched():
@@ -401,8 +401,8 @@ class Jobs:
             task.outer.set_exception(why)
 
 
-def _stopping(task: Task) -> JobFailed:
-    return JobFailed("the server is stopping", where=task.name)
+def _stopping(task: Task) -> GivenUp:
+    return GivenUp("the server is stopping", where=task.name)
 
 
 def _too_long(budget: Budget) -> TimeLimitReached:

@@ -64,8 +64,10 @@ CREATE TABLE IF NOT EXISTS jobs (
     settings TEXT NOT NULL, versions TEXT NOT NULL, weights TEXT NOT NULL, peer TEXT NOT NULL, origin TEXT NOT NULL,
     capture TEXT NOT NULL, fallback TEXT NOT NULL, warnings TEXT NOT NULL, archive TEXT NOT NULL, ask TEXT NOT NULL,
     attempts INTEGER NOT NULL, owner TEXT NOT NULL
-) STRICT
+)
 """
+STRICT_SINCE = (3, 37)
+"""SQLite that refuses values of another type when it is asked to; RHEL 9 and Debian 11 have an older one."""
 
 
 class Journal:
@@ -307,7 +309,8 @@ class Journal:
         self._database.execute("PRAGMA journal_mode = WAL")
         self._database.execute("PRAGMA synchronous = FULL")
         if found < FORMAT:
-            self._database.execute(_TABLE)
+            strict = " STRICT" if sqlite3.sqlite_version_info >= STRICT_SINCE else ""
+            self._database.execute(f"{_TABLE}{strict}")
             self._database.execute("CREATE INDEX IF NOT EXISTS jobs_state ON jobs (state, received)")
             self._database.execute("CREATE INDEX IF NOT EXISTS jobs_due ON jobs (archive) WHERE archive = 'due'")
             self._database.execute(f"PRAGMA user_version = {FORMAT}")

@@ -28,6 +28,10 @@ REPEAT_SECONDS = 60.0
 BROKEN = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)
 """What accepting says when the listening socket itself is no more; all else passes."""
 
+KEEP_ALIVE = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 15, "TCP_KEEPCNT": 8}
+"""s of silence after which the kernel asks whether the peer is still there, s between questions, and questions in vain. A scanner whose
+power was cut says nothing and would hold its place for as long as a paused one may; and firewalls forget connections that are silent."""
+
 REMEDIES = {
     errno.EADDRINUSE: "Is another server running?",
     errno.EACCES: "Ports below 1024 need a privilege: choose another one",
@@ -240,6 +244,7 @@ class Listener:
                     logger.error("event=accept_failed error=%s", error.strerror)
                     time.sleep(0.1)  # out of file descriptors: the connections at work have to end first
                     continue
+                keep_alive(accepted)
                 self._take(accepted, str(address[0]))
 
     def _take(self, accepted: socket.socket, address: str) -> None:
@@ -301,6 +306,14 @@ class Listener:
             if not known:
                 self._told[key] = now
         logger.log(logging.DEBUG if known else logging.WARNING, "event=%s address=%s reason=%r", event, address, reason)
+
+
+def keep_alive(connection: socket.socket) -> None:
+    """Let the kernel look after a connection on which nobody says anything; as far as the system can."""
+    with contextlib.suppress(OSError):
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEP_ALIVE.items():
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -15,7 +15,6 @@ What differs from a scanner's connection, and why (all measured with Gadgetron 4
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -26,6 +25,7 @@ import numpy as np
 from defusedxml.ElementTree import fromstring
 from numpy.typing import NDArray
 
+from gadgets.cores import cores
 from gadgets.errors import ConfigRefused, IllegalOrder, MalformedMessage, SpoolError
 from gadgets.handlers import ChainRequest, Scan, ScanFacts
 from gadgets.relay import CHAIN_PROPERTY
@@ -385,8 +385,7 @@ def _service() -> Service:
     from gadgets.service import Service, ServiceOptions
 
     # as many threads as a worker of the server has by default: sums depend on their number in the last bits
-    cores = os.cpu_count() or 1
-    threads = cores // max(1, cores // 2)
+    threads = cores() // max(1, cores() // 2)
     root = default_spool_root()
     options = ServiceOptions(
         port=0,

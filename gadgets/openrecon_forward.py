@@ -50,6 +50,7 @@ KEEPALIVE = {
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL): 10,
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): 3,
 }
+ACCEPT_PAUSE = 0.1  # s after a connection could not be accepted
 RETRY_SECONDS, PAUSE = 30.0, 1.0  # how long a server may be away, and how often it is asked
 LOCAL_SECONDS = 300.0  # a server in the container may have been started just now
 
@@ -339,6 +340,7 @@ class Forwarder:
         self._listening = socket.create_server((host, port), backlog=MAX_SESSIONS)
         self.port: int = self._listening.getsockname()[1]
         self._free = threading.BoundedSemaphore(MAX_SESSIONS)
+        self._closing = False
         self._thread = threading.Thread(target=self._accept, name="accept", daemon=True)
 
     def __enter__(self) -> Forwarder:
@@ -346,24 +348,33 @@ class Forwarder:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._closing = True
         with contextlib.suppress(OSError):
             self._listening.shutdown(socket.SHUT_RDWR)
         self._listening.close()
         self._thread.join()
 
     def _accept(self) -> None:
-        while True:
+        """Until the end: without this the console finds nobody until somebody restarts the container."""
+        while not self._closing:
             self._free.acquire()
             try:
                 scanner, _ = self._listening.accept()
-            except OSError:
-                return
-            scanner.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            threading.Thread(target=self._serve, args=(scanner,), name="session", daemon=True).start()
+                with contextlib.suppress(OSError):
+                    scanner.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                threading.Thread(target=self._serve, args=(scanner,), name="session", daemon=True).start()
+            except (OSError, RuntimeError) as error:  # no file descriptors, no threads: sessions that end give some back
+                self._free.release()
+                if not self._closing:
+                    logger.error("event=accept_failed error=%s", getattr(error, "strerror", None) or type(error).__name__)
+                    time.sleep(ACCEPT_PAUSE)
 
     def _serve(self, scanner: socket.socket) -> None:
         try:
             Session(scanner, self.servers, retry_seconds=self.retry_seconds, secure=self.secure).run()
+        except OSError as error:  # no room for its temporary file
+            logger.error("event=session_failed error=%s", error.strerror)
+            scanner.close()
         finally:
             self._free.release()
 

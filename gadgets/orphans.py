@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
+from pathlib import Path
+
+
+def module_process(name: str, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a process that runs a module of ours: of the packages that this one runs, wherever its folder is.
+
+    A file in that folder, ``json.py`` say, is not imported.
+    """
+    home = str(Path(__file__).parent.parent)
+    path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
+    return [sys.executable, "-P", "-m", name, *arguments], {**os.environ, "PYTHONPATH": path}
 
 
 def end_with(parent: int, look_every: float) -> None:

@@ -8,8 +8,13 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gadgets.errors import ImageFileError, OutputError
+from gadgets.storage_room import free
+
+if TYPE_CHECKING:
+    import h5py
 
 
 def check_file(path: Path, *endings: str) -> None:
@@ -90,3 +95,28 @@ def check_folder(path: Path) -> None:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise OutputError("cannot be written", where=str(path), got=f"{there}: {error.strerror}") from None
+
+
+COMFORT, RESERVE = 256 << 20, 1 << 20
+"""Bytes free on a disk below which HDF5 has to write out what it holds back, and those that it needs to close a file."""
+
+
+def require_room(file: h5py.File | None, path: Path, needed: int) -> None:
+    """Before so many bytes more go into an HDF5 file that is open for writing at ``path``, or is to be opened there.
+
+    HDF5 never gets over a full disk: it cannot even close the file any more, and ends the process by a segmentation fault.
+
+    Raises
+    ------
+    OutputError
+        The disk has no room for them.
+    """
+    left = free(path.parent)
+    if file is not None and left < needed + COMFORT:
+        file.flush()
+        left = free(path.parent)
+    if left < needed + RESERVE:
+        got, expected = (f"{max(0, n) >> 10} KiB" for n in (left, needed + RESERVE))
+        raise OutputError(
+            "the disk is full", where=str(path), got=f"{got} free", expected=expected, remedy="Free disk space"
+        )

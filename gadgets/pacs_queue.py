@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from gadgets.capture import sync
+from gadgets.clock import not_ahead
 from gadgets.pacs import Attempt, Destination, PacsError, Tls, store
+from gadgets.pacs_receipts import STORED, Passage, leave_receipt, prune_receipts, write_passage
 from gadgets.private_folder import make_private
 
 log = logging.getLogger(__name__)
@@ -88,13 +90,15 @@ class Queue:
         self._unwritten: dict[str, Job] = {}  # as they are, where the disk took no new record
         self._silent: set[Destination] = set()  # did not answer the last time
         try:
-            for folder in (self.root, self.root / "waiting", self.root / "failed"):
+            for folder in (self.root, self.root / "waiting", self.root / "failed", self.root / STORED):
                 make_private(folder)
         except OSError as error:
             raise PacsError("cannot make the folder", where=f"queue {self.root}", got=error.strerror) from None
 
-    def put(self, files: Iterable[Path], destination: Destination) -> Job:
+    def put(self, files: Iterable[Path], destination: Destination, passage: Passage | None = None) -> Job:
         """Copy files into the queue; when this returns they are safe on disk.
+
+        With a ``passage`` they belong to a scan, whose row says what becomes of them (`gadgets.pacs_receipts`).
 
         Raises
         ------
@@ -115,6 +119,8 @@ class Queue:
                 shutil.copyfile(source, target)
                 sync(target)
             _write(incoming / "job.json", job)
+            if passage is not None:
+                write_passage(incoming, passage)
             sync(incoming)
             os.rename(incoming, self.root / "waiting" / name)
             sync(self.root / "waiting")
@@ -181,11 +187,13 @@ class Queue:
         QueueBusy
             Another process is sending.
         """
+        oldest = min(self._now(), not_ahead()) - seconds
         with self._sending():
+            prune_receipts(self.root, oldest)
             for folder in sorted((self.root / "failed").iterdir()):
                 with contextlib.suppress(FileNotFoundError):  # somebody has removed it by hand just now
                     files = _images(folder)
-                    if files and self._now() - _changed(folder) > seconds:
+                    if files and _changed(folder) < oldest:
                         self._drop(folder, files, seconds)
 
     def _drop(self, folder: Path, files: list[Path], seconds: float) -> None:
@@ -245,7 +253,9 @@ class Queue:
                 log.error("event=pacs_record_unreadable job=%s", folder.name)
                 os.rename(folder, self.root / "failed" / folder.name)
                 continue
-            if only is not None or job.next_try <= self._now():
+            now = self._now()
+            # further away than any pause is long: the clock has been put back since
+            if only is not None or not now < job.next_try <= now + self.pauses.longest:
                 due.append((folder, job))
         return due
 
@@ -275,6 +285,7 @@ class Queue:
         left = len(list(folder.glob("*.dcm")))
         if not left:
             self._unwritten.pop(job.id, None)
+            leave_receipt(self.root, folder)
             shutil.rmtree(folder)
             log.info("event=pacs_sent job=%s objects=%d attempts=%d", job.id, job.n_files, job.attempts + 1)
             return replace(job, attempts=job.attempts + 1, left=0, problem=""), True

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from gadgets.log_lines import log_to_stderr
+from gadgets.orphans import module_process
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +51,9 @@ class Sender:
             if time.monotonic() - self._started < RESTART_SECONDS:
                 return
             self._started = time.monotonic()
-            command = [sys.executable, "-m", "gadgets.pacs_sender", str(self._queue), str(os.getpid()), *self._options]
+            command, environment = module_process("gadgets.pacs_sender", str(self._queue), str(os.getpid()), *self._options)
             try:
-                self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+                self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL)
             except OSError as error:
                 log.error("event=pacs_sender_failed error=%s", error.strerror)
 

@@ -21,7 +21,7 @@ from gadgets.buffer import SortedScan, sort_readouts
 from gadgets.chain import Chain, load_chain
 from gadgets.compute_pool import Budget
 from gadgets.cut_scan import sort_cut_scan
-from gadgets.errors import SortError
+from gadgets.errors import GivenUp, SortError
 from gadgets.fair_queue import REPLAY, SCAN
 from gadgets.given_masks import doubt_of_mask, given_mask_of, named_mask
 from gadgets.images import ImageWriter, sending_order
@@ -338,9 +338,9 @@ class Scan:
     ) -> Generator[bytes, None, tuple[Result, str]]:
         """The fallback chain's images of a slice whose method failed, loudly; or the failure itself."""
         reason = _reason(failure)
-        if self.chain.fallback is None:
+        if self.chain.fallback is None or isinstance(failure, GivenUp):
             raise failure
-        log.warning("event=fallback chain=%s to=%s slice=%d reason=%r", self.chain.name, self.chain.fallback, number, reason)
+        log.warning("event=method_failed chain=%s slice=%d reason=%r", self.chain.name, number, reason)
         failed = f"{self.chain.name} failed in slice {number} ({reason})"
         try:
             fallback = load_chain(self.chain.fallback, directory=self.services.configs)
@@ -354,9 +354,12 @@ class Scan:
         # said when it is known: an announced image that does not come is worse than none
         if result is None:
             assert error is not None
+            if isinstance(error, GivenUp):
+                raise error
             why = "either" if _reason(error) == reason else f"({_reason(error)})"
             self._tell(f"{failed}; {fallback.name} cannot stand in for it {why}")
             raise failure from error
+        log.warning("event=fallback chain=%s to=%s slice=%d", self.chain.name, fallback.name, number)
         self._tell(f"{failed}; its images come from {fallback.name}")
         self.facts.fallback = fallback.name
         expected = delivered_maps(self.chain.method)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from gadgets import __version__
+from gadgets.cores import cores
 
 UNKNOWN = "Unknown query"
 PRODUCT = "recon-gadgets"
@@ -73,7 +74,7 @@ def answer(query: str, *, chains: Callable[[], Iterable[str]] = tuple) -> str:
 def info() -> str:
     """Versions, memory and devices as lines of text."""
     lines = [f"{name} {value}" for name, value in versions().items()]
-    lines.append(f"cores {os.cpu_count()}, memory {memory_bytes() / 2**30:.1f} GiB")
+    lines.append(f"cores {cores()}, memory {memory_bytes() / 2**30:.1f} GiB")
     lines += [f"gpu {gpu['name']}, {gpu['memory']}, driver {gpu['driver']}" for gpu in gpus()] or ["no gpu"]
     return "\n".join(lines) + "\n"
 

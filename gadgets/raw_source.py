@@ -20,6 +20,7 @@ from gadgets.wire import codec, events
 from gadgets.wire.dtypes import ACQUISITION_HEADER, WAVEFORM_HEADER
 from gadgets.wire.framing import FrameParser
 from gadgets.wire.header import MrdHeader, parse_header
+from gadgets.wire.header_text import header_text
 from recon_core.errors import ReconError
 from recon_core.hdf5_input import plain_dataset, plain_item, why_unreadable
 
@@ -113,6 +114,7 @@ class RawFile:
         self, path: Path, config: bytes, fire: bytes = b"", group: str = "dataset", strip_version: bool = False
     ) -> None:
         self.path, self.group, self._config, self._fire = path, group, config, fire
+        self._verbatim: bytes | None = None  # the header, where it is sent as it is
         with self._open() as file:
             try:
                 self.header_text, self.n_readouts = self._content(file)
@@ -122,7 +124,7 @@ class RawFile:
                 got = type(error).__name__
                 raise RawFileError("no header or no readouts", where=path.name, got=got, expected="xml and data") from None
         if strip_version:
-            self.header_text = VERSION_ELEMENT.sub("", self.header_text, count=1)
+            self.header_text, self._verbatim = VERSION_ELEMENT.sub("", self.header_text, count=1), None
         try:
             self.header: MrdHeader | None = parse_header(self.header_text)
         except ReconError:
@@ -136,10 +138,14 @@ class RawFile:
             got, expected = f"group {self.group!r}", f"group {known}" if known else "a group with xml and data"
             raise RawFileError("no raw data in this group", where=self.path.name, got=got, expected=expected)
         text = plain_dataset(root, "xml")[0]
-        return text.decode("utf-8") if isinstance(text, bytes) else str(text), len(plain_dataset(root, "data"))
+        raw = (text if isinstance(text, bytes) else str(text).encode("utf-8", "surrogateescape")).rstrip(b"\0")
+        found, guessed = header_text(raw)
+        if guessed:  # whoever reads it says so
+            self._verbatim = raw
+        return found, len(plain_dataset(root, "data"))
 
     def pieces(self) -> Iterator[Piece]:
-        yield Piece(self._config + codec.header(self.header_text) + self._fire, NO_ENDS)
+        yield Piece(self._config + codec.header(self._verbatim or self.header_text) + self._fire, NO_ENDS)
         try:
             yield from self._data()
         except UNREADABLE as error:

@@ -44,6 +44,11 @@ MAX_MATRIX = 65535
 """Counters and sample numbers are 16-bit: no larger matrix can be filled."""
 
 
+MAX_READOUTS = 8_000_000
+"""Of one scan, several times as many as a long 4D flow has. Their headers stay in memory, 356 bytes each: a stream of empty readouts would
+fill it long before the disk."""
+
+
 class Kind(IntEnum):
     """What a readout is used for."""
 
@@ -104,10 +109,14 @@ class ReadoutIndex:
         ------
         ValueError
             Arrays of different lengths.
+        SortError
+            More than ``MAX_READOUTS``.
         """
         if not len(headers) == len(offsets) == len(payload_bytes):
             raise ValueError(f"{len(headers)} headers, {len(offsets)} offsets, {len(payload_bytes)} payload sizes")
         end = self._n + len(headers)
+        if end > MAX_READOUTS:
+            raise SortError("too many readouts", where="scan", got=f"at least {end}", expected=f"at most {MAX_READOUTS}")
         if end > len(self._headers):
             size = max(end, 2 * len(self._headers))
             self._headers = _grown(self._headers, self._n, size)
@@ -185,7 +194,9 @@ def chosen_encoding(header: MrdHeader, settings: AcquisitionSettings) -> Encodin
         )
     encoding = header.encodings[settings.encoding_space]
     if encoding.trajectory.strip().lower() != "cartesian":
-        raise SortError("trajectory is not supported", where="header", got=encoding.trajectory, expected="cartesian")
+        raise SortError(
+            "trajectory is not supported", where="header", got=encoding.trajectory or "none", expected="cartesian"
+        )
     matrices = (*encoding.encoded_matrix, *encoding.recon_matrix)
     if not all(1 <= n <= MAX_MATRIX for n in matrices):
         raise SortError("matrix is impossible", where="header", got=matrices, expected=f"1 to {MAX_MATRIX} each")

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gadgets.bookkeeping import Books, Entry, reason_of
 from gadgets.capture import Capture, amend_sidecar, read_capture, windows
+from gadgets.clock import not_ahead
 from gadgets.connection import Connection
 from gadgets.errors import CaptureGone
 from gadgets.handlers import ChainRequest, Handlers
@@ -156,11 +157,12 @@ class Recovery:
         for row in journal.unarchived():
             journal.update(row.id, owner=self._books.token)
             self._results.over(row)
+        self._results.note_receipts(journal)
         if time.monotonic() - self._tidied > HOUSEKEEPING_SECONDS:
             self._tidied = time.monotonic()
             self._spool.make_room()
             self._results.catch_up(journal)
-            journal.prune(time.time() - ROW_SECONDS)
+            journal.prune(not_ahead() - ROW_SECONDS)
             self.housekeeping()
 
     def _adopt(self, journal: Journal) -> None:
@@ -251,7 +253,7 @@ class Recovery:
             return replace(row, state="failed", why="there is no scan in the capture")
         row = replace(entry.row, why=row.why if entry.row.state == "sent" else entry.row.why)
         if row.state == "sent" and row.n_images:
-            row = self._results.note(row, self._results.make(row).result())
+            row = self._results.finish(row)
         return row
 
     def _cut(self, row: JobRow, capture: Path) -> tuple[int | None, str]:

@@ -138,8 +138,7 @@ def run(
         words = getattr(failure.result, "errors", ())
         raise (ReplayFailed(" | ".join(word.removeprefix("ERROR ") for word in words)) if words else failure) from None
     _show(result, output, montage)
-    if job_folder is not None and job_folder.is_dir():
-        _tell(f"what the method tells besides: {job_folder}")
+    _tell_of_folder(job_folder, service.job_folders.problems)
 
 
 def _run_stream(
@@ -148,11 +147,10 @@ def _run_stream(
     from gadgets.stream import run_files
 
     result = run_files(source, output, config=config, settings=name_value_pairs(settings or []), options=options)
-    if str(output) == STANDARD:
-        return
-    if result.group is not None and result.n_images:
+    if str(output) != STANDARD and result.group is not None and result.n_images:
         _tell(f"{result.n_images} images in {output} (group {result.group})")
         _draw(output, montage, result.group)
+    _tell_of_folder(options.job_folder, result.job_folder_problems, err if str(output) == STANDARD else out)
 
 
 class Count(MofNCompleteColumn):
@@ -248,5 +246,15 @@ def _draw(images: Path, folder: Path | None, group: str) -> None:
         _tell(str(path))
 
 
-def _tell(text: str) -> None:
-    out.print(text, markup=False, highlight=False, soft_wrap=True)
+def _tell_of_folder(folder: Path | None, problems: list[str], where: Console = out) -> None:
+    """Where what the method tells besides is, or that it is not all there."""
+    if folder is None:
+        return
+    for problem in problems:
+        show_line(f"WRN not all that the method tells besides is in {folder}: {problem}", err)
+    if not problems and folder.is_dir():
+        _tell(f"what the method tells besides: {folder}", where)
+
+
+def _tell(text: str, where: Console = out) -> None:
+    where.print(text, markup=False, highlight=False, soft_wrap=True)

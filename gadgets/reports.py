@@ -12,15 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from gadgets.errors import JobFailed
+from gadgets.errors import GivenUp
 from recon_core.types import ImageSeries, Report
 
 log = logging.getLogger(__name__)
 
 
-def given_up(task: str) -> JobFailed:
+def given_up(task: str) -> GivenUp:
     """What a task of an abandoned scan answers with."""
-    return JobFailed("the scan was given up", where=task)
+    return GivenUp("the scan was given up", where=task)
 
 
 class FileReport(Report):
@@ -28,7 +28,7 @@ class FileReport(Report):
 
     Raises
     ------
-    JobFailed
+    GivenUp
         From ``progress``, when the folder is gone: the scan was given up, and so is the task.
     """
 

@@ -6,6 +6,7 @@ Both are a worker's work at the lowest priority; the console has its images by t
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import shutil
 import threading
@@ -24,6 +25,7 @@ from gadgets.fair_queue import HOUSEKEEPING
 from gadgets.job_images import IMAGES, MESSAGES, write_image_file
 from gadgets.jobs import Jobs
 from gadgets.journal import JobRow, Journal, UnknownJob
+from gadgets.pacs_receipts import Passage, Receipts
 
 if TYPE_CHECKING:  # pynetdicom is an extra
     from gadgets.pacs import Destination
@@ -74,6 +76,7 @@ class Results:
     ) -> None:
         self._root, self._books, self._jobs = root, books, jobs
         self._archives, self._sender = archives, sender
+        self._receipts = None if archives is None else Receipts(archives.queue)
         self._lock = threading.Lock()
         self._ended = threading.Condition(self._lock)
         self._working: set[str] = set()
@@ -111,6 +114,17 @@ class Results:
                 if row.is_over and (row.owner == self._books.token or not journal.is_alive(row.owner)):
                     self.over(row)
 
+    def note_receipts(self, journal: Journal) -> None:
+        """What the archives have confirmed, or refused, since the last look.
+
+        Raises
+        ------
+        JournalError
+            The journal cannot be read or written.
+        """
+        if self._receipts is not None:
+            self._receipts.note(journal)
+
     def _left(self) -> Iterator[str]:
         """Jobs whose images are still as they were sent."""
         for path in sorted(self._root.glob(f"*{JOB_SUFFIX}/{MESSAGES}")):
@@ -122,7 +136,22 @@ class Results:
         """The task itself."""
         archives = self._archives if row.archive == "due" else None
         capture = self._root / row.capture
-        return self._jobs.scope(HOUSEKEEPING).submit(finish_job, self._root / row.folder, capture, archives)
+        return self._jobs.scope(HOUSEKEEPING).submit(finish_job, self._root / row.folder, capture, archives, row.id)
+
+    def finish(self, row: JobRow) -> JobRow:
+        """As `over`, and waits for it; what does not work now and may later is taken up then.
+
+        Raises
+        ------
+        ReconError
+            The image file cannot be made.
+        """
+        made = self.make(row)
+        error = made.exception()
+        if isinstance(error, JobFailed) and row.archive == "due" and row.images(self._root) is not None:
+            self._put_off(row, 1, error)
+            return row
+        return self.note(row, made.result())
 
     def note(self, row: JobRow, handed: Handed) -> JobRow:
         """The row after its images' way to the archive; the sender is told."""
@@ -161,22 +190,30 @@ class Results:
         error = future.exception()
         with self._lock:
             tries = self._tried.pop(row.id, (0, 0.0))[0] + 1
-            if error is not None:
-                self._tried[row.id] = (tries, time.monotonic() + FIRST_PAUSE * 2 ** (tries - 1))
         if error is not None and self._passes(row, error) and tries < MOST_TRIES:
-            log.warning("event=images_later job=%s try=%d error=%r", row.id, tries, reason_of(_plain(error)))
+            self._put_off(row, tries, error)
             return
         if error is not None:
-            log.error("event=images_not_kept job=%s error=%r", row.id, reason_of(_plain(error)))
+            self._note_try(row, tries)
+            if row.images(self._root) is None:  # else it was their way to the archive that failed, which is said below
+                log.error("event=images_not_kept job=%s error=%r", row.id, reason_of(_plain(error)))
         if row.archive == "due":
             self._books.put(self.note(row, future.result() if error is None else Handed(problem=reason_of(_plain(error)))))
+
+    def _put_off(self, row: JobRow, tries: int, error: BaseException) -> None:
+        log.warning("event=images_later job=%s try=%d error=%r", row.id, tries, reason_of(_plain(error)))
+        self._note_try(row, tries)
+
+    def _note_try(self, row: JobRow, tries: int) -> None:
+        with self._lock:
+            self._tried[row.id] = (tries, time.monotonic() + FIRST_PAUSE * 2 ** (tries - 1))
 
 
 def _plain(error: BaseException) -> Exception:
     return error if isinstance(error, Exception) else RuntimeError(type(error).__name__)
 
 
-def finish_job(folder: Path, capture: Path, archives: Archives | None) -> Handed:
+def finish_job(folder: Path, capture: Path, archives: Archives | None, scan: str) -> Handed:
     """A worker's task: the image file, then the queue to the archives.
 
     Raises
@@ -185,13 +222,18 @@ def finish_job(folder: Path, capture: Path, archives: Archives | None) -> Handed
         The image file cannot be made.
     """
     write_image_file(folder)
-    return Handed() if archives is None else queue_images(folder, capture, archives)
+    return Handed() if archives is None else queue_images(folder, capture, archives, scan)
 
 
-def queue_images(folder: Path, capture: Path, archives: Archives) -> Handed:
-    """Convert a job's images and put them into the queue once for each archive.
+def queue_images(folder: Path, capture: Path, archives: Archives, scan: str) -> Handed:
+    """Convert the images of the job ``scan`` and put them into the queue once for each archive.
 
     Run twice, it queues the same objects with the same UIDs, which an archive takes as the same.
+
+    Raises
+    ------
+    JobFailed
+        The disk is full: it may be tried again.
     """
     made, problem = folder / "dicom", ""
     try:
@@ -211,12 +253,24 @@ def queue_images(folder: Path, capture: Path, archives: Archives) -> Handed:
             files = convert(folder / IMAGES, made, header=header).files
         queue = Queue(archives.queue)
         for destination in archives.destinations:
-            queue.put(files, destination)
+            queue.put(files, destination, Passage(scan, str(destination), len(set(archives.destinations))))
     except Exception as error:  # DICOM libraries raise many kinds; a scan is none the worse for it
+        if (full := _disk_is_full(error)) is not None:
+            remedy = "Free disk space beside the spool"
+            raise JobFailed("no room for DICOM files", where=folder.name, got=full, remedy=remedy) from None
         return Handed(problem=_told(error))
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return Handed(queued=True, problem=problem)
+
+
+def _disk_is_full(error: BaseException | None) -> str | None:
+    """The system's words for it, where that is what is behind an error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return error.strerror
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _told(error: Exception) -> str:

@@ -34,7 +34,7 @@ class Scope:
         budget: Budget | None = None,
         alone: bool = False,
     ) -> Future[T]:
-        """Run ``task(*args)`` on a worker, unless the scan has been abandoned: then the future holds a ``JobFailed``.
+        """Run ``task(*args)`` on a worker, unless the scan has been abandoned: then the future holds ``GivenUp``.
 
         Parameters
         ----------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from typing import Any
 from gadgets.chain import Chain, chain_faults, chain_from_script, chain_names, load_chain, require_chains
 from gadgets.compute_pool import Events
 from gadgets.connection import ChainRequest
+from gadgets.cores import cores
 from gadgets.devices import choose_device
 from gadgets.given_masks import require_given_mask
 from gadgets.handlers import Scan as OpenedScan
@@ -128,8 +128,7 @@ class Service:
         if options.configs is not None:  # better now than while a patient lies in the scanner
             for name, fault in chain_faults(options.configs):
                 log.warning("event=chain_faulty chain=%s reason=%r", name, fault)
-        cores = os.cpu_count() or 1
-        workers = max(1, cores // 2) if options.workers is None else options.workers
+        workers = max(1, cores() // 2) if options.workers is None else options.workers
         stale = remove_stale_scratch()
         if stale:
             log.info("event=stale_scratch_removed folders=%d", stale)

@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from gadgets.outputs import require_room
 from gadgets.simulate_header import BASE_TICKS, NOISE_BANDWIDTH, Geometry, counter_of, header_text, matrix_of
 from gadgets.wire.dtypes import ACQUISITION_HEADER, WAVEFORM_HEADER, Flag
 from recon_core.errors import DataError
@@ -104,6 +105,7 @@ def write_scan(out: str | Path, scan: Scan) -> Summary:
     rng = _noise_rng(scan)
     n_readouts = n_noise = 0
     path.parent.mkdir(parents=True, exist_ok=True)
+    require_room(None, path, 0)
     with h5py.File(path, "w") as file:
         group = file.create_group("dataset")
         group.create_dataset("xml", data=np.array([text.encode()], dtype=object), dtype=h5py.special_dtype(vlen=bytes))
@@ -116,6 +118,7 @@ def write_scan(out: str | Path, scan: Scan) -> Summary:
             for i in range(len(headers)):
                 rows["traj"][i] = empty
                 rows["data"][i] = samples[i].reshape(-1).view(np.float32)
+            require_room(file, path, samples.nbytes + rows.nbytes)
             data[n_readouts : n_readouts + len(rows)] = rows
             n_readouts += len(rows)
             n_noise += int(np.sum(_has(headers, Flag.ACQ_IS_NOISE_MEASUREMENT)))
@@ -326,6 +329,7 @@ def _file_dtype(head: np.dtype[np.void], sample: str, trajectory: bool) -> np.dt
     return np.dtype([("head", head), *middle, ("data", lengthless)])
 
 
+TRUTH_ARRAYS = ("images", "coil_maps", "tissue", "interior", "labels", "mask", "acs_mask", "noise_covariance")
 UNITS = {"t1": "s", "t2": "s", "r2star": "1/s", "pd": "", "field": "Hz", "chi": "ppm", "m0": ""}
 
 
@@ -336,8 +340,10 @@ def write_truth(path: Path, scan: Scan) -> None:
         file.attrs["kind"] = scan.kind
         file.attrs["settings"] = json.dumps(asdict(scan.settings) | {"donor": bool(scan.settings.donor)})
         file.attrs["label_names"] = json.dumps(dict(truth.label_names))
-        for name in ("images", "coil_maps", "tissue", "interior", "labels", "mask", "acs_mask", "noise_covariance"):
-            file[name] = getattr(truth, name)
+        arrays = {name: getattr(truth, name) for name in TRUTH_ARRAYS}
+        require_room(file, path, sum(array.nbytes for array in (*arrays.values(), *truth.maps.values())))
+        for name, array in arrays.items():
+            file[name] = array
         file["states"] = np.array(truth.states)
         for name, values in truth.maps.items():
             file[f"maps/{name}"] = values
@@ -354,10 +360,7 @@ def read_truth(path: str | Path) -> Truth:
     """
     try:
         with h5py.File(path, "r") as file:
-            arrays = {
-                name: file[name][()]
-                for name in ("images", "coil_maps", "tissue", "interior", "labels", "mask", "acs_mask", "noise_covariance")
-            }
+            arrays = {name: file[name][()] for name in TRUTH_ARRAYS}
             maps = {name: dataset[()] for name, dataset in file["maps"].items()}
             names = {str(k): int(v) for k, v in json.loads(file.attrs["label_names"]).items()}
             states = tuple(float(v) for v in file["states"][()])

@@ -29,6 +29,7 @@ from gadgets.capture import JOB_SUFFIX as JOB_SUFFIX
 from gadgets.capture import capture_status, folder_size, sidecar, size_of, write_sidecar
 from gadgets.capture import job_folder_of as job_folder_of
 from gadgets.capture import read_capture as read_capture
+from gadgets.clock import not_ahead
 from gadgets.errors import SpoolError
 from gadgets.file_locks import is_locked
 from gadgets.queries import versions as installed_versions
@@ -161,7 +162,7 @@ class Spool:
         self._counted = time.monotonic()
         held = self.held()
         if self.max_age is not None:
-            oldest = time.time() - self.max_age
+            oldest = not_ahead() - self.max_age
             for path in [path for path in sizes if path.name not in held and _finished(path) < oldest]:
                 self._remove(path, sizes.pop(path), "age", capture_status(path))
         used = self._used

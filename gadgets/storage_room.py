@@ -56,6 +56,12 @@ def memory_room() -> int:
     return available - max(MIN_MEMORY, int(MIN_MEMORY_SHARE * total))
 
 
+def memory_in_all() -> int:
+    """Bytes of this machine's memory, or of this container's."""
+    limit, total = _number(GROUP / "memory.max"), _machine()[0]
+    return total if limit is None else min(limit, total)
+
+
 def _machine() -> tuple[int, int]:
     """Memory in all, and what programs may still take."""
     known: dict[str, int] = {}

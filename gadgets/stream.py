@@ -57,6 +57,7 @@ class StreamResult:
     n_images: int = 0
     texts: list[str] = field(default_factory=list)
     group: str | None = None  # in the image file, where there is one
+    job_folder_problems: list[str] = field(default_factory=list)
 
 
 def run_stream(
@@ -114,6 +115,7 @@ def run_stream(
         sender = threading.Thread(target=_send, args=(source, connection, head, broken), name="stream-send", daemon=True)
         sender.start()
         _receive(connection, sink, result, on_text, on_image)
+    result.job_folder_problems = service.job_folders.problems
     if broken:
         raise StreamFailed(f"the source broke off: {broken[0]}", where="stream")
     failures = [text.strip() for text in result.texts if text.startswith(ERROR_WORDS)]

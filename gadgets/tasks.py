@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from gadgets.buffer import SortedScan, assemble
 from gadgets.device_errors import device_failure
 from gadgets.devices import device_of_task
-from gadgets.errors import JobFailed, OutOfMemory, SortError
+from gadgets.errors import GivenUp, JobFailed, OutOfMemory, SortError
 from gadgets.memory_errors import out_of_memory
 from gadgets.readouts import ReadoutGeometry
 from gadgets.reports import FileReport
@@ -274,7 +274,7 @@ class SliceReport(FileReport):
             # a method without coil maps works on the console's matrix already
             moves = tuple(series.data.shape[-3:]) == self._scan.matrix
             super().preview(series_on_recon_matrix(series, self._scan) if moves else series)
-        except JobFailed:  # the scan was given up
+        except GivenUp:
             raise
         except Exception as error:  # memory too short for a copy, say
             words = str(error) if isinstance(error, ReconError) else type(error).__name__

@@ -6,13 +6,12 @@ import contextlib
 import logging
 import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from types import TracebackType
 
-import gadgets
 from gadgets.monitor.command import parse_address, require_packages
+from gadgets.orphans import module_process
 from recon_core.errors import SettingError
 
 logger = logging.getLogger(__name__)
@@ -66,8 +65,8 @@ class MonitorChild:
 
         # a typing error ends the command now; later nothing about the monitor may
         require_token(parse_address(listen)[0], None if token_file is None else read_token(token_file))
-        self._command = [sys.executable, "-P", "-m", "gadgets.monitor", "--spool", str(spool), "--listen", listen]
-        self._command += [] if token_file is None else ["--token-file", str(token_file)]
+        self._arguments = ["--spool", str(spool), "--listen", listen]
+        self._arguments += [] if token_file is None else ["--token-file", str(token_file)]
         self._stop = threading.Event()
         self._child: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
@@ -100,18 +99,13 @@ class MonitorChild:
             pause = min(2 * pause, LONGEST_PAUSE)
 
     def _once(self) -> int | None:
-        # the packages that this process runs, wherever the working directory is
-        home = str(Path(gadgets.__file__).parent.parent)
-        path = os.pathsep.join([home, *filter(None, [os.environ.get("PYTHONPATH")])])
+        command, environment = module_process("gadgets.monitor", *self._arguments, "--with-parent", str(os.getpid()))
         try:
             with self._lock:
                 if self._stop.is_set():
                     return None
-                command = [*self._command, "--with-parent", str(os.getpid())]
                 # a session of its own: Ctrl-C is the server's to hear
-                self._child = subprocess.Popen(
-                    command, env={**os.environ, "PYTHONPATH": path}, stdin=subprocess.DEVNULL, start_new_session=True
-                )
+                self._child = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
             return self._child.wait()
         except OSError as error:
             logger.error("event=monitor_not_started error=%s", error.strerror)

@@ -31,8 +31,8 @@ def _id(number: MessageId) -> bytes:
     return struct.pack("<H", number)
 
 
-def _sized(text: str, length: str, nul: bool = False) -> bytes:
-    raw = text.encode("utf-8") + (b"\0" if nul else b"")
+def _sized(text: str | bytes, length: str, nul: bool = False) -> bytes:
+    raw = (text.encode("utf-8") if isinstance(text, str) else text) + (b"\0" if nul else b"")
     if length == "<I" and len(raw) >= 1 << 32:
         raise Oversized("a text does not fit its length field", got=f"{len(raw)} bytes", expected="under 4 GiB")
     return struct.pack(length, len(raw)) + raw
@@ -57,8 +57,8 @@ def config_script(text: str, nul: bool = False) -> bytes:
     return _id(MessageId.CONFIG_SCRIPT) + _sized(text, "<I", nul)
 
 
-def header(text: str, nul: bool = False) -> bytes:
-    """Id 3: the MRD header; ``nul`` adds FIRE's NUL, counted in the length."""
+def header(text: str | bytes, nul: bool = False) -> bytes:
+    """Id 3: the MRD header (bytes as they are); ``nul`` adds FIRE's NUL, counted in the length."""
     return _id(MessageId.HEADER) + _sized(text, "<I", nul)
 
 

@@ -37,9 +37,10 @@ class ConfigScript(Event):
 
 @dataclass(frozen=True)
 class HeaderText(Event):
-    """Id 3: the MRD header as text, trailing NUL removed."""
+    """Id 3: the MRD header as text, trailing NUL removed. ``guessed``: it was not UTF-8, and did not say what it was."""
 
     text: str
+    guessed: bool = False
 
 
 @dataclass(frozen=True)

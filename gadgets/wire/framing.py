@@ -37,6 +37,7 @@ from gadgets.wire.dtypes import (
     concatenate_headers,
     flag_bits,
 )
+from gadgets.wire.header_text import header_text
 from gadgets.wire.ids import MessageId, message_name
 from gadgets.wire.limits import Limits as Limits
 
@@ -375,12 +376,17 @@ class FrameParser:
             )
 
     def _sized_text(self, length_bytes: int, limit: int, what: str, *, strict: bool = True) -> Generator[None, None, str]:
+        raw = yield from self._sized(length_bytes, limit, what)
+        return self._decoded(raw, what, strict=strict)
+
+    def _sized(self, length_bytes: int, limit: int, what: str) -> Need:
+        """The bytes of a text behind their length."""
         self._count_text()
         self._expected = self.offset - self._start + length_bytes
         n = int.from_bytes((yield from self._take(length_bytes)), "little")
         raw = yield from self._body(n, limit, what)
         self.nul_terminated = self.nul_terminated or raw.endswith(b"\0")
-        return self._decoded(raw, what, strict=strict)
+        return raw
 
     def _decoded(self, raw: bytes, what: str, *, strict: bool = True) -> str:
         """UTF-8 without the trailing NULs that FIRE clients and Gadgetron count in the length."""
@@ -417,8 +423,9 @@ class FrameParser:
         self._emit(events.ConfigScript(self._start, text))
 
     def _header(self) -> Step:
-        text = yield from self._sized_text(4, self.limits.header, "the MRD header")
-        self._emit(events.HeaderText(self._start, text))
+        raw = yield from self._sized(4, self.limits.header, "the MRD header")
+        text, guessed = header_text(bytes(raw).rstrip(b"\0"))
+        self._emit(events.HeaderText(self._start, text, guessed))
 
     def _text(self) -> Step:
         # what a server says is shown to a person, whatever its encoding

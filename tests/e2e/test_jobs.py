@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -310,14 +311,15 @@ def test_images_reach_the_archive_by_themselves(
             for job in Queue(archiving.queue).jobs():  # the pause after a vain attempt would be a matter of patience
                 until(lambda job=job: retried(archiving.queue, job.id))
             until(lambda: sum(map(len, archive.uids().values())) == 4)
+            assert archiving.row("stored", known).id == row.id
             assert archive.json("/patients?expand")[0]["MainDicomTags"]["PatientName"] == PATIENT
             # once more: the same series, not another one
             again, _ = retry(spool_of(service), row.id, here=no_server)
             assert again.archive == "" and sum(map(len, archive.uids().values())) == 4
             known = archiving.known()
             assert len(ask(service, "fourier", scan, header=header).images) == 4
-            archiving.row("queued", known)
-            until(lambda: not list((archiving.queue / "waiting").iterdir()))
+            archiving.row("stored", known)
+            assert not list((archiving.queue / "waiting").iterdir())
             assert sum(map(len, archive.uids().values())) == 4, "the same images are the same objects"
     assert PATIENT not in caplog.text and "Nowak" not in caplog.text
 
@@ -360,6 +362,33 @@ def test_a_queue_that_cannot_be_used_fails_no_scan(archiving: Archiving, scan: S
         aside.rename(archiving.queue)
     assert row.state == "sent" and any("not sent to the archive" in warning for warning in row.warnings)
     assert row.images(spool_of(archiving.service))
+
+
+@pytest.mark.parametrize("told", ["scan", "recovered"])
+def test_images_for_an_archive_wait_for_room_on_the_disk(
+    told: str, archiving: Archiving, scan: SimulatedScan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("gadgets.results.FIRST_PAUSE", 0.0)
+    service, known = archiving.service, archiving.known()
+    results, journal = service.unattended.results, service.unattended.books.journal()
+    assert results is not None
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+
+    with monkeypatch.context() as patched:
+        patched.setattr("gadgets.pacs_queue.shutil.copyfile", full)
+        ask(service, "fourier", scan)
+        row = archiving.row("due", known)
+        until(lambda: "event=images_later" in caplog.text)
+        if told == "recovered":  # its server died before any of that
+            journal.update(row.id, state="reconstructing", owner="sdead")
+            service.unattended.wake()
+            until(lambda: caplog.text.count("event=images_later") > 1)
+            until(lambda: journal.row(row.id).state == "sent")
+        assert "no room for DICOM files; got No space left on device" in caplog.text
+    until(lambda: results.catch_up(journal) or journal.row(row.id).archive == "queued")
+    assert not journal.row(row.id).warnings
 
 
 def queued_by(archiving: Archiving, known: set[str]) -> list[Dataset]:

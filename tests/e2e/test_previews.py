@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from gadgets import pipeline, slice_work
 from gadgets.chain import load_chain
+from gadgets.cli import app
 from gadgets.image_attributes import is_preview
 from gadgets.job_folder import job_folder_of
 from gadgets.meta import read_meta
@@ -249,11 +251,13 @@ def test_what_a_method_tells_lies_beside_the_capture(keeping: Service, scan: Sim
     assert quality["slices"]["2"]["quality"]["iterations"] == 3.0
 
 
-def test_a_job_folder_that_cannot_be_written_costs_no_image(tmp_path: Path, scan: SimulatedScan) -> None:
-    (tmp_path / "file").write_text("in the way")
-    options = ServiceOptions(port=0, workers=0, threads=1, job_folder=tmp_path / "file" / "folder")
-    with Service(options) as running:
-        assert len(ask(running, "grasp_pro", scan, iterations=2).images) == 18
+def test_a_job_folder_that_cannot_be_written_costs_no_image_and_is_told(tmp_path: Path, full_cine: SimulatedScan) -> None:
+    (tmp_path / "quality.json" / "in the way").mkdir(parents=True)
+    asked = ("run", full_cine.path, "-c", "fourier", "-o", tmp_path / "images.h5", "--workers", 0, "--job-folder", tmp_path)
+    done = CliRunner().invoke(app, list(map(str, asked)))
+    assert done.exit_code == 0 and "4 images in" in done.stdout
+    assert "what the method tells besides:" not in done.output
+    assert f"WRN not all that the method tells besides is in {tmp_path}: Is a directory" in done.stderr
 
 
 # ---- memory that runs out --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -10,9 +11,18 @@ import psutil
 import pytest
 
 from gadgets.capture import capture_status
+from gadgets.chain import load_chain
+from gadgets.errors import GivenUp
+from gadgets.jobs import Jobs
 from gadgets.journal import JobRow, Journal, JournalError
+from gadgets.pipeline import Scan, Services
 from gadgets.server import Server
 from gadgets.service import Service, ServiceOptions
+from gadgets.spool import Spool
+from gadgets.wire import codec
+from gadgets.wire.events import Readouts
+from gadgets.wire.framing import FrameParser
+from gadgets.wire.header import parse_header
 from tests.e2e.scans import SimulatedScan, in_memory
 from tests.e2e.slow_chain import write_chain
 from tests.e2e.test_cli import Serving, serving
@@ -99,7 +109,31 @@ def test_who_says_it_twice_does_not_wait(scan: SimulatedScan, chains: Path, tmp_
         assert not told.images and any("the server is stopping" in text for text in told.texts)
         [row] = rows(server)
         assert (row.state, row.owner) == ("received", "") and "stopped" in row.why, "the next server makes its images"
-        assert "event=crashed" not in server.log.read_text()
+        assert not re.search("event=(crashed|fallback|method_failed)", server.log.read_text())
+
+
+def test_the_end_of_a_server_is_no_failure_of_a_method(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The slices that wait are told that nobody computes them any more: no stand-in is tried, none is counted."""
+    scan = in_memory("cine", matrix_x=32, matrix_y=32, coils=4, states=2, slices=4, calibration="separate", acs=16)
+    jobs, said = Jobs(0, threads=1, rehearse=False), list[str]()
+    log = Spool(tmp_path / "spool").open()
+    services = Services(jobs, previews=False)
+    running = Scan(load_chain("cg_sense"), parse_header(scan.header), log, services, said.append)
+    with FrameParser() as parser:
+        for message in [codec.config_file("cg_sense"), codec.header(scan.header), *scan.messages]:
+            log.append(message)
+            for event in parser.feed(message):
+                if isinstance(event, Readouts):
+                    running.readouts(event)
+    answer = running.finish()
+    next(answer)
+    jobs.close()
+    with pytest.raises(GivenUp, match="the server is stopping"):
+        list(answer)
+    log.discard()
+    assert not running.facts.fallback
+    assert not [record for record in caplog.records if "cg_sense" in record.getMessage()], "neither a failure nor a fallback"
+    assert not [words for words in said if words.startswith("WRN")]
 
 
 @pytest.mark.parametrize("seconds", [10.0, 300.0])

@@ -532,9 +532,10 @@ def test_other_encoding_space_is_skipped_and_can_be_chosen() -> None:
         sort_readouts(headers, header, AcquisitionSettings(encoding_space=2))
 
 
-def test_not_cartesian_is_refused() -> None:
-    encoding = Encoding("radial", (1, 8, 16), (0.1, 0.1, 0.1), (1, 8, 16), (0.1, 0.1, 0.1))
-    with pytest.raises(SortError, match="got radial; expected cartesian"):
+@pytest.mark.parametrize(("trajectory", "got"), [("radial", "radial"), ("", "none")])
+def test_not_cartesian_is_refused(trajectory: str, got: str) -> None:
+    encoding = Encoding(trajectory, (1, 8, 16), (0.1, 0.1, 0.1), (1, 8, 16), (0.1, 0.1, 0.1))
+    with pytest.raises(SortError, match=f"got {got}; expected cartesian"):
         sort_readouts(readout_headers(lines(8)), MrdHeader(encodings=(encoding,)))
 
 
@@ -767,6 +768,17 @@ def test_index_grows_and_old_views_stay() -> None:
         index.offsets[0] = 1
     with pytest.raises(ValueError, match="payload sizes"):
         index.append(headers[:2], np.arange(2), np.arange(3))
+
+
+def test_a_stream_of_readouts_without_end_is_refused_before_its_headers_fill_the_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gadgets.readouts.MAX_READOUTS", 10)
+    index, headers = ReadoutIndex(capacity=2), readout_headers(lines(8))
+    index.append(headers, np.arange(8), np.arange(8))
+    with pytest.raises(SortError, match="too many readouts; got at least 16; expected at most 10"):
+        index.append(headers, np.arange(8), np.arange(8))
+    assert len(index) == 8 and len(index._headers) <= 10
 
 
 def test_settings_parse_from_text() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import subprocess
 import sys
 import time
@@ -18,8 +19,9 @@ from gadgets.clock import utc
 from gadgets.journal import JobRow, Journal
 from gadgets.log_lines import LOG_FORMAT, OneLine
 from gadgets.monitor.files import begun
-from gadgets.pacs import Destination
+from gadgets.pacs import Attempt, Destination
 from gadgets.pacs_queue import Pauses, Queue
+from gadgets.spool import Spool
 from tests.waiting import PATIENCE
 
 STEM = "20261101T053000.250000Z-0a1b2c3d"
@@ -85,3 +87,22 @@ def test_the_log_of_the_forwarder() -> None:
         [sys.executable, "-c", FORWARDER % MOMENT], capture_output=True, text=True, timeout=PATIENCE, check=True
     )
     assert done.stderr == "2026-11-01 05:30:00.250Z level=INFO logger=x event=y\n"
+
+
+def test_a_clock_that_jumps_ahead_makes_nothing_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raw data and what no archive took are gone for good when they are removed."""
+    spool = Spool(tmp_path / "spool", min_free_bytes=0, max_age=86400.0)
+    log = spool.open()
+    log.append(b"\1\0")
+    capture = log.finish("failed")
+    assert capture is not None
+    file, queue = tmp_path / "image.dcm", Queue(tmp_path / "queue", Pauses(attempts=1))
+    file.write_bytes(b"x")
+    job = queue.put([file], Destination("127.0.0.1", 104, "ARCHIVE"))
+    queue.send_due(lambda files, *_: Attempt(left=files, problem="no association"))
+    now = time.time
+    monkeypatch.setattr("time.time", lambda: now() + 10 * 86400.0)
+    spool._counted = -math.inf  # a minute later
+    spool.make_room()
+    queue.prune(86400.0)
+    assert capture.exists() and len(list((tmp_path / "queue" / "failed" / job.id).glob("*.dcm"))) == 1

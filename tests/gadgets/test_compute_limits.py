@@ -166,8 +166,13 @@ def test_workers_that_cannot_start_are_an_error_and_no_endless_wait(monkeypatch:
     jobs.close()
 
 
-def test_a_worker_may_grow_by_a_scan_but_not_without_end() -> None:
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+@pytest.mark.parametrize("container", [None, 3 << 30])
+def test_a_worker_may_grow_by_a_scan_but_not_without_end(
+    container: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gadgets.storage_room.GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{container or 'max'}\n")
+    memory = container or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for workers in (1, 4, 4096):
         limit = int(worker_environment(workers, 0, 0, {})["LOKY_MAX_MEMORY_LEAK_SIZE"])
         assert limit == max(1 << 30, memory // (2 * workers))

@@ -210,6 +210,31 @@ def test_patient_study_and_series_come_from_the_header(tmp_path: Path) -> None:
     assert (t1.WindowCenter, t1.WindowWidth, t1.RescaleType) == (1600, 1600, "US")
 
 
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("Yamada^Tarou=山田^太郎=やまだ^たろう", "Yamada^Tarou=山田^太郎=やまだ^たろう"),
+        ("=山田^太郎", "=山田^太郎"),  # no alphabetic group
+        ("Müller^Jürgen^^Dr.", "Müller^Jürgen^^Dr."),
+        ("Ong==", "Ong"),
+        ("==", None),
+    ],
+)
+def test_names_keep_their_letters_and_groups(name: str, kept: str | None) -> None:
+    assert read_identity(header_text((1, 24, 40), name=name)).patient.get("PatientName") == kept
+
+
+def test_numbers_that_are_too_long_are_left_out_and_not_cut() -> None:
+    """The beginning of an order's number may be another order's."""
+    text = header_text((1, 24, 40)).replace("A77", "A7700000000000001").replace(PATIENT_ID, 65 * "7")
+    identity = read_identity(text)
+    assert "AccessionNumber" not in identity.study and "PatientID" not in identity.patient
+    assert identity.left_out == ("PatientID", "AccessionNumber")
+    assert (
+        read_identity(text.replace("A7700000000000001", "A770000000000001")).study["AccessionNumber"] == "A770000000000001"
+    )
+
+
 def test_the_same_images_give_the_same_files_and_others_do_not(tmp_path: Path) -> None:
     known, other = scan(), scan(seed=1)
     for name, one in (("a", known), ("b", known), ("c", other)):
@@ -220,6 +245,30 @@ def test_the_same_images_give_the_same_files_and_others_do_not(tmp_path: Path) -
     assert first == again
     uids = [{pydicom.dcmread(p).SeriesInstanceUID for p in (tmp_path / n).rglob("*.dcm")} for n in "ac"]
     assert len(different) == len(first) and not uids[0] & uids[1]
+
+
+def test_two_patients_do_not_share_a_study_for_want_of_its_uid(tmp_path: Path) -> None:
+    """Some converters give every measurement the same id; a frame of reference, or a moment, tells them apart."""
+    known = scan(maps=())
+    bare = re.sub("<studyInstanceUID>.*?</studyInstanceUID>", "", known.header)
+    timeless = re.sub("<study(Date|Time)>.*?</study(Date|Time)>", "", bare)
+    framed = "<frameOfReferenceUID>1.2.{}</frameOfReferenceUID><protocolName>"
+    headers = {
+        "at 10": bare,
+        "at 10 again": bare,
+        "at 11": bare.replace("10:11:12", "11:11:12"),
+        "there": timeless.replace("<protocolName>", framed.format(3)),
+        "elsewhere": timeless.replace("<protocolName>", framed.format(4)),
+        "nowhere": timeless,
+    }
+    studies = {}
+    for name, header in headers.items():
+        made = convert(known.write(tmp_path / f"{name}.h5"), tmp_path / name, header=header)
+        (studies[name],) = {pydicom.dcmread(path).StudyInstanceUID for path in made.files}
+    other = convert(scan(maps=(), seed=1).write(tmp_path / "other.h5"), tmp_path / "other", header=timeless)
+    studies["nobody knows"] = pydicom.dcmread(other.files[0]).StudyInstanceUID
+    assert studies["at 10"] == studies.pop("at 10 again")
+    assert len(set(studies.values())) == len(studies)
 
 
 def test_without_a_header_the_patient_is_empty(tmp_path: Path) -> None:
@@ -252,7 +301,9 @@ def test_images_of_a_job_s_folder_are_those_of_its_patient(
     capture.write_bytes(codec.config_file("llr_t1.xml") + codec.header(known.header) + codec.close())
     folder.mkdir(parents=True)
     known.write(folder / "images.h5")
-    assert queue_images(folder, capture, Archives((Destination("127.0.0.1", 104, "PACS"),), tmp_path / "pacs")).queued
+    assert queue_images(
+        folder, capture, Archives((Destination("127.0.0.1", 104, "PACS"),), tmp_path / "pacs"), "scan"
+    ).queued
     monkeypatch.chdir(folder)
     made, said = converted(Path("images.h5"), tmp_path / "out")
     assert made == uids_below(tmp_path / "pacs") and len(made) == len(known.events)
@@ -297,6 +348,9 @@ def test_nothing_of_the_patient_is_said_anywhere(tmp_path: Path, caplog: pytest.
         name = str(dataset.PatientName)
     assert "\\" not in name and len(name) <= 64 and name.startswith("Secret Name")
     assert dataset.PatientBirthDate == "" and dataset.StudyInstanceUID.startswith("2.25.")
+    assert made.notes == (
+        "left out, because DICOM cannot hold what the MRD header says: PatientBirthDate, StudyInstanceUID",
+    )
     told = caplog.text + " ".join(str(p.relative_to(tmp_path)) for p in made.files) + repr(read_identity(header))
     assert "Secret" not in told and PATIENT_ID not in told
     assert "event=dicom_written" in caplog.text

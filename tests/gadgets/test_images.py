@@ -300,6 +300,14 @@ def test_both_key_families_and_no_empty_value() -> None:
     assert images[0].meta["GADGETRON_TS"] == "600.0"
 
 
+def test_a_long_comment_is_cut_and_not_left_out() -> None:
+    """What was changed at the console may be a long list."""
+    changed = {f"setting_{n:02d}": "0.123456789" for n in range(60)}
+    [image] = received(ImageWriter(mrd_header(), "llr", changed=changed), result(data=cine()[:1]))
+    (said,) = [text for text in values(image.meta, "ImageComments") if text.startswith("setting_00=0.123456789")]
+    assert len(said) == 200
+
+
 def test_a_series_never_mixes_matrices_types_or_meanings() -> None:
     writer = ImageWriter(mrd_header(), "llr", OutputSettings(phase=True, complex=True))
     received(writer, result(t1_map(1.0), t1_map(20.0, "R2*", "1/s")))
@@ -325,6 +333,15 @@ def test_a_slice_that_comes_again_gets_new_indices() -> None:
     writer = ImageWriter(mrd_header(), "fourier")
     indices = [i.image_index for _ in range(2) for s in range(2) for i in received(writer, result(), scan_info(s))]
     assert sorted(indices) == list(range(1, 13))
+
+
+def test_more_images_than_a_series_can_number_go_on_in_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``image_index`` has 16 bits; the middle slice goes first, so that numbers are free below when the last one is taken."""
+    monkeypatch.setattr("gadgets.images.MAX_IMAGE_INDEX", 13)
+    writer = ImageWriter(mrd_header(), "fourier")
+    images = [i for s in (4, 0, 1, 2, 3, 5) for i in received(writer, result(), scan_info(s))]
+    numbers = [(i.image_series_index, i.image_index) for i in images]
+    assert len(set(numbers)) == len(images) == 18 and max(index for _, index in numbers) <= 13
 
 
 def test_order_of_slices_does_not_change_their_indices() -> None:

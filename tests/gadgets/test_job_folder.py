@@ -153,7 +153,7 @@ def test_a_scan_without_a_capture_has_no_folder_unless_one_is_named(spool: bool,
     jobs.close()
 
 
-def test_a_folder_that_cannot_be_written_is_only_logged(
+def test_a_folder_that_cannot_be_written_is_told(
     record: JobRecord, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -164,6 +164,7 @@ def test_a_folder_that_cannot_be_written_is_only_logged(
     folders.close()
     jobs.close()
     assert "event=job_folder_failed" in caplog.text
+    assert folders.problems == ["Not a directory"]
 
 
 def test_a_scan_that_told_nothing_leaves_no_folder(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gadgets.compute_local import log_python_warnings
-from gadgets.errors import JobFailed
+from gadgets.errors import JobFailed, SpoolError
 from gadgets.jobs import Jobs
 from gadgets.memory_errors import out_of_memory
 from gadgets.reports import FileReport, ReportReader
@@ -122,6 +122,29 @@ def test_scratch_is_reserved_and_removed() -> None:
     assert path.stat().st_mode & 0o077 == 0
     scratch.close()
     assert not path.exists() and not scratch.path.exists()
+
+
+def test_scratch_leaves_memory_to_programs_and_says_when_nothing_has_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the memory is what a file system in memory may take; with the other half the system would begin to kill."""
+    scratch, left = Scratch(), [1 << 40]
+    monkeypatch.setattr("gadgets.scratch.memory_room", lambda: left[0])
+    monkeypatch.setattr(scratch, "_in_memory", True)
+    assert scratch.allocate(1 << 20).parent == scratch.path
+    left[0] = 1 << 19
+    monkeypatch.setattr(scratch, "_granted", 0)  # 64 MiB later
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    beside = scratch.allocate(1 << 20)
+    assert beside.is_relative_to(tmp_path) and beside.stat().st_size == 1 << 20
+    assert scratch.allocate(1 << 18).parent == scratch.path, "as soon as there is room again"
+    with pytest.raises(
+        SpoolError, match=r"no room for prepared readouts; got Cannot allocate memory; \w.* MiB more. Free memory, or disk"
+    ):
+        scratch.allocate(1 << 60)
+    assert list(beside.parent.iterdir()) == [beside]
+    scratch.close()
+    assert not list(tmp_path.iterdir())
 
 
 def test_scratch_of_a_dead_process_is_removed_and_of_a_living_one_is_not(

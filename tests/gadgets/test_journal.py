@@ -184,3 +184,16 @@ def test_images_are_found_when_they_are_there(tmp_path: Path) -> None:
     os.makedirs(tmp_path / FULL.folder)
     (tmp_path / FULL.folder / "images.h5").write_bytes(b"")
     assert FULL.images(tmp_path) == tmp_path / FULL.folder / "images.h5"
+
+
+@pytest.mark.parametrize(("version", "strict"), [((3, 34, 1), False), ((3, 37, 0), True)])
+def test_an_older_sqlite_keeps_a_journal_as_well(
+    version: tuple[int, ...], strict: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sqlite3.sqlite_version_info", version)
+    journal = Journal(tmp_path)
+    [(made,)] = journal._database.execute("SELECT sql FROM sqlite_master WHERE name = 'jobs'").fetchall()
+    assert ("STRICT" in made) == strict
+    journal.put(FULL)
+    assert journal.row(FULL.id) == FULL
+    journal.close()

@@ -152,6 +152,9 @@ def test_a_connection_that_fails_in_an_odd_way_ends_alone(caplog: pytest.LogCapt
 
     def serve(accepted: socket.socket, place: Place) -> None:
         places.append(place)
+        # a scanner without power is noticed within minutes, and a firewall does not forget one that pauses
+        assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 120
         if len(places) == 1:
             raise ValueError("odd")
         accepted.sendall(b"served")

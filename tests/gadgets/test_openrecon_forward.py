@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -158,6 +159,32 @@ def test_console_parameters_pass(tmp_path: Path) -> None:
     with serving(tmp_path) as served, forwarding(f"127.0.0.1:{served.server.port}") as client:
         client.scan("whatever", header=HEADER, messages=[data(3)], parameters={"config": "fourier", "virtualCoils": "6"})
         assert dict(served.scans[-1].request.overrides) == {"virtualCoils": "6"}
+
+
+class Unlucky:
+    """A listening socket whose next connection cannot be accepted."""
+
+    def __init__(self, listening: socket.socket) -> None:
+        self.listening, self.failures = listening, 1
+
+    def accept(self) -> tuple[socket.socket, object]:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return self.listening.accept()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.listening, name)
+
+
+def test_a_connection_that_cannot_be_accepted_is_not_the_last_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(tmp_path) as served:
+        forwarder = Forwarder("127.0.0.1", 0, [f"127.0.0.1:{served.server.port}"], retry_seconds=0.3)
+        forwarder._listening = Unlucky(forwarder._listening)  # type: ignore[assignment]
+        with forwarder:
+            client = StrictClient("127.0.0.1", forwarder.port, timeout=5.0, dialect="fire")
+            assert len(client.scan("fourier", header=HEADER, messages=[data(3)]).images) == 1
+    assert "event=accept_failed" in caplog.text
 
 
 def test_nobody_answers() -> None:

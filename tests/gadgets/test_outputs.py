@@ -11,7 +11,11 @@ from typer.testing import CliRunner
 from gadgets import retry
 from gadgets.cli import app
 from gadgets.errors import ImageFileError, OutputError
-from gadgets.outputs import check_file, check_folder, check_image_file
+from gadgets.image_file import ImageFile, read_images
+from gadgets.outputs import RESERVE, check_file, check_folder, check_image_file
+from gadgets.simulate import simulate
+from gadgets.wire.framing import FrameParser
+from tests.wire import streams
 
 
 def test_files_that_can_be_written_are_left_alone(tmp_path: Path) -> None:
@@ -105,3 +109,36 @@ def test_a_retry_asks_before_it_begins(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="its folder does not exist"):
         retry.retry(tmp_path, "any", output=tmp_path / "lost" / "o.h5", here=lambda row: row)
     assert not list(tmp_path.iterdir())  # no journal was made
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose disk seems to be as large as what is left for closing, and 200 KiB."""
+
+    def left(folder: Path) -> int:
+        return RESERVE + (200 << 10) - sum(path.stat().st_size for path in tmp_path.iterdir())
+
+    monkeypatch.setattr("gadgets.outputs.free", left)
+    return tmp_path
+
+
+def test_images_end_before_the_disk_is_full(small_disk: Path) -> None:
+    """HDF5 would neither close the file any more nor let the process end: it crashes."""
+    out = small_disk / "images.h5"
+    with FrameParser(role="client") as parser:
+        [image] = parser.feed(streams.image((1, 1, 64, 64)))
+    (small_disk / "full").write_bytes(bytes(300 << 10))
+    with pytest.raises(ImageFileError, match="the disk is full"):
+        ImageFile(out)
+    (small_disk / "full").unlink()
+    with ImageFile(out) as file, pytest.raises(ImageFileError, match=r"the disk is full; got .* KiB free") as found:
+        while True:
+            file.append(image)  # type: ignore[arg-type]
+    assert f"The {file.n_images} images before are there" in str(found.value)
+    assert len(list(read_images(out))) == file.n_images > 3 and out.stat().st_size < 200 << 10
+
+
+def test_a_simulated_scan_that_has_no_room_is_refused(small_disk: Path) -> None:
+    with pytest.raises(OutputError, match=r"cine\.h5: the disk is full"):
+        simulate("cine", small_disk / "cine.h5", {"matrix_x": 64, "matrix_y": 64, "states": 4, "slices": 1, "coils": 4})
+    assert (small_disk / "cine.h5").stat().st_size < 200 << 10

@@ -20,9 +20,11 @@ from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 from typer.testing import CliRunner
 
 from gadgets.dicom_cli import pacs_app
+from gadgets.journal import JobRow, Journal
 from gadgets.pacs import Attempt, Destination, PacsError, Tls
 from gadgets.pacs_backlog import OTHER, Backlog, QueueWatch, has_work, key_of
 from gadgets.pacs_queue import FAILED_SECONDS, Job, Pauses, Queue, QueueBusy
+from gadgets.pacs_receipts import NOT_TAKEN, Passage, Receipts
 from tests.ports import free_ports
 from tests.waiting import until
 
@@ -109,6 +111,17 @@ def given_up(root: Path, image: Path, *, days: float = 0.0, n: int = 2) -> Job:
 
 def files_left(root: Path) -> dict[str, int]:
     return {folder.name: len(list(folder.glob("*.dcm"))) for folder in (root / "failed").iterdir()}
+
+
+def test_a_clock_that_is_put_back_does_not_stop_the_queue(image: Path, tmp_path: Path) -> None:
+    clock = [1e9]
+    queue, archives = Queue(tmp_path, now=lambda: clock[0]), Archives()
+    queue.put([image], DEAD)
+    queue.send_due(archives)
+    assert queue.send_due(archives) == [], "the pause holds"
+    clock[0] -= 12 * 3600  # it was wrong until the time server answered
+    assert len(queue.send_due(archives)) == 1
+    assert queue.send_due(archives) == [], "and so does the next one"
 
 
 def test_files_that_failed_go_by_age_and_it_is_said(image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -312,3 +325,73 @@ def test_files_that_are_not_there_are_named(tmp_path: Path) -> None:
 def test_an_empty_queue_says_so(tmp_path: Path) -> None:
     with pytest.raises(PacsError, match="no such job; got 'x'; expected nothing: the queue is empty"):
         Queue(tmp_path).retry("x")
+
+
+# -- what a scan's row says of it ------------------------------------------------------------------------------------------------
+
+
+class Ways:
+    """Scans on their way to archives, and what the journal says of them after each look of the server."""
+
+    def __init__(self, folder: Path, image: Path) -> None:
+        self.root, self.image = folder / "pacs", image
+        self.queue = Queue(self.root, Pauses(first=0.0, attempts=2))
+        self.network, self.receipts = Archives(), Receipts(self.root)
+        (folder / "spool").mkdir()
+        self.journal = Journal(folder / "spool")
+
+    def put(self, scan: str, *archives: Destination, archive: str = "queued", of: int = 0) -> list[Job]:
+        self.journal.put(JobRow(scan, state="sent", archive=archive, warnings=("thin coils",)))  # type: ignore[arg-type]
+        return [self.queue.put([self.image], one, Passage(scan, str(one), of or len(archives))) for one in archives]
+
+    def row(self, scan: str, *, send: bool = True) -> tuple[str, tuple[str, ...]]:
+        if send:
+            self.queue.send_due(self.network)
+        self.receipts.note(self.journal)
+        row = self.journal.row(scan)
+        return row.archive, row.warnings
+
+    @property
+    def left(self) -> int:
+        return len(list((self.root / "stored").iterdir()))
+
+
+def test_a_row_is_stored_when_every_archive_has_confirmed_it(tmp_path: Path, image: Path) -> None:
+    ways = Ways(tmp_path, image)
+    ways.put("a", LIVING)
+    ways.put("b", LIVING, DEAD)
+    assert ways.row("a", send=False) == ("queued", ("thin coils",))
+    assert ways.row("a") == ("stored", ("thin coils",)) and ways.left == 1
+    assert ways.row("b") == ("failed", ("thin coils", NOT_TAKEN)), "the second attempt was the last one"
+    (job,) = ways.queue.jobs()
+    ways.network.dead = False
+    ways.queue.retry(job.id)
+    assert ways.row("b") == ("stored", ("thin coils",)) and ways.left == 0
+    ways.queue.put([image], LIVING)
+    assert ways.queue.send_due(ways.network)[0].left == 0 and ways.left == 0, "recon pacs send: of no scan"
+
+
+def test_nothing_but_an_archives_word_makes_a_row_stored(tmp_path: Path, image: Path) -> None:
+    ways = Ways(tmp_path, image)
+    ways.put("twice", LIVING, LIVING, of=2)  # a worker died of the second archive, and the first one got all again
+    assert ways.row("twice") == ("queued", ("thin coils",)) and ways.left == 2
+    (job,) = ways.put("thrown away", DEAD)
+    ways.queue.send_due(ways.network)
+    assert ways.row("thrown away")[0] == "failed"
+    ways.queue.remove(job.id)
+    assert ways.row("thrown away") == ("failed", ("thin coils", NOT_TAKEN))
+    ways.put("early", LIVING, archive="due")  # its row is still to be written
+    assert ways.row("early")[0] == "due"
+    ways.journal.update("early", archive="queued")
+    assert ways.row("early")[0] == "stored"
+    ways.queue.prune(0.0)
+    assert ways.left == 0, "what nobody will ever note"
+    for text in (
+        "",
+        "{",
+        "[]",
+        '{"scan": [], "archive": 1, "archives": "many"}',
+        '{"scan": "gone", "archive": "A", "archives": 1}',
+    ):
+        (ways.root / "stored" / "x.json").write_text(text)
+        assert ways.row("twice", send=False)[0] == "queued" and ways.left == 0

@@ -12,15 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
 from gadgets.admission import Place, Quota
 from gadgets.capture import capture_status
 from gadgets.connection import Connection
+from gadgets.dicom_identity import read_header_text, read_identity
 from gadgets.handlers import Handlers
 from gadgets.listener import Access
 from gadgets.peer import Peer, Timing
+from gadgets.raw_source import RawFile
 from gadgets.spool import Spool
 from gadgets.wire import codec
 from gadgets.wire.events import Readouts
@@ -274,6 +277,25 @@ def test_wrong_order_and_wrong_texts(served: Served, stream: bytes, words: str) 
     answer = served.client().send(stream)
     assert words in errors(answer)[0] and not answer.images
     still_works(served)
+
+
+def test_a_name_that_is_not_utf8_costs_no_scan(served: Served, tmp_path: Path) -> None:
+    named = HEADER.replace(
+        "<encoding>", "<subjectInformation><patientName>Müller</patientName></subjectInformation><encoding>"
+    )
+    raw = tmp_path / "raw.h5"
+    with h5py.File(raw, "w") as file:
+        file["dataset/xml"] = np.array([named.encode("latin-1")], h5py.string_dtype("ascii"))
+        file["dataset/data"] = np.zeros(1)
+    for header in (named.encode("latin-1"), next(RawFile(raw, b"").pieces()).data[6:]):
+        answer = served.client().send(codec.config_file("fourier") + codec.header(bytes(header)) + data(3) + codec.close())
+        assert len(answer.images) == 1
+        assert [
+            text for text in answer.texts if text.startswith("WRN the MRD header is not UTF-8 and was read as windows-1252")
+        ]
+    for capture, _ in served.captures():
+        (tmp_path / "capture.mrd").write_bytes(capture)
+        assert read_identity(read_header_text(tmp_path / "capture.mrd")).patient["PatientName"] == "Müller"
 
 
 def test_zfp_is_refused_by_name(served: Served) -> None:

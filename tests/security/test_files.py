@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,12 +14,14 @@ import pytest
 from gadgets.capture import capture_status, sidecar
 from gadgets.job_folder import remove_orphans
 from gadgets.noise_store import NoiseStore
+from gadgets.orphans import module_process
 from gadgets.pacs import Attempt, Destination
 from gadgets.pacs_queue import Queue
 from gadgets.private_folder import make_private
 from gadgets.service import Service, ServiceOptions
 from gadgets.spool import Spool
 from tests.e2e.scans import SimulatedScan, ask, in_memory
+from tests.waiting import PATIENCE
 
 ARCHIVE = Destination("127.0.0.1", 104, "ARCHIVE")
 
@@ -159,3 +163,40 @@ def test_sidecars_and_records_of_any_content(text: str, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "job.json").write_text(text)
     assert queue.jobs() == [] and queue.send_due(lambda *_: Attempt()) == []
+
+
+COMPUTE = """
+import os
+import gadgets.cli
+from gadgets.compute_local import worker_environment
+from loky import ProcessPoolExecutor
+if __name__ == "__main__":
+    with ProcessPoolExecutor(1, env=worker_environment(1, 0, 0, os.environ)) as pool:
+        print(pool.submit(os.path.basename, "a/computed").result(100.0))
+"""
+
+
+def test_files_of_the_folder_in_which_a_command_was_typed_are_not_executed(tmp_path: Path) -> None:
+    """Somebody's own ``json.py`` or ``signal.py`` there was imported in place of Python's by every worker, which then died."""
+    program, folder = tmp_path / "program.py", tmp_path / "folder"
+    program.write_text(COMPUTE)
+    folder.mkdir()
+    for name in ("json", "signal", "argparse", "logging"):
+        (folder / f"{name}.py").write_text("import os; os.close(os.open('executed', os.O_CREAT)); raise ImportError")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONSAFEPATH"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, str(program)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.stdout == "computed\n", done.stderr[-2000:]
+    command, environment = module_process("gadgets.pacs_sender", "--nothing")
+    assert subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, timeout=PATIENCE, check=False
+    ).returncode
+    assert not (folder / "executed").exists()

@@ -324,6 +324,7 @@ def test_zfp_is_refused_once_by_name_and_framing_goes_on() -> None:
         struct.pack("<H", 1) + b"a" * 1024,
         struct.pack("<HI", 2, 2) + b"\xc3\x28",
         struct.pack("<HI", 3, 1) + b"\x80",
+        struct.pack("<HI", 3, 4) + b"<\x80\0>",
         struct.pack("<HI", 5, 1) + b"\xff",
         struct.pack("<HQQQ", 6, 0, 0, 1) + b"\xff",
     ],

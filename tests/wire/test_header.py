@@ -9,6 +9,7 @@ import pytest
 
 from gadgets.errors import HeaderError
 from gadgets.wire.header import Limit, parse_header
+from gadgets.wire.header_text import header_text
 from tests.wire.streams import HEADER
 
 FULL = """<?xml version="1.0" encoding="ISO-8859-1"?>
@@ -147,3 +148,26 @@ def test_bombs(text: str) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 60 << 20
+
+
+@pytest.mark.parametrize(
+    ("declared", "encoding", "name", "guessed"),
+    [
+        ("", "utf-8", "Müller^山田", False),
+        ("ISO-8859-1", "utf-8", "Müller^山田", False),  # what is UTF-8 is UTF-8, whatever it says
+        ("", "latin-1", "Müller^Zoë", True),
+        ("UTF-8", "windows-1252", "Müller^Zoë", True),
+        ("ISO-8859-1", "latin-1", "Müller^Zoë", False),
+        ("iso-8859-2", "iso-8859-2", "Dvořák^Łucja", False),
+        ("Shift_JIS", "shift_jis", "Yamada^Tarou=山田^太郎", False),
+        ("idna", "latin-1", "Müller", True),  # no codec of a peer's choice
+    ],
+)
+def test_names_in_foreign_encodings(declared: str, encoding: str, name: str, guessed: bool) -> None:
+    prolog = f"<?xml version='1.0' encoding='{declared}'?>\n" if declared else ""
+    named = HEADER.replace(
+        "<encoding>", f"<measurementInformation><protocolName>{name}</protocolName></measurementInformation><encoding>"
+    )
+    text, told = header_text((prolog + named).encode(encoding))
+    assert told == guessed and parse_header(text).protocol_name == name
+    assert header_text(text.encode()) == (text, False), "what is sent on says what it is"
