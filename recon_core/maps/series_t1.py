@@ -9,6 +9,7 @@ and without loss (geometry factor 1), and where the residual is larger than that
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -18,6 +19,7 @@ from recon_core.maps.series import ImageNoise, SeriesMaps
 from recon_core.maps.settings import MapSettings
 from recon_core.maps.state_gain import StateGain, state_gain
 from recon_core.maps.state_motion import Motion, moved_state
+from recon_core.maps.state_order import TimesOrder, order_of_times
 from recon_core.maps.state_phase import note_of, turn_back, turns_of_states
 from recon_core.maps.t1 import T1Maps, inversion_recovery_t1, molli_t1, saturation_recovery_t1
 from recon_core.types import ImageSeries, ParameterMap, ScanInfo
@@ -124,8 +126,8 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
         Times as in `recovery_times`; images that are not finite; a sign from the phase asked of magnitude images; of a
         saturation recovery, delays that do not belong together, a beginning far from zero, where T1 would be too wrong, or a shortest
         delay that is the brightest; an object that moved in one state, where T1 would be too wrong; of an inversion
-        recovery, images that a saturation explains as well, or one that is brighter or darker than the others say, where T1 would be too
-        wrong.
+        recovery, images that a saturation explains as well, or, where T1 would be too wrong, times in another order than the images, or
+        one image that is brighter or darker than the others say.
     """
     times = recovery_times(scan, len(series.data), settings)
     if settings.map_model == "saturation_recovery":
@@ -151,10 +153,8 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
         notes.append(f"T1: {note}")
     other = ""
     if settings.map_model != "saturation_recovery":
-        other = _judged_inversion(signed, fitted, times, settings) or _judged_gain(
-            signed, fitted, times, settings.map_delays
-        )
-    # what another recovery or gain leaves looks like motion as well
+        other = _judged_images(signed, fitted, times, settings) or _judged_inversion(signed, fitted, times, settings)
+    # what another recovery, order or gain leaves looks like motion as well
     if note := other or _judged_motion(signed, fitted, times, settings.map_delays):
         notes.append(f"T1: {note}")
     if share < 1 - MOST_INVALID:
@@ -234,13 +234,20 @@ def _judged_inversion(images: Tensor, maps: T1Maps, times: tuple[float, ...], se
     return f"{found}: likely there was no inversion, and T1 is wrong (setting map_model)"
 
 
-def _judged_gain(images: Tensor, maps: T1Maps, times: tuple[float, ...], delays: str) -> str:
-    """What is to be said of an image that is brighter than the others say; raises as `_told_or_refused`."""
+def _judged_images(images: Tensor, maps: T1Maps, times: tuple[float, ...], settings: MapSettings) -> str:
+    """What is to be said of times in another order than the images, or of an image that is brighter than the others say, whichever explains
+    more; raises as `_told_or_refused`."""
     assert maps.parameters is not None
     inside = maps.t1.valid
     gain = state_gain(images, _phase_of(maps), maps.parameters[:, inside], times, inside)
+    fit = partial(FITS[settings.map_model], settings=settings.t1)
+    order = order_of_times(images, times, strong_signal(images), fit)
+    if order is not None and (gain is None or not gain.matters or order.explained > gain.explained):
+        return _told_or_refused(
+            order, settings.map_delays, "images in the order of their times", "Check the times in the header"
+        )
     remedy = "Check the times in the header, and whether the scanner or a converter scaled images by themselves"
-    return _told_or_refused(gain, delays, "images that belong together", remedy)
+    return _told_or_refused(gain, settings.map_delays, "images that belong together", remedy)
 
 
 def _judged_motion(images: Tensor, maps: T1Maps, times: tuple[float, ...], delays: str) -> str:
@@ -255,7 +262,7 @@ def _phase_of(maps: T1Maps) -> Tensor | None:
     return None if maps.m0_phase is None else maps.m0_phase.data
 
 
-def _told_or_refused(found: StateGain | Motion | None, delays: str, expected: str, remedy: str) -> str:
+def _told_or_refused(found: StateGain | TimesOrder | Motion | None, delays: str, expected: str, remedy: str) -> str:
     """The note of what was found; raises ``DataError`` where T1 would be too wrong and ``map_delays`` requires that it is not."""
     if found is None:
         return ""
