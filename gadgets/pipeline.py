@@ -35,7 +35,7 @@ from gadgets.previews import OFF, Previews
 from gadgets.progress import progress_line
 from gadgets.readouts import Kind, ReadoutIndex, classify
 from gadgets.row_files import RowFiles
-from gadgets.sample_checks import unmeasured
+from gadgets.sample_checks import lost_channels, unmeasured
 from gadgets.scan_facts import facts_of
 from gadgets.scratch import Scratch
 from gadgets.slice_work import SliceWork
@@ -195,6 +195,8 @@ class Scan:
         samples = self.preparation.samples()
         if samples.note:
             self._warn(samples.note)
+        if lost := lost_channels(sorted_scan, samples):
+            self._warn(lost)
         without = unmeasured(sorted_scan, samples.empty)
         return (self._sort(without) if len(without) else sorted_scan), rows
 

@@ -1,8 +1,10 @@
-"""What the samples say of readouts and their headers do not: lines that hold nothing, and signal at a receiver's limit.
+"""What the samples say of readouts and their headers do not: lines that hold nothing, signal at a receiver's limit, and a coil that failed.
 
 Some converters write the whole grid, with zeros where nothing was measured. Taken for measured, such lines alias, and no coil unfolds
 them: T1 is wrong in places, and hardly anything says so. Receivers that are driven too far, and converters to integers, cut samples off at
 one largest value. That makes the centre of k-space, and of a recovery the bright images most, darker than they are, which a fit takes up.
+A channel that has signal in some images of a recovery and hardly any in others (a coil that was detuned, a cable) makes T1 wrong where that
+coil is near: its coil map is that of the images with signal.
 """
 
 from __future__ import annotations
@@ -24,6 +26,13 @@ without a limit it comes once or twice, and others near it at least as often."""
 
 OFTENER = 2
 
+LOST = 0.1
+"""Part of a channel's largest share in the signal of all channels, below which an image has lost it. Tissues that differ in T1 change
+shares as well, to half at most in the sound scans of the tests."""
+
+FAINT = 0.25
+"""Part of an equal share, below which a channel is never asked: it may hold noise alone."""
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -39,6 +48,8 @@ class Samples:
         How often it comes, and how many others are near it, int64 ``(coil,)``.
     step
         Smallest value that is not zero in readouts that come near the largest one, float32 ``(coil,)``.
+    rows, peaks
+        int64, arrival numbers, and the largest absolute value of a real or imaginary part in each, float32 ``(readout, coil)``.
     """
 
     empty: NDArray[np.int64]
@@ -46,6 +57,8 @@ class Samples:
     n_largest: NDArray[np.int64]
     n_near: NDArray[np.int64]
     step: NDArray[np.float32]
+    rows: NDArray[np.int64]
+    peaks: NDArray[np.float32]
 
     @property
     def limited(self) -> NDArray[np.intp]:
@@ -81,7 +94,8 @@ def look_at(samples: NDArray[np.complex64], rows: NDArray[np.integer]) -> Sample
     n_near = np.bincount(coil, (size >= level[coil, None]).sum(1), len(largest)).astype(np.int64)
     step = np.full(len(largest), np.inf, np.float32)
     np.minimum.at(step, coil, np.where(size > 0, size, np.inf).min(axis=1))
-    return Samples(np.asarray(rows, np.int64)[empty], largest, n_largest, n_near - n_largest, step)
+    numbers = np.asarray(rows, np.int64)
+    return Samples(numbers[empty], largest, n_largest, n_near - n_largest, step, numbers, peaks)
 
 
 def together(found: Sequence[Samples]) -> Samples:
@@ -93,7 +107,8 @@ def together(found: Sequence[Samples]) -> Samples:
         n_largest += np.where(equal, one.n_largest, 0)
         n_near += np.where(equal, one.n_near, np.where(near, one.n_largest, 0))
     step = np.minimum.reduce([one.step for one in found])
-    return Samples(np.concatenate([one.empty for one in found]), largest, n_largest, n_near, step)
+    empty, rows, peaks = (np.concatenate([getattr(one, name) for one in found]) for name in ("empty", "rows", "peaks"))
+    return Samples(empty, largest, n_largest, n_near, step, rows, peaks)
 
 
 def unmeasured(scan: SortedScan, empty: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -105,6 +120,34 @@ def unmeasured(scan: SortedScan, empty: NDArray[np.int64]) -> NDArray[np.int64]:
     calibration = scan.calibration.take(~np.isin(scan.calibration.rows, imaging.rows))
     of_image = _lacking(imaging, imaging.slice.astype(np.int64) * scan.n_states + imaging.state, empty)
     return np.union1d(of_image, _lacking(calibration, calibration.slice.astype(np.int64), empty))
+
+
+def lost_channels(scan: SortedScan, samples: Samples) -> str:
+    """What the operator has to know of channels that some images of a recovery have lost; empty for none.
+
+    Shares of all channels are compared, as the whole object becomes dark where its magnetisation crosses zero.
+    """
+    if not (any(scan.inversion_times) or scan.saturation_times):
+        return ""  # late echoes may well lose the signal near one coil
+    imaging = scan.imaging
+    peaks = np.zeros((scan.n_readouts, scan.n_channels), np.float32)
+    peaks[samples.rows] = samples.peaks
+    largest = np.zeros((scan.n_slices, scan.n_states, scan.n_channels), np.float32)
+    np.maximum.at(largest, (imaging.slice, imaging.state), peaks[imaging.rows])
+    total = largest.sum(axis=2, keepdims=True)
+    share = np.divide(largest, total, out=np.zeros_like(largest), where=total > 0)
+    most = share.max(axis=1, keepdims=True)
+    lost = np.argwhere((share < LOST * most) & (total > 0) & (most > FAINT / scan.n_channels))
+    if not len(lost):
+        return ""
+    number, state, _ = (int(n) for n in lost[0])
+    channels = sorted(set(lost[:, 2].tolist()))
+    named = ", ".join(map(str, channels[:8])) + (", ..." if len(channels) > 8 else "")
+    n_images = len(np.unique(lost[:, :2], axis=0))
+    return (
+        f"{n_images} of {scan.n_slices * scan.n_states} images have hardly any signal in channels that others have (channels {named}; the "
+        f"first: {scan.name(number, state)}): a coil failed, and T1 is wrong where it is near; repeat the scan, without it if need be"
+    )
 
 
 def _lacking(lines: Placement, group: NDArray[np.int64], empty: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -71,12 +71,27 @@ class NoiseEstimate:
 
 
 def estimate_noise(source: LogSlice) -> NoiseEstimate:
-    """Noise covariance of all noise readouts of a scan (they may differ in length)."""
+    """Noise covariance of all noise readouts of a scan (they may differ in length), without the samples that are marked to be discarded.
+
+    Raises
+    ------
+    DataError
+        No samples, or too few.
+    """
     total: NDArray[np.complex128] | None = None
     n_samples = 0
-    lengths = source.headers["number_of_samples"]
-    for length in np.unique(lengths):
-        samples = source.take(np.flatnonzero(lengths == length)).read()
+    shapes = np.stack(
+        [source.headers[name].astype(np.int64) for name in ("number_of_samples", "discard_pre", "discard_post")], 1
+    )
+    kept = shapes[:, 0] - shapes[:, 1] - shapes[:, 2]
+    if not (kept > 0).any():
+        raise DataError(
+            "no noise samples left", where="noise covariance", got=shapes[0], expected="more samples than discarded ones"
+        )
+    for shape in np.unique(shapes[kept > 0], axis=0):
+        _, pre, post = shape.tolist()
+        samples = source.take(np.flatnonzero((shapes == shape).all(1))).read()
+        samples = samples[:, :, pre : samples.shape[2] - post]
         n = samples.shape[0] * samples.shape[2]
         part = np.asarray(noise_covariance(samples)) * (n - 1)
         total = part if total is None else total + part
@@ -124,7 +139,8 @@ def prepare_chunk(job: ChunkJob) -> Samples:
         chosen = job.keep[(group[:, 0] == length) & (group[:, 1] == number)]
         samples = job.source.take(chosen).read()
         _require_finite(samples, headers[chosen])
-        seen.append(look_at(samples, job.first_row + chosen))
+        first, last = int(place.first[chosen].max()), int(place.last[chosen].min())
+        seen.append(look_at(samples[:, :, first:last] if first < last else samples, job.first_row + chosen))
         rows[chosen] = prepare_readouts(
             samples,
             first=place.first[chosen],

@@ -9,15 +9,18 @@ and without loss (geometry factor 1), and where the residual is larger than that
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
 from recon_core.errors import DataError
 from recon_core.maps.saturation import MOST_WRONG, judge_recovery, strong_signal
+from recon_core.maps.saturation_places import parts
 from recon_core.maps.series import ImageNoise, SeriesMaps
 from recon_core.maps.settings import MapSettings
 from recon_core.maps.state_gain import StateGain, state_gain
 from recon_core.maps.state_motion import Motion, moved_state
+from recon_core.maps.state_order import TimesOrder, order_of_times
 from recon_core.maps.state_phase import note_of, turn_back, turns_of_states
 from recon_core.maps.t1 import T1Maps, inversion_recovery_t1, molli_t1, saturation_recovery_t1
 from recon_core.types import ImageSeries, ParameterMap, ScanInfo
@@ -42,6 +45,10 @@ TIMES_STAND = {
 
 BRIGHTEST_FIRST = 1.05
 """The shortest delay of a saturation is never brighter than the longest, by more than noise and gains make it."""
+
+MOST_TURNED = 0.25
+"""rad; by how much the phase of one image of a saturation recovery may differ from that of the longest delay from place to place (RMS over
+parts of the object): samples that were placed one too far, a field that drifts with breathing. It would look 3 % darker."""
 
 MOST_INVALID = 0.2
 """Part of the object's pixels without a believable T1 above which the operator is told."""
@@ -124,8 +131,8 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
         Times as in `recovery_times`; images that are not finite; a sign from the phase asked of magnitude images; of a
         saturation recovery, delays that do not belong together, a beginning far from zero, where T1 would be too wrong, or a shortest
         delay that is the brightest; an object that moved in one state, where T1 would be too wrong; of an inversion
-        recovery, images that a saturation explains as well, or one that is brighter or darker than the others say, where T1 would be too
-        wrong.
+        recovery, images that a saturation explains as well, or, where T1 would be too wrong, times in another order than the images, or
+        one image that is brighter or darker than the others say.
     """
     times = recovery_times(scan, len(series.data), settings)
     if settings.map_model == "saturation_recovery":
@@ -135,6 +142,8 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
     if settings.map_model == "saturation_recovery" and signed.is_complex():
         turns = turns_of_states(signed, max(range(len(times)), key=times.__getitem__))
         signed, turned = turn_back(signed, turns), note_of(turns, times)
+        if settings.map_sign == "auto" and (other := _of_another_phase(signed, times)):
+            signed, turned, sign_note = signed.abs(), "", other
     fit = FITS[settings.map_model]
     fitted = fit(signed, times, noise_std=None if noise is None else noise.std, settings=settings.t1)
     maps = _honest_deviation(fitted, noise, settings)
@@ -151,10 +160,8 @@ def t1_maps(series: ImageSeries, scan: ScanInfo, noise: ImageNoise | None, setti
         notes.append(f"T1: {note}")
     other = ""
     if settings.map_model != "saturation_recovery":
-        other = _judged_inversion(signed, fitted, times, settings) or _judged_gain(
-            signed, fitted, times, settings.map_delays
-        )
-    # what another recovery or gain leaves looks like motion as well
+        other = _judged_images(signed, fitted, times, settings) or _judged_inversion(signed, fitted, times, settings)
+    # what another recovery, order or gain leaves looks like motion as well
     if note := other or _judged_motion(signed, fitted, times, settings.map_delays):
         notes.append(f"T1: {note}")
     if share < 1 - MOST_INVALID:
@@ -234,13 +241,20 @@ def _judged_inversion(images: Tensor, maps: T1Maps, times: tuple[float, ...], se
     return f"{found}: likely there was no inversion, and T1 is wrong (setting map_model)"
 
 
-def _judged_gain(images: Tensor, maps: T1Maps, times: tuple[float, ...], delays: str) -> str:
-    """What is to be said of an image that is brighter than the others say; raises as `_told_or_refused`."""
+def _judged_images(images: Tensor, maps: T1Maps, times: tuple[float, ...], settings: MapSettings) -> str:
+    """What is to be said of times in another order than the images, or of an image that is brighter than the others say, whichever explains
+    more; raises as `_told_or_refused`."""
     assert maps.parameters is not None
     inside = maps.t1.valid
     gain = state_gain(images, _phase_of(maps), maps.parameters[:, inside], times, inside)
+    fit = partial(FITS[settings.map_model], settings=settings.t1)
+    order = order_of_times(images, times, strong_signal(images), fit)
+    if order is not None and (gain is None or not gain.matters or order.explained > gain.explained):
+        return _told_or_refused(
+            order, settings.map_delays, "images in the order of their times", "Check the times in the header"
+        )
     remedy = "Check the times in the header, and whether the scanner or a converter scaled images by themselves"
-    return _told_or_refused(gain, delays, "images that belong together", remedy)
+    return _told_or_refused(gain, settings.map_delays, "images that belong together", remedy)
 
 
 def _judged_motion(images: Tensor, maps: T1Maps, times: tuple[float, ...], delays: str) -> str:
@@ -255,7 +269,7 @@ def _phase_of(maps: T1Maps) -> Tensor | None:
     return None if maps.m0_phase is None else maps.m0_phase.data
 
 
-def _told_or_refused(found: StateGain | Motion | None, delays: str, expected: str, remedy: str) -> str:
+def _told_or_refused(found: StateGain | TimesOrder | Motion | None, delays: str, expected: str, remedy: str) -> str:
     """The note of what was found; raises ``DataError`` where T1 would be too wrong and ``map_delays`` requires that it is not."""
     if found is None:
         return ""
@@ -292,6 +306,27 @@ def _with_sign(images: Tensor, sign: str) -> tuple[Tensor, str]:
         f"T1: the states share no phase ({100 * shared:.0f} % of the signal does), signs come from the zero crossing instead"
     )
     return images.abs(), note
+
+
+def _of_another_phase(images: Tensor, times: tuple[float, ...]) -> str:
+    """What is to be said of a delay whose phase differs from that of the longest one from place to place; empty for none.
+
+    Up to a sign, which an inversion may have; aliases have all phases, and cancel.
+    """
+    inside = strong_signal(images)
+    squares = images[:, inside].square()
+    squares = squares * squares[max(range(len(times)), key=times.__getitem__)].conj()
+    turns = [squares[:, part].sum(1).angle() / 2 for part in parts(inside)]
+    if not turns:
+        return ""
+    size = torch.stack(turns).square().mean(0).sqrt()
+    worst = int(size.argmax())
+    if float(size[worst]) <= MOST_TURNED:
+        return ""
+    return (
+        f"T1: the phase of the delay {times[worst]:g} s differs from that of the longest one by {size[worst]:.1f} rad from place to place: "
+        "T1 is fitted to magnitudes"
+    )
 
 
 def _honest_deviation(maps: T1Maps, noise: ImageNoise | None, settings: MapSettings) -> T1Maps:

@@ -133,6 +133,25 @@ def test_noise_readouts_may_come_last(service: Service, scan: SimulatedScan) -> 
     np.testing.assert_allclose(stack(last.images, STATES), stack(first.images, STATES), rtol=1e-5, atol=1e-4)
 
 
+def test_samples_that_are_marked_to_be_discarded_are_no_noise(service: Service, scan: SimulatedScan) -> None:
+    """Receivers ring at the beginning of a readout; images and level are those of the scan without it, in noise and in images."""
+
+    def ringing(headers: NDArray[np.void], samples: NDArray[np.complex64]) -> tuple[NDArray[np.void], NDArray[np.complex64]]:
+        headers = headers.copy()
+        headers["number_of_samples"] += 11
+        headers["center_sample"] += 6
+        headers["discard_pre"], headers["discard_post"] = 6, 5
+        top = np.float32(300 * np.abs(samples).max())
+        before, after = (np.full((*samples.shape[:2], n), top, np.complex64) for n in (6, 5))
+        return headers, np.concatenate((before, samples, after), axis=2)
+
+    marked = [ringing(*batch) for batch in scan.stream.batches]
+    plain, answer = ask(service, "fourier", scan), ask(service, "fourier", scan, messages=encoded(marked))
+    assert complaints(answer) == complaints(plain) == []
+    for image, same in zip(answer.images, plain.images, strict=True):
+        np.testing.assert_array_equal(image.data, same.data)
+
+
 def test_a_missing_dependency_is_said_and_the_images_are_not_whitened(service: Service, scan: SimulatedScan) -> None:
     dependent = named(scan.header, "image_4", depends_on="never_measured")
     answer = ask(service, "fourier", scan, header=dependent, messages=encoded(imaging_part(scan)))

@@ -162,7 +162,9 @@ def test_magnitude_images_and_float_maps(service: Service) -> None:
     assert np.median(np.abs(image.data[0] - 1e3 * scan.stream.truth.maps["t1"][0])[inside]) < 20  # ms
 
 
-def test_lines_of_zeros_count_as_not_measured_and_a_signal_that_was_cut_off_is_told(service: Service) -> None:
+def test_lines_of_zeros_count_as_not_measured_and_a_signal_that_was_cut_off_and_a_coil_that_failed_are_told(
+    service: Service,
+) -> None:
     """Some converters write the whole grid. The maps are those of the scan as it was, to the last bit."""
     scan = in_memory("molli", matrix_x=48, matrix_y=48, coils=4, mask="golden", acceleration=3.0, acs=8, snr=60.0)
     batches = list(scan.stream.batches)
@@ -183,6 +185,9 @@ def test_lines_of_zeros_count_as_not_measured_and_a_signal_that_was_cut_off_is_t
     noise = [batch for batch in batches if is_noise(batch[0]).any()]
     answer = ask(service, "llr_t1", scan, messages=encoded([*noise, (headers, cut)]))
     assert any("cut the signal off" in text for text in complaints(answer))
+    failed = np.where((headers["idx"]["set"] == 0)[:, None, None] & (np.arange(4) == 1)[:, None], np.complex64(0), samples)
+    answer = ask(service, "llr_t1", scan, messages=encoded([*noise, (headers, failed)]))
+    assert any("(channels 1; the first: slice 0 set 0): a coil failed" in text for text in complaints(answer))
 
 
 @every_chain

@@ -7,8 +7,9 @@ import pytest
 from numpy.typing import NDArray
 
 from gadgets.buffer import sort_readouts
-from gadgets.sample_checks import FEWEST_AT_LIMIT, Samples, look_at, together, unmeasured
+from gadgets.sample_checks import FEWEST_AT_LIMIT, LOST, Samples, look_at, lost_channels, together, unmeasured
 from gadgets.simulate import simulate_stream
+from gadgets.wire.header import parse_header
 from tests.gadgets.scan_factory import flag, mrd_header, readout_headers
 
 PIECE = 7
@@ -82,3 +83,27 @@ def test_empty_readouts_are_not_measured_where_others_of_the_image_are() -> None
     ]
     assert again.skipped == {"nothing but zeros": 3} and again.n_states == 2
     assert "3 of 19 readouts hold nothing but zeros: they count as not measured" in again.notes
+
+
+@pytest.mark.parametrize("kind", ["satrec", "molli", "cine"])
+def test_a_channel_that_an_image_of_a_recovery_has_lost_is_told(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sound scans have none by far, however dim an image is; of other scans nothing is said, as late echoes may lose one."""
+    stream = simulate_stream(
+        kind, {"matrix_x": 48, "matrix_y": 48, "coils": 6, "snr": 20.0, "noise_readouts": 0, "slices": 2}
+    )
+    headers, samples = (np.concatenate(parts) for parts in zip(*stream.batches, strict=True))
+    scan = sort_readouts(headers, parse_header(stream.header_text))
+    with monkeypatch.context() as stricter:
+        stricter.setattr("gadgets.sample_checks.LOST", 5 * LOST)
+        assert not lost_channels(scan, in_pieces(samples))
+    counter = "phase" if kind == "cine" else "set"
+    lost = (headers["idx"][counter] == 1) & (headers["idx"]["slice"] == 1)
+    rng = np.random.default_rng(0)
+    spread = np.sqrt(stream.truth.noise_covariance[4, 4].real / 2)
+    samples[lost, 4] = spread * (rng.standard_normal((*samples[lost, 4].shape, 2)) @ np.array([1, 1j]))
+    told = lost_channels(scan, in_pieces(samples))
+    assert (
+        (told == "")
+        if kind == "cine"
+        else (f"1 of {2 * scan.n_states} images" in told and "(channels 4; the first: slice 1" in told)
+    )

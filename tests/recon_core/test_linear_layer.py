@@ -218,6 +218,11 @@ def test_says_when_forward_ran_out_of_steps() -> None:
     with pytest.warns(UntrustedGradient, match="1 of 2 samples"):
         x.abs().square().sum().backward()
     assert report.gradient_trusted is not None and report.gradient_trusted.tolist() == [True, False]
+    x, report = given.solve(LinearSettings(tolerance=1e-8, max_iterations=6, backward_max_iterations=500))
+    with pytest.warns(UntrustedGradient, match="1 of 2 samples"):
+        x.abs().square().sum().backward()
+    assert report.gradient_converged is not None and bool(report.gradient_converged.all())
+    assert report.gradient_trusted is not None and report.gradient_trusted.tolist() == [True, False]  # of another point
 
 
 def test_says_when_only_backward_ran_out_of_steps() -> None:
@@ -229,6 +234,15 @@ def test_says_when_only_backward_ran_out_of_steps() -> None:
         x.abs().square().sum().backward()
     assert report.gradient_iterations is not None and report.gradient_iterations.tolist() == [2, 2]
     assert report.gradient_trusted is not None and not bool(report.gradient_trusted.any())
+
+
+def test_the_gradient_may_have_a_tolerance_of_its_own() -> None:
+    given = inputs()
+    given.images[0].requires_grad_()
+    x, report = given.solve(LinearSettings(tolerance=1e-10, max_iterations=300, backward_tolerance=1e-2))
+    x.abs().square().sum().backward()
+    assert report.gradient_residual is not None and 1e-6 < float(report.gradient_residual.max()) < 1e-2
+    assert float(report.residual.max()) < 1e-10 and bool(report.gradient_trusted.all())  # type: ignore[union-attr]
 
 
 def test_a_broken_gradient_stays_broken() -> None:

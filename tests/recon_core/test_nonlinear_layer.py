@@ -186,6 +186,18 @@ def test_away_from_a_minimum_the_hessian_is_not_trusted() -> None:
     assert report.gradient_trusted is not None and not bool((report.gradient_trusted & report.singular).any())
 
 
+def test_how_ill_a_system_may_be_is_a_setting() -> None:
+    data, prior = single(1, 8, 8)
+    upstream = torch.ones_like(prior)
+    _, sound, of_sound = gradients(data, prior, torch.tensor(0.0), upstream=upstream)
+    with pytest.warns(UntrustedGradient):
+        _, strict, of = gradients(
+            data, prior, torch.tensor(0.0), upstream=upstream, settings=NonlinearSettings(least_pivot=0.5)
+        )
+    assert sound.n_singular == 0 and strict.singular is not None and int(strict.singular.sum()) > 32
+    assert float(of_sound[0].abs().sum(1).min()) > 0 and float(of[0].abs().sum(1)[strict.singular].max()) == 0
+
+
 def test_says_when_a_fit_ran_out_of_steps_and_is_silent_otherwise() -> None:
     """A well-posed pixel that is not at its minimum has a gradient, of another point."""
     data, prior = single(1, 8, 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -127,7 +128,10 @@ def test_values_of_a_class_are_uniform_in_the_published_range(name: str) -> None
     assert t1.min() >= shortest * (1 - 1e-5) and t1.max() <= longest * (1 + 1e-5)
     assert float(t1.mean()) == pytest.approx((shortest + longest) / 2, abs=0.06 * (longest - shortest))
     assert parameters[:, 0].min() >= low - 1e-5 and parameters[:, 0].max() <= high + 1e-5
-    assert parameters[:, 1].abs().max() <= high / 10 + 1e-5
+    assert (
+        0.09 * high < parameters[:, 1].max() <= high / 10 + 1e-5
+        and -high / 10 - 1e-5 <= parameters[:, 1].min() < -0.09 * high
+    )
 
 
 def test_partial_volumes_mix_in_the_rate_not_in_the_time() -> None:
@@ -155,6 +159,8 @@ def test_fields_are_smooth_and_bounded() -> None:
     changed = vary(Draws([sample_seed("v", i) for i in range(n)]), plain)
     density = torch.complex(changed[:, 0], changed[:, 1])
     assert float(density.abs().max()) <= 0.8 * 1.3 + 1e-5 and float(density.abs().min()) >= 0.8 * 0.5 - 1e-5
+    spread = density.abs().flatten(1).amax(1) / density.abs().flatten(1).amin(1)
+    assert 1.2 < float(spread.median()) < 2.6  # a bias field within each sample
     phase = density.angle().mean((1, 2))
     assert 0.15 < float(phase.std()) < 0.25
     t1 = 1 / changed[:, 2]
@@ -171,6 +177,9 @@ def test_coil_maps_have_unit_norm_and_differ(batch: BrainBatch) -> None:
     assert all(len(set(row.tolist())) >= 6 for row in where)  # around the head, not on one side
     step = (maps[..., 1:] - maps[..., :-1]).abs().max()
     assert float(step) < 0.6
+    first = birdcage_maps(Draws(range(40)), 32, 8)[:, 0].abs().flatten(1).argmax(-1)
+    angle = torch.atan2((first // 32 - 15.5).float(), (first % 32 - 15.5).float())
+    assert int(torch.histc(angle, 4, -math.pi, math.pi).min()) >= 3  # the cage is turned at random
 
 
 def test_masks_have_the_exact_number_of_lines_and_differ_by_state(batch: BrainBatch) -> None:

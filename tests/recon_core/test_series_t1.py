@@ -274,6 +274,25 @@ def test_a_turned_state_of_a_saturation_recovery(turn: float, taken_out: bool) -
     assert right == (turn < 1)
 
 
+@pytest.mark.parametrize(("ramp", "told"), [(0.3, False), (1.2, True)])
+@pytest.mark.parametrize("state", [1, 4])
+def test_a_state_whose_phase_differs_from_place_to_place(state: int, ramp: float, told: bool) -> None:
+    """Samples of one delay that were placed one too far: half the map would be empty, and T1 a tenth wrong in the rest."""
+    t1, density = object_t1()
+    tau = (0.5, 1.0, 1.5, 2.0, 8.0)
+    images = np.stack([density * (1 - np.exp(-t / t1)) for t in tau]).astype(np.complex64)
+    images[state] *= np.exp(1j * np.linspace(-ramp, ramp, N)).astype(np.complex64)
+    series = ImageSeries("image", torch.from_numpy(images)[:, None])
+    scan = replace(SCAN, inversion_times=(), saturation_times=tau)
+    found = t1_maps(
+        series, scan, ImageNoise(0.004, True), replace(T1, map_model="saturation_recovery", map_delays="require")
+    )
+    assert any("T1 is fitted to magnitudes" in note for note in found.notes) == told
+    inside = interior() & found.maps[0].valid[0].numpy()
+    assert inside.sum() > 0.95 * interior().sum()
+    np.testing.assert_allclose(found.maps[0].data[0].numpy()[inside], t1[inside], rtol=0.02)
+
+
 @pytest.mark.parametrize("unit", [1e-3, 1e3])
 def test_times_in_s_or_us_are_refused_before_anything_is_computed(unit: float) -> None:
     scan = replace(SCAN, inversion_times=tuple(unit * t for t in TIMES))

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from recon_core.errors import DataError, SettingError
-from recon_core.methods.pinqi.model import ABLATIONS, Pinqi, PinqiSettings
+from recon_core.methods.pinqi.model import ABLATIONS, Pinqi, PinqiSettings, PositiveValues, Strengths
 from recon_core.methods.pinqi.networks import ParameterRange
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.signal_models import InversionRecovery, MultiEcho, SaturationRecovery, SignalModel
-from recon_core.solvers.linear_layer import LinearSettings
-from recon_core.solvers.nonlinear_layer import SOLVERS, NonlinearSettings
+from recon_core.solvers.linear_layer import LinearSettings, solve_linear
+from recon_core.solvers.nonlinear_layer import SOLVERS, NonlinearSettings, solve_nonlinear
 
 Tensor = torch.Tensor
 SMALL = {"parameter": {"features": (4, 8), "n_groups": 2}, "image": {"features": (4, 8), "n_groups": 2}}
@@ -205,6 +205,30 @@ def test_iterations_are_tagged_as_published() -> None:
     net.parameter_net.register_forward_pre_hook(lambda _, a: tags.append(("p", round(float(a[1]), 6))))  # type: ignore[union-attr]
     net(operator, rhs)
     assert tags == [("p", 0.0)] + [t for i in range(1, 6) for t in (("y", i / 5), ("p", 1 + i / 5))]
+
+
+def test_the_iterations_are_eq_12_and_13_written_out() -> None:
+    """Every iteration has its own lambdas, the images see the signal of the fitted parameters, and factors go where they belong."""
+    operator, rhs = problem(SaturationRecovery(TIMES), tissue())
+    net, factors = network(n_iterations=3), {"image": 3.0, "signal": 0.5, "parameter": 2.0}
+    on_q, on_y, on_p = (torch.tensor(values) for values in ((0.2, 0.5, 1.1), (0.9, 0.1, 0.3), (1.0, 4.0, 0.2)))
+    for values, lambdas in ((on_q, net.lambda_q), (on_y, net.lambda_y), (on_p, net.lambda_p)):
+        lambdas.raw.data = PositiveValues(values.tolist()).raw.data  # type: ignore[union-attr]
+    with torch.no_grad():
+        found = net(operator, rhs, strengths=Strengths(**factors))  # type: ignore[arg-type]
+        y = net.first_images(operator, rhs)
+        p = net.predict_parameters(y, 0.0)
+        for i in range(3):
+            signal = net.model.signal(p.movedim(1, 0)).movedim(0, 1)
+            terms = [(0.5 * on_q[i], signal), (3.0 * on_y[i], net.predict_images(y, (i + 1) / 3))]
+            y = solve_linear(operator, rhs, terms, initial=y, settings=net.linear)[0]
+            prior = net.predict_parameters(y, 1 + (i + 1) / 3)
+            p = solve_nonlinear(net.model, y, prior, 2.0 * on_p[i], initial=p, bounds=net.bounds, settings=net.nonlinear)[0]
+    torch.testing.assert_close(found.images, y, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.parameters, p, rtol=1e-4, atol=1e-5)
+    for part in net.image_net.unet.last.parameters():  # type: ignore[union-attr]
+        part.data.zero_()
+    assert torch.equal(net.predict_images(y, 1.0), y)  # the network gives what is to be added
 
 
 def test_first_lambdas_are_the_published_ones() -> None:

@@ -125,3 +125,23 @@ def test_pixels_on_a_bound_or_without_an_end_of_the_fit_are_emptied_whatever_the
     empty = [tuple(where) for where in (~maps[0].valid[0]).nonzero().tolist()]
     assert empty == [(2, 12), (7, 3)] and share == 1 - 2 / 320
     assert all(float(m.data[0][y, x]) == 0 for m in maps for y, x in empty)
+
+
+def test_t1_out_of_range_without_signal_or_undetermined_is_not_believed() -> None:
+    p = parameters(20 * 16).double().reshape(1, 3, 16, 20)
+    p[0, 2, 0, :2] = torch.tensor([1 / 0.15, 1 / 6.5])  # s
+    p[0, :2, 1, 0] *= 1e-3
+    operator = BatchedSense(torch.ones(1, 1, 20, 16, dtype=torch.complex128), torch.ones(1, 5, 20))
+    signal = MODEL.signal(p[0]).to(torch.complex128)[None]
+    found = PinqiOutput(p, signal, (p,))
+
+    def maps(noise: float, **limits: float) -> tuple[list[list[int]], torch.Tensor]:
+        agreed = agreement(operator, operator.forward(signal), found, signal, noise)
+        made, _ = parameter_maps(MODEL, operator, found, agreed, noise, 1.0, Settings(**limits), "")  # type: ignore[arg-type]
+        return (~made[0].valid[0].mT).nonzero().tolist(), made[1].data[0] / made[0].data[0]
+
+    assert maps(1e-5, t1_min=0.2)[0] == [[0, 0], [0, 1], [1, 0]]
+    assert maps(1e-5, t1_min=0.1, t1_max=7.0, signal_floor=0.0)[0] == []
+    limit = float(maps(1e-2)[1].nanmedian())
+    undetermined, left = maps(1e-2, max_relative_sd=limit)
+    assert 0.4 < len(undetermined) / 320 < 0.6 and float(left.nan_to_num().max()) <= limit * (1 + 1e-6)
