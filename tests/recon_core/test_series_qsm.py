@@ -11,6 +11,7 @@ import torch
 from scipy.ndimage import binary_dilation
 
 from recon_core.errors import DataError
+from recon_core.fourier import fft_centred
 from recon_core.maps.dipole_kernel import ppm_per_hz
 from recon_core.maps.echo_agreement import check_direction
 from recon_core.maps.phase_sign import iron_contrast, note_of_sign
@@ -386,17 +387,54 @@ def test_the_recipe_refuses_before_it_computes_and_the_method_s_images_stay() ->
     assert any("no susceptibility map" in note for note in images.notes)
 
 
+def without_lines(series: ImageSeries, *missing: tuple[int, float]) -> KSpace:
+    """K-space of one coil in which echoes lack a part of k1, from its beginning; number of the echo (-1: all) and part."""
+    counts = torch.ones(series.data.shape[:3])
+    for echo, part in missing:
+        counts[echo if echo >= 0 else slice(None), :, : round(counts.shape[2] * part)] = 0
+    data = (fft_centred(series.data, (-3, -2)) * (counts > 0)[..., None])[:, None]
+    return KSpace(data, counts, coil_maps=torch.ones_like(data[0]), noise_std=NOISE * 2**0.5)
+
+
+def test_what_completes_kspace_is_no_part_of_the_field() -> None:
+    """The phase that completes an image is a smooth one: the field is that of the zero-filled images, though the sharper ones are sent."""
+    head, series, scan = scene()
+    z, y, x = scan.matrix
+    fine = replace(scan, recon_matrix=(z, 2 * y, x))  # frequencies are those of the scan, not of the console's matrix
+    maps = {}
+    for how in ("pocs", "zero_fill"):
+        recipe = Recipe("cg_sense", CgSettings(), PreprocessSettings(partial_fourier=how), maps=QSM)
+        result = reconstruct(without_lines(series, (-1, 0.3)), fine, recipe, mask=head.mask.repeat_interleave(2, dim=1))
+        maps[how] = by_name(result.maps)
+    inside = maps["pocs"]["QSM"].valid & maps["zero_fill"]["QSM"].valid
+    chi, rate = ((maps["pocs"][name].data - maps["zero_fill"][name].data)[inside].abs() for name in ("QSM", "R2star"))
+    assert float(chi.max()) < 1e-3 and float(rate.quantile(0.9)) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ((-1, 0.25), ()),
+        ((-1, 0.35), ("65 % of k-space along k1",)),
+        ((3, 0.45), ("image 3: next to nothing was measured on one side", "Maps may be far off")),
+        ((3, 0.35), ("65 % of k-space along k1",)),
+    ],
+)
+def test_what_partial_fourier_cannot_mend_is_told(missing: tuple[int, float], words: tuple[str, ...]) -> None:
+    _, series, scan = scene()
+    recipe = Recipe("cg_sense", CgSettings(iterations=1), maps=replace(QSM, maps="r2star"))
+    told = reconstruct(without_lines(series, missing), scan, recipe).notes
+    assert bool(told) == bool(words) and all(any(word in note for note in told) for word in words)
+    images = reconstruct(without_lines(series, missing), scan, replace(recipe, maps=MapSettings())).notes
+    assert not any("aps may be" in note or "R2*" in note for note in images) and bool(images) == (
+        "Maps may be far off" in words
+    )
+
+
 def test_homodyne_takes_no_detail_from_the_field() -> None:
     """It keeps the smooth part of the phase alone; the recipe completes k-space by pocs instead, and says so."""
     _, series, scan = scene()
-    shift = (1, 2)
-    data = torch.fft.fftshift(
-        torch.fft.fftn(torch.fft.ifftshift(series.data, dim=shift), dim=shift, norm="ortho"), dim=shift
-    )
-    counts = torch.ones(4, *data.shape[1:3])
-    counts[:, :, : counts.shape[2] // 4] = 0
-    data = (data * (counts > 0)[..., None])[:, None]
-    kspace = KSpace(data, counts, coil_maps=torch.ones_like(data[0]), noise_std=NOISE * 2**0.5)
+    kspace = without_lines(series, (-1, 0.25))
 
     def found(how: str, maps: str = "qsm") -> Result:
         settings = PreprocessSettings(partial_fourier=how)
