@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -135,6 +136,33 @@ def test_echoes_that_do_not_belong_together_have_no_susceptibility_and_say_so() 
         found = multi_echo_maps(ImageSeries("image", data), header, ImageNoise(NOISE, True), warned)
         assert [m.name for m in found.maps] == ["R2star", "R2star_SD", "S0"]
         assert "R2* may be wrong as well" in found.notes[0] and "ACQ_IS_REVERSE" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("echo", "gain", "words"),
+    [
+        (0, 1.0, ""),
+        (0, 0.85, r"the echo of 4 ms is 15 % darker than the others say: R2\* is about .. % too low"),
+        (2, 1.3, r"the echo of 14 ms is 3. % brighter than the others say: R2\* is about .. % too low"),
+        (3, 0.8, r"the echo of 19 ms is 2. % darker than the others say: R2\* is about .. % too high"),
+    ],
+)
+def test_an_echo_of_another_gain_is_told(echo: int, gain: float, words: str) -> None:
+    _, series, scan = scene()
+    r2star = replace(QSM, maps="r2star")
+    scaled = replace(series, data=series.data.clone())
+    scaled.data[echo] *= gain
+    right, found = (multi_echo_maps(s, scan, ImageNoise(NOISE, True), r2star) for s in (series, scaled))
+    told = [note for note in found.notes if "than the others say" in note]
+    assert len(told) == bool(words) and all(re.match(words, note) for note in told)
+    rates = [by_name(f.maps)["R2star"] for f in (found, right)]
+    inside = rates[0].valid & rates[1].valid & (rates[1].data > 5)
+    off = float((rates[0].data / rates[1].data - 1)[inside].median())
+    said = [float(n) for note in told for n in re.findall(r"about (\d+) %", note)]
+    assert said == [] or abs(off) == pytest.approx(said[0] / 100, abs=0.1)
+    swapped = replace(scan, echo_times=tuple(reversed(TIMES)))  # whichever order they come in
+    back = multi_echo_maps(replace(scaled, data=scaled.data.flip(0)), swapped, ImageNoise(NOISE, True), r2star)
+    assert [note for note in back.notes if "than the others say" in note] == told
 
 
 @pytest.mark.parametrize("n_echoes", [2, 4])
