@@ -88,6 +88,37 @@ def test_maps_of_a_known_head() -> None:
     torch.testing.assert_close(by_name(same.maps)["QSM"].data, maps["QSM"].data, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("inversion", "named", "most"),
+    [
+        ("medi", "MEDI, zero: mean of whole mask", 0.12),
+        ("medi0", "MEDI+0, zero: mean of cerebrospinal fluid", 0.12),
+        ("tkd", "TKD", 0.45),
+    ],
+)
+def test_every_inversion_is_reached_with_the_right_scale(inversion: str, named: str, most: float) -> None:
+    head, series, scan = scene()
+    chi = by_name(multi_echo_maps(series, scan, ImageNoise(NOISE, True), replace(QSM, map_inversion=inversion)).maps)["QSM"]
+    assert chi.comment.startswith(named) and error(chi, head) < most
+    inside = chi.valid & head.mask
+    found, true = (values[inside].double() - values[inside].double().mean() for values in (chi.data, head.chi))
+    assert float(found @ true / (true @ true)) == pytest.approx(1.0, abs=0.05)
+    assert inversion != "medi0" or abs(float(chi.data[head.fluid].mean())) < 0.002
+
+
+@pytest.mark.parametrize(("background", "most"), [("none", 0.45), ("resharp", 0.6), ("v_sharp", 0.65), ("pdf", 0.7)])
+def test_every_removal_is_reached(background: str, most: float) -> None:
+    head, series, scan = scene()
+    settings = replace(QSM, map_inversion="tkd", map_background=background)
+    maps = by_name(multi_echo_maps(series, scan, ImageNoise(NOISE, True), settings).maps)
+    assert (
+        maps["local_field"].comment == f"background removed by {background}"
+        and f"background {background};" in maps["QSM"].comment
+    )
+    kept = float(maps["QSM"].valid.sum() / maps["brain_mask"].valid.sum())
+    assert (kept == 1) == (background in ("none", "pdf")) and error(maps["QSM"], head) < most
+
+
 def test_fluid_is_the_zero_when_asked_for() -> None:
     head, series, scan = scene()
     csf = replace(QSM, map_reference="csf")
