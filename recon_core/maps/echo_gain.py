@@ -63,8 +63,8 @@ class EchoGain:
             return ""
         how, low = "brighter" if self.size > 0 else "darker", "low" if self.r2star_error < 0 else "high"
         return (
-            f"the echo of {1e3 * self.time:g} ms is {100 * abs(math.expm1(self.size)):.0f} % {how} than the others say: R2* is about "
-            f"{100 * abs(self.r2star_error):.0f} % too {low} (scaling or receiver gain of that echo, or a wrong echo time)"
+            f"the echo of {1e3 * self.time:g} ms is {100 * abs(math.expm1(self.size)):.0f} % {how} than the others say: if that is its "
+            f"scaling or receiver gain, R2* is about {100 * abs(self.r2star_error):.0f} % too {low}; a wrong echo time looks alike"
         )
 
 
