@@ -22,14 +22,17 @@ from numpy.typing import NDArray
 
 from benchmarks.common import print_table, write_result
 from benchmarks.laro_scores import Maps, regional, regression, true_regional
+from recon_core.fourier import fft_centred, ifft_centred
 from recon_core.maps.series import ImageNoise
 from recon_core.maps.series_qsm import multi_echo_maps
 from recon_core.maps.settings import MapSettings
+from recon_core.preprocess.measured_part import completed_band, extents_of, in_band
 from recon_core.preprocess.oversampling import to_recon_matrix
+from recon_core.preprocess.partial_fourier import complete
 from recon_core.simulation.brain import LABELS
 from recon_core.simulation.multi_echo_brain import BrainScan, ScanRecipe, simulate
 from recon_core.simulation.signal import GYROMAGNETIC_RATIO
-from recon_core.types import ImageSeries, ScanInfo
+from recon_core.types import ImageSeries, KSpace, ScanInfo
 
 MATRIX, VOXEL = (48, 80, 72), 2.5
 FAT = ((-3.80, 0.087), (-3.40, 0.693), (-2.60, 0.128), (-1.94, 0.004), (-0.39, 0.039), (0.60, 0.048))
@@ -52,7 +55,7 @@ Images = NDArray[np.complexfloating]
 @dataclass(frozen=True)
 class Condition:
     """Field strength in T, first echo and spacing in s, noise of a real number over the brain's mean, what is done to a scan's images, how
-    many planes make one, and by how much images are interpolated within their planes (zero-filled)."""
+    many planes make one, by how much images are interpolated within their planes (zero-filled), and how much of k1 is measured."""
 
     tesla: float = 3.0
     first: float = 0.004
@@ -61,6 +64,7 @@ class Condition:
     change: Callable[[BrainScan, float], NDArray[np.number]] | None = None
     planes: int = 1
     finer: int = 1
+    share: float = 1.0
 
 
 def fat(scan: BrainScan, tesla: float) -> Images:
@@ -128,6 +132,9 @@ def thick(scan: BrainScan, planes: int) -> BrainScan:
 CONDITIONS = {
     "as it is": Condition(),
     "5 mm planes": Condition(planes=2),
+    "partial Fourier 7/8": Condition(share=7 / 8),
+    "partial Fourier 6/8": Condition(share=6 / 8),
+    "partial Fourier 5/8": Condition(share=5 / 8),
     "5 % noise": Condition(noise=0.05),
     "5 % noise, interpolated by two": Condition(noise=0.05, finer=2),
     "fat, out of phase": Condition(change=fat),
@@ -139,6 +146,18 @@ CONDITIONS = {
     "0.55 T": Condition(0.55, 0.008, 0.011, noise=0.014),
     "7 T": Condition(7.0, 0.003, 0.0035),
 }
+
+
+def completed(images: torch.Tensor, share: float, scan: ScanInfo) -> tuple[torch.Tensor, torch.Tensor]:
+    """The images of a part of k1, completed as chains complete them, and those that the field is fitted to."""
+    n = images.shape[-2]
+    counts = torch.ones(images.shape[:3])
+    counts[..., : round(n * (1 - share))] = 0
+    kspace = KSpace(fft_centred(images, (-3, -2))[:, None] * counts[:, None, :, :, None], counts)
+    extents = extents_of(kspace)
+    done = torch.stack([complete(image, extents[0]) for image in ifft_centred(kspace.data[:, 0], (-3, -2))])
+    band = completed_band(extents, scan)
+    return done, done if band is None else in_band(done, band, scan)
 
 
 def figures(seed: int, condition: Condition) -> tuple[float, ...]:
@@ -163,8 +182,10 @@ def figures(seed: int, condition: Condition) -> tuple[float, ...]:
     info = ScanInfo(
         matrix, (z, y, x), finer, (z, y, x), echo_times=scan.echo_times, field_strength=c.tesla, b0_direction=scan.b0
     )
+    noisy, phase = completed(noisy, c.share, info) if c.share < 1 else (noisy, None)
     noisy = to_recon_matrix(noisy, matrix, info.fov, finer, info.fov)
-    made = multi_echo_maps(ImageSeries("echoes", noisy), info, ImageNoise(c.noise, True), MapSettings(maps="qsm"))
+    settings = MapSettings(maps="qsm")
+    made = multi_echo_maps(ImageSeries("echoes", noisy), info, ImageNoise(c.noise, True), settings, phase=phase)
     every = (slice(None), slice(None, None, c.finer), slice(None, None, c.finer))
     maps = {m.name: replace(m, data=m.data[every], valid=m.valid[every]) for m in made.maps}
     chi, r2star, brain = maps["QSM"], maps["R2star"], scan.brain.numpy()

@@ -229,7 +229,13 @@ def _shape(scan: SortedScan) -> tuple[int, int, int]:
     """``(echo, k2, k1)`` of the scan, echoes that the header announces and that never came included."""
     limit = scan.encoding.limits.get("contrast")
     last = max(max(state["contrast"] for state in scan.states), 0 if limit is None else limit.maximum)
-    return (1 + last, *scan.grid)
+    return (1 + last - _first_echo(scan), *scan.grid)
+
+
+def _first_echo(scan: SortedScan) -> int:
+    """The contrast counter of the mask's first echo: 0, unless the header counts from 1."""
+    limit = scan.encoding.limits.get("contrast")
+    return 0 if limit is None else min(limit.minimum, *(state["contrast"] for state in scan.states))
 
 
 def _too_many(scan: SortedScan, shape: tuple[int, int, int]) -> bool:
@@ -241,7 +247,7 @@ def _acquired(scan: SortedScan, shape: tuple[int, int, int]) -> Iterator[tuple[s
     rest = [tuple((name, value) for name, value in state.items() if name != "contrast") for state in scan.states]
     groups = {key: number for number, key in enumerate(dict.fromkeys(rest))}
     varying = [name for name in dict(rest[0]) if len({dict(key)[name] for key in groups}) > 1]
-    echo_of = np.array([state["contrast"] for state in scan.states])
+    echo_of = np.array([state["contrast"] for state in scan.states]) - _first_echo(scan)
     group_of = np.array([groups[key] for key in rest])
     at = scan.imaging
     for number, counter in enumerate(scan.slices):

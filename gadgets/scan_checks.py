@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from gadgets.buffer_settings import AcquisitionSettings
 from gadgets.errors import SortError
 from gadgets.readouts import Headers
 from gadgets.sorted_scan import STATE_COUNTERS, Placement, place_name
-from gadgets.wire.header import Encoding
+from gadgets.wire.header import Encoding, Limit
 
 COMPLEX_BYTES = 8
 MAX_EXPANSION = 128
@@ -100,6 +100,34 @@ def complete(
         tuple(v for v, k in zip(slices, keep_slice, strict=True) if k),
         tuple(v for v, k in zip(states, keep_state, strict=True) if k),
     )
+
+
+def counted_alike(
+    encoding: Encoding,
+    counters: Mapping[str, NDArray[np.int32]],
+    rows: NDArray[np.intp],
+    settings: AcquisitionSettings,
+    log: SortLog,
+) -> Encoding:
+    """The encoding with limits that count as the readouts do, where every value that is announced came one higher or one lower.
+
+    Gadgetron takes a counter's limits for its size alone, so converters that count from 1 pass unnoticed there.
+    """
+    limits = dict(encoding.limits)
+    for name in ("slice", *STATE_COUNTERS):
+        limit = limits.get(name)
+        if limit is None or (name == "phase" and settings.cardiac_phases):
+            continue
+        present = counters[name][rows]
+        by = int(present.min()) - limit.minimum
+        n = limit.maximum - limit.minimum + 1
+        if abs(by) != 1 or int(present.max()) - limit.maximum != by or len(np.unique(present)) != n:
+            continue
+        limits[name] = Limit(limit.minimum + by, limit.maximum + by, limit.center + by)
+        log.notes.append(
+            f"the readouts count {name} from {limit.minimum + by}, the header from {limit.minimum}: the same ones"
+        )
+    return replace(encoding, limits=limits)
 
 
 def announced(

@@ -14,7 +14,8 @@ Rules (beyond the MRD specification, where writers differ)
   A (slice, state) without lines, or with far fewer than the fullest one, is an error (or is dropped, setting
   ``incomplete``). So is a slice, contrast or set that the limits announce and that never came; phases and repetitions that
   never came are only noted, because retro-gated cines and
-  scans that the operator ends early have them.
+  scans that the operator ends early have them. Readouts that count from 1 where the limits count from 0 (or the other way round) lack
+  nothing: as many values came as were announced.
 * States of a 3D scan that lie half a slab apart are an error: slabs are told apart by the slice counter alone.
 * Fewer lines than the header's limits and acceleration promise are noted, not refused: prospective sampling masks do that.
 """
@@ -51,6 +52,7 @@ from gadgets.scan_checks import (
     SortLog,
     announced,
     complete,
+    counted_alike,
     dwell_note,
     lines_note,
     moving_note,
@@ -111,6 +113,7 @@ def sort_readouts(
     k2, k1, inside = _phase_encoding(headers, candidates, encoding, settings, log)
     counters = _counters(headers, candidates, settings, log)
     rows = _image_rows(headers, header, candidates, inside, counters, settings, log)
+    encoding = counted_alike(encoding, counters, rows, settings, log)
 
     axes = _state_axes(counters, rows, settings, log)
     slices, slice_of, states, state_of = _labels(counters, rows, axes, settings, log)

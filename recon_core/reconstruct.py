@@ -19,14 +19,11 @@ from recon_core.maps.series_t1 import recovery_times, t1_maps
 from recon_core.maps.settings import MapSettings
 from recon_core.methods import Method, get_method, is_separable, llr, needs_coil_maps
 from recon_core.preprocess.coil_compression import compress, compress_geometric, compression_matrix, geometric_compression
+from recon_core.preprocess.measured_part import completed_band, extents_of, in_band, notes_of_short_sides
 from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.preprocess.partial_fourier import (
-    Extent,
     Extents,
     complete,
-    has_phase,
-    is_partial,
-    measured_extent,
     partial_axes,
 )
 from recon_core.preprocess.settings import PreprocessSettings
@@ -36,10 +33,6 @@ from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, Report, Result, 
 
 COIL_IMAGE_AXES = (K2, K1)
 """Phase-encoding axes of hybrid k-space, which become z and y."""
-
-OWN_END, LARGEST_STEP, LEAST_OPPOSITE = 0.1, 4, {True: 6, False: 20}
-"""A state is one of partial Fourier by itself where it lacks this part of an axis beyond the others, is sampled in steps of so many lines
-at most, and has so many samples on the opposite side (of a plane, of a slab): random patterns leave a side empty by chance."""
 
 RESTORED_FROM = 0.015
 """Noise, relative to the peak, from which on `_restored` is worth while: at 0.011 a region gains 2 % of its contrast at most,
@@ -160,7 +153,12 @@ def reconstruct_images(
     else:
         kspace = compress_coils(kspace, recipe.preprocess)
     extents = extents_of(kspace)
-    recipe, smooth = _with_whole_phase(recipe, extents, scan, report)
+    recipe, told = _with_whole_phase(recipe, extents, scan, report)
+    short = notes_of_short_sides(extents, extents_of(kspace, completable=False), scan, recipe.maps.maps)
+    for note in short:
+        report.warn(note)
+    completed = recipe.maps.maps == "qsm" and recipe.preprocess.partial_fourier != "zero_fill"
+    band = completed_band(extents, scan) if completed and not empty else None
     by_coil_maps = needs_coil_maps(method, recipe.settings)
     if by_coil_maps and kspace.coil_maps is None:
         kspace = replace(
@@ -178,8 +176,8 @@ def reconstruct_images(
         report.warn(gaps)
         result = replace(result, notes=(*result.notes, gaps))
     noise = None if recipe.maps.maps == "none" or result.maps else _noise_of(kspace, scan)
-    result = replace(result, notes=(*loud, *smooth, *result.notes))
-    return StateImages(result, noise, "" if wrong is None else str(wrong), phase)
+    result = replace(result, notes=(*loud, *told, *short, *result.notes))
+    return StateImages(result, noise, "" if wrong is None else str(wrong), phase, band)
 
 
 def _known_beforehand(kspace: KSpace, scan: ScanInfo, method: Method, recipe: Recipe) -> ReconError | None:
@@ -347,53 +345,8 @@ def _calibration(method: Method, kspace: KSpace, scan: ScanInfo, settings: Any) 
     return kspace if choose is None else cast(KSpace, choose(kspace, scan, settings))
 
 
-def extents_of(kspace: KSpace) -> tuple[Extents, ...]:
-    """For each state first and one past the last measured index along z, y and x.
-
-    Undersampled patterns seldom end on the outermost line: an end that is missing no more than twice the largest gap inside the
-    pattern counts as measured. Partial Fourier is what is missing beyond that. Along z and y states share the extent of their union, as
-    random patterns end here and there; a state that lacks a large part (`OWN_END`) of one side, and has enough of it for a phase, has
-    its own.
-    """
-    union = _sampled_extents(kspace.mask)
-
-    def of_state(mask: torch.Tensor) -> tuple[Extent, Extent]:
-        if not bool(mask.any()):
-            return union
-        lines = (mask.sum(dim=1), mask.sum(dim=0))
-        z, y = (_own_or_shared(*of_axis) for of_axis in zip(_sampled_extents(mask[None]), union, lines, strict=True))
-        return z, y
-
-    return tuple((*of_state(mask), x) for mask, x in zip(kspace.mask, kspace.readout_extents, strict=True))
-
-
-def _sampled_extents(mask: torch.Tensor) -> tuple[Extent, Extent]:
-    z, y = measured_extent(mask)
-    sampled = mask.any(dim=0)
-    return _to_edge(z, sampled.any(dim=1)), _to_edge(y, sampled.any(dim=0))
-
-
-def _own_or_shared(own: Extent, shared: Extent, lines: torch.Tensor) -> Extent:
-    """``lines``: the state's samples at each position of the axis."""
-    n, step = len(lines), int(lines.nonzero()[:, 0].diff().max()) if int((lines > 0).sum()) > 1 else 0
-    before, after = own[0] - shared[0], shared[1] - own[1]
-    centre = n // 2  # the mirror of k is 2 centre - k
-    opposite = lines[2 * centre + 1 - own[0] :] if before > after else lines[: max(0, 2 * centre + 1 - own[1])]
-    plane = int(lines.max()) <= 1
-    lacks = max(before, after) > OWN_END * n and step <= LARGEST_STEP and int(opposite.sum()) >= LEAST_OPPOSITE[plane]
-    return own if lacks and is_partial(own, n) and has_phase(own, n) else shared
-
-
 def _is_partial(extents: Sequence[Extents], scan: ScanInfo) -> bool:
     return any(partial_axes(of_state, scan.matrix) for of_state in extents)
-
-
-def _to_edge(extent: Extent, sampled: torch.Tensor) -> Extent:
-    lines = sampled.nonzero()[:, 0]
-    gap = int(lines.diff().max()) if len(lines) > 1 else 1
-    n, tolerance = len(sampled), 2 * gap if gap > 1 else 0
-    start, stop = extent
-    return (0 if start <= tolerance else start), (n if n - stop <= tolerance else stop)
 
 
 def _by_state(change: Callable[..., torch.Tensor], data: torch.Tensor, *of_states: Sequence[Any]) -> torch.Tensor:
@@ -503,12 +456,14 @@ def _with_parameter_maps(
         return replace(result, maps=(), notes=(*result.notes, text))
     if settings.maps == "none" or result.maps:
         return result
-    series = result.images[0]
+    series, phase = result.images[0], final.phase
+    if final.band is not None and series.data.is_complex():
+        phase = in_band(series.data if phase is None else phase, final.band, scan)
     try:
         if settings.maps == "t1":
             found = t1_maps(series, scan, final.noise, settings)
         else:
-            found = multi_echo_maps(series, scan, final.noise, settings, mask, final.phase)
+            found = multi_echo_maps(series, scan, final.noise, settings, mask, phase)
     except ReconError as error:
         if settings.map_failure == "error":
             raise

@@ -9,6 +9,7 @@ import torch
 
 from recon_core.errors import DataError
 from recon_core.maps.series import ImageNoise
+from recon_core.preprocess.measured_part import Band
 from recon_core.types import Result
 
 
@@ -19,12 +20,14 @@ class StateImages:
     ``noise`` is that of the images of *all* states of the slice, for maps; ``None`` when no maps are to be made, or without any noise.
     ``no_maps`` says why maps of these images would be wrong; empty where they would not.
     ``phase``: complex ``(state, z, y, x)``, what the field is fitted to in place of the images; ``None``: the images themselves.
+    ``band``: what lies outside was not measured but completed, and is no part of what the field is fitted to; ``None``: nothing is.
     """
 
     result: Result
     noise: ImageNoise | None = None
     no_maps: str = ""
     phase: torch.Tensor | None = None
+    band: Band | None = None
 
 
 def join_states(parts: Sequence[StateImages]) -> StateImages:
@@ -53,4 +56,5 @@ def join_states(parts: Sequence[StateImages]) -> StateImages:
         for name, value in result.quality.items():
             quality[name] = max(value, quality.get(name, value))
     notes = tuple(dict.fromkeys(note for result in results for note in result.notes))
-    return StateImages(replace(first, images=images, quality=quality, notes=notes), parts[0].noise, parts[0].no_maps)
+    result = replace(first, images=images, quality=quality, notes=notes)
+    return StateImages(result, parts[0].noise, parts[0].no_maps, band=parts[0].band)

@@ -19,6 +19,7 @@ from recon_core.maps.brain_mask import brain_mask, given_mask, object_mask
 from recon_core.maps.dipole import Susceptibility, tkd, tv_admm
 from recon_core.maps.dipole_kernel import unit_vector
 from recon_core.maps.echo_agreement import agreed_field, check_decay, check_direction
+from recon_core.maps.echo_gain import echo_gain
 from recon_core.maps.field import FieldMaps
 from recon_core.maps.field_noise import field_noise
 from recon_core.maps.measured_grid import decay_between, images_between, map_between, mask_between, measured_grid
@@ -260,6 +261,9 @@ def multi_echo_maps(
             maps += found.maps
             notes += found.notes
             quality |= found.quality
+    gain = echo_gain(images, times, None if noise is None else noise.std, r2star.r2star)
+    if gain is not None and gain.note:
+        notes.append(gain.note)
     return SeriesMaps(tuple(maps), tuple(notes), quality, shown)
 
 

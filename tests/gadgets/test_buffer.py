@@ -565,6 +565,25 @@ def test_announced_but_missing() -> None:
     assert "9 of 10 announced repetitions never came, the first: 1" in scan.notes
 
 
+@pytest.mark.parametrize("counter", ["slice", "contrast", "set", "repetition"])
+@pytest.mark.parametrize(("first", "of_limits"), [(1, 0), (0, 1)])
+def test_readouts_and_header_may_count_from_another_number(counter: str, first: int, of_limits: int) -> None:
+    """As many values as were announced, each one higher or one lower: nothing is missing. (One that is missing is, still.)"""
+    times = (0.002, 0.005, 0.008)
+    listed = {"echo_times": times} if counter == "contrast" else {"inversion_times": times} if counter == "set" else {}
+    header = mrd_header(limits={counter: Limit(of_limits, of_limits + 2, of_limits)}, **listed)
+    headers = readout_headers([c for n in range(3) for c in lines(8, **{counter: first + n})])
+    scan = sort_readouts(headers, header)
+    assert (scan.n_slices, scan.n_states) == ((3, 1) if counter == "slice" else (1, 3))
+    assert listed == {} or times in (scan.echo_times, scan.inversion_times[0])
+    assert f"the readouts count {counter} from {first}, the header from {of_limits}: the same ones" in scan.notes
+    assert not any("never came" in note for note in scan.notes)
+    one_less = sort_readouts(headers[:16], header, AcquisitionSettings(incomplete="drop"))
+    assert any("never came" in note for note in one_less.notes) and not any(
+        "the same ones" in note for note in one_less.notes
+    )
+
+
 def test_fewer_lines_than_promised_is_noted() -> None:
     limits = {"kspace_encode_step_1": Limit(0, 15, 8)}
     headers = readout_headers([{"k1": k} for k in range(0, 16, 2)])

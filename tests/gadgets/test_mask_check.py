@@ -50,15 +50,17 @@ def _check(
     digest: str | None = None,
     slices: int = 1,
     announced: int | None = None,
+    first: int = 0,
+    header_first: int = 0,
     **settings: object,
 ) -> MaskReport:
     n_echoes, n2, n1 = acquired.shape
-    single = {"contrast": Limit(0, (announced or n_echoes) - 1, 0)}
+    single = {"contrast": Limit(header_first, header_first + (announced or n_echoes) - 1, header_first)}
     limits = {"kspace_encode_step_1": Limit(0, n1 - 1, n1 // 2), "kspace_encode_step_2": Limit(0, n2 - 1, n2 // 2), **single}
     told = {key: value for key, value in (("SamplingMask", name), ("SamplingMaskSHA256", digest)) if value is not None}
     header = mrd_header(n1=n1, n2=n2, limits=limits, user_string=told)
     counters = [
-        {"contrast": echo, "k2": k2, "k1": k1, "slice": number}
+        {"contrast": first + echo, "k2": k2, "k1": k1, "slice": number}
         for number in range(slices)
         for echo, k2, k1 in np.argwhere(acquired).tolist()
     ]
@@ -71,6 +73,9 @@ def test_agreement(folder: Path) -> None:
         found = _check(MASK, folder, digest=digest)
         assert found == MaskReport(agreement="all 72 samples are those of mask 'learned'")
     assert _check(MASK, folder, slices=2).agreement == "all 144 samples are those of mask 'learned'"
+    for header_first in (0, 1):  # echoes that are counted from 1
+        counted = _check(MASK, folder, first=1, header_first=header_first)
+        assert counted.agreement == "all 72 samples are those of mask 'learned'"
 
 
 def test_nothing_is_said_without_a_mask(folder: Path) -> None:

@@ -298,8 +298,16 @@ def test_learn_writes_a_mask_that_can_be_ordered(tmp_path: Path) -> None:
     assert mask.facts["density"] == "learned" and mask.probability is not None
     assert json.loads((tmp_path / "m.training" / "recipe.json").read_text())["precision"] == "bfloat16"
     assert "5 segments x 20 = 100" in _run("order", tmp_path / "m.h5", tmp_path / "o.h5", "--segments", "5")
-    with pytest.raises(SettingError):  # the folder holds a training
+    with pytest.raises(SettingError, match="the folder holds a training"):
         _run("learn", tmp_path / "m.h5", *words)
+    drawn = mask.mask
+    (tmp_path / "m.h5").unlink()
+    assert "learned after 1 of 1 steps" in _run("learn", tmp_path / "m.h5", *words, "--resume")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.h5").mask, drawn)
+    with pytest.raises(SettingError, match="got first_steps: 1, not 2"):
+        _run("learn", tmp_path / "m.h5", *words, "--steps", "2", "--resume")
+    with pytest.raises(SettingError, match="no training to resume"):
+        _run("learn", tmp_path / "n.h5", *words, "--resume")
     for ending in ("png", "csv"):  # a table would lose what was learned
         with pytest.raises(OutputError, match="unknown kind of file"):
             _run("learn", tmp_path / f"n.{ending}", *words)

@@ -3,8 +3,8 @@ import torch
 
 from recon_core.errors import DataError
 from recon_core.fourier import fft_centred, ifft_centred
+from recon_core.preprocess.measured_part import extents_of
 from recon_core.preprocess.partial_fourier import complete, homodyne, is_partial, measured_extent, partial_axes, pocs
-from recon_core.reconstruct import extents_of
 from recon_core.types import KSpace
 from tests.recon_core.coil_phantom import phantom
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from scipy.ndimage import binary_dilation
 
 from recon_core.errors import DataError
+from recon_core.fourier import fft_centred
 from recon_core.maps.dipole_kernel import ppm_per_hz
 from recon_core.maps.echo_agreement import check_direction
 from recon_core.maps.phase_sign import iron_contrast, note_of_sign
@@ -86,6 +88,37 @@ def test_maps_of_a_known_head() -> None:
     torch.testing.assert_close(by_name(same.maps)["QSM"].data, maps["QSM"].data, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("inversion", "named", "most"),
+    [
+        ("medi", "MEDI, zero: mean of whole mask", 0.12),
+        ("medi0", "MEDI+0, zero: mean of cerebrospinal fluid", 0.12),
+        ("tkd", "TKD", 0.45),
+    ],
+)
+def test_every_inversion_is_reached_with_the_right_scale(inversion: str, named: str, most: float) -> None:
+    head, series, scan = scene()
+    chi = by_name(multi_echo_maps(series, scan, ImageNoise(NOISE, True), replace(QSM, map_inversion=inversion)).maps)["QSM"]
+    assert chi.comment.startswith(named) and error(chi, head) < most
+    inside = chi.valid & head.mask
+    found, true = (values[inside].double() - values[inside].double().mean() for values in (chi.data, head.chi))
+    assert float(found @ true / (true @ true)) == pytest.approx(1.0, abs=0.05)
+    assert inversion != "medi0" or abs(float(chi.data[head.fluid].mean())) < 0.002
+
+
+@pytest.mark.parametrize(("background", "most"), [("none", 0.45), ("resharp", 0.6), ("v_sharp", 0.65), ("pdf", 0.7)])
+def test_every_removal_is_reached(background: str, most: float) -> None:
+    head, series, scan = scene()
+    settings = replace(QSM, map_inversion="tkd", map_background=background)
+    maps = by_name(multi_echo_maps(series, scan, ImageNoise(NOISE, True), settings).maps)
+    assert (
+        maps["local_field"].comment == f"background removed by {background}"
+        and f"background {background};" in maps["QSM"].comment
+    )
+    kept = float(maps["QSM"].valid.sum() / maps["brain_mask"].valid.sum())
+    assert (kept == 1) == (background in ("none", "pdf")) and error(maps["QSM"], head) < most
+
+
 def test_fluid_is_the_zero_when_asked_for() -> None:
     head, series, scan = scene()
     csf = replace(QSM, map_reference="csf")
@@ -134,6 +167,33 @@ def test_echoes_that_do_not_belong_together_have_no_susceptibility_and_say_so() 
         found = multi_echo_maps(ImageSeries("image", data), header, ImageNoise(NOISE, True), warned)
         assert [m.name for m in found.maps] == ["R2star", "R2star_SD", "S0"]
         assert "R2* may be wrong as well" in found.notes[0] and "ACQ_IS_REVERSE" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("echo", "gain", "words"),
+    [
+        (0, 1.0, ""),
+        (0, 0.85, r"the echo of 4 ms is 15 % darker than the others say: .* R2\* is about .. % too low"),
+        (2, 1.3, r"the echo of 14 ms is 3. % brighter than the others say: .* R2\* is about .. % too low"),
+        (3, 0.8, r"the echo of 19 ms is 2. % darker than the others say: .* R2\* is about .. % too high"),
+    ],
+)
+def test_an_echo_of_another_gain_is_told(echo: int, gain: float, words: str) -> None:
+    _, series, scan = scene()
+    r2star = replace(QSM, maps="r2star")
+    scaled = replace(series, data=series.data.clone())
+    scaled.data[echo] *= gain
+    right, found = (multi_echo_maps(s, scan, ImageNoise(NOISE, True), r2star) for s in (series, scaled))
+    told = [note for note in found.notes if "than the others say" in note]
+    assert len(told) == bool(words) and all(re.match(words, note) for note in told)
+    rates = [by_name(f.maps)["R2star"] for f in (found, right)]
+    inside = rates[0].valid & rates[1].valid & (rates[1].data > 5)
+    off = float((rates[0].data / rates[1].data - 1)[inside].median())
+    said = [float(n) for note in told for n in re.findall(r"about (\d+) %", note)]
+    assert said == [] or abs(off) == pytest.approx(said[0] / 100, abs=0.1)
+    swapped = replace(scan, echo_times=tuple(reversed(TIMES)))  # whichever order they come in
+    back = multi_echo_maps(replace(scaled, data=scaled.data.flip(0)), swapped, ImageNoise(NOISE, True), r2star)
+    assert [note for note in back.notes if "than the others say" in note] == told
 
 
 @pytest.mark.parametrize("n_echoes", [2, 4])
@@ -386,17 +446,54 @@ def test_the_recipe_refuses_before_it_computes_and_the_method_s_images_stay() ->
     assert any("no susceptibility map" in note for note in images.notes)
 
 
+def without_lines(series: ImageSeries, *missing: tuple[int, float]) -> KSpace:
+    """K-space of one coil in which echoes lack a part of k1, from its beginning; number of the echo (-1: all) and part."""
+    counts = torch.ones(series.data.shape[:3])
+    for echo, part in missing:
+        counts[echo if echo >= 0 else slice(None), :, : round(counts.shape[2] * part)] = 0
+    data = (fft_centred(series.data, (-3, -2)) * (counts > 0)[..., None])[:, None]
+    return KSpace(data, counts, coil_maps=torch.ones_like(data[0]), noise_std=NOISE * 2**0.5)
+
+
+def test_what_completes_kspace_is_no_part_of_the_field() -> None:
+    """The phase that completes an image is a smooth one: the field is that of the zero-filled images, though the sharper ones are sent."""
+    head, series, scan = scene()
+    z, y, x = scan.matrix
+    fine = replace(scan, recon_matrix=(z, 2 * y, x))  # frequencies are those of the scan, not of the console's matrix
+    maps = {}
+    for how in ("pocs", "zero_fill"):
+        recipe = Recipe("cg_sense", CgSettings(), PreprocessSettings(partial_fourier=how), maps=QSM)
+        result = reconstruct(without_lines(series, (-1, 0.3)), fine, recipe, mask=head.mask.repeat_interleave(2, dim=1))
+        maps[how] = by_name(result.maps)
+    inside = maps["pocs"]["QSM"].valid & maps["zero_fill"]["QSM"].valid
+    chi, rate = ((maps["pocs"][name].data - maps["zero_fill"][name].data)[inside].abs() for name in ("QSM", "R2star"))
+    assert float(chi.max()) < 1e-3 and float(rate.quantile(0.9)) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        ((-1, 0.25), ()),
+        ((-1, 0.35), ("65 % of k-space along k1",)),
+        ((3, 0.45), ("image 3: next to nothing was measured on one side", "Maps may be far off")),
+        ((3, 0.35), ("65 % of k-space along k1",)),
+    ],
+)
+def test_what_partial_fourier_cannot_mend_is_told(missing: tuple[int, float], words: tuple[str, ...]) -> None:
+    _, series, scan = scene()
+    recipe = Recipe("cg_sense", CgSettings(iterations=1), maps=replace(QSM, maps="r2star"))
+    told = reconstruct(without_lines(series, missing), scan, recipe).notes
+    assert bool(told) == bool(words) and all(any(word in note for note in told) for word in words)
+    images = reconstruct(without_lines(series, missing), scan, replace(recipe, maps=MapSettings())).notes
+    assert not any("aps may be" in note or "R2*" in note for note in images) and bool(images) == (
+        "Maps may be far off" in words
+    )
+
+
 def test_homodyne_takes_no_detail_from_the_field() -> None:
     """It keeps the smooth part of the phase alone; the recipe completes k-space by pocs instead, and says so."""
     _, series, scan = scene()
-    shift = (1, 2)
-    data = torch.fft.fftshift(
-        torch.fft.fftn(torch.fft.ifftshift(series.data, dim=shift), dim=shift, norm="ortho"), dim=shift
-    )
-    counts = torch.ones(4, *data.shape[1:3])
-    counts[:, :, : counts.shape[2] // 4] = 0
-    data = (data * (counts > 0)[..., None])[:, None]
-    kspace = KSpace(data, counts, coil_maps=torch.ones_like(data[0]), noise_std=NOISE * 2**0.5)
+    kspace = without_lines(series, (-1, 0.25))
 
     def found(how: str, maps: str = "qsm") -> Result:
         settings = PreprocessSettings(partial_fourier=how)
