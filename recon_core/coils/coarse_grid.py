@@ -87,6 +87,21 @@ def interpolate(values: Tensor, axes: Sequence[GridAxis]) -> Tensor:
     return out
 
 
+def coil_energy(calibration: Tensor, where: str) -> tuple[Tensor, float]:
+    """Energy of each coil in units of the largest sample squared, float64 ``(coil,)``, and that sample's magnitude.
+
+    Raises
+    ------
+    CalibrationError
+        All is zero, or a value is not finite.
+    """
+    peak = float(calibration.abs().max())
+    if not math.isfinite(peak) or peak == 0:
+        raise CalibrationError("no signal, or not finite, in the calibration lines", where=where, got=f"largest {peak}")
+    # squares of very small or large samples do not fit float32
+    return (calibration / peak).abs().flatten(1).square().sum(1, dtype=torch.float64), peak
+
+
 def low_resolution_images(block: Tensor, axes: Sequence[GridAxis]) -> tuple[Tensor, float]:
     """Images of a Hann-windowed block of k-space at the coarse positions.
 

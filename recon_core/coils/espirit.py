@@ -16,6 +16,7 @@ import torch
 from recon_core.coils.coarse_grid import (
     GridAxis,
     align_phases,
+    coil_energy,
     interpolate,
     leading_eigenvector,
     low_resolution_images,
@@ -37,6 +38,12 @@ FEWEST_LINES = 8
 
 NOISE_MARGIN = 1.25
 """Patches overlap, so their noise is not independent: its largest singular value exceeds ``sd (sqrt(m) + sqrt(n))`` by less."""
+
+SILENT_LEVEL = 1e-6
+"""A coil with less than this part of the median energy of the coils that have any is switched off."""
+
+DEPENDENT = 1e-13
+"""Squared singular values below this part of the largest are what rounding leaves of coils that are sums of others: they show no noise."""
 
 SIGNAL_LEVEL = 3.0
 """A calibration image above this multiple of its noise shows signal."""
@@ -75,7 +82,8 @@ def espirit_maps(
 
     Returns
     -------
-    complex64 ``(coil, *shape)``, unit root sum of squares (zero in the background), with a smooth common phase.
+    complex64 ``(coil, *shape)``, unit root sum of squares (zero in the background), with a smooth common phase; zero for coils that are
+    switched off (``SILENT_LEVEL``).
 
     Raises
     ------
@@ -85,11 +93,18 @@ def espirit_maps(
     got = tuple(calibration.shape)
     if len(got) != len(shape) + 1 or len(got) not in (3, 4):
         raise CalibrationError("wrong shape", where="ESPIRiT", got=got, expected=f"(coil, {len(shape)} axes)")
-    total = float(torch.linalg.vector_norm(calibration))
-    if not math.isfinite(total) or total == 0:
-        raise CalibrationError("no signal, or not finite, in the calibration lines", where="ESPIRiT", got=f"norm {total}")
-    block = calibration / total * math.sqrt(calibration.numel())
-    sd = None if noise_std is None else noise_std / total * math.sqrt(calibration.numel())
+    energy, peak = coil_energy(calibration, "ESPIRiT")
+    heard = energy > SILENT_LEVEL * energy[energy > 0].median()
+    if not bool(heard.all()):
+        # the noise is what the weaker half of the singular values show, and those of coils without any would be taken for it
+        maps = calibration.new_zeros(got[0], *shape)
+        maps[heard] = espirit_maps(
+            calibration[heard], shape, kernel=kernel, threshold=threshold, background=background, noise_std=noise_std
+        )
+        return maps
+    rms = math.sqrt(float(energy.sum()) / calibration.numel())
+    block = calibration / peak / rms
+    sd = None if noise_std is None else noise_std / peak / rms
     if calibration.ndim == 3:
         axes = [GridAxis.spanning(n, COARSE_2D) for n in shape]
         operators = _operator(block, axes, kernel, threshold, sd)
@@ -154,7 +169,8 @@ def _signal_space(patches: Tensor, threshold: float, noise_std: float | None) ->
     values, vectors = torch.linalg.eigh(p @ p.mH if wide else p.mH @ p)
     least = threshold**2 * float(values[-1])
     # averaged lines have less noise than one sample, and the noise may be unknown: what the weaker half of the spectrum shows
-    weak = math.sqrt(max(float(values[: (len(values) + 1) // 2].median()), 0.0) / max(p.shape))
+    shown = values[values > DEPENDENT * values[-1]]
+    weak = math.sqrt(float(shown[: (len(shown) + 1) // 2].median()) / max(p.shape))
     noise = weak if noise_std is None else min(noise_std, weak)
     least = max(least, (NOISE_MARGIN * noise * sum(math.sqrt(n) for n in p.shape)) ** 2)
     kept = values > min(least, float(values[-1]) * 0.999)

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 
 import torch
 
-from recon_core.coils.coarse_grid import GridAxis, align_phases, interpolate, leading_eigenvector, low_resolution_images
+from recon_core.coils.coarse_grid import (
+    GridAxis,
+    align_phases,
+    coil_energy,
+    interpolate,
+    leading_eigenvector,
+    low_resolution_images,
+)
 from recon_core.errors import CalibrationError
 
 Tensor = torch.Tensor
@@ -48,12 +55,11 @@ def walsh_maps(calibration: Tensor, shape: Sequence[int], *, block: int = 1) -> 
     got = tuple(calibration.shape)
     if len(got) != len(shape) + 1 or len(got) not in (3, 4):
         raise CalibrationError("wrong shape", where="Walsh", got=got, expected=f"(coil, {len(shape)} axes)")
-    total = float(torch.linalg.vector_norm(calibration))
-    if not math.isfinite(total) or total == 0:
-        raise CalibrationError("no signal, or not finite, in the calibration lines", where="Walsh", got=f"norm {total}")
+    energy, peak = coil_energy(calibration, "Walsh")
+    rms = math.sqrt(float(energy.sum()) / calibration.numel())
     coarse = COARSE_2D if len(shape) == 2 else COARSE_3D
     axes = [GridAxis.spanning(int(n), coarse) for n in shape]
-    images, _ = low_resolution_images(calibration / total * math.sqrt(calibration.numel()), axes)
+    images, _ = low_resolution_images(calibration / peak / rms, axes)
     pixels = torch.movedim(images, 0, -1)
     covariance = pixels[..., :, None] * pixels[..., None, :].conj()
     for i, axis in enumerate(axes):

@@ -75,6 +75,7 @@ def test_scale_and_block_position_do_not_matter() -> None:
     block = calibration_block(images, (28, 24))
     maps = espirit_maps(block, (64, 64), noise_std=1e-3)
     torch.testing.assert_close(espirit_maps(1e5 * block, (64, 64), noise_std=1e2), maps, rtol=0, atol=1e-3)
+    torch.testing.assert_close(espirit_maps(1e-25 * block, (64, 64), noise_std=1e-28), maps, rtol=0, atol=1e-3)
     torch.testing.assert_close(espirit_maps(block, (64, 64), noise_std=1e-3), maps, rtol=0, atol=0)
     assert combination_error(espirit_maps(block[:, 3:27], (64, 64)), images) < 0.015
 
@@ -86,6 +87,33 @@ def test_permuted_coils_give_permuted_maps() -> None:
     inside = phantom((64, 64)).abs() > 0.1
     overlap = (espirit_maps(block, (64, 64))[order].conj() * espirit_maps(block[order], (64, 64))).sum(dim=0)
     assert float(overlap.abs()[inside].min()) > 0.999
+
+
+def noisy_coils(n_coils: int, noise: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coil images ``(coil, 64, 64)``, without and with noise."""
+    images = smooth_maps(n_coils, (64, 64)) * phantom((64, 64))
+    return images, images + noise * torch.randn(
+        images.shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(1)
+    )
+
+
+@pytest.mark.parametrize("faint", [0.0, 1e-4])
+@pytest.mark.parametrize("noise_std", [None, 0.1])
+def test_coils_that_are_switched_off_change_nothing_for_the_others(noise_std: float | None, faint: float) -> None:
+    _, noisy = noisy_coils(6, 0.1)
+    noisy[[2, 5]] *= faint
+    heard = [0, 1, 3, 4]
+    maps = espirit_maps(calibration_block(noisy, (24, 24)), (64, 64), noise_std=noise_std)
+    alone = espirit_maps(calibration_block(noisy[heard], (24, 24)), (64, 64), noise_std=noise_std)
+    torch.testing.assert_close(maps[heard], alone, rtol=0, atol=0)
+    assert not bool(maps[[2, 5]].any())
+
+
+def test_coils_that_are_sums_of_others_show_no_noise() -> None:
+    images, noisy = noisy_coils(6, 0.2)
+    sums = torch.randn(4, 6, dtype=torch.complex64, generator=torch.Generator().manual_seed(2)) / 3
+    images, noisy = (torch.cat([coils, torch.einsum("vc,cyx->vyx", sums, coils)]) for coils in (images, noisy))
+    assert combination_error(espirit_maps(calibration_block(noisy, (24, 24)), (64, 64)), images) < 0.08
 
 
 def test_input_is_not_edited() -> None:

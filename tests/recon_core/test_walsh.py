@@ -24,6 +24,12 @@ def test_a_flat_object_gives_the_true_maps() -> None:
     assert float(overlap.min()) > 0.999
 
 
+def test_scale_does_not_matter() -> None:
+    block = calibration_block(smooth_maps(3, (24, 24)) * phantom((24, 24)), (12, 12))
+    maps = walsh_maps(block, (24, 24))
+    torch.testing.assert_close(walsh_maps(1e-25 * block, (24, 24)), maps, rtol=0, atol=1e-3)
+
+
 def test_larger_blocks_are_calmer_in_noise() -> None:
     truth = smooth_maps(6, (80, 80))
     g = torch.Generator().manual_seed(0)
