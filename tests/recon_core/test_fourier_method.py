@@ -26,6 +26,16 @@ def test_root_sum_of_squares(shape: tuple[int, int, int]) -> None:
     np.testing.assert_allclose(image.data.numpy(), expected, rtol=2e-6, atol=2e-6 * expected.max())
 
 
+@pytest.mark.parametrize("factor", [1e-30, 1e25])
+def test_squares_that_do_not_fit_single_precision_are_no_black_image(factor: float) -> None:
+    series = small_series((1, 15, 12), n_states=2)
+    k = series.kspace
+    usual, other = (
+        reconstruct(replace(k, data=k.data * by), series.scan, Settings(), Report()).images[0].data for by in (1.0, factor)
+    )
+    torch.testing.assert_close(other / factor, usual, rtol=1e-4, atol=1e-5)
+
+
 def test_adaptive_recovers_the_complex_truth() -> None:
     series = small_series(keep=1.0, noise=1e-4)
     image = reconstruct(series.kspace, series.scan, Settings(combine="adaptive"), Report()).images[0]
