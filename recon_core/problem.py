@@ -21,6 +21,9 @@ LOUDEST = 1.33
 """A noise scan may say so many times what outer k-space shows, where signal comes on top: few samples, and noise bandwidths that differ by
 12 %. Good T1 scans show 0.47 to 0.75 (`benchmarks.t1_checks`)."""
 
+FAR_TOO_LOUD = 3.0
+"""... and so many times where no maps are made: the regularisation by it is ten times too strong, up to a black image."""
+
 QUIETEST = 3.0
 """... and outer k-space that holds nothing but noise may be so many times louder than the noise scan. Good scans show 0.95 to 1.23
 (`benchmarks.t1_checks`), and up to 1.7 where signal passes for white: four coils, an SNR of 200, partial Fourier."""
@@ -189,7 +192,8 @@ def signal_scale(kspace: KSpace) -> float:
     """
     centre = kspace.acs_mask if kspace.acs_mask is not None else kspace.mask.all(0)
     source, window, gain = kspace.data, None, 1.0
-    if bool(centre.any()) and bool(kspace.mask[:, centre].all()):
+    # positions that all states share by chance, far out, show no object
+    if bool(centre[centre.shape[0] // 2, centre.shape[1] // 2]) and bool(kspace.mask[:, centre].all()):
         window = centre[:, :, None]
     elif kspace.acs is not None:
         source, gain = kspace.acs[None], _gain_over_calibration(kspace, kspace.acs, centre)
@@ -230,7 +234,9 @@ def outer_noise(kspace: KSpace) -> float:
     The outer quarter of the sampled positions, all readout positions: for complex Gaussian noise ``|n|^2`` is exponential, so
     its lowest tenth ends at ``-ln(0.9) sigma^2``; the tenth hardly sees what signal remains. Biased upwards if at all.
     """
-    return math.sqrt(float(_outer_power(kspace).mean()))
+    power = _outer_power(kspace)
+    heard = power > 0  # channels without a receiver are silent
+    return math.sqrt(float(power[heard].mean())) if bool(heard.any()) else 0.0
 
 
 def noise_scan_excess(kspace: KSpace) -> float:
@@ -282,5 +288,10 @@ def _outer_samples(kspace: KSpace) -> Tensor:
     k1 = (torch.arange(counts.shape[2], device=counts.device) - counts.shape[2] // 2) / max(1, counts.shape[2] // 2)
     distance = torch.maximum(k2.abs()[:, None], k1.abs()[None, :]).expand(counts.shape)
     sampled = counts > 0
-    far = sampled & (distance >= torch.quantile(distance[sampled].float(), 0.75))
+    far = sampled & (distance >= upper_quartile(distance[sampled]))
     return kspace.data.movedim(1, -1)[far] * counts[far].sqrt()[:, None, None]
+
+
+def upper_quartile(values: Tensor) -> Tensor:
+    """The first value at or above it; `torch.quantile` takes 16 million values at most."""
+    return values.float().kthvalue(math.ceil(0.75 * (values.numel() - 1)) + 1).values

@@ -27,7 +27,7 @@ from recon_core.preprocess.partial_fourier import (
     partial_axes,
 )
 from recon_core.preprocess.settings import PreprocessSettings
-from recon_core.problem import LOUDEST, QUIETEST, noise_of, noise_scan_excess, noise_scan_lack, pose
+from recon_core.problem import FAR_TOO_LOUD, LOUDEST, QUIETEST, noise_of, noise_scan_excess, noise_scan_lack, pose
 from recon_core.state_images import StateImages
 from recon_core.types import COIL, K1, K2, ImageSeries, KSpace, Report, Result, ScanInfo, Tensor
 
@@ -307,10 +307,11 @@ def calibration_contrast(states: Tensor, times: Sequence[float], *, inverted: bo
 def _with_believable_noise(kspace: KSpace, recipe: Recipe, report: Report) -> tuple[KSpace, tuple[str, ...]]:
     """The k-space without its noise measurement where that contradicts the samples, and what to tell of it.
 
-    A noise level too high would blind T1's checks, which ask whether the misfit is more than noise, and bend R2* (noise lifts late
-    echoes). One too low would make standard deviations too small, and regularisation that follows the noise next to none.
+    A noise level too high would blind T1's checks, which ask whether the misfit is more than noise, bend R2* (noise lifts late echoes),
+    and regularise images away. One too low would make standard deviations too small, and regularisation that follows the noise next to
+    none.
     """
-    if recipe.maps.maps != "none" and (excess := noise_scan_excess(kspace)) > LOUDEST:
+    if (excess := noise_scan_excess(kspace)) > (FAR_TOO_LOUD if recipe.maps.maps == "none" else LOUDEST):
         note = f"{excess:.1f} times louder than the outer k-space of the images, which cannot be"
     elif (lack := noise_scan_lack(kspace)) > QUIETEST:
         note = f"{lack:.{1 if lack < 10 else 0}f} times quieter than the noise in the outer k-space of the images"

@@ -12,7 +12,7 @@ import torch
 from recon_core.batches import batch_share
 from recon_core.errors import DataError
 from recon_core.methods import cg_sense, llr
-from recon_core.problem import outer_noise, pose
+from recon_core.problem import outer_noise, pose, upper_quartile
 from recon_core.solvers.low_rank import LocallyLowRank, shrink_singular_values
 from recon_core.types import ImageSeries, Report
 from tests.recon_core.live_memory import peak_bytes
@@ -146,6 +146,23 @@ def test_noise_is_found_in_the_outer_kspace(noise: float) -> None:
     # averages are less noisy: the estimate is for one readout
     averaged = replace(series.kspace, data=series.kspace.data / 2, counts=series.kspace.counts * 4)
     assert outer_noise(averaged) == pytest.approx(outer_noise(series.kspace), rel=1e-5)
+    # channels without a receiver have none
+    silent = replace(series.kspace, data=torch.cat([series.kspace.data, torch.zeros_like(series.kspace.data)], 1))
+    assert outer_noise(silent) == pytest.approx(outer_noise(series.kspace), rel=1e-5)
+
+
+def test_outer_positions_that_all_states_share_by_chance_are_no_scale() -> None:
+    series = small_series((1, 64, 64), n_states=2, n_coils=1, keep=1.0)
+    mask = series.kspace.mask.clone()
+    mask[0, :, 20:44:2] = mask[1, :, 21:44:2] = False
+    data = series.kspace.data * mask[:, None, :, :, None]
+    kspace = replace(series.kspace, data=data, counts=mask.float(), acs=None, acs_mask=None)
+    assert pose(kspace, "here", Report()).scale > 0.5 * float(abs(series.images).max())
+
+
+def test_more_positions_than_torch_takes_quantiles_of() -> None:
+    values = torch.arange(1 << 24 | 1).float()
+    assert float(upper_quartile(values)) == 3 << 22
 
 
 def test_strong_averaging_lowers_the_weight() -> None:
