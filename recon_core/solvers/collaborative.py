@@ -29,6 +29,9 @@ Tensor = torch.Tensor
 CPU_GROUPS, ACCELERATOR_GROUPS = 512, 1 << 16
 """Groups that are transformed at a time: on the CPU they stay in the cache."""
 
+CPU_PRODUCTS = 1 << 23
+"""Products between states of the groups transformed at a time, in each part: 64 MB. Reached with more than 128 states."""
+
 CPU_PARTS = 4
 """Parts of a plane that threads may take; each sums for itself, so that the result does not depend on how many threads there are."""
 
@@ -134,7 +137,7 @@ class PatchGroups:
         pixels = _real_pixels(images)
         grid = pixels.reshape(*self.shape, -1)
         parts = self.corners.tensor_split(CPU_PARTS)
-        steps = batch(CPU_GROUPS)
+        steps = _cpu_groups(len(images))
 
         def of(corners: Tensor) -> tuple[Tensor, Tensor]:
             total, weight = torch.zeros_like(grid), torch.zeros(self.shape)
@@ -158,7 +161,7 @@ class PatchGroups:
         n_channels = pixels.shape[1]
         total = torch.zeros_like(pixels)
         weight = torch.zeros(pixels.shape[0], dtype=pixels.dtype, device=images.device)
-        at_a_time = batch(CPU_GROUPS if images.device.type == "cpu" else ACCELERATOR_GROUPS)
+        at_a_time = _cpu_groups(len(images)) if images.device.type == "cpu" else batch(ACCELERATOR_GROUPS)
         for corners in self.corners.split(at_a_time):
             index = self._pixels(corners)
             filtered, sparsity = self._filter_groups(pixels[index].mT.contiguous(), level)
@@ -197,6 +200,10 @@ class PatchGroups:
         # the weight rides along: a scalar per group commutes with the transforms
         kept = transformed * (keep * weight[:, None, None]).repeat(1, 2, 1)
         return turn.mT @ torch.matmul(kept, self.transform), weight
+
+
+def _cpu_groups(n_states: int) -> int:
+    return max(1, min(batch(CPU_GROUPS), batch(CPU_PRODUCTS) // n_states**2))
 
 
 def principal_images(series: Tensor, most: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 import recon_core.solvers
 from recon_core.errors import DataError
-from recon_core.solvers import compiled, patch_kernels
+from recon_core.solvers import collaborative, compiled, patch_kernels
 from recon_core.solvers.collaborative import PatchGroups, PatchSettings, principal_images
 
 
@@ -141,6 +141,21 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_many_states_take_fewer_groups_at_a_time(compiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products between states grow with their square: the same bits, and no more of them than was said, however many states."""
+    images = noisy(series(12), 0.1)
+    groups = PatchGroups(images, PatchSettings())
+    monkeypatch.setattr(compiled, "is_there", lambda: compiles)
+    whole = groups.filter(images, 0.1, 2.0)
+    eigh, sizes = torch.linalg.eigh, []
+    monkeypatch.setattr(collaborative, "CPU_PRODUCTS", 7 * 144)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrices: (sizes.append(matrices.numel()), eigh(matrices))[1])
+    found = groups.filter(images, 0.1, 2.0)
+    assert max(sizes) == 7 * 144
+    torch.testing.assert_close(found, whole, rtol=0, atol=0 if compiles else 1e-6)
 
 
 def test_double_precision_stays_double() -> None:
