@@ -171,7 +171,9 @@ def _part(problem: Problem, kspace: KSpace, weights: Tensor, rhs: Tensor | None 
     for data, weight in zip(kspace.data, weights, strict=True):
         power = torch.view_as_real(data / problem.scale).square().sum(-1)  # (coil, k2, k1, x)
         energy.append((power * weight[None, :, :, None] ** 2).sum((0, 1, 2), dtype=torch.float64))
-    n_samples = (weights > 0).flatten(1).sum(1).double() * kspace.data.shape[1] * kspace.data.shape[-1]
+    # channels without a receiver are silent: their zeros are no samples that have noise
+    n_heard = sum(bool((coil != 0).any()) for coil in kspace.data.unbind(1))
+    n_samples = (weights > 0).flatten(1).sum(1).double() * n_heard * kspace.data.shape[-1]
     if rhs is None:
         rhs = operator.project(kspace.data, problem.scale)
     return Objective(operator, rhs, torch.stack(energy), n_samples, problem.noise)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -34,7 +36,20 @@ def test_truth_leaves_the_noise() -> None:
     assert objective.noise == pytest.approx(NOISE / problem.scale)
     # 4 states x about 16 lines x 3 coils x 28 columns = 5,000 samples: 1 % standard deviation
     assert objective.relative_error(truth) == pytest.approx(1.0, abs=0.05)
-    assert objective.relative_residuals(truth).tolist() == pytest.approx([1.0] * 4, abs=0.1)
+    residuals = objective.relative_residuals(truth)
+    assert residuals.tolist() == pytest.approx([1.0] * 4, abs=0.1)
+    # a channel without a receiver changes nothing
+    k = series.kspace
+    assert k.coil_maps is not None
+    silent = replace(
+        series,
+        kspace=replace(
+            k,
+            data=torch.cat([k.data, torch.zeros_like(k.data[:, :1])], 1),
+            coil_maps=torch.cat([k.coil_maps, torch.zeros_like(k.coil_maps[:1])]),
+        ),
+    )
+    torch.testing.assert_close(tiny_problem(silent)[1].relative_residuals(truth), residuals)
 
 
 def test_split_is_complete_and_leaves_the_centre() -> None:
