@@ -196,7 +196,10 @@ def restore(problem: Problem, images: torch.Tensor, iterations: int, report: Rep
 def finish(name: str, problem: Problem, images: torch.Tensor, solved: ProximalResult, report: Report) -> Result:
     """The result of an iterative method, with its figures of merit and what the operator has to know."""
     notes = []
-    if solved.change > UNCONVERGED:
+    if not bool((images != 0).any()) and bool((problem.rhs != 0).any()):
+        notes.append(f"{name}: the threshold has taken all signal away, the images are black; a smaller weight keeps it")
+        report.warn(notes[0])
+    elif solved.change > UNCONVERGED:
         notes.append(f"{name}: still changing by {100 * solved.change:.1f} % in iteration {solved.iterations}")
         report.warn(notes[0])
     report.progress(1.0)

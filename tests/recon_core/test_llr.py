@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from recon_core.batches import batch_share
 from recon_core.errors import DataError
-from recon_core.methods import cg_sense, llr
+from recon_core.methods import cg_sense, grasp_pro, llr
 from recon_core.problem import outer_noise, pose, upper_quartile
 from recon_core.solvers.low_rank import LocallyLowRank, shrink_singular_values
 from recon_core.types import ImageSeries, Report
@@ -204,3 +205,10 @@ def test_unfinished_work_is_told() -> None:
 def test_power_rises_with_the_noise() -> None:
     powers = [llr.shrinkage_power(noise) for noise in (0.0, 0.001, 0.01, 0.02, 0.04, 1.0)]
     np.testing.assert_allclose(powers, [0.6, 0.6, 0.6, 0.75, 0.9, 0.9])
+
+
+@pytest.mark.parametrize("method", [llr, grasp_pro])
+def test_a_threshold_that_leaves_nothing_is_told(method: ModuleType) -> None:
+    series = small_series()
+    result = method.reconstruct(series.kspace, series.scan, method.Settings(weight=1000.0, iterations=3), Report())
+    assert not bool(result.images[0].data.any()) and "images are black" in result.notes[0]
