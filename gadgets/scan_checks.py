@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from gadgets.buffer_settings import AcquisitionSettings
 from gadgets.errors import SortError
-from gadgets.readouts import Headers
+from gadgets.readouts import Headers, readout_name
 from gadgets.sorted_scan import STATE_COUNTERS, Placement, place_name
 from gadgets.wire.header import Encoding, Limit
 
@@ -36,6 +36,12 @@ OTHER_DWELL = 1.1
 
 LEAST_APART = 20.0
 """mm; slabs that differ by less may be one that follows a patient's motion."""
+
+MOST_TURNED = 20.0
+"""degrees; a slice that follows a patient's motion turns by less, another orientation differs by more."""
+
+TURNED = 0.2
+"""degrees; directions of one slice that differ by more are worth a note."""
 
 
 @dataclass
@@ -322,3 +328,55 @@ def one_place(source: Headers, slices: tuple[int, ...], states: tuple[Mapping[st
             expected=f"less than {most:.4g} mm, half a slab",
             remedy="Slabs are told apart by the counter slice, not by set, repetition or contrast: correct it in the conversion",
         )
+
+
+def one_orientation(
+    headers: Headers,
+    imaging: Placement,
+    source: Headers,
+    slices: tuple[int, ...],
+    states: tuple[Mapping[str, int], ...],
+    log: SortLog,
+) -> None:
+    """Refuse orientations that share a slice counter, and lines of one image that run in different directions; note small turns.
+
+    Parameters
+    ----------
+    source
+        ``(slice, state)``: header of the readout nearest to the k-space centre; all images of a slice have the directions of its first.
+
+    Raises
+    ------
+    SortError
+        A read, phase or slice direction `MOST_TURNED` or more away from that of the slice's first state. Missing ones are no contradiction.
+    """
+    turned = np.zeros(len(imaging))
+    for name in ("read_dir", "phase_dir", "slice_dir"):
+        own, first = _unit(headers[name][imaging.rows]), _unit(source[name][:, 0])[imaging.slice]
+        known = own.any(axis=1) & first.any(axis=1)
+        chord = np.linalg.norm(own - first, axis=1) / 2  # exact for small angles, which the cosine is not
+        turned = np.maximum(turned, np.where(known, 2 * np.degrees(np.arcsin(np.minimum(chord, 1.0))), 0.0))
+    i = int(np.argmax(turned))
+    where = place_name(slices[imaging.slice[i]], states, int(imaging.state[i]))
+    if turned[i] >= MOST_TURNED:
+        raise SortError(
+            "different orientations share a slice counter",
+            where=where,
+            got=f"directions turned by {turned[i]:.4g} degrees, most in {readout_name(headers, int(imaging.rows[i]))}",
+            expected=f"less than {MOST_TURNED:g}",
+            remedy="Orientations are told apart by the counter slice, not by set, repetition or contrast: correct it in the conversion",
+        )
+    if turned[i] > TURNED:
+        log.notes.append(
+            f"directions change by up to {turned[i]:.2g} degrees during the scan, most in {where}; those at the k-space centre of the "
+            "first state are used"
+        )
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of length 1; zero for those that are missing or not finite."""
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        wide = vectors.astype(np.float64)
+    wide = np.where(np.isfinite(wide).all(axis=1, keepdims=True), wide, 0.0)
+    length = np.linalg.norm(wide, axis=1, keepdims=True)
+    return np.where(length > 1e-6, wide / np.maximum(length, 1e-6), 0.0)

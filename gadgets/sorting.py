@@ -16,7 +16,8 @@ Rules (beyond the MRD specification, where writers differ)
   never came are only noted, because retro-gated cines and
   scans that the operator ends early have them. Readouts that count from 1 where the limits count from 0 (or the other way round) lack
   nothing: as many values came as were announced.
-* States of a 3D scan that lie half a slab apart are an error: slabs are told apart by the slice counter alone.
+* States of a 3D scan that lie half a slab apart are an error: slabs are told apart by the slice counter alone. So are readouts of one
+  slice in different directions; small turns (prospective motion correction) are noted.
 * Fewer lines than the header's limits and acceleration promise are noted, not refused: prospective sampling masks do that.
 """
 
@@ -56,6 +57,7 @@ from gadgets.scan_checks import (
     dwell_note,
     lines_note,
     moving_note,
+    one_orientation,
     one_place,
     repeats_note,
     too_large,
@@ -131,6 +133,7 @@ def sort_readouts(
     geometry = tuple(read_geometry(head) for head in source[:, 0])
     log.notes.extend(dict.fromkeys(note for g in geometry for note in g.notes))
     moving_note(headers, imaging, slices, log)
+    one_orientation(headers, imaging, source, slices, states, log)
     dwell_note(headers, imaging, states, log)
     if echoes_are_sets(header, states):
         log.notes.append(

@@ -769,6 +769,24 @@ def test_slabs_at_different_places_are_not_sent_to_one(counter: str) -> None:
     assert sort_readouts(flat, mrd_header()).n_states == 2
 
 
+@pytest.mark.parametrize("counter", ["set", "repetition", "contrast", "average"])
+def test_orientations_that_share_a_slice_are_not_sent_as_one(counter: str) -> None:
+    """A localiser whose three planes are counted as sets, phase encoding the other way round, and a slice that follows the head."""
+
+    def told(*second: tuple[float, float, float]) -> tuple[str, ...]:
+        of_second = dict(zip(("read_dir", "phase_dir", "slice_dir"), second, strict=True))
+        first = {"read_dir": (1, 0, 0), "phase_dir": (0, 1, 0), "slice_dir": (0, 0, 1)}
+        counters = [{"k1": k, counter: q, **(of_second if q else first)} for q in range(2) for k in range(8)]
+        return sort_readouts(readout_headers(counters), mrd_header()).notes  # type: ignore[arg-type]
+
+    for coronal_or_back in (((1, 0, 0), (0, 0, -1), (0, 1, 0)), ((1, 0, 0), (0, -1, 0), (0, 0, 1))):
+        with pytest.raises(SortError, match=r"different orientations share a slice counter.*turned by (90|180) degrees"):
+            told(*coronal_or_back)
+    cosine, sine = np.cos(np.radians(3)), np.sin(np.radians(3))
+    assert any("change by up to 3 degrees" in note for note in told((cosine, sine, 0), (-sine, cosine, 0), (0, 0, 1)))
+    assert not told((1, 1e-4, 0), (0, 1, 0), (0, 0, 1)) and not told((0, 0, 0), (np.nan, 0, 0), (0, 0, 0))
+
+
 # the index and the settings
 
 
