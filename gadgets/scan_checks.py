@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from gadgets.buffer_settings import AcquisitionSettings
 from gadgets.errors import SortError
-from gadgets.readouts import Headers, readout_name
+from gadgets.readouts import SKIP_FLAGS, Headers, ReadoutGeometry, readout_name
 from gadgets.sorted_scan import STATE_COUNTERS, Placement, place_name
+from gadgets.wire.dtypes import Flag
 from gadgets.wire.header import Encoding, Limit
 
 COMPLEX_BYTES = 8
@@ -279,6 +280,29 @@ def moving_note(headers: Headers, imaging: Placement, slices: tuple[int, ...], l
         log.notes.append(
             f"{int(moved.sum())} slices change their position during the scan, the first: slice {slices[s]}; the position "
             "at the k-space centre of the first state is used"
+        )
+
+
+def polarity_note(
+    readouts: ReadoutGeometry,
+    imaging: Placement,
+    slices: tuple[int, ...],
+    states: tuple[Mapping[str, int], ...],
+    log: SortLog,
+) -> None:
+    """Images of lines that were read in both directions, as in echo-planar trains: delays and eddy currents shift these against those."""
+    shape = (len(slices), len(states))
+    image = imaging.slice.astype(np.int64) * shape[1] + imaging.state
+    reverse = readouts.reverse[imaging.rows]
+    both = np.bincount(image[reverse], minlength=math.prod(shape)) > 0
+    both &= np.bincount(image[~reverse], minlength=math.prod(shape)) > 0
+    if both.any():
+        s, q = np.unravel_index(int(np.argmax(both)), shape)
+        n = log.skipped.get(SKIP_FLAGS[Flag.ACQ_IS_PHASECORR_DATA], 0)
+        log.notes.append(
+            f"{int(both.sum())} of {both.size} images have lines that were read in either direction, the first: "
+            f"{place_name(slices[int(s)], states, int(q))}; nothing aligns these with those ({n} phase correction readouts are not used), "
+            "so ghosts half a field of view away are likely"
         )
 
 

@@ -59,6 +59,7 @@ from gadgets.scan_checks import (
     moving_note,
     one_orientation,
     one_place,
+    polarity_note,
     repeats_note,
     too_large,
 )
@@ -135,6 +136,7 @@ def sort_readouts(
     moving_note(headers, imaging, slices, log)
     one_orientation(headers, imaging, source, slices, states, log)
     dwell_note(headers, imaging, states, log)
+    polarity_note(readouts, imaging, slices, states, log)
     if echoes_are_sets(header, states):
         log.notes.append(
             f"{len(states)} sets of one contrast and {len(states)} echo times in the header: the sets are taken for echoes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -709,6 +710,20 @@ def test_echoes_of_other_bandwidths_are_told(dwell: tuple[float, float], told: b
     headers = readout_headers([c for e in range(2) for c in lines(8, contrast=e, sample_time_us=dwell[e])])
     notes = [n for n in sort_readouts(headers, mrd_header(echo_times=(0.002, 0.005))).notes if "different bandwidths" in n]
     assert len(notes) == told and all("8 us of slice 0 contrast 1" in note for note in notes)
+
+
+def test_lines_read_in_either_direction_within_one_image_are_told() -> None:
+    """An echo-planar train that a converter calls Cartesian has ghosts; a bipolar multi-echo scan has one direction for each image."""
+
+    def told(reverse: Callable[[int, int], bool]) -> list[str]:
+        counters = [{"k1": k, "contrast": q, "flags": flag(22) * reverse(q, k)} for q in range(3) for k in range(8)]
+        navigators = [{"flags": flag(24)}] * 3
+        notes = sort_readouts(readout_headers([*navigators, *counters]), mrd_header()).notes
+        return [note for note in notes if "either direction" in note]
+
+    (note,) = told(lambda q, k: q > 0 and k % 2 == 1)
+    assert note.startswith("2 of 3 images") and "slice 0 contrast 1;" in note and "3 phase correction readouts" in note
+    assert not told(lambda q, k: q == 1)
 
 
 def test_ti_list_of_a_saturation_preparation() -> None:
