@@ -204,11 +204,16 @@ class Preparation:
         stored = self._store.get(wanted)
         if stored is None:
             self._warn("the noise measurement that this scan depends on is not stored; images are not whitened")
-        elif stored.covariance.shape[0] != self._n_channels:
-            got = f"{stored.covariance.shape[0]} channels in the noise, {self._n_channels} in the scan"
-            self._warn(f"the stored noise measurement does not fit this scan ({got}); images are not whitened")
-        else:
-            self._whitening = self._whiten(stored.covariance, stored.dwell_time)
+            return
+        labels = self._header.labels_of(self._n_channels)
+        covariance = stored.of_coils(labels, self._n_channels)
+        if covariance is not None:
+            self._whitening = self._whiten(covariance, stored.dwell_time)
+            return
+        got = f"{stored.covariance.shape[0]} channels in the noise, {self._n_channels} in the scan"
+        if others := [label for label in labels if stored.coil_labels and label not in stored.coil_labels]:
+            got += f", without noise: {', '.join(others[:8])}"
+        self._warn(f"the stored noise measurement does not fit this scan ({got}); images are not whitened")
 
     def _whiten(self, covariance: NDArray[np.complex128], noise_dwell: float) -> NDArray[np.complex64] | None:
         """``None`` where a dwell time is missing: noise and images then have no common scale."""
@@ -265,7 +270,8 @@ class Preparation:
             return
         if self._store is not None and self._header.measurement_id:
             try:
-                self._store.put(self._header.measurement_id, estimate.covariance, estimate.dwell_time)
+                labels = self._header.labels_of(len(estimate.covariance))
+                self._store.put(self._header.measurement_id, estimate.covariance, estimate.dwell_time, labels)
             except SpoolError as error:  # this scan has its noise; only those that depend on it will miss it
                 self._warn(f"the noise measurement could not be stored for later scans: {error}")
 
