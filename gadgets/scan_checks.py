@@ -266,10 +266,11 @@ def repeats_note(
 
 
 def moving_note(headers: Headers, imaging: Placement, slices: tuple[int, ...], log: SortLog) -> None:
-    """Slices whose readouts do not all have one position."""
+    """Slices whose readouts do not all have one position, of the slice or of the table."""
     # positions that are not finite are repaired and noted with the geometry
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        position = np.nan_to_num(headers["position"][imaging.rows].astype(np.float64), posinf=0.0, neginf=0.0)
+        places = [headers[name][imaging.rows].astype(np.float64) for name in ("position", "patient_table_position")]
+    position = np.nan_to_num(np.concatenate(places, axis=1), posinf=0.0, neginf=0.0)
     order = np.argsort(imaging.slice, kind="stable")
     starts = np.searchsorted(imaging.slice[order], np.arange(len(slices)))
     low = np.minimum.reduceat(position[order], starts, axis=0)
@@ -278,7 +279,7 @@ def moving_note(headers: Headers, imaging: Placement, slices: tuple[int, ...], l
     if moved.any():
         s = int(np.argmax(moved))
         log.notes.append(
-            f"{int(moved.sum())} slices change their position during the scan, the first: slice {slices[s]}; the position "
+            f"{int(moved.sum())} slices change their position or the table's during the scan, the first: slice {slices[s]}; the position "
             "at the k-space centre of the first state is used"
         )
 

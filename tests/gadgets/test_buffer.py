@@ -760,6 +760,8 @@ def test_missing_directions_and_moving_slices_are_noted() -> None:
     notes = sort_readouts(readout_headers(counters), mrd_header()).notes
     assert any("directions are missing" in n for n in notes)
     assert any("change their position" in n for n in notes)
+    table = [{"k1": k, "repetition": r, "patient_table_position": (0, 0, 40 * r)} for r in range(2) for k in range(8)]
+    assert any("or the table's" in n for n in sort_readouts(readout_headers(table), mrd_header()).notes)
 
 
 @pytest.mark.parametrize("counter", ["set", "repetition", "contrast"])
