@@ -214,6 +214,25 @@ def refuse_out_of_proportion(what: str, needed: int, sampled_bytes: int, given: 
         )
 
 
+def several_partitions(imaging: Placement, encoding: Encoding) -> None:
+    """Refuse a 3D matrix of which one partition alone was encoded: a 2D scan would become a slab of equal pictures.
+
+    Raises
+    ------
+    SortError
+        All readouts have one k2, and the encoded matrix has several.
+    """
+    n2 = encoding.encoded_matrix[0]
+    if n2 > 1 and not np.ptp(imaging.k2):
+        raise SortError(
+            "all readouts belong to one partition of a 3D matrix",
+            where="header",
+            got=f"kspace_encode_step_2 never changes, encoded matrix {encoding.encoded_matrix}",
+            expected=f"several of {n2} partitions",
+            remedy="A 2D scan has an encoded matrix of z = 1, and its slices the counter slice: correct the header in the conversion",
+        )
+
+
 def lines_note(
     imaging: Placement,
     slices: tuple[int, ...],

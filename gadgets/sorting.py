@@ -18,6 +18,7 @@ Rules (beyond the MRD specification, where writers differ)
   nothing: as many values came as were announced.
 * States of a 3D scan that lie half a slab apart are an error: slabs are told apart by the slice counter alone. So are readouts of one
   slice in different directions; small turns (prospective motion correction) are noted.
+* A 3D matrix of which one partition alone was encoded is an error: some converters count the slices of a 2D scan there.
 * Fewer lines than the header's limits and acceleration promise are noted, not refused: prospective sampling masks do that.
 """
 
@@ -61,6 +62,7 @@ from gadgets.scan_checks import (
     one_place,
     polarity_note,
     repeats_note,
+    several_partitions,
     too_large,
 )
 from gadgets.sorted_scan import (
@@ -126,6 +128,7 @@ def sort_readouts(
     announced(encoding, slices, states, settings, log)
     sampled = int(headers["number_of_samples"][rows].astype(np.int64).sum()) * n_channels * COMPLEX_BYTES
     too_large(encoding, readouts.n_x, len(states), n_channels, sampled, settings)
+    several_partitions(imaging, encoding)
     lines_note(imaging, slices, states, encoding, bool(settings.cardiac_phases), log)
     repeats_note(imaging, counters, encoding, settings, log)
 

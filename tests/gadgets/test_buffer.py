@@ -462,6 +462,13 @@ def test_three_dimensions() -> None:
 # the k-space centre and limits
 
 
+@pytest.mark.parametrize("limits", [{}, {"kspace_encode_step_2": Limit(0, 0, 0)}])
+def test_slices_that_a_header_counts_as_partitions_are_not_made_a_slab_each(limits: dict[str, Limit]) -> None:
+    headers = readout_headers([{"k1": k, "slice": s} for s in range(4) for k in range(8)])
+    with pytest.raises(SortError, match=r"one partition of a 3D matrix.*expected several of 4 partitions"):
+        sort_readouts(headers, mrd_header(n2=4, limits=limits))
+
+
 def test_centre_from_limits_and_its_cross_check() -> None:
     limits = {"kspace_encode_step_1": Limit(0, 5, 2)}
     user = [{"k1": k, "user": (0, 0, 0, 0, 0, 3, 0, 0)} for k in range(6)]
