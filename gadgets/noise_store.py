@@ -59,6 +59,20 @@ class StoredNoise:
     coil_labels: tuple[str, ...] = ()
     stored_at: float = 0.0
 
+    def of_coils(self, labels: Sequence[str], n_channels: int) -> NDArray[np.complex128] | None:
+        """The covariance of a scan's channels in their order; ``None`` where not all of them were measured.
+
+        Noise is often measured with all elements, and another scan uses some of them or has them in another order. Where either side
+        has no ``labels``, only the number of channels can be compared.
+        """
+        if not labels or not self.coil_labels:
+            return self.covariance if len(self.covariance) == n_channels else None
+        place = {label: i for i, label in enumerate(self.coil_labels)}
+        if not place.keys() >= set(labels):
+            return None
+        order = [place[label] for label in labels]
+        return self.covariance[np.ix_(order, order)]
+
     def meta(self) -> str:
         """The ismrmrdMeta document that answers a dependency query (id 1019); sigmas are per complex sample."""
         sigma = np.sqrt(np.diagonal(self.covariance).real)

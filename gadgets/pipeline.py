@@ -237,8 +237,9 @@ class Scan:
             raise SortError(
                 "a noise measurement that cannot be stored", where="scan", expected="a measurementID in the header"
             )
-        self.services.noise.put(self.header.measurement_id, estimate.covariance, estimate.dwell_time)
         channels = estimate.covariance.shape[0]
+        labels = self.header.labels_of(channels)
+        self.services.noise.put(self.header.measurement_id, estimate.covariance, estimate.dwell_time, labels)
         yield codec.text(f"INF noise measurement stored: {channels} channels, {estimate.n_samples} samples\n")
 
     def _reconstruct(

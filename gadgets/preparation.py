@@ -4,11 +4,15 @@ The connection's thread calls ``advance`` after every batch; that only hands tas
 decides a result depends on the order of the readouts alone, never on timing: chunk borders are readout numbers, the noise
 measurement is what precedes the first imaging readout, and coil compression begins at the first chunk border at which every
 slice has had its calibration lines. So every front and every repetition of a scan computes the same bits.
+
+How many slices come is what the header announces, as far as it does. Where it is silent or wrong the last readout shows it, and every
+slice gets virtual coils of its own all the same: those of another one may hold next to nothing of its signal.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -72,15 +76,19 @@ class Chunk:
 
 @dataclass
 class Calibration:
-    """Central lines seen so far: rows by slice counter, in arrival order."""
+    """Central lines seen so far: rows by slice counter, in arrival order. ``n_slices`` is infinite while nobody knows how many come."""
 
-    n_slices: int
+    n_slices: float
     rows: dict[int, list[NDArray[np.intp]]] = field(default_factory=dict)
 
     @property
+    def enough(self) -> set[int]:
+        """Slices that have had their lines."""
+        return {number for number, rows in self.rows.items() if sum(map(len, rows)) >= CALIBRATION_LINES}
+
+    @property
     def complete(self) -> bool:
-        enough = [number for number, rows in self.rows.items() if sum(map(len, rows)) >= CALIBRATION_LINES]
-        return len(enough) >= self.n_slices
+        return len(self.enough) >= self.n_slices
 
 
 class Preparation:
@@ -170,7 +178,7 @@ class Preparation:
         self._size = max(8, self._chunk_bytes // bytes_each)
         if self._settings.coil_compression == "svd" and self._n_channels > self._settings.virtual_coils:
             limit = chosen_encoding(self._header, self._acquisition).limits.get("slice")
-            self._calibration = Calibration(1 if limit is None else limit.maximum - limit.minimum + 1)
+            self._calibration = Calibration(math.inf if limit is None else limit.maximum - limit.minimum + 1)
         kind = classify(headers[:first], self._header, self._acquisition)
         self._start_noise(np.flatnonzero(kind == Kind.NOISE))
         return True
@@ -196,11 +204,16 @@ class Preparation:
         stored = self._store.get(wanted)
         if stored is None:
             self._warn("the noise measurement that this scan depends on is not stored; images are not whitened")
-        elif stored.covariance.shape[0] != self._n_channels:
-            got = f"{stored.covariance.shape[0]} channels in the noise, {self._n_channels} in the scan"
-            self._warn(f"the stored noise measurement does not fit this scan ({got}); images are not whitened")
-        else:
-            self._whitening = self._whiten(stored.covariance, stored.dwell_time)
+            return
+        labels = self._header.labels_of(self._n_channels)
+        covariance = stored.of_coils(labels, self._n_channels)
+        if covariance is not None:
+            self._whitening = self._whiten(covariance, stored.dwell_time)
+            return
+        got = f"{stored.covariance.shape[0]} channels in the noise, {self._n_channels} in the scan"
+        if others := [label for label in labels if stored.coil_labels and label not in stored.coil_labels]:
+            got += f", without noise: {', '.join(others[:8])}"
+        self._warn(f"the stored noise measurement does not fit this scan ({got}); images are not whitened")
 
     def _whiten(self, covariance: NDArray[np.complex128], noise_dwell: float) -> NDArray[np.complex64] | None:
         """``None`` where a dwell time is missing: noise and images then have no common scale."""
@@ -257,7 +270,8 @@ class Preparation:
             return
         if self._store is not None and self._header.measurement_id:
             try:
-                self._store.put(self._header.measurement_id, estimate.covariance, estimate.dwell_time)
+                labels = self._header.labels_of(len(estimate.covariance))
+                self._store.put(self._header.measurement_id, estimate.covariance, estimate.dwell_time, labels)
             except SpoolError as error:  # this scan has its noise; only those that depend on it will miss it
                 self._warn(f"the noise measurement could not be stored for later scans: {error}")
 
@@ -366,7 +380,9 @@ class Preparation:
         noise_rows = np.flatnonzero(kind == Kind.NOISE)
         if len(noise_rows) and not len(self._noise_rows) and self._settings.prewhiten:
             self._start_again(noise_rows, waiting)
-        self._dispatch(-(-len(self._index) // self._size), waiting)
+        n_chunks = -(-len(self._index) // self._size)
+        self._dispatch(n_chunks, waiting)
+        self._compress_what_came(n_chunks, waiting)
         for chunk in self._chunks:
             if chunk.future is not None:
                 waiting.result(chunk.future)
@@ -376,15 +392,36 @@ class Preparation:
         """What the samples of all readouts that carry k-space say by themselves; after ``rows``."""
         return together([chunk.seen.result() for chunk in self._chunks if chunk.seen is not None])
 
+    def _compress_what_came(self, n_chunks: int, waiting: Waiting) -> None:
+        """The header was silent or wrong about the slices: each of those that came gets virtual coils of its own."""
+        if self._calibration is None:
+            return
+        carriers = _carries(self._index.headers, self._header, self._acquisition)
+        slices = set(np.unique(self._index.headers["idx"]["slice"][carriers]).tolist())
+        if self._first_compressed is not None and slices <= self._calibration.enough:
+            return
+        self._calibration.n_slices = len(slices)
+        if self._first_compressed is not None:
+            self._drop_chunks(waiting)
+            self._dispatch(n_chunks, waiting)
+        elif self._calibration.complete:
+            self._first_compressed = n_chunks
+            self._compression_known(waiting)
+
     def _start_again(self, noise_rows: NDArray[np.intp], waiting: Waiting) -> None:
         """The noise readouts came after the first imaging readout: nothing that was prepared is white."""
+        self._drop_chunks(waiting)
+        self._whitening = None
+        self._start_noise(noise_rows)
+
+    def _drop_chunks(self, waiting: Waiting) -> None:
         for chunk in self._chunks:
             if chunk.future is not None:
                 waiting.until(chunk.future)
-        self._chunks, self._whitening, self._matrices, self._first_compressed = [], None, None, None
+                Path(chunk.path).unlink(missing_ok=True)
+        self._chunks, self._matrices, self._first_compressed = [], None, None
         if self._calibration is not None:
             self._calibration.rows.clear()
-        self._start_noise(noise_rows)
 
     def _row_files(self, n_readouts: int, *, compressed: bool) -> RowFiles:
         n_coils = self._settings.virtual_coils if compressed else self._n_channels

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from gadgets.buffer_settings import AcquisitionSettings
 from gadgets.errors import SortError
-from gadgets.readouts import Headers
+from gadgets.readouts import SKIP_FLAGS, Headers, ReadoutGeometry, readout_name
 from gadgets.sorted_scan import STATE_COUNTERS, Placement, place_name
+from gadgets.wire.dtypes import Flag
 from gadgets.wire.header import Encoding, Limit
 
 COMPLEX_BYTES = 8
@@ -36,6 +37,12 @@ OTHER_DWELL = 1.1
 
 LEAST_APART = 20.0
 """mm; slabs that differ by less may be one that follows a patient's motion."""
+
+MOST_TURNED = 20.0
+"""degrees; a slice that follows a patient's motion turns by less, another orientation differs by more."""
+
+TURNED = 0.2
+"""degrees; directions of one slice that differ by more are worth a note."""
 
 
 @dataclass
@@ -207,6 +214,25 @@ def refuse_out_of_proportion(what: str, needed: int, sampled_bytes: int, given: 
         )
 
 
+def several_partitions(imaging: Placement, encoding: Encoding) -> None:
+    """Refuse a 3D matrix of which one partition alone was encoded: a 2D scan would become a slab of equal pictures.
+
+    Raises
+    ------
+    SortError
+        All readouts have one k2, and the encoded matrix has several.
+    """
+    n2 = encoding.encoded_matrix[0]
+    if n2 > 1 and not np.ptp(imaging.k2):
+        raise SortError(
+            "all readouts belong to one partition of a 3D matrix",
+            where="header",
+            got=f"kspace_encode_step_2 never changes, encoded matrix {encoding.encoded_matrix}",
+            expected=f"several of {n2} partitions",
+            remedy="A 2D scan has an encoded matrix of z = 1, and its slices the counter slice: correct the header in the conversion",
+        )
+
+
 def lines_note(
     imaging: Placement,
     slices: tuple[int, ...],
@@ -259,10 +285,11 @@ def repeats_note(
 
 
 def moving_note(headers: Headers, imaging: Placement, slices: tuple[int, ...], log: SortLog) -> None:
-    """Slices whose readouts do not all have one position."""
+    """Slices whose readouts do not all have one position, of the slice or of the table."""
     # positions that are not finite are repaired and noted with the geometry
     with np.errstate(invalid="ignore"):  # signalling NaNs
-        position = np.nan_to_num(headers["position"][imaging.rows].astype(np.float64), posinf=0.0, neginf=0.0)
+        places = [headers[name][imaging.rows].astype(np.float64) for name in ("position", "patient_table_position")]
+    position = np.nan_to_num(np.concatenate(places, axis=1), posinf=0.0, neginf=0.0)
     order = np.argsort(imaging.slice, kind="stable")
     starts = np.searchsorted(imaging.slice[order], np.arange(len(slices)))
     low = np.minimum.reduceat(position[order], starts, axis=0)
@@ -271,8 +298,31 @@ def moving_note(headers: Headers, imaging: Placement, slices: tuple[int, ...], l
     if moved.any():
         s = int(np.argmax(moved))
         log.notes.append(
-            f"{int(moved.sum())} slices change their position during the scan, the first: slice {slices[s]}; the position "
+            f"{int(moved.sum())} slices change their position or the table's during the scan, the first: slice {slices[s]}; the position "
             "at the k-space centre of the first state is used"
+        )
+
+
+def polarity_note(
+    readouts: ReadoutGeometry,
+    imaging: Placement,
+    slices: tuple[int, ...],
+    states: tuple[Mapping[str, int], ...],
+    log: SortLog,
+) -> None:
+    """Images of lines that were read in both directions, as in echo-planar trains: delays and eddy currents shift these against those."""
+    shape = (len(slices), len(states))
+    image = imaging.slice.astype(np.int64) * shape[1] + imaging.state
+    reverse = readouts.reverse[imaging.rows]
+    both = np.bincount(image[reverse], minlength=math.prod(shape)) > 0
+    both &= np.bincount(image[~reverse], minlength=math.prod(shape)) > 0
+    if both.any():
+        s, q = np.unravel_index(int(np.argmax(both)), shape)
+        n = log.skipped.get(SKIP_FLAGS[Flag.ACQ_IS_PHASECORR_DATA], 0)
+        log.notes.append(
+            f"{int(both.sum())} of {both.size} images have lines that were read in either direction, the first: "
+            f"{place_name(slices[int(s)], states, int(q))}; nothing aligns these with those ({n} phase correction readouts are not used), "
+            "so ghosts half a field of view away are likely"
         )
 
 
@@ -322,3 +372,55 @@ def one_place(source: Headers, slices: tuple[int, ...], states: tuple[Mapping[st
             expected=f"less than {most:.4g} mm, half a slab",
             remedy="Slabs are told apart by the counter slice, not by set, repetition or contrast: correct it in the conversion",
         )
+
+
+def one_orientation(
+    headers: Headers,
+    imaging: Placement,
+    source: Headers,
+    slices: tuple[int, ...],
+    states: tuple[Mapping[str, int], ...],
+    log: SortLog,
+) -> None:
+    """Refuse orientations that share a slice counter, and lines of one image that run in different directions; note small turns.
+
+    Parameters
+    ----------
+    source
+        ``(slice, state)``: header of the readout nearest to the k-space centre; all images of a slice have the directions of its first.
+
+    Raises
+    ------
+    SortError
+        A read, phase or slice direction `MOST_TURNED` or more away from that of the slice's first state. Missing ones are no contradiction.
+    """
+    turned = np.zeros(len(imaging))
+    for name in ("read_dir", "phase_dir", "slice_dir"):
+        own, first = _unit(headers[name][imaging.rows]), _unit(source[name][:, 0])[imaging.slice]
+        known = own.any(axis=1) & first.any(axis=1)
+        chord = np.linalg.norm(own - first, axis=1) / 2  # exact for small angles, which the cosine is not
+        turned = np.maximum(turned, np.where(known, 2 * np.degrees(np.arcsin(np.minimum(chord, 1.0))), 0.0))
+    i = int(np.argmax(turned))
+    where = place_name(slices[imaging.slice[i]], states, int(imaging.state[i]))
+    if turned[i] >= MOST_TURNED:
+        raise SortError(
+            "different orientations share a slice counter",
+            where=where,
+            got=f"directions turned by {turned[i]:.4g} degrees, most in {readout_name(headers, int(imaging.rows[i]))}",
+            expected=f"less than {MOST_TURNED:g}",
+            remedy="Orientations are told apart by the counter slice, not by set, repetition or contrast: correct it in the conversion",
+        )
+    if turned[i] > TURNED:
+        log.notes.append(
+            f"directions change by up to {turned[i]:.2g} degrees during the scan, most in {where}; those at the k-space centre of the "
+            "first state are used"
+        )
+
+
+def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of length 1; zero for those that are missing or not finite."""
+    with np.errstate(invalid="ignore"):  # signalling NaNs
+        wide = vectors.astype(np.float64)
+    wide = np.where(np.isfinite(wide).all(axis=1, keepdims=True), wide, 0.0)
+    length = np.linalg.norm(wide, axis=1, keepdims=True)
+    return np.where(length > 1e-6, wide / np.maximum(length, 1e-6), 0.0)

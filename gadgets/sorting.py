@@ -16,7 +16,9 @@ Rules (beyond the MRD specification, where writers differ)
   never came are only noted, because retro-gated cines and
   scans that the operator ends early have them. Readouts that count from 1 where the limits count from 0 (or the other way round) lack
   nothing: as many values came as were announced.
-* States of a 3D scan that lie half a slab apart are an error: slabs are told apart by the slice counter alone.
+* States of a 3D scan that lie half a slab apart are an error: slabs are told apart by the slice counter alone. So are readouts of one
+  slice in different directions; small turns (prospective motion correction) are noted.
+* A 3D matrix of which one partition alone was encoded is an error: some converters count the slices of a 2D scan there.
 * Fewer lines than the header's limits and acceleration promise are noted, not refused: prospective sampling masks do that.
 """
 
@@ -56,8 +58,11 @@ from gadgets.scan_checks import (
     dwell_note,
     lines_note,
     moving_note,
+    one_orientation,
     one_place,
+    polarity_note,
     repeats_note,
+    several_partitions,
     too_large,
 )
 from gadgets.sorted_scan import (
@@ -123,6 +128,7 @@ def sort_readouts(
     announced(encoding, slices, states, settings, log)
     sampled = int(headers["number_of_samples"][rows].astype(np.int64).sum()) * n_channels * COMPLEX_BYTES
     too_large(encoding, readouts.n_x, len(states), n_channels, sampled, settings)
+    several_partitions(imaging, encoding)
     lines_note(imaging, slices, states, encoding, bool(settings.cardiac_phases), log)
     repeats_note(imaging, counters, encoding, settings, log)
 
@@ -131,7 +137,9 @@ def sort_readouts(
     geometry = tuple(read_geometry(head) for head in source[:, 0])
     log.notes.extend(dict.fromkeys(note for g in geometry for note in g.notes))
     moving_note(headers, imaging, slices, log)
+    one_orientation(headers, imaging, source, slices, states, log)
     dwell_note(headers, imaging, states, log)
+    polarity_note(readouts, imaging, slices, states, log)
     if echoes_are_sets(header, states):
         log.notes.append(
             f"{len(states)} sets of one contrast and {len(states)} echo times in the header: the sets are taken for echoes"

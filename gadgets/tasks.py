@@ -163,7 +163,7 @@ def _coil_transform(job: ChunkJob, number: int) -> torch.Tensor | None:
 
 
 def _matrix_for(matrices: dict[int, NDArray[np.complex64]], number: int) -> NDArray[np.complex64]:
-    """A slice's own matrix; a slice that the header did not announce gets the first one's."""
+    """A slice's own matrix; for a slice that the header did not announce the first one's, until the whole scan is prepared again."""
     return matrices[number] if number in matrices else matrices[min(matrices)]
 
 

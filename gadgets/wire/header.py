@@ -69,6 +69,7 @@ class MrdHeader:
     field_strength: float | None = None
     h1_frequency: float | None = None
     receiver_channels: int | None = None
+    coil_labels: tuple[str, ...] = ()  # names of the coil elements, in the order of the document
     relative_noise_bandwidth: float | None = None
     repetition_times: tuple[float, ...] = ()
     echo_times: tuple[float, ...] = ()
@@ -77,6 +78,11 @@ class MrdHeader:
     user_long: Mapping[str, int] = field(default_factory=dict)
     user_double: Mapping[str, float] = field(default_factory=dict)
     user_string: Mapping[str, str] = field(default_factory=dict)
+
+    def labels_of(self, n_channels: int) -> tuple[str, ...]:
+        """Names of the channels, where there is one for each of them and no two are the same; else none."""
+        named = {label for label in self.coil_labels if label}
+        return self.coil_labels if len(self.coil_labels) == len(named) == n_channels else ()
 
 
 def parse_header(text: str) -> MrdHeader:
@@ -122,6 +128,7 @@ def parse_header(text: str) -> MrdHeader:
         field_strength=system.number("systemFieldStrength_T"),
         h1_frequency=root.child("experimentalConditions").number("H1resonanceFrequency_Hz"),
         receiver_channels=system.whole("receiverChannels"),
+        coil_labels=tuple(label.words("coilName") or "" for label in system.all("coilLabel")),
         relative_noise_bandwidth=system.number("relativeReceiverNoiseBandwidth"),
         repetition_times=tuple(ms / 1e3 for ms in sequence.numbers("TR")),
         echo_times=tuple(ms / 1e3 for ms in sequence.numbers("TE")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from gadgets.service import Service
-from tests.e2e.scans import SimulatedScan, ask, complaints, error, in_memory, one_by_one, stack
+from tests.e2e.scans import SimulatedScan, ask, complaints, error, imaging_part, in_memory, one_by_one, stack
 
 VIRTUAL = {"coil_compression": "svd", "virtual_coils": 8}
 
@@ -87,6 +88,29 @@ def test_compression_that_starts_late_or_never_agrees_with_the_early_one(service
     never = ask(service, "cg_sense", scan, header=waiting, incomplete="drop", **VIRTUAL)
     assert error(one_chunk, full, scan.tissue) < 0.05
     assert error(stack(never.images, 4), full, scan.tissue) < 0.05
+
+
+@pytest.mark.parametrize("announced", ["", "<slice><minimum>0</minimum><maximum>0</maximum><center>0</center></slice>"])
+def test_slices_that_the_header_does_not_announce_have_virtual_coils_of_their_own(announced: str, service: Service) -> None:
+    """Each slice is seen by other coils, as in a long stack: with those of the first one, the others would be all but empty."""
+    stacked = in_memory("cine", matrix_x=48, matrix_y=48, coils=12, states=1, slices=2)
+    headers, samples = (np.concatenate(parts) for parts in zip(*imaging_part(stacked), strict=True))
+    samples[np.arange(12) // 6 != headers["idx"]["slice"][:, None]] *= 0.01
+    in_turn = np.argsort(headers["idx"]["slice"], kind="stable")
+    messages = one_by_one([(headers[in_turn], samples[in_turn])])
+    header, n = re.subn("<slice>.*?</slice>", announced, stacked.header)
+    assert n == 1
+    before = service.services
+    service.services = replace(before, chunk_bytes=1 << 17)
+    try:
+        full = ask(service, "fourier", stacked, messages=messages, prewhiten=False)
+        few = ask(
+            service, "fourier", stacked, messages=messages, header=header, prewhiten=False, **VIRTUAL | {"virtual_coils": 6}
+        )
+    finally:
+        service.services = before
+    assert not complaints(few)
+    np.testing.assert_allclose(stack(few.images, 1), stack(full.images, 1), atol=0.02 * np.max(stack(full.images, 1)))
 
 
 def test_noise_that_comes_last_does_not_spoil_early_compression(small_chunks: Service, scan: SimulatedScan) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 from defusedxml.ElementTree import fromstring
@@ -160,13 +162,48 @@ def test_a_missing_dependency_is_said_and_the_images_are_not_whitened(service: S
     np.testing.assert_array_equal(stack(answer.images, STATES), stack(plain.images, STATES))
 
 
-def test_a_stored_measurement_of_other_coils_is_not_used(service: Service, scan: SimulatedScan) -> None:
-    other = in_memory("cine", matrix_x=48, matrix_y=48, coils=COILS + 2, states=2)
-    ask(service, "fourier", other, header=named(other.header, "noise_5"), messages=encoded(noise_part(other)))
-    dependent = named(scan.header, "image_5", depends_on="noise_5")
+@pytest.mark.parametrize(
+    ("coils", "name", "said"),
+    [(COILS + 2, "", "6 channels in the noise"), (COILS, "Spine", "without noise: Loop1, Loop2, Loop3, Loop4")],
+    ids=["number", "names"],
+)
+def test_a_stored_measurement_of_other_coils_is_not_used(
+    coils: int, name: str, said: str, service: Service, scan: SimulatedScan
+) -> None:
+    other = in_memory("cine", matrix_x=48, matrix_y=48, coils=coils, states=2)
+    header = other.header.replace("<coilName>Loop", f"<coilName>{name}") if name else without_labels(other.header)
+    ask(service, "fourier", other, header=named(header, f"noise_{said}"), messages=encoded(noise_part(other)))
+    dependent = named(scan.header, "image_5", depends_on=f"noise_{said}")
     answer = ask(service, "fourier", scan, header=dependent, messages=encoded(imaging_part(scan)))
-    assert [text for text in complaints(answer) if text.startswith("WRN") and "6 channels" in text]
+    assert [text for text in complaints(answer) if text.startswith("WRN") and said in text]
     assert len(answer.images) == STATES
+
+
+def without_labels(header: str) -> str:
+    return re.sub("<coilLabel>.*?</coilLabel>", "", header, flags=re.DOTALL)
+
+
+def test_a_stored_measurement_of_more_coils_in_another_order_serves_by_their_names(
+    service: Service, scan: SimulatedScan
+) -> None:
+    """The elements that the scan leaves out were measured first, and the others backwards."""
+    ((headers, samples),) = noise_part(scan)
+    wide = headers.copy()
+    wide["active_channels"] = wide["available_channels"] = COILS + 1
+    wide["channel_mask"] = 0
+    extra = 7 * samples[:, :1, ::-1]
+    labels = "".join(
+        f"<coilLabel><coilNumber>{i}</coilNumber><coilName>{name}</coilName></coilLabel>"
+        for i, name in enumerate(("Other", *(f"Loop{n}" for n in range(COILS, 0, -1))))
+    )
+    header = without_labels(scan.header).replace("</receiverChannels>", f"</receiverChannels>{labels}")
+    messages = encoded([(wide, np.ascontiguousarray(np.concatenate([extra, samples[:, ::-1]], axis=1)))])
+    stored = ask(service, "fourier", scan, header=named(header, "noise_6"), messages=messages)
+    assert not complaints(stored)
+    dependent = named(scan.header, "image_6", depends_on="noise_6")
+    later = ask(service, "fourier", scan, header=dependent, messages=encoded(imaging_part(scan)))
+    assert not complaints(later)
+    np.testing.assert_allclose(stack(later.images, STATES), stack(ask(service, "fourier", scan).images, STATES), rtol=1e-5)
 
 
 def test_noise_readouts_with_other_channels_are_refused(service: Service, scan: SimulatedScan) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -461,6 +462,13 @@ def test_three_dimensions() -> None:
 # the k-space centre and limits
 
 
+@pytest.mark.parametrize("limits", [{}, {"kspace_encode_step_2": Limit(0, 0, 0)}])
+def test_slices_that_a_header_counts_as_partitions_are_not_made_a_slab_each(limits: dict[str, Limit]) -> None:
+    headers = readout_headers([{"k1": k, "slice": s} for s in range(4) for k in range(8)])
+    with pytest.raises(SortError, match=r"one partition of a 3D matrix.*expected several of 4 partitions"):
+        sort_readouts(headers, mrd_header(n2=4, limits=limits))
+
+
 def test_centre_from_limits_and_its_cross_check() -> None:
     limits = {"kspace_encode_step_1": Limit(0, 5, 2)}
     user = [{"k1": k, "user": (0, 0, 0, 0, 0, 3, 0, 0)} for k in range(6)]
@@ -711,6 +719,20 @@ def test_echoes_of_other_bandwidths_are_told(dwell: tuple[float, float], told: b
     assert len(notes) == told and all("8 us of slice 0 contrast 1" in note for note in notes)
 
 
+def test_lines_read_in_either_direction_within_one_image_are_told() -> None:
+    """An echo-planar train that a converter calls Cartesian has ghosts; a bipolar multi-echo scan has one direction for each image."""
+
+    def told(reverse: Callable[[int, int], bool]) -> list[str]:
+        counters = [{"k1": k, "contrast": q, "flags": flag(22) * reverse(q, k)} for q in range(3) for k in range(8)]
+        navigators = [{"flags": flag(24)}] * 3
+        notes = sort_readouts(readout_headers([*navigators, *counters]), mrd_header()).notes
+        return [note for note in notes if "either direction" in note]
+
+    (note,) = told(lambda q, k: q > 0 and k % 2 == 1)
+    assert note.startswith("2 of 3 images") and "slice 0 contrast 1;" in note and "3 phase correction readouts" in note
+    assert not told(lambda q, k: q == 1)
+
+
 def test_ti_list_of_a_saturation_preparation() -> None:
     headers = readout_headers([c for s in range(3) for c in lines(8, set=s)])
     header = mrd_header(inversion_times=(0.1, 0.2, 0.9), user_string={"MagnetizationPreparation": "saturation"})
@@ -745,6 +767,8 @@ def test_missing_directions_and_moving_slices_are_noted() -> None:
     notes = sort_readouts(readout_headers(counters), mrd_header()).notes
     assert any("directions are missing" in n for n in notes)
     assert any("change their position" in n for n in notes)
+    table = [{"k1": k, "repetition": r, "patient_table_position": (0, 0, 40 * r)} for r in range(2) for k in range(8)]
+    assert any("or the table's" in n for n in sort_readouts(readout_headers(table), mrd_header()).notes)
 
 
 @pytest.mark.parametrize("counter", ["set", "repetition", "contrast"])
@@ -767,6 +791,24 @@ def test_slabs_at_different_places_are_not_sent_to_one(counter: str) -> None:
     assert sort_readouts(positions(4.0), slab).n_states == 2
     flat = readout_headers({"k1": k, counter: q, "position": (0, 0, 25.0 * q)} for q in range(2) for k in range(8))
     assert sort_readouts(flat, mrd_header()).n_states == 2
+
+
+@pytest.mark.parametrize("counter", ["set", "repetition", "contrast", "average"])
+def test_orientations_that_share_a_slice_are_not_sent_as_one(counter: str) -> None:
+    """A localiser whose three planes are counted as sets, phase encoding the other way round, and a slice that follows the head."""
+
+    def told(*second: tuple[float, float, float]) -> tuple[str, ...]:
+        of_second = dict(zip(("read_dir", "phase_dir", "slice_dir"), second, strict=True))
+        first = {"read_dir": (1, 0, 0), "phase_dir": (0, 1, 0), "slice_dir": (0, 0, 1)}
+        counters = [{"k1": k, counter: q, **(of_second if q else first)} for q in range(2) for k in range(8)]
+        return sort_readouts(readout_headers(counters), mrd_header()).notes  # type: ignore[arg-type]
+
+    for coronal_or_back in (((1, 0, 0), (0, 0, -1), (0, 1, 0)), ((1, 0, 0), (0, -1, 0), (0, 0, 1))):
+        with pytest.raises(SortError, match=r"different orientations share a slice counter.*turned by (90|180) degrees"):
+            told(*coronal_or_back)
+    cosine, sine = np.cos(np.radians(3)), np.sin(np.radians(3))
+    assert any("change by up to 3 degrees" in note for note in told((cosine, sine, 0), (-sine, cosine, 0), (0, 0, 1)))
+    assert not told((1, 1e-4, 0), (0, 1, 0), (0, 0, 1)) and not told((0, 0, 0), (np.nan, 0, 0), (0, 0, 0))
 
 
 # the index and the settings

@@ -89,13 +89,14 @@ def test_any_readouts_give_the_dictionarys_kspace_or_a_typed_error(scan_and_read
     expected_states = states_of(imaging, values)
     wanted = {(s, *q) for s in slices for q in expected_states}
     present = {key[:5] for key in imaging}
+    one_partition = grid["n2"] > 1 and len({key[5] for key in imaging}) == 1
     try:
         scan = sort_readouts(headers, header, LENIENT)
     except SortError as error:
-        # only right when there is nothing, or when an image has no line at all
-        assert not imaging or wanted != present, error
+        # only right when there is nothing, when an image has no line at all, or a slab one partition
+        assert not imaging or wanted != present or one_partition, error
         return
-    assert imaging and wanted == present
+    assert imaging and wanted == present and not one_partition
 
     assert scan.slices == tuple(slices)
     assert [tuple(state.values()) for state in scan.states] == expected_states

@@ -124,7 +124,7 @@ def test_an_echo_that_never_came_is_named(folder: Path) -> None:
 
 
 def test_what_a_peer_says_costs_no_memory(folder: Path) -> None:
-    counters = [{"contrast": 65000, "k2": 0, "k1": 0}]
+    counters = [{"contrast": 65000, "k2": k, "k1": 0} for k in range(2)]
     for name, digest in (("learned", None), ("lost", "0" * 64)):
         told = {"SamplingMask": name, **({} if digest is None else {"SamplingMaskSHA256": digest})}
         header = mrd_header(n1=2000, n2=200, n_x=1, user_string=told)
