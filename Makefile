@@ -3,7 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# one more than there are cores: many tests wait for a server or a browser
+# one more than there are cores: many tests wait for a server or a browser; files in their order, which has the long ones (e2e) early:
+# by number of tests, as is xdist's habit, files of a few long tests would come last, one worker after the other idle beside them
 WORKERS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 
 .PHONY: demo test lint types check format bench clean
@@ -12,7 +13,7 @@ demo: $(STAMP)
 	$(BIN)/python -m gadgets.demo --out demo-output
 
 test: $(STAMP) lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
