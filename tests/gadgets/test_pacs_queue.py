@@ -384,7 +384,11 @@ def test_nothing_but_an_archives_word_makes_a_row_stored(tmp_path: Path, image: 
     assert ways.row("early")[0] == "due"
     ways.journal.update("early", archive="queued")
     assert ways.row("early")[0] == "stored"
-    ways.queue.prune(0.0)
+    ways.queue.prune(3600.0)
+    assert ways.left == 2, "just left"
+    for receipt in (ways.root / "stored").iterdir():
+        os.utime(receipt, (0.0, 0.0))
+    ways.queue.prune(3600.0)
     assert ways.left == 0, "what nobody will ever note"
     for text in (
         "",
