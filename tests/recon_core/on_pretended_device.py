@@ -1,4 +1,4 @@
-"""The same computation here and on a pretended device: ``python -m tests.recon_core.on_pretended_device GROUP``, a process of its own."""
+"""The same here and on a pretended device: ``python -m tests.recon_core.on_pretended_device GROUP ...``, a process of its own."""
 
 from __future__ import annotations
 
@@ -148,24 +148,26 @@ def check_the_device() -> None:
         assert torch.equal((2 * y[torch.tensor([1])].conj()).cpu(), 2 * x[1:])
 
 
-def main(group: str) -> None:
+def main(groups: Sequence[str]) -> None:
     torch.set_num_threads(1)
     check_the_device()
-    limit = LARGEST_OF_WEIGHTS if group == "training" else LARGEST
-    with tempfile.TemporaryDirectory() as folder:
-        for name, case in GROUPS[group](Path(folder)):
-            here = case("cpu")
-            with Pretending():
-                there = case(f"{NAME}:0")
-            assert len(here) == len(there) > 0
-            for own, other in zip(here, there, strict=True):
-                assert type(other) is torch.Tensor and other.device.type == "cpu" and bool(torch.isfinite(own).all())
-                difference = float(
-                    (own - other).abs().square().sum().sqrt() / own.abs().square().sum().sqrt().clamp_min(1e-9)
-                )
-                assert difference < limit, f"{name}: relative difference {difference:.2g}"
-            print("same:", name, flush=True)
+    for group in groups:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, case in GROUPS[group](Path(folder)):
+                compare(f"{group}, {name}", case, LARGEST_OF_WEIGHTS if group == "training" else LARGEST)
+
+
+def compare(name: str, case: Case, limit: float) -> None:
+    here = case("cpu")
+    with Pretending():
+        there = case(f"{NAME}:0")
+    assert len(here) == len(there) > 0
+    for own, other in zip(here, there, strict=True):
+        assert type(other) is torch.Tensor and other.device.type == "cpu" and bool(torch.isfinite(own).all())
+        difference = float((own - other).abs().square().sum().sqrt() / own.abs().square().sum().sqrt().clamp_min(1e-9))
+        assert difference < limit, f"{name}: relative difference {difference:.2g}"
+    print("same:", name, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
