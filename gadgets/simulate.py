@@ -129,7 +129,8 @@ def write_scan(out: str | Path, scan: Scan) -> Summary:
                 stored["head"][i] = head
                 stored["data"][i] = block.reshape(-1)
             group.create_dataset("waveforms", data=stored, maxshape=(None,))
-    truth_path = path.with_suffix("").with_suffix(".truth.h5") if path.suffix == ".h5" else Path(f"{path}.truth.h5")
+    # of the ending alone: r4.1.h5 and r4.2.h5 have a truth of their own each
+    truth_path = Path(f"{path.with_suffix('') if path.suffix == '.h5' else path}.truth.h5")
     write_truth(truth_path, scan)
     truth = scan.truth
     return Summary(

@@ -1,6 +1,7 @@
 """Simulated MRD files: what other readers see, flags, counters, limits, geometry, noise, and the way back to the truth."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import h5py
@@ -342,6 +343,17 @@ def test_every_counter_stays_within_its_limits(mask, calibration, fourier, slice
         assert limit.minimum == 0 and headers["idx"][name].max() <= limit.maximum
     imaging = ~bit(headers, Flag.ACQ_IS_PARALLEL_CALIBRATION)
     assert imaging.sum() == stream.truth.mask.sum() * slices * averages
+
+
+def test_each_scan_has_a_truth_of_its_own(tmp_path) -> None:
+    values = {"matrix_x": 16, "matrix_y": 16, "coils": 1, "delays": "1"}
+    names = ("r4.1.h5", "r4.2.h5", "r4.truth.h5")
+    made = [simulate("satrec", tmp_path / name, {**values, "seed": seed}) for seed, name in enumerate(names)]
+    assert len({path for one in made for path in (one.path, one.truth_path)}) == 6
+    for seed, one in enumerate(made):  # no file was written over another
+        with h5py.File(one.path) as raw, h5py.File(one.truth_path) as truth:
+            assert raw["dataset/data"]["head"]["measurement_uid"][0] == seed + 1
+            assert json.loads(truth.attrs["settings"])["seed"] == seed
 
 
 def test_bad_settings_and_bad_truth_files(tmp_path) -> None:
