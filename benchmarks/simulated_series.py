@@ -32,10 +32,8 @@ def scan_settings(kind: str, seed: int, matrix: tuple[int, int], donor: str, n_c
         "fov_y": FOV * matrix[0] / matrix[1],
         "coils": n_coils,
         "donor": donor,
-        "states": frames,
         "oversampling": 1,
-        "scheme": MOLLI_SCHEME,
-        "pause_beats": 1,
+        **({"scheme": MOLLI_SCHEME, "pause_beats": 1} if kind == "molli" else {"states": frames}),
     }
     return settings_for(kind, values)
 

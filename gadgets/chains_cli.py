@@ -26,7 +26,7 @@ def simulate(
 
     values = settings_for(kind, name_value_pairs(settings or []))
     if describe:
-        _print_settings(f"simulate {kind}", values)
+        _print_settings(kind, values)
         return
     check_file(output)
     summary = run_simulation(kind, output, values)
@@ -34,11 +34,15 @@ def simulate(
         print(f"{key:<16}  {value}")
 
 
-def _print_settings(title: str, values: Any) -> None:
+def _print_settings(kind: str, values: Any) -> None:
+    """The settings that say something to this kind of scan, with their values."""
     from recon_core.settings import describe
+    from recon_core.simulation.options import USED_BY
 
-    rows = make_table("setting", "type", "default", "range", "help", title=title)
+    rows = make_table("setting", "type", "default", "range", "help", title=f"simulate {kind}")
     for info in describe(type(values)):
+        if kind not in USED_BY.get(info.name, (kind,)):
+            continue
         rows.add_row(info.name, info.kind.__name__, str(getattr(values, info.name)), _range(info), info.help)
     out.print(rows)
 

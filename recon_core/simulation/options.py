@@ -15,12 +15,14 @@ KINDS = ("cine", "molli", "satrec", "mgre")
 
 PHANTOMS = ("auto", "tubes")
 
+LONGEST_DELAY = 100.0  # s; everything has recovered long before: what is longer is in ms
+
 MASKS = ("full", "uniform", "random", "golden", "vista", "poisson")
 
 
 @dataclass(frozen=True)
 class ScanSettings:
-    """Everything that shapes a simulated scan. Fields that a kind does not use are ignored (echo times of a cine, say)."""
+    """Everything that shapes a simulated scan. A kind ignores the fields of other kinds (`USED_BY`); `settings_for` refuses them."""
 
     seed: int = setting(0, "anatomy, coils, masks and noise; the same seed gives the same file", low=0, high=2**31)
     phantom: str = setting("auto", "auto: the kind's own anatomy; tubes: nine tubes of known T1 (satrec)", choices=PHANTOMS)
@@ -33,7 +35,7 @@ class ScanSettings:
     slices: int = setting(1, "slices of a 2D scan, acquired interleaved", low=1, high=64)
     slice_thickness: float = setting(0.008, "thickness of a slice or partition", unit="m", low=0.0005, high=0.05)
     slice_gap: float = setting(0.002, "gap between slices", unit="m", low=0.0, high=0.1)
-    states: int = setting(12, "cardiac phases or echoes; molli and satrec count their times", low=1, high=256)
+    states: int = setting(12, "cardiac phases (cine) or echoes (mgre)", low=1, high=256)
     oversampling: int = setting(2, "readout oversampling", low=1, high=4)
     # coils and noise
     coils: int = setting(8, "receive coils", low=1, high=128)
@@ -45,7 +47,10 @@ class ScanSettings:
     # what is sampled
     mask: str = setting("full", "sampling pattern", choices=MASKS)
     acceleration: float = setting(
-        1.0, "acquired positions are the matrix over this, calibration included", low=1.0, high=64.0
+        1.0,
+        "positions that the sequence reaches over acquired ones, embedded calibration included (uniform: on top)",
+        low=1.0,
+        high=64.0,
     )
     interleaved: bool = setting(False, "shift the uniform pattern from state to state")
     elliptical: bool = setting(False, "leave out the corners of (k2, k1)")
@@ -153,22 +158,65 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+USED_BY: Mapping[str, tuple[str, ...]] = {
+    "partitions": ("mgre",),
+    "acs_partitions": ("mgre",),
+    "elliptical": ("mgre",),
+    "states": ("cine", "mgre"),
+    "segments": ("cine", "satrec", "mgre"),
+    "echo_spacing": ("mgre",),
+    "bipolar": ("mgre",),
+    "scheme": ("molli",),
+    "pause_beats": ("molli",),
+    "b_over_a": ("molli",),
+    "phantom": ("satrec",),
+    "delays": ("satrec",),
+    "saturation_left": ("satrec",),
+    "saturation_slope": ("satrec",),
+    "pulses_before_centre": ("satrec",),
+    "retro_gated": ("cine",),
+    "arrhythmia": ("cine",),
+    "lines_per_segment": ("cine",),
+}
+"""The kinds that a setting says something to; one that is not here, to all."""
+
 STATE_COUNTERS = {"cine": "phase", "molli": "set", "satrec": "set", "mgre": "contrast"}
 
 
 def settings_for(kind: str, values: Mapping[str, Any] | None = None) -> ScanSettings:
-    """Defaults of ``kind`` with ``values`` (typed or text) on top; what contradicts itself is refused.
+    """Defaults of ``kind`` with ``values`` (typed or text) on top; what contradicts itself, or would do nothing, is refused.
 
     Raises
     ------
     SettingError
-        An unknown kind or setting, a value out of range, or a contradiction.
+        An unknown kind or setting, a value out of range, a contradiction, or a value of another kind of scan.
     """
     if kind not in KINDS:
         raise SettingError("unknown kind of scan", where="simulate", got=kind, expected=", ".join(KINDS))
     s = parse_settings(ScanSettings, {**DEFAULTS[kind], **(values or {})}, where=f"simulate.{kind}")
     check(kind, s)
+    without = parse_settings(ScanSettings, DEFAULTS[kind])
+    for name in values or {}:
+        if getattr(s, name) != getattr(without, name) and (needed := _does_nothing(kind, s, name)):
+            raise SettingError("does nothing here", where=f"simulate.{kind}.{name}", got=getattr(s, name), expected=needed)
     return s
+
+
+def _does_nothing(kind: str, s: ScanSettings, name: str) -> str:
+    """What a setting needs that this scan has not; empty where it has its effect."""
+    if kind not in (kinds := USED_BY.get(name, KINDS)):
+        return f"only of {' or '.join(kinds)}"
+    if name == "elliptical" and not s.is_3d:
+        return "only with partitions"
+    if name == "interleaved" and (s.mask != "uniform" or s.is_3d):
+        return "only of slices with mask=uniform"
+    if name == "lines_per_segment" and not s.retro_gated:
+        return "only with retro_gated"
+    if name == "segments" and s.retro_gated:
+        return "lines_per_segment of a retro-gated scan"
+    if name == "rr" and kind in ("satrec", "mgre") and not s.waveforms:
+        return "only with waveforms"
+    return ""
 
 
 def check(kind: str, s: ScanSettings) -> None:
@@ -227,8 +275,9 @@ def times_of(s: ScanSettings, kind: str) -> tuple[float, ...]:
             raise SettingError(
                 "not a list of numbers", where="simulate.delays", got=repr(s.delays), expected="0.5,1,8"
             ) from None
-        if min(delays) <= 0:
-            raise SettingError("not a delay", where="simulate.delays", got=min(delays), expected="above 0 s")
+        if not all(0 < delay <= LONGEST_DELAY for delay in delays):
+            expected = f"above 0, up to {LONGEST_DELAY:g} s"
+            raise SettingError("not delays", where="simulate.delays", got=repr(s.delays), expected=expected)
         return delays
     if kind == "mgre":
         return tuple(s.echo_time + i * s.echo_spacing for i in range(s.states))

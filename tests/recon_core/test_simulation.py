@@ -176,7 +176,7 @@ def test_molli_curves_give_t1_back() -> None:
 
 
 def test_saturation_recovery_gives_t1_back() -> None:
-    s = settings_for("satrec", {**SMALL, "matrix_x": 128, "matrix_y": 128, "coils": 1, "delays": "0.5,1000"})
+    s = settings_for("satrec", {**SMALL, "matrix_x": 128, "matrix_y": 128, "coils": 1, "delays": "0.5,100"})
     truth = simulate_scan("satrec", s).truth
     ratio = (truth.images[0, 0] / truth.images[0, 1])[truth.interior[0]].real
     t1 = -0.5 / np.log(1 - ratio)
@@ -290,6 +290,12 @@ def test_the_same_seed_gives_the_same_scan() -> None:
         ("molli", {"retro_gated": True}),
         ("satrec", {"delays": "0.5,-1"}),
         ("satrec", {"delays": "soon"}),
+        ("satrec", {"delays": "0.5,nan"}),
+        ("satrec", {"delays": "500,1000,8000"}),  # ms
+        ("satrec", {"states": 3}),  # of a scan that counts its delays, it would do nothing
+        ("mgre", {"delays": "1,2"}),
+        ("mgre", {"partitions": 1, "elliptical": True}),
+        ("molli", {"interleaved": True}),
         ("mgre", {"bipolar": True, "asymmetric_echo": 0.8}),
         ("mgre", {"repetition_time": 0.01}),
         ("cine", {"mask": "full", "acceleration": 4}),
