@@ -235,13 +235,24 @@ def retro_gated_cine(
 def single_shots(order: Order, scheme: tuple[int, ...], pause: int, delay: float) -> Schedule:
     """MOLLI: one whole image per heartbeat, ``delay`` s after its R-wave; ``pause`` beats between inversions.
 
+    An image may last into the next heartbeat, up to where the next image begins.
+
     Raises
     ------
     SettingError
-        The scheme and the number of states differ.
+        The scheme and the number of states differ, or an image lasts longer than a heartbeat: inversion times count those.
     """
     if sum(scheme) != len(order.mask):
         raise SettingError("scheme and states differ", where="schedule", got=sum(scheme), expected=len(order.mask))
+    longest = order.repetition_time * int(order.mask.sum(axis=(1, 2)).max())
+    if longest > order.rr + 1e-9:
+        raise SettingError(
+            "an image lasts longer than a heartbeat",
+            where="simulate.molli",
+            got=f"{longest:.3f} s",
+            expected=f"at most {order.rr:g} s",
+            remedy="Set acceleration with a mask, repetition_time, matrix_y or rr",
+        )
     builder, beat = _Builder(), 0
     for repetition in range(order.n_repetitions):
         for slice_ in interleaved(order.n_slices):
@@ -255,7 +266,7 @@ def single_shots(order: Order, scheme: tuple[int, ...], pause: int, delay: float
                         time = beat * order.rr + delay + order.repetition_time * np.arange(len(k1))
                         base = _base(slice=slice_, repetition=repetition, state=state) | {"average": average}
                         builder.add(k1=k1, k2=k2, time=time, calibration=order.kind_of(k2, k1), **base)
-                        beat += max(1, int(np.ceil((delay + order.repetition_time * len(k1)) / order.rr)))
+                        beat += 1
                         state += 1
                     beat += pause
     return builder.build(_steady_beats(order.rr, beat * order.rr))

@@ -233,6 +233,16 @@ def test_gated_cine_keeps_its_lines_inside_the_phase() -> None:
         simulate_scan("cine", settings_for("cine", {**SMALL, "coils": 1, "states": 20, "segments": 1}))
 
 
+def test_molli_images_come_when_their_inversion_times_say() -> None:
+    values = {"matrix_x": 32, "matrix_y": 64, "coils": 1, "scheme": "3,2", "rr": 0.5, "repetition_time": 0.007}
+    scan = simulate_scan("molli", settings_for("molli", values))  # 0.45 s an image: it ends in the next heartbeat
+    first = np.array([scan.plan.time[scan.plan.state == state].min() for state in range(5)])
+    np.testing.assert_allclose(np.diff(first)[[0, 1, 3]], np.diff(scan.truth.states)[[0, 1, 3]])
+    assert (np.diff(scan.plan.time) > 0).all()
+    with pytest.raises(SettingError, match=r"longer than a heartbeat; got 0\.512 s"):
+        simulate_scan("molli", settings_for("molli", {**values, "repetition_time": 0.008}))
+
+
 def test_retro_gated_phases_vary_with_the_beat() -> None:
     values = {**SMALL, "coils": 2, "retro_gated": True, "arrhythmia": True, "snr": 0, "lines_per_segment": 4}
     scan = simulate_scan("cine", settings_for("cine", values))
