@@ -22,7 +22,14 @@ from pydicom.dataset import Dataset
 from pydicom.uid import UID
 
 from gadgets.dicom_identity import DicomError, Identity, make_uid, read_identity, text_value
-from gadgets.dicom_modules import SeriesPlan, acquisition_module, pixel_modules, plane_module, shared_modules
+from gadgets.dicom_modules import (
+    SeriesPlan,
+    acquisition_module,
+    image_comment,
+    pixel_modules,
+    plane_module,
+    shared_modules,
+)
 from gadgets.dicom_pixels import Survey, first, parts, plan_pixels, survey
 from gadgets.image_attributes import PHASE, is_preview
 from gadgets.image_file import image_groups, read_images
@@ -191,8 +198,7 @@ def mr_datasets(
             acquisition_module(dataset, image.header, meta, plan, identity, planes=len(codes))
             plane_module(dataset, image.header, meta, z)
             pixel_modules(dataset, codes[z], plan.pixels)
-            comment = "; ".join(dict.fromkeys(meta.get("ImageComments", ()) or meta.get("GADGETRON_ImageComment", ())))
-            if said := text_value(1000)(comment):
+            if said := text_value(1000)(image_comment(meta)):
                 dataset.ImageComments = said
             yield index, dataset
 

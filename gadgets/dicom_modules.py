@@ -21,7 +21,7 @@ from gadgets import __version__
 from gadgets.dicom_identity import DicomError, Identity, text_value
 from gadgets.dicom_pixels import STANDARD_DEVIATION, Code, PixelPlan, RealWorld, first, number
 from gadgets.geometry import image_position_patient, orthonormal_directions, pixel_spacing
-from gadgets.image_attributes import PHASE
+from gadgets.image_attributes import MAKER, PHASE, SATURATION_TIME
 
 Meta = Mapping[str, tuple[str, ...]]
 
@@ -77,7 +77,7 @@ def shared_modules(plan: SeriesPlan, identity: Identity) -> Dataset:
     scan = identity.series.get("SeriesDescription") or identity.series.get("ProtocolName", "")
     dataset.SeriesDescription = text_value(64)(f"{plan.description} {scan}")
     maker = Dataset()
-    maker.Manufacturer, maker.SoftwareVersions = "recon-gadgets", __version__
+    maker.Manufacturer, maker.SoftwareVersions = MAKER, __version__
     maker.PurposeOfReferenceCodeSequence = Sequence([_coded(("109102", "DCM", "Processing Equipment"))])
     dataset.ContributingEquipmentSequence = Sequence([maker])
     return dataset
@@ -109,7 +109,9 @@ def acquisition_module(
     contrast = int(header["contrast"])
     echo = number(meta, "EchoTime", "GADGETRON_TE")
     if mrd is not None:
-        if echo is None and not role and contrast < len(mrd.echo_times):
+        # of several echoes our own images name theirs, and one that names none was made of all of them
+        ours = MAKER in meta.get("ImageProcessingHistory", ())
+        if echo is None and not role and contrast < len(mrd.echo_times) and not (ours and len(mrd.echo_times) > 1):
             echo = 1e3 * mrd.echo_times[contrast]
         if mrd.field_strength is not None:
             dataset.MagneticFieldStrength = _ds(mrd.field_strength)
@@ -126,6 +128,15 @@ def acquisition_module(
     if plan.n_phases > 1:
         dataset.TemporalPositionIdentifier = int(header["phase"] or header["repetition"]) + 1
         dataset.NumberOfTemporalPositions = plan.n_phases
+
+
+def image_comment(meta: Meta) -> str:
+    """What the image says of itself, and the delay after a saturation, for which classic MR images have no attribute."""
+    said = list(dict.fromkeys(meta.get("ImageComments", ()) or meta.get("GADGETRON_ImageComment", ())))
+    delay = number(meta, SATURATION_TIME)
+    if delay is not None:
+        said.insert(1, f"{delay:g} ms after saturation")
+    return "; ".join(said)
 
 
 def _steady(said: str) -> bool:

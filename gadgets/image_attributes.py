@@ -19,6 +19,10 @@ MAGNITUDE, PHASE, COMPLEX = 1, 2, 5
 """``image_type`` of the MRD header. Maps are MAGNITUDE with DataRole Quantitative: consoles reject or alter the others."""
 
 STATE_COUNTERS = ("average", "contrast", "phase", "repetition", "set")
+MAKER = "recon-gadgets"
+"""The first entry of ``ImageProcessingHistory``."""
+
+SATURATION_TIME = "GADGETRON_TS"  # ms
 PREVIEW_KEY = "ReconPreview"
 """Attribute of images that others of the same scan will replace; its value is the chain of those."""
 
@@ -124,7 +128,7 @@ def image_attributes(
         "DataRole": "Image",
         "ImageComments": said,
         "ImageComment": said,
-        "ImageProcessingHistory": ["recon-gadgets", chain],
+        "ImageProcessingHistory": [MAKER, chain],
         "SequenceDescriptionAdditional": series.label,
         "SeriesDescriptionAdditional": series.label,
         "GADGETRON_SeqDescription": f"_{series.label}",
@@ -153,7 +157,7 @@ def image_attributes(
         times = {
             "EchoTime": place.scan.echo_times,
             "InversionTime": place.scan.inversion_times,
-            "GADGETRON_TS": place.scan.saturation_times,
+            SATURATION_TIME: place.scan.saturation_times,
         }
         meta |= {key: round(1e3 * per_state[state], 6) for key, per_state in times.items() if state < len(per_state)}
     if place.preview_of is not None:

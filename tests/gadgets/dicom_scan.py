@@ -72,7 +72,7 @@ def header_text(
 
 def scan(
     *, integers: bool = True, planes: int = 1, slices: int = 2, states: int = 2, seed: int = 0, preview: bool = False,
-    maps: tuple[str, ...] = tuple(SPAN), asked: str = "llr_t1",
+    maps: tuple[str, ...] = tuple(SPAN), asked: str = "llr_t1", times: str = "inversion_times",
 ) -> Scan:  # fmt: skip
     """A smooth disc in a dark field, with another brightness in each state, and maps inside it; where another chain was ``asked``
     for, ``llr_t1`` stood in for it.
@@ -101,7 +101,7 @@ def scan(
             truth[name].append(values)
         info = ScanInfo(
             matrix, fov, matrix, fov, slice_index=position, state_counters=tuple({"phase": s} for s in range(states)),
-            inversion_times=tuple(0.1 + 0.08 * s for s in range(states)),
+            **{times: tuple(0.1 + 0.08 * s for s in range(states))},
         )  # fmt: skip
         centre = (10.5 + 6.4 * position, -20.25 - 4.8 * position, 30.0)  # 8 mm along the slice direction
         place = Geometry(centre, GEOMETRY.read_dir, GEOMETRY.phase_dir, GEOMETRY.slice_dir)

@@ -210,6 +210,15 @@ def test_patient_study_and_series_come_from_the_header(tmp_path: Path) -> None:
     assert (t1.WindowCenter, t1.WindowWidth, t1.RescaleType) == (1600, 1600, "US")
 
 
+def test_images_of_a_saturation_recovery_name_their_delays_and_no_echo_is_guessed(tmp_path: Path) -> None:
+    known = scan(times="saturation_times", maps=())
+    several = known.header.replace("<TE>1.5</TE>", "<TE>1.5</TE><TE>4</TE>")  # the images are of none of them alone
+    convert(known.write(tmp_path / "images.h5"), tmp_path / "out", header=several)
+    images = by_series(tmp_path / "out")["llr_t1"]
+    assert [one.ImageComments for one in images] == [f"llr_t1; {delay} ms after saturation" for delay in (100, 180)] * 2
+    assert all("InversionTime" not in one and one.EchoTime is None for one in images)
+
+
 @pytest.mark.parametrize(
     ("name", "kept"),
     [
