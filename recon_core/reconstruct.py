@@ -69,6 +69,8 @@ UNLIKE_GAPS = (
 SMOOTH_PHASE = "homodyne keeps the smooth part of the phase alone, and susceptibilities would be a quarter too low: pocs is used instead"
 
 MAP_NAMES = {"t1": "T1", "r2star": "R2*", "qsm": "susceptibility"}
+MAP_OF = {"t1": "T1", "r2star": "R2star", "qsm": "QSM"}
+"""The map by which a method's own ones are known for those that are asked for."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def reconstruct(
     """Images and maps of one slice or slab on the console's matrix.
 
     Maps of the recipe are fitted last, to the final images: a map is no linear function of the signal, so neither partial Fourier
-    nor interpolation may come after it. A method's own maps (of a learned or joint method) replace the recipe's.
+    nor interpolation may come after it. A method's own maps (of a learned or joint method) stand in for the same maps of the recipe; where
+    that asks for none, or for others, they are left out.
 
     Parameters
     ----------
@@ -175,7 +178,7 @@ def reconstruct_images(
     if gaps:
         report.warn(gaps)
         result = replace(result, notes=(*result.notes, gaps))
-    noise = None if recipe.maps.maps == "none" or result.maps else _noise_of(kspace, scan)
+    noise = None if recipe.maps.maps == "none" or _has_its_own(result, recipe.maps) else _noise_of(kspace, scan)
     result = replace(result, notes=(*loud, *told, *short, *result.notes))
     return StateImages(result, noise, "" if wrong is None else str(wrong), phase, band)
 
@@ -446,6 +449,11 @@ def series_on_recon_matrix(series: ImageSeries, scan: ScanInfo) -> ImageSeries:
     return replace(series, data=moved if moved.is_complex() else moved.clamp_min(0.0))
 
 
+def _has_its_own(result: Result, settings: MapSettings) -> bool:
+    """Whether the method has made the maps that are asked for."""
+    return any(one.name == MAP_OF.get(settings.maps) for one in result.maps)
+
+
 def _with_parameter_maps(
     final: StateImages, scan: ScanInfo, settings: MapSettings, report: Report, mask: Tensor | None
 ) -> Result:
@@ -455,7 +463,11 @@ def _with_parameter_maps(
         text = f"no {MAP_NAMES[settings.maps]} map: {final.no_maps}"
         report.warn(text)
         return replace(result, maps=(), notes=(*result.notes, text))
-    if settings.maps == "none" or result.maps:
+    if _has_its_own(result, settings):
+        return result
+    # what was not asked for was not checked beforehand either (`_known_beforehand`)
+    result = replace(result, maps=())
+    if settings.maps == "none":
         return result
     series, phase = result.images[0], final.phase
     if final.band is not None and series.data.is_complex():

@@ -17,8 +17,9 @@ from recon_core.maps.settings import MapSettings
 from recon_core.methods import get_method
 from recon_core.preprocess.oversampling import to_recon_matrix
 from recon_core.problem import noise_scan_excess, noise_scan_lack
-from recon_core.reconstruct import Recipe, reconstruct
+from recon_core.reconstruct import Recipe, finish, reconstruct
 from recon_core.settings import parse_settings
+from recon_core.state_images import StateImages
 from recon_core.types import ImageSeries, KSpace, ParameterMap, Result, ScanInfo
 from tests.recon_core.listener import Listener
 from tests.recon_core.small_series import centred_fft, coil_maps
@@ -324,6 +325,17 @@ def test_a_methods_own_maps_stay_and_are_moved_without_ringing() -> None:
         ScanInfo((1, 1, 4), (0.008, 0.1, 0.1), (1, 1, 8), (0.008, 0.1, 0.1)),
     )
     assert set(phase.data[phase.valid].tolist()) == {3.0, -3.0}
+
+
+@pytest.mark.parametrize(("asked", "expected"), [("t1", ["T1"]), ("none", []), ("r2star", ["R2star", "R2star_SD", "S0"])])
+def test_a_methods_own_maps_are_sent_where_they_are_asked_for(asked: str, expected: list[str]) -> None:
+    """What makes T1 wrong is looked for where T1 is asked for; "maps = none sends the images alone", as is said of such scans."""
+    times = torch.tensor((0.004, 0.009, 0.014, 0.019)).reshape(-1, 1, 1, 1)
+    images = torch.exp(-25 * times) * torch.ones(4, 1, 8, 8, dtype=torch.complex64)
+    own = ParameterMap("T1", torch.ones(1, 8, 8), "s", torch.ones(1, 8, 8, dtype=torch.bool))
+    made = StateImages(Result((ImageSeries("image", images),), (own,)), ImageNoise(1e-3, True))
+    scan = ScanInfo((1, 8, 8), FOV, (1, 8, 8), FOV, echo_times=tuple(times.flatten().tolist()))
+    assert [one.name for one in finish(made, scan, MapSettings(maps=asked)).maps] == expected
 
 
 def test_images_that_are_not_finite_are_refused() -> None:
