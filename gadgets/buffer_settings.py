@@ -78,7 +78,8 @@ class AcquisitionSettings:
     )
     inversion_times: str = setting(
         "",
-        "Inversion time of each image of the series, separated by commas; empty: from the header or the readouts.",
+        "Inversion time of each image of the series (of a saturation: its delay), separated by commas; empty: from the header or the "
+        "readouts.",
         unit="ms",
     )
     inversion_time_source: str = setting(

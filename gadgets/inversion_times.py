@@ -1,6 +1,6 @@
 """Where the inversion time of every image comes from: the console's setting, the header, or the readouts. Never a guess.
 
-1. The setting ``inversion_times``: one per image in the order of the series, ms, separated by commas.
+1. The setting ``inversion_times``: one per image in the order of the series, ms, separated by commas. Of a saturation they are its delays.
 2. The header: user parameters ``InversionTime_ms_0``, ``_1``, ... up to the first gap, or else the TI list. It must have one
    value for every value of one counter (contrast, set, repetition or phase), or one for every image. Of a scan with missing images: one
    for every value that the encoding limits announce. Not a TI list that belongs to a saturation (setting ``preparation``).
@@ -79,7 +79,8 @@ def _found_times(
 ) -> tuple[Times, tuple[str, ...]]:
     n_slices = len(source)
     if settings.inversion_times:
-        return (_stated(settings.inversion_times, len(states)),) * n_slices, ()
+        stated = () if is_saturation_prepared(header, settings) else stated_times(settings, len(states))
+        return (stated,) * n_slices, ()
     listed = () if is_saturation_prepared(header, settings) else numbered_times(header, PREFIX) or header.inversion_times
     of_header = times_by_counter(listed, states, limits)
     asked = settings.inversion_time_source == "readouts"
@@ -138,7 +139,7 @@ def times_notes(header: MrdHeader, settings: AcquisitionSettings, used: Times, n
     saturated = is_saturation_prepared(header, settings)
     kind, prefix = ("saturation", SATURATION_PREFIX) if saturated else ("inversion", PREFIX)
     numbered, listed = numbered_times(header, prefix), header.inversion_times
-    if settings.inversion_times and not saturated:
+    if settings.inversion_times:
         return ()
     if len(numbered) == len(listed) and any(abs(a - b) > SAME for a, b in zip(numbered, listed, strict=True)):
         return (
@@ -155,8 +156,15 @@ def _in_ms(times: tuple[float, ...]) -> str:
     return ", ".join(f"{1e3 * t:g}" for t in times) + " ms"
 
 
-def _stated(text: str, n_states: int) -> tuple[float, ...]:
-    where = "acquisition.inversion_times"
+def stated_times(settings: AcquisitionSettings, n_states: int) -> tuple[float, ...]:
+    """The setting ``inversion_times`` in s, one for each state: of a saturation they are its delays.
+
+    Raises
+    ------
+    SettingError
+        No list of times, as many as there are states, up to a minute.
+    """
+    text, where = settings.inversion_times, "acquisition.inversion_times"
     try:
         times = tuple(float(part) * 1e-3 for part in text.replace(";", ",").split(",") if part.strip())
     except ValueError:

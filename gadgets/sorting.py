@@ -37,7 +37,7 @@ from gadgets.calibration import calibration_notes
 from gadgets.errors import SortError
 from gadgets.gating import cardiac_phases
 from gadgets.geometry import read_geometry
-from gadgets.inversion_times import inversion_times, times_notes
+from gadgets.inversion_times import inversion_times, stated_times, times_notes
 from gadgets.readouts import (
     SKIP_FLAGS,
     Headers,
@@ -71,6 +71,7 @@ from gadgets.sorted_scan import (
     SortedScan,
     echo_times,
     echoes_are_sets,
+    is_saturation_prepared,
     saturation_list,
     times_by_counter,
 )
@@ -149,7 +150,10 @@ def sort_readouts(
     grid = encoding.encoded_matrix[:2]
     log.notes.extend(calibration_notes(imaging, calibration, slices, grid, settings, recovers=recovers))
     inversions, told = inversion_times(header, states, source, settings, encoding.limits)
-    saturation_times = times_by_counter(saturations, states, encoding.limits)
+    stated = settings.inversion_times and is_saturation_prepared(header, settings)
+    saturation_times = (
+        stated_times(settings, len(states)) if stated else times_by_counter(saturations, states, encoding.limits)
+    )
     log.notes.extend((*told, *times_notes(header, settings, (saturation_times,), len(states))))
     return SortedScan(
         header=header,

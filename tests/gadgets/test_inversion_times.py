@@ -176,6 +176,9 @@ def test_the_setting_overrides_everything_and_is_checked() -> None:
     text = "120, 1120, 2120, 3120, 4120, 200, 1200, 2200"
     scan = sort(header(inversion_times=(0.5,) * 8), molli_readouts(), inversion_times=text)
     assert times(scan) == pytest.approx(EXPECTED)
+    fields = {"inversion_times": (0.5,) * 8, "user_string": {"MagnetizationPreparation": "saturation"}}
+    saturated = sort(header(**fields), molli_readouts(), inversion_times=text).scan_info(0)
+    assert saturated.saturation_times == pytest.approx(EXPECTED) and saturated.inversion_times == ()
     for wrong, words in (("120,200", "count"), ("a,b", "not a list"), (text.replace("120,", "-1,", 1), "not an inversion")):
         with pytest.raises(SettingError, match=words):
             sort(header(), molli_readouts(), inversion_times=wrong)
