@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +20,7 @@ from recon_core.errors import DataError, SettingError
 from recon_core.simulation.phantoms import FloatArray, Grid
 
 ComplexArray = NDArray[np.complex64]
+DONOR = "an .npz with coil images or radial k-space"
 N_SEGMENTS = 24
 N_COARSE = 33  # maps are smooth: the field is computed on a coarse grid and interpolated with cubic splines
 
@@ -148,18 +151,16 @@ def donor_maps(
     SettingError
         It has fewer coils than asked for, or does not exist.
     """
-    if not Path(path).is_file():
-        raise SettingError("no such donor file", where="coils.donor", expected="an .npz with coil images or radial k-space")
-    with np.load(path, allow_pickle=False) as donor:
-        if "image" in donor:
-            images, finest = np.asarray(donor["image"]), 0.025
-        elif {"kspace", "trajectory"} <= set(donor.files):
-            # few spokes, and a readout that was oversampled: blurred images, the body in the middle
-            images, finest = _grid_centre(np.asarray(donor["kspace"]), np.asarray(donor["trajectory"]))[:, 8:-8, 8:-8], 0.09
-        else:
-            raise DataError(
-                "not a coil donor", where="coils.donor", got=sorted(donor.files), expected="image, or kspace and trajectory"
-            )
+    arrays = _donor_arrays(Path(path))
+    if "image" in arrays:
+        images, finest = arrays["image"], 0.025
+    elif {"kspace", "trajectory"} <= set(arrays):
+        # few spokes, and a readout that was oversampled: blurred images, the body in the middle
+        images, finest = _grid_centre(arrays["kspace"], arrays["trajectory"])[:, 8:-8, 8:-8], 0.09
+    else:
+        raise DataError(
+            "not a coil donor", where="coils.donor", got=sorted(arrays), expected="image, or kspace and trajectory"
+        )
     if images.ndim != 3 or not np.iscomplexobj(images) or not np.isfinite(images).all():
         raise DataError(
             "not coil images", where="coils.donor", got=f"{images.dtype} {images.shape}", expected="complex (coil, y, x)"
@@ -177,6 +178,16 @@ def donor_maps(
     )
     maps, _ = _normalised(_interpolate(smooth[:, None], flat, inside))
     return np.repeat(maps, len(grid.z), axis=1), np.ones(grid.shape, dtype=np.float32)
+
+
+def _donor_arrays(path: Path) -> dict[str, NDArray[Any]]:
+    if not path.is_file():
+        raise SettingError("no such donor file", where="coils.donor", expected=DONOR)
+    try:
+        with np.load(path, allow_pickle=False) as donor:
+            return {name: np.asarray(donor[name]) for name in donor.files}
+    except (OSError, ValueError, EOFError, AttributeError, TypeError, BadZipFile):  # the last but two: one bare array
+        raise DataError("not a coil donor", where="coils.donor", got="another file", expected=DONOR) from None
 
 
 def _spacing(axis: NDArray[np.float64]) -> float:

@@ -235,7 +235,7 @@ def check(kind: str, s: ScanSettings) -> None:
     if s.is_3d and kind != "mgre":
         refuse("partitions", s.partitions, "1: only mgre is simulated in 3D")
     if s.is_3d and s.slices > 1:
-        refuse("slices", s.slices, "1 for a 3D scan")
+        refuse("slices", s.slices, "1 for a 3D scan; partitions=1 makes slices")
     if s.retro_gated and kind != "cine":
         refuse("retro_gated", True, "false: only cine is gated")
     if s.phantom == "tubes" and kind != "satrec":

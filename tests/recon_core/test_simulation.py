@@ -139,6 +139,12 @@ def test_donors_that_are_none(tmp_path) -> None:
     np.savez(tmp_path / "other.npz", something=np.zeros(3))
     with pytest.raises(DataError, match="not a coil donor"):
         coils.donor_maps(tmp_path / "other.npz", GRID, 4)
+    (tmp_path / "text.npz").write_text("no archive")
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "other.npz").read_bytes()[:100])
+    np.save(tmp_path / "bare.npy", np.zeros((4, 8, 8), np.complex64))
+    for name in ("text.npz", "cut.npz", "bare.npy"):
+        with pytest.raises(DataError, match="not a coil donor"):
+            coils.donor_maps(tmp_path / name, GRID, 4)
     np.savez(tmp_path / "two.npz", image=np.ones((2, 32, 32), np.complex64))
     with pytest.raises(SettingError, match="fewer coils"):
         coils.donor_maps(tmp_path / "two.npz", GRID, 4)
