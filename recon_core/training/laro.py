@@ -205,7 +205,7 @@ class _Training:
         recipe = self.recipe
         steps = {"phase1": recipe.first_steps, "phase2": recipe.second_steps}
         facts: dict[str, Any] = {
-            "amplitude": typical_amplitude(recipe, self.supply),
+            "amplitude": typical_amplitude(recipe, self.supply, self.module.pattern(recipe.patterns[0]).draw(MASK_SEED)),
             "noise": typical_noise(recipe, self.supply),
             "scans": "a folder" if self.settings.scans else "simulated heads (recon_core.simulation.multi_echo_brain)",
             "data": self.data,

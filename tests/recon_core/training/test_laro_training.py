@@ -173,6 +173,15 @@ def test_a_training_goes_on_with_the_masks_it_was_begun_with_alone(folder: str, 
     assert found is not None and found[:, :, :8].mean() < found[:, :, 14:].mean()
 
 
+def test_weights_for_masks_without_a_central_block_can_be_used(folder: str, tmp_path: Path) -> None:
+    recipe = replace(TINY, patterns=("3/1",), first_steps=0, second_steps=1, second_unrolls=1)
+    amplitudes = []
+    for acs in ((0, 0), (4, 4)):
+        _, weights = run(replace(recipe, acs=acs), tmp_path / str(acs[0]), RunSettings(scans=folder))
+        amplitudes.append(load_weights(weights).amplitude)
+    assert amplitudes[0] == pytest.approx(amplitudes[1], rel=0.2)  # the same scans
+
+
 def test_phase_one_changes_masks_and_phase_two_does_not(folder: str, tmp_path: Path) -> None:
     result, masks = learn_masks(TINY, tmp_path / "out", RunSettings(scans=folder, validate_every=0))
     assert result is not None and result.finished and len(masks) == 2
