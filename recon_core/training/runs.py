@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -217,6 +219,35 @@ def _require_same_kind(recipe: TrainingRecipe, output: Path, stated: Mapping[str
         )
     if not own & set(stated):
         raise _damaged(output, "none of its choices")
+
+
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Hold a training's folder: of two calls in one folder, each would remove the checkpoints of the other.
+
+    The kernel gives the folder back when the process ends, however it ends.
+
+    Raises
+    ------
+    SettingError
+        Another call holds it.
+    """
+    fd = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingError(
+                "the folder's training is running already",
+                where=output.name,
+                got="another process",
+                remedy="wait for its end, or stop it (SIGTERM: it leaves a checkpoint)",
+            ) from None
+        except OSError:  # a file system without locks of folders
+            pass
+        yield
+    finally:
+        os.close(fd)
 
 
 def initial_digest(initial: str | None, output: Path, resume: bool) -> str:

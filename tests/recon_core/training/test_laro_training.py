@@ -27,6 +27,7 @@ from recon_core.training.laro_starts import MeasuredScans, measure
 from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, plane_sample
 from recon_core.training.loop import Progress
 from recon_core.training.losses import channel_ssim, decay_error
+from recon_core.training.runs import alone_in
 
 TINY = LaroRecipe(
     channels=4,
@@ -125,6 +126,11 @@ def test_a_time_limit_leaves_something_to_resume(folder: str, tmp_path: Path) ->
         run(TINY, tmp_path / "out", RunSettings(scans=folder))
     with pytest.raises(SettingError, match="mask_rate"):
         run(replace(TINY, mask_rate=1.0), tmp_path / "out", RunSettings(scans=folder, resume=True))
+    for command_of in (run, learn_masks):  # each would remove the checkpoints of the other
+        with alone_in(tmp_path / "out"), pytest.raises(SettingError, match="out: the folder's training is running already"):
+            command_of(TINY, tmp_path / "out", RunSettings(scans=folder, resume=True, max_minutes=1e-6))
+    with alone_in(tmp_path / "out"):  # it was given back
+        pass
 
 
 def test_a_training_goes_on_with_the_scans_it_was_begun_with_alone(folder: str, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from recon_core.training.pinqi_tasks import (
     posed,
     typical_amplitude,
 )
+from recon_core.training.runs import alone_in
 from tests.recon_core.volume_writers import nifti
 
 TINY = PinqiRecipe(
@@ -436,6 +437,9 @@ def test_the_plain_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     main(words.split())
     assert "training 1/1" in (text := capsys.readouterr().out) and "finished" in text
     assert (tmp_path / "out" / "pinqi.safetensors").is_file() and not (tmp_path / "out" / "pretraining").exists()
+    with alone_in(tmp_path / "out"), pytest.raises(SystemExit):
+        main([*words.split(), "--resume"])
+    assert "out: the folder's training is running already" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit):
         main([*words.split()[2:], "--output", str(tmp_path / "file" / "out")])
