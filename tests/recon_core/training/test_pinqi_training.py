@@ -228,6 +228,7 @@ def test_numbers_that_cannot_be_trained_with_are_refused_before_anything_is_writ
     wrong += [{name: value} for name in ("network_rate", "lambda_rate", "image_rate") for value in (-1.0, math.nan)]
     wrong += [{"epochs": math.nan}, {"pretrain_epochs": math.nan}, {"warmup_steps": -1}, {"ema_decay": 1.0}]
     wrong += [{"times": (-1.0, 8.0)}, {"times": (math.nan, 8.0)}, {"columns": 33}, {"rate_spread": math.nan}]
+    wrong += [{"times": times} for times in ((0.5,), (0.5, 8.0, 0.5), (0.5, 0.501, 8.0), (500.0, 1500.0, 8000.0))]
     wrong += [{"network_rate": 0.0}, {"samples_per_epoch": 0}, {"n_coils": 0}, {"accelerations": ()}]
     for change in wrong:
         with pytest.raises(ReconError):
