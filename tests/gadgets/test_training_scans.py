@@ -53,7 +53,10 @@ def test_the_command_fills_a_folder_that_trainings_read(full: SimulatedScan, tmp
         assert result.exit_code == 0, result.output
     assert sorted(path.stem for path in folder.glob("*.json")) == ["measured_0000", "measured_0001", "measured_0002"]
     assert not any(b"DOE" in path.read_bytes() for path in folder.iterdir())  # nobody's name
-    scan = ScanFolder(folder).scan("train", 0)
+    supply = ScanFolder(folder)
+    with pytest.raises(DataError, match=r"measured_0001\.json: a scan that is there twice; got that of measured_0000\.json"):
+        supply.require((16, 36), 1, 3)  # what was learned from would judge what was learned
+    scan = supply.scan("train", 0)
     assert len(scan.coil_maps) == 4
     sample = plane_sample(scan, torch.tensor([18, 20]), 1.0, 0, torch.device("cpu"))
     assert sample.images.shape[:2] == (2, 3) and bool(sample.brain.any())

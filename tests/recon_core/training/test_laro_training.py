@@ -472,6 +472,9 @@ def test_scans_with_few_readout_positions_can_be_validated_on(tmp_path: Path) ->
     write_scan(tmp_path / "scans", "s1", replace(scans()[0], brain=torch.zeros_like(scans()[0].brain)))
     with pytest.raises(DataError, match=r"s1\.json: a scan without a brain"):
         ScanFolder(tmp_path / "scans").scan("test", 0)
+    write_scan(tmp_path / "scans", "s1", replace(scans()[0], images=scans()[0].images * math.nan))
+    with pytest.raises(DataError, match=r"s1\.json: values that are not finite"):
+        ScanFolder(tmp_path / "scans").scan("test", 0)
 
 
 def test_scans_of_different_length_and_number_of_echoes_share_a_folder(tmp_path: Path) -> None:
