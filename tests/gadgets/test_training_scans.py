@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -42,6 +45,23 @@ def test_images_maps_and_noise_are_those_of_the_scan(full: SimulatedScan) -> Non
     assert scan.images[-1][corners].abs().square().mean().sqrt().item() == pytest.approx(scan.noise_std, rel=0.15)
     assert scan.brain.any() and not (scan.brain & ~scan.head).sum() > 0.02 * scan.brain.sum()
     assert float(scan.chi.abs().max()) == float(scan.r2star.abs().max()) == 0.0
+
+
+def test_echoes_are_in_the_order_of_their_times(full: SimulatedScan, tmp_path: Path) -> None:
+    """As the method has them in use."""
+    first, second, third = training_scan(full.path, coils=2).images
+    turned = shutil.copy(full.path, tmp_path / "turned.h5")
+    with h5py.File(turned, "r+") as file:
+        header = file["dataset/xml"][0].decode()
+        times = re.findall("<TE>.*?</TE>", header)
+        turn = iter((times[2], times[0], times[1]))
+        header = re.sub("<TE>.*?</TE>", lambda _: next(turn), header)
+        file["dataset/xml"][0] = header.encode()
+    scan = training_scan(turned, coils=2)
+    assert scan.echo_times == pytest.approx(full.stream.truth.states, abs=1e-8)
+    scale = scan.images[0].abs().max() / second.abs().max()  # the second readout is now of the shortest time
+    for found, true in zip(scan.images, (second, third, first), strict=True):
+        assert float((found.abs() - scale * true.abs()).norm() / found.norm()) < 0.02
 
 
 def test_the_command_fills_a_folder_that_trainings_read(full: SimulatedScan, tmp_path: Path) -> None:
