@@ -297,6 +297,8 @@ def training_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("a kind that nothing here was tried on")
     except (RuntimeError, AssertionError):
         raise SettingError("no such device", where="--device", got=name, expected="auto, cpu or cuda") from None
     return device
@@ -449,7 +451,8 @@ def plain_command(
         parser.exit(1, f"{parser.prog}: {error}\n")
     except OSError as error:  # a folder that cannot be made or read
         parser.exit(1, f"{parser.prog}: {error.strerror or error}: {error.filename or ''}\n")
-    print(f"{'finished' if result.finished else 'stopped, resumable'} after {result.minutes:.1f} min: {weights}")
+    state = "finished" if result.finished else "stopped, resumable"
+    print(f"{state} after {result.minutes:.1f} min{result.skipped_words}: {weights}")
 
 
 class PlainReport:

@@ -208,8 +208,9 @@ def test_a_damaged_head_is_found_before_the_training_begins(tmp_path: Path) -> N
 
 
 def test_devices_and_ablations_that_do_not_exist_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="no such device"):
-        run(TINY, tmp_path, replace(CPU, device="cuda:99"))
+    for device in ("cuda:99", "meta"):
+        with pytest.raises(SettingError, match="no such device"):
+            run(TINY, tmp_path, replace(CPU, device=device))
     with pytest.raises(SettingError, match="unknown ablation"):
         replace(TINY, ablation="z")
 
