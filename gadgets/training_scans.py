@@ -36,10 +36,10 @@ from recon_core.maps.brain_mask import brain_mask, object_mask
 from recon_core.preprocess.noise import WHITENED_NOISE_STD
 from recon_core.preprocess.settings import PreprocessSettings
 from recon_core.problem import outer_noise
-from recon_core.reconstruct import compress_coils
+from recon_core.reconstruct import compress_coils, with_believable_noise
 from recon_core.simulation.multi_echo_brain import BrainScan
 from recon_core.simulation.scan_folder import write_scan
-from recon_core.types import KSpace, ScanInfo
+from recon_core.types import KSpace, Report, ScanInfo
 
 Tell = Callable[[str], None]
 ANY_CHAIN = "cg_sense"  # a session begins with a name; nothing of the chain is used
@@ -86,6 +86,10 @@ def training_scan(source: Path, *, coils: int = 8, group: str = "dataset", tell:
     """
     kspace, scan = read_kspace(source, group=group, tell=tell)
     _require_training_scan(kspace, scan, source.name)
+    kspace, notes = with_believable_noise(kspace, Report())
+    if tell is not None:
+        for note in notes:
+            tell(note)
     # as the method meets them: in the order of their times
     order = sorted(range(kspace.n_states), key=scan.echo_times.__getitem__)
     if order != sorted(order):

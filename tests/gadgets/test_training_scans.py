@@ -47,6 +47,26 @@ def test_images_maps_and_noise_are_those_of_the_scan(full: SimulatedScan) -> Non
     assert float(scan.chi.abs().max()) == float(scan.r2star.abs().max()) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("factor", "said"), [(10.0, "times louder than the outer k-space"), (0.1, "times quieter than the noise")]
+)
+def test_a_noise_scan_that_contradicts_the_samples_is_not_trained_on(
+    full: SimulatedScan, factor: float, said: str, tmp_path: Path
+) -> None:
+    """As in use: its scaling or bandwidth is another one, and training would add so many times the scan's noise."""
+    other = shutil.copy(full.path, tmp_path / "other.h5")
+    with h5py.File(other, "r+") as file:
+        readouts = file["dataset/data"]
+        for number, readout in enumerate(readouts[:64]):
+            assert readout["head"]["flags"] >> 18 & 1  # ACQ_IS_NOISE_MEASUREMENT
+            readout["data"][:] *= factor
+            readouts[number] = readout
+    told: list[str] = []
+    scan = training_scan(other, coils=6, tell=told.append)
+    assert scan.noise_std == pytest.approx(training_scan(full.path, coils=6).noise_std, rel=0.5)
+    assert len(told) == 1 and said in told[0]
+
+
 def test_echoes_are_in_the_order_of_their_times(full: SimulatedScan, tmp_path: Path) -> None:
     """As the method has them in use."""
     first, second, third = training_scan(full.path, coils=2).images
