@@ -174,6 +174,14 @@ def _begin_with(network: Pinqi, recipe: PinqiRecipe, settings: RunSettings, outp
     if not settings.initial:
         return DEFAULT_RULE
     tensors, stated = read_pair(settings.initial, device)
+    if "noise_rule" in stated and recipe.noise_factors == "none" and not settings.resume:
+        raise SettingError(
+            "lambdas that were learned with factors by the noise, which the weights of this training would not state",
+            where=Path(settings.initial).name,
+            got="noise_factors none",
+            expected="fixed or learned, and batch 1",
+            remedy="add --noise-factors fixed --batch 1",
+        )
     load_into(network, fitting(tensors, network), Path(settings.initial).name)
     return NoiseRule.from_facts(stated["noise_rule"]) if "noise_rule" in stated else DEFAULT_RULE
 

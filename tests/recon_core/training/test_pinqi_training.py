@@ -513,6 +513,10 @@ def test_a_joint_training_states_its_rule_and_resumes_to_the_bit(tmp_path: Path)
     assert load_weights(later).noise_rule.image == pytest.approx(trained.noise_rule.image, rel=1e-5)
     with pytest.raises(SettingError, match="initial"):
         run(kept, tmp_path / "next", replace(CPU, resume=True))
+    # and one that would forget the rule is refused: its weights would be used with another one
+    with pytest.raises(SettingError, match=r"pinqi\.json: lambdas that were learned with factors.*--noise-factors fixed"):
+        run(replace(kept, noise_factors="none"), tmp_path / "none", replace(CPU, initial=str(whole)))
+    assert not (tmp_path / "none").exists()
 
 
 def test_fixed_factors_stay_and_need_one_sample_a_step(tmp_path: Path) -> None:
