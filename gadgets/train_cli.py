@@ -16,6 +16,7 @@ from recon_core.errors import SettingError
 
 if TYPE_CHECKING:  # torch takes a second to import: not for --help
     from recon_core.training.loop import Progress as Step
+    from recon_core.training.loop import TrainingResult
 
 app = typer.Typer(name="train", help="Train the learned methods on synthetic data.", no_args_is_help=True)
 out = Console()
@@ -60,9 +61,10 @@ class PhaseBars:
             self._progress.console.print(f"{phase} step {step.step}: {figures}", markup=False, highlight=False)
 
 
-def _say_ended(finished: bool, minutes: float, weights: Path) -> None:
-    state = "finished" if finished else "stopped; --resume goes on"
-    out.print(f"{state} after {minutes:.1f} min: {weights}", markup=False, highlight=False, soft_wrap=True)
+def _say_ended(result: TrainingResult, weights: Path) -> None:
+    state = "finished" if result.finished else "stopped; --resume goes on"
+    text = f"{state} after {result.minutes:.1f} min{result.skipped_words}: {weights}"
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _made(kind: type[Made], options: Mapping[str, Any]) -> Made:
@@ -206,7 +208,7 @@ def pinqi(
     _check_resumed(output, settings.resume)
     with progress_bars() as progress:
         result, weights = run(recipe, output, settings, PhaseBars(progress))
-    _say_ended(result.finished, result.minutes, weights)
+    _say_ended(result, weights)
 
 
 @app.command()
@@ -292,7 +294,7 @@ def laro(
     _check_resumed(output, settings.resume)
     with progress_bars() as progress:
         result, weights = run(recipe, output, settings, PhaseBars(progress))
-    _say_ended(result.finished, result.minutes, weights)
+    _say_ended(result, weights)
 
 
 @app.command()

@@ -36,10 +36,10 @@ from recon_core.maps.brain_mask import brain_mask, object_mask
 from recon_core.preprocess.noise import WHITENED_NOISE_STD
 from recon_core.preprocess.settings import PreprocessSettings
 from recon_core.problem import outer_noise
-from recon_core.reconstruct import compress_coils
+from recon_core.reconstruct import compress_coils, with_believable_noise
 from recon_core.simulation.multi_echo_brain import BrainScan
 from recon_core.simulation.scan_folder import write_scan
-from recon_core.types import KSpace, ScanInfo
+from recon_core.types import KSpace, Report, ScanInfo
 
 Tell = Callable[[str], None]
 ANY_CHAIN = "cg_sense"  # a session begins with a name; nothing of the chain is used
@@ -86,13 +86,21 @@ def training_scan(source: Path, *, coils: int = 8, group: str = "dataset", tell:
     """
     kspace, scan = read_kspace(source, group=group, tell=tell)
     _require_training_scan(kspace, scan, source.name)
+    kspace, notes = with_believable_noise(kspace, Report())
+    if tell is not None:
+        for note in notes:
+            tell(note)
+    # as the method meets them: in the order of their times
+    order = sorted(range(kspace.n_states), key=scan.echo_times.__getitem__)
+    if order != sorted(order):
+        kspace = kspace.in_order(torch.tensor(order))
     kspace = compress_coils(kspace, PreprocessSettings(coil_compression="svd", virtual_coils=coils))
     maps = estimate_coil_maps(kspace)
     planes = ifft_centred(kspace.data, (-3, -2))
     images = (maps.conj() * planes).sum(1)
     voxel = tuple(fov / n for fov, n in zip(scan.fov, scan.matrix, strict=True))
     brain, head = brain_mask(images, voxel), object_mask(images)
-    scale = float(torch.quantile(images[_first(scan)].abs()[brain], 0.99))
+    scale = float(torch.quantile(images[0].abs()[brain], 0.99))
     noise = kspace.noise_std or outer_noise(kspace)
     nothing = torch.zeros(images.shape[1:])
     assert scan.b0_direction is not None
@@ -106,7 +114,7 @@ def training_scan(source: Path, *, coils: int = 8, group: str = "dataset", tell:
         local_field=nothing.clone(),
         chi=nothing.clone(),
         labels=torch.zeros(images.shape[1:], dtype=torch.uint8),
-        echo_times=scan.echo_times,
+        echo_times=tuple(scan.echo_times[n] for n in order),
         voxel=(voxel[0], voxel[1], voxel[2]),
         b0=scan.b0_direction,
         noise_std=noise / math.sqrt(float(kspace.counts.mean())) / scale,
@@ -199,7 +207,3 @@ def _require_training_scan(kspace: KSpace, scan: ScanInfo, where: str) -> None:
             got=f"{missing} of {kspace.counts.numel()} positions missing, most in echo {worst}",
             remedy="Train on scans that sample every (k2, k1) position of every echo (no acceleration, no partial Fourier)",
         )
-
-
-def _first(scan: ScanInfo) -> int:
-    return min(range(len(scan.echo_times)), key=scan.echo_times.__getitem__)

@@ -149,7 +149,8 @@ def reconstruct_images(
             "reconstructs the states of a slice together", where=recipe.method, got=f"states {states}", expected="all"
         )
     wrong = _known_beforehand(kspace, scan, method, recipe)
-    kspace, loud = _with_believable_noise(kspace, recipe, report)
+    loudest = FAR_TOO_LOUD if recipe.maps.maps == "none" else LOUDEST
+    kspace, loud = with_believable_noise(kspace, report, loudest)
     empty = not bool((kspace.data != 0).any())
     if empty:
         report.warn(f"slice {scan.slice_index}: all samples are zero")
@@ -307,14 +308,19 @@ def calibration_contrast(states: Tensor, times: Sequence[float], *, inverted: bo
     return float(lines.std(correction=0) / lines.mean().abs().clamp_min(1e-3))
 
 
-def _with_believable_noise(kspace: KSpace, recipe: Recipe, report: Report) -> tuple[KSpace, tuple[str, ...]]:
+def with_believable_noise(kspace: KSpace, report: Report, loudest: float = LOUDEST) -> tuple[KSpace, tuple[str, ...]]:
     """The k-space without its noise measurement where that contradicts the samples, and what to tell of it.
 
     A noise level too high would blind T1's checks, which ask whether the misfit is more than noise, bend R2* (noise lifts late echoes),
     and regularise images away. One too low would make standard deviations too small, and regularisation that follows the noise next to
     none.
+
+    Parameters
+    ----------
+    loudest
+        How many times louder than outer k-space it may be.
     """
-    if (excess := noise_scan_excess(kspace)) > (FAR_TOO_LOUD if recipe.maps.maps == "none" else LOUDEST):
+    if (excess := noise_scan_excess(kspace)) > loudest:
         note = f"{excess:.1f} times louder than the outer k-space of the images, which cannot be"
     elif (lack := noise_scan_lack(kspace)) > QUIETEST:
         note = f"{lack:.{1 if lack < 10 else 0}f} times quieter than the noise in the outer k-space of the images"

@@ -102,7 +102,8 @@ def write_mask(path: str | Path, mask: SamplingMask) -> None:
 
 
 def _write_hdf5(path: Path, mask: SamplingMask) -> None:
-    with h5py.File(path, "w") as file:
+    content = io.BytesIO()  # a file that cannot be closed on a full disk would take the process down at its end
+    with h5py.File(content, "w") as file:
         file.attrs.update({"format": FORMAT, "version": VERSION, "axes": "echo, k2, k1", "n_segments": mask.n_segments})
         for key, value in mask.facts.items():
             file.attrs[f"fact_{key}"] = value
@@ -111,6 +112,7 @@ def _write_hdf5(path: Path, mask: SamplingMask) -> None:
             file.create_dataset("probability", data=mask.probability.astype(np.float32), compression="gzip")
         if mask.order is not None:
             file.create_dataset("order", data=mask.order.astype(np.int32), compression="gzip")
+    path.write_bytes(content.getbuffer())
 
 
 def read_mask(path: str | Path) -> SamplingMask:

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from recon_core.errors import DataError
 from recon_core.simulation.anatomy import check_split
 from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe
 from recon_core.simulation.random_fields import sample_seed
-from recon_core.training.checkpoint import read_pair, sha256_of, stored_shape, write_pair
+from recon_core.training.checkpoint import read_pair, sha256_of, stated_digest, stored_shape, write_pair
 
 FORMAT = "recon-gadgets multi-echo scan"
 TENSORS = ("images", "coil_maps", "brain", "head", "r2star", "field", "local_field", "chi", "labels")
@@ -63,6 +64,8 @@ def read_scan(path: str | Path) -> BrainScan:
     images, maps = tensors["images"], tensors["coil_maps"]
     if images.ndim != 4 or maps.shape[1:] != images.shape[1:] or len(facts["echo_times"]) != len(images):
         raise DataError("images, maps and echo times do not fit", where=Path(path).name, got=tuple(images.shape))
+    if not all(bool(torch.isfinite(part).all()) for part in (images, maps)):
+        raise DataError("values that are not finite", where=Path(path).name, expected="finite images and coil maps")
     if not bool(tensors["brain"].any()):
         raise DataError("a scan without a brain", where=Path(path).name, expected="a brain to learn from")
     z, y, x = facts["voxel"]
@@ -122,16 +125,26 @@ class ScanFolder:
         return self._held[path]
 
     def require(self, plane: tuple[int, int], fewest: int, most: int) -> None:
-        """See that every scan has planes ``(k2, k1)`` of this size, and not fewer or more echoes.
+        """See that every scan has planes ``(k2, k1)`` of this size, and not fewer or more echoes, and is there once.
 
         Raises
         ------
         DataError
-            One has not; it is named.
+            One has not, or is there twice; it is named.
         WeightError
             A damaged pair.
         """
+        seen: dict[str, Path] = {}
         for path in self._places:
+            first = seen.setdefault(stated_digest(path), path)
+            if first != path:
+                raise DataError(
+                    "a scan that is there twice",
+                    where=path.name,
+                    got=f"that of {first.name}",
+                    expected="different scans: the last ones judge what was learned from the first",
+                    remedy="remove one of them",
+                )
             n, z, y, _ = shape if len(shape := stored_shape(path, "images")) == 4 else (0, 0, 0, 0)
             if (z, y) != plane or not fewest <= n <= most:
                 echoes = f"{fewest} to {most}" if fewest < most else most

@@ -161,6 +161,17 @@ def read_pair(path: str | Path, device: torch.device | str = "cpu") -> tuple[dic
         raise WeightError("not a safetensors file", where=file.name, got=str(error)) from None
 
 
+def stated_digest(path: str | Path) -> str:
+    """The sha256 that the JSON ``path`` of a pair states of its tensors, which are not read.
+
+    Raises
+    ------
+    WeightError
+        No such pair.
+    """
+    return str(_described(Path(path))[2])
+
+
 def stored_shape(path: str | Path, name: str) -> tuple[int, ...]:
     """Shape of one tensor of the pair whose JSON is ``path``; the tensors are not read, and no digest is compared.
 

@@ -30,6 +30,7 @@ from recon_core.training.runs import (
     Call,
     CarryOut,
     Tell,
+    alone_in,
     be_deterministic,
     export_facts,
     initial_digest,
@@ -62,16 +63,17 @@ def run(
     Raises
     ------
     SettingError
-        The folder holds a training and ``resume`` is off, one of another recipe, or one from other scans or masks.
+        The folder holds a training and ``resume`` is off, one of another recipe, one from other scans or masks, or one that is running.
     DataError
         A scan of the folder has another matrix than the recipe, or a number of echoes that the recipe has no use for.
     """
     training = _Training(recipe, Path(output), settings or RunSettings(), progress)
-    with asked_to_stop() as stop:
-        result = training.first(stop)
-        if result is None or result.finished:
-            result = training.second(stop)
-    return result, training.export(result)
+    with alone_in(training.output):
+        with asked_to_stop() as stop:
+            result = training.first(stop)
+            if result is None or result.finished:
+                result = training.second(stop)
+        return result, training.export(result)
 
 
 def learn_masks(
@@ -85,8 +87,9 @@ def learn_masks(
         The mask files, which `recon_core.sampling.mask_files.read_mask` reads.
     """
     training = _Training(recipe, Path(output), settings or RunSettings(), progress)
-    result = training.first()
-    return result, training.write_masks()
+    with alone_in(training.output):
+        result = training.first()
+        return result, training.write_masks()
 
 
 @dataclass(frozen=True)
@@ -205,7 +208,7 @@ class _Training:
         recipe = self.recipe
         steps = {"phase1": recipe.first_steps, "phase2": recipe.second_steps}
         facts: dict[str, Any] = {
-            "amplitude": typical_amplitude(recipe, self.supply),
+            "amplitude": typical_amplitude(recipe, self.supply, self.module.pattern(recipe.patterns[0]).draw(MASK_SEED)),
             "noise": typical_noise(recipe, self.supply),
             "scans": "a folder" if self.settings.scans else "simulated heads (recon_core.simulation.multi_echo_brain)",
             "data": self.data,

@@ -16,7 +16,8 @@ from recon_core.methods.laro.model import Laro, LaroSettings, least_squares_star
 from recon_core.metrics import psnr, ssim
 from recon_core.operators.planes import Planes
 from recon_core.problem import signal_scale
-from recon_core.sampling.learned import FIXED, LearnedSampling, SamplingSettings, samples_for
+from recon_core.sampling.learned import LearnedSampling, SamplingSettings, samples_for
+from recon_core.sampling.masks import centre_block
 from recon_core.simulation.multi_echo_brain import BrainScan, MultiEchoBrains, ScanRecipe
 from recon_core.simulation.random_fields import sample_seed
 from recon_core.simulation.scan_folder import ScanFolder, ScanSupply
@@ -422,15 +423,20 @@ def scan_supply(recipe: LaroRecipe, folder: str | None = None) -> ScanSupply:
     return ScanFolder(folder, keep=keep) if folder else MultiEchoBrains(recipe.scans, seed=recipe.seed, keep=keep)
 
 
-def typical_amplitude(recipe: LaroRecipe, supply: ScanSupply) -> float:
-    """Median of what `signal_scale` gives for training scans: the amplitude that a scan has to be brought to."""
+def typical_amplitude(recipe: LaroRecipe, supply: ScanSupply, mask: NDArray[np.bool_]) -> float:
+    """Median of what `signal_scale` gives for training scans: the amplitude that a scan has to be brought to.
+
+    Parameters
+    ----------
+    mask
+        ``(echo, k2, k1)``: what is sampled where the recipe has no central block, by which scans are judged otherwise.
+    """
+    block = torch.from_numpy(centre_block(recipe.matrix[:2], recipe.acs))
+    sampled = block.expand(recipe.n_echoes, -1, -1) if bool(block.any()) else torch.from_numpy(mask)
     scales = []
     for i in range(TYPICAL_SCANS):
         scan = supply.scan("train", i)
-        sampling = LearnedSampling(
-            SamplingSettings(recipe.matrix[:2], 1, recipe.matrix[0] * recipe.matrix[1], recipe.acs, FIXED)
-        )
-        every = sampling.block.expand(len(scan.images), -1, -1).float()
+        every = sampled[: len(scan.images)].float()
         full = Planes(scan.coil_maps.movedim(-1, 0), every).forward(scan.images.movedim(-1, 0)).permute(1, 2, 3, 4, 0)
         scales.append(signal_scale(KSpace(full * every[:, None, :, :, None], every, coil_maps=scan.coil_maps)))
     return float(np.median(scales))

@@ -8,6 +8,7 @@ function of its number (data, learning rate) or in the checkpoint (weights, opti
 from __future__ import annotations
 
 import math
+import re
 import signal
 import threading
 import time
@@ -174,6 +175,11 @@ class TrainingResult:
     skipped: int
     figures: Mapping[str, float]
 
+    @property
+    def skipped_words(self) -> str:
+        """Of steps that changed nothing, behind a comma; nothing without any."""
+        return f", {self.skipped} of {self.step} steps skipped" if self.skipped else ""
+
 
 def train(
     task: Task,
@@ -205,7 +211,7 @@ def train(
     Raises
     ------
     SettingError
-        The folder holds another training.
+        The folder holds another training, or a step needs more memory than there is.
     WeightError
         The checkpoint is damaged.
     NumericalError
@@ -334,12 +340,14 @@ class _Run:
         settings = self.settings
         deadline, begun = self.started + settings.max_minutes * 60, self.step
         while self.step < settings.steps and not stop.is_set() and time.monotonic() < deadline:
-            loss, figures = self._one_step()
+            with _memory(self.step):
+                loss, figures = self._one_step()
             self.step += 1
             last = self.step == settings.steps
             validation = None
             if settings.validate_every and (self.step % settings.validate_every == 0 or last):
-                validation = self._validate()
+                with _memory(self.step):
+                    validation = self._validate()
             if settings.log_every and (self.step % settings.log_every == 0 or last or validation is not None):
                 seen = {} if validation is None else validation.figures
                 row = {"minutes": round(self.minutes, 3), "loss": loss, "skipped": self.skipped, **figures}
@@ -374,7 +382,11 @@ class _Run:
         self.skipped += not good
         if self.streak >= LONGEST_STREAK:
             raise NumericalError(
-                "training diverged", where=f"step {self.step}", got=f"{self.streak} skipped batches in a row"
+                "training diverged",
+                where=f"step {self.step}",
+                got=f"{self.streak} skipped batches in a row, the last with a loss of {value:.3g} and gradients of {norm:.3g}",
+                expected=f"a loss up to {self.settings.skip_above:g}, finite gradients",
+                remedy="begin anew with lower rates, or smaller weights of what is added to the loss",
             )
         known = {name: figure() if callable(figure) else figure for name, figure in figures.items()}
         return value, {**known, "gradient_norm": norm, "rate": rate}
@@ -443,6 +455,24 @@ def asked_to_stop() -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def _memory(step: int) -> Iterator[None]:
+    """Say in words that there is too little of it."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        words = str(error)
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in words:
+            raise
+        amount = re.search(r"tried to allocate ([\d.]+ ?\w+)", words, re.IGNORECASE)
+        raise SettingError(
+            "too little memory",
+            where=f"training, step {step}",
+            got="none left" if amount is None else f"no {amount[1]} more",
+            remedy="train with --recompute, --precision bfloat16, a smaller --batch or smaller scans",
+        ) from None
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -30,6 +30,7 @@ from recon_core.training.pinqi_tasks import EndToEnd, PinqiRecipe, Pretraining, 
 from recon_core.training.runs import (
     Call,
     CarryOut,
+    alone_in,
     be_deterministic,
     export_facts,
     initial_digest,
@@ -91,7 +92,7 @@ def run(
     Raises
     ------
     SettingError
-        The folder holds a training and ``resume`` is off, or one of another recipe or from other heads.
+        The folder holds a training and ``resume`` is off, one of another recipe or from other heads, or one that is running.
     DataError
         Heads that are no heads.
     """
@@ -116,19 +117,20 @@ def run(
         return train(task, loop, output / name, resume=settings.resume, progress=call.tell(name), stop=stop)
 
     result = None
-    with asked_to_stop() as stop:
-        if recipe.n_pretraining:
-            result = phase(Pretraining(network, recipe, anatomy, device, first=0), "pretraining", recipe.pretrain_epochs)
-        reached = {"pretraining": 0 if result is None else result.step, "training": 0}
-        if recipe.n_training and (result is None or result.finished):
-            first = recipe.n_pretraining * recipe.batch
-            task = EndToEnd(network, recipe, anatomy, device, first=first, rule=rule, held=held)
-            result = phase(task, "training", recipe.epochs)
-            reached["training"] = result.step
-            rule = rule if task.factors is None else task.factors.rule()
-    assert result is not None
-    stated = {} if recipe.noise_factors == "none" else {"noise_rule": rule.facts()}
-    return result, _export(network, recipe, output, anatomy, device, result, reached, stated)
+    with alone_in(output):
+        with asked_to_stop() as stop:
+            if recipe.n_pretraining:
+                result = phase(Pretraining(network, recipe, anatomy, device, first=0), "pretraining", recipe.pretrain_epochs)
+            reached = {"pretraining": 0 if result is None else result.step, "training": 0}
+            if recipe.n_training and (result is None or result.finished):
+                first = recipe.n_pretraining * recipe.batch
+                task = EndToEnd(network, recipe, anatomy, device, first=first, rule=rule, held=held)
+                result = phase(task, "training", recipe.epochs)
+                reached["training"] = result.step
+                rule = rule if task.factors is None else task.factors.rule()
+        assert result is not None
+        stated = {} if recipe.noise_factors == "none" else {"noise_rule": rule.facts()}
+        return result, _export(network, recipe, output, anatomy, device, result, reached, stated)
 
 
 def _heads(recipe: PinqiRecipe, settings: RunSettings, device: torch.device) -> Anatomy:
@@ -172,6 +174,14 @@ def _begin_with(network: Pinqi, recipe: PinqiRecipe, settings: RunSettings, outp
     if not settings.initial:
         return DEFAULT_RULE
     tensors, stated = read_pair(settings.initial, device)
+    if "noise_rule" in stated and recipe.noise_factors == "none" and not settings.resume:
+        raise SettingError(
+            "lambdas that were learned with factors by the noise, which the weights of this training would not state",
+            where=Path(settings.initial).name,
+            got="noise_factors none",
+            expected="fixed or learned, and batch 1",
+            remedy="add --noise-factors fixed --batch 1",
+        )
     load_into(network, fitting(tensors, network), Path(settings.initial).name)
     return NoiseRule.from_facts(stated["noise_rule"]) if "noise_rule" in stated else DEFAULT_RULE
 

@@ -19,6 +19,7 @@ from recon_core.methods.pinqi.model import ABLATIONS, AS_LEARNED, STARTS, Pinqi,
 from recon_core.methods.pinqi.networks import PREDICTIONS
 from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule, acceleration_of
 from recon_core.methods.pinqi.start import first_images
+from recon_core.methods.pinqi.weights import TIME_TOLERANCE
 from recon_core.operators.batched_sense import BatchedSense
 from recon_core.problem import Problem, pose, signal_scale
 from recon_core.simulation.anatomy import Anatomy
@@ -35,6 +36,7 @@ Tensor = torch.Tensor
 PRETRAINED = ("both", "parameter", "image")
 NOISE_FACTORS = ("none", "fixed", "learned")
 LONGEST_T1 = 5.0  # s: how wrong a longer one is does not matter to the loss
+LONGEST_DELAY = 60.0  # s: everything has recovered long before; delays in ms are above it
 LEAST_DENSITY = 0.05  # of what is not air
 EVALUATION_SEED = 20240415  # of validation and test samples, whatever the training's seed is
 TYPICAL_SAMPLES = 32
@@ -175,6 +177,15 @@ class PinqiRecipe(TrainingRecipe):
             self.samples, columns=self.columns, rate_spread=self.rate_spread, spread_part=self.spread_part
         )  # raises
         _ = samples.model  # raises too
+        steps = np.diff(sorted(self.times))
+        if len(self.times) < 2 or max(self.times) > LONGEST_DELAY or steps.min() <= TIME_TOLERANCE:
+            raise SettingError(
+                "not the delays of a T1 map",
+                where="PINQI training",
+                got=", ".join(f"{t:g}" for t in self.times) + " s",
+                expected=f"two or more, more than 1 ms apart, none above {LONGEST_DELAY:g} s",
+                remedy="state them in seconds, one for each state",
+            )
         for acceleration in self.accelerations:
             if not 1 <= acceleration < math.inf:
                 raise SettingError("not an acceleration", where="PINQI training", got=acceleration, expected="1 or more")

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
-from recon_core.errors import SettingError
-from recon_core.training.checkpoint import read_pair, write_pair
+from recon_core.errors import ReconError, SettingError
+from recon_core.training.checkpoint import WeightError, read_pair, write_pair
 
+_OWN = {"file", "sha256", "trained_sha256", "stored_as", "method", "format", "network"}
+"""Facts on which reading the weights depends."""
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -41,11 +43,15 @@ def publish(
     Raises
     ------
     WeightError
-        The source is missing or damaged.
+        The source is missing or damaged, or no weights: a checkpoint.
     SettingError
-        A weight that the smaller format cannot hold.
+        A weight that the smaller format cannot hold, or a fact that the files or the method state themselves.
     """
     tensors, stated = read_pair(source)
+    if "method" not in stated:
+        raise WeightError("no weights of a method", where=Path(source).name, expected="the JSON that a training exports")
+    if taken := sorted(_OWN & set(facts or {})):
+        raise SettingError("not for you to state", where="--fact", got=", ".join(taken), expected="other facts than those")
     smaller = {key: value.to(DTYPES[dtype]) if value.is_floating_point() else value for key, value in tensors.items()}
     if lost := sorted(key for key, value in smaller.items() if not bool(torch.isfinite(value).all())):
         raise SettingError("weights do not fit the format", where=dtype, got=lost[0], remedy="use float32")
@@ -61,10 +67,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder, for instance recon_core/weights")
     parser.add_argument("--name", required=True)
     parser.add_argument("--dtype", default="float16", choices=sorted(DTYPES))
-    parser.add_argument("--fact", action="append", default=[], metavar="KEY=TEXT", help="added to the JSON; repeat")
+    parser.add_argument(
+        "--fact", type=_fact, action="append", default=[], metavar="KEY=TEXT", help="added to the JSON; repeat"
+    )
     options = parser.parse_args(arguments)
-    facts = dict(text.split("=", 1) for text in options.fact)
-    print(publish(options.source, options.output, options.name, options.dtype, facts))
+    try:
+        print(publish(options.source, options.output, options.name, options.dtype, dict(options.fact)))
+    except ReconError as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+
+
+def _fact(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise argparse.ArgumentTypeError(f"'{text}' is not KEY=TEXT")
+    return key, value
 
 
 if __name__ == "__main__":

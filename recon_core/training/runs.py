@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import os
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
@@ -219,6 +221,35 @@ def _require_same_kind(recipe: TrainingRecipe, output: Path, stated: Mapping[str
         raise _damaged(output, "none of its choices")
 
 
+@contextmanager
+def alone_in(output: Path) -> Iterator[None]:
+    """Hold a training's folder: of two calls in one folder, each would remove the checkpoints of the other.
+
+    The kernel gives the folder back when the process ends, however it ends.
+
+    Raises
+    ------
+    SettingError
+        Another call holds it.
+    """
+    fd = os.open(output, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingError(
+                "the folder's training is running already",
+                where=output.name,
+                got="another process",
+                remedy="wait for its end, or stop it (SIGTERM: it leaves a checkpoint)",
+            ) from None
+        except OSError:  # a file system without locks of folders
+            pass
+        yield
+    finally:
+        os.close(fd)
+
+
 def initial_digest(initial: str | None, output: Path, resume: bool) -> str:
     """sha256 of the weights that a training begins, or has begun, with; empty for random ones.
 
@@ -266,6 +297,8 @@ def training_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("a kind that nothing here was tried on")
     except (RuntimeError, AssertionError):
         raise SettingError("no such device", where="--device", got=name, expected="auto, cpu or cuda") from None
     return device
@@ -418,7 +451,8 @@ def plain_command(
         parser.exit(1, f"{parser.prog}: {error}\n")
     except OSError as error:  # a folder that cannot be made or read
         parser.exit(1, f"{parser.prog}: {error.strerror or error}: {error.filename or ''}\n")
-    print(f"{'finished' if result.finished else 'stopped, resumable'} after {result.minutes:.1f} min: {weights}")
+    state = "finished" if result.finished else "stopped, resumable"
+    print(f"{state} after {result.minutes:.1f} min{result.skipped_words}: {weights}")
 
 
 class PlainReport:

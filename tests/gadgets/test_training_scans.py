@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -44,6 +47,43 @@ def test_images_maps_and_noise_are_those_of_the_scan(full: SimulatedScan) -> Non
     assert float(scan.chi.abs().max()) == float(scan.r2star.abs().max()) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("factor", "said"), [(10.0, "times louder than the outer k-space"), (0.1, "times quieter than the noise")]
+)
+def test_a_noise_scan_that_contradicts_the_samples_is_not_trained_on(
+    full: SimulatedScan, factor: float, said: str, tmp_path: Path
+) -> None:
+    """As in use: its scaling or bandwidth is another one, and training would add so many times the scan's noise."""
+    other = shutil.copy(full.path, tmp_path / "other.h5")
+    with h5py.File(other, "r+") as file:
+        readouts = file["dataset/data"]
+        for number, readout in enumerate(readouts[:64]):
+            assert readout["head"]["flags"] >> 18 & 1  # ACQ_IS_NOISE_MEASUREMENT
+            readout["data"][:] *= factor
+            readouts[number] = readout
+    told: list[str] = []
+    scan = training_scan(other, coils=6, tell=told.append)
+    assert scan.noise_std == pytest.approx(training_scan(full.path, coils=6).noise_std, rel=0.5)
+    assert len(told) == 1 and said in told[0]
+
+
+def test_echoes_are_in_the_order_of_their_times(full: SimulatedScan, tmp_path: Path) -> None:
+    """As the method has them in use."""
+    first, second, third = training_scan(full.path, coils=2).images
+    turned = shutil.copy(full.path, tmp_path / "turned.h5")
+    with h5py.File(turned, "r+") as file:
+        header = file["dataset/xml"][0].decode()
+        times = re.findall("<TE>.*?</TE>", header)
+        turn = iter((times[2], times[0], times[1]))
+        header = re.sub("<TE>.*?</TE>", lambda _: next(turn), header)
+        file["dataset/xml"][0] = header.encode()
+    scan = training_scan(turned, coils=2)
+    assert scan.echo_times == pytest.approx(full.stream.truth.states, abs=1e-8)
+    scale = scan.images[0].abs().max() / second.abs().max()  # the second readout is now of the shortest time
+    for found, true in zip(scan.images, (second, third, first), strict=True):
+        assert float((found.abs() - scale * true.abs()).norm() / found.norm()) < 0.02
+
+
 def test_the_command_fills_a_folder_that_trainings_read(full: SimulatedScan, tmp_path: Path) -> None:
     folder = tmp_path / "scans"
     for times in (1, 2):  # what is there stays
@@ -53,7 +93,10 @@ def test_the_command_fills_a_folder_that_trainings_read(full: SimulatedScan, tmp
         assert result.exit_code == 0, result.output
     assert sorted(path.stem for path in folder.glob("*.json")) == ["measured_0000", "measured_0001", "measured_0002"]
     assert not any(b"DOE" in path.read_bytes() for path in folder.iterdir())  # nobody's name
-    scan = ScanFolder(folder).scan("train", 0)
+    supply = ScanFolder(folder)
+    with pytest.raises(DataError, match=r"measured_0001\.json: a scan that is there twice; got that of measured_0000\.json"):
+        supply.require((16, 36), 1, 3)  # what was learned from would judge what was learned
+    scan = supply.scan("train", 0)
     assert len(scan.coil_maps) == 4
     sample = plane_sample(scan, torch.tensor([18, 20]), 1.0, 0, torch.device("cpu"))
     assert sample.images.shape[:2] == (2, 3) and bool(sample.brain.any())

@@ -1,5 +1,8 @@
 """Mask files, and whether a scan kept to its mask."""
 
+import errno
+import os
+import resource
 from dataclasses import replace
 from pathlib import Path
 
@@ -61,6 +64,22 @@ def test_a_writer_that_dies_leaves_the_old_mask(tmp_path: Path, monkeypatch: pyt
         write_mask(tmp_path / name, SamplingMask(~MASK))
     np.testing.assert_array_equal(read_mask(tmp_path / name).mask, MASK)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["mask.h5", "mask.csv"])
+def test_a_full_disk_is_an_error_of_the_file_and_leaves_nothing(tmp_path: Path, name: str) -> None:
+    """An HDF5 file that the library cannot close is one that it tries to close again when the process ends: that one crashes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    mask = SamplingMask(np.random.default_rng(0).random((2, 60, 80)) < 0.5)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+    try:
+        with pytest.raises(OSError) as error:
+            write_mask(tmp_path / name, mask)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    # not in the library's words, which name no file
+    assert (error.value.errno, error.value.strerror) == (errno.EFBIG, os.strerror(errno.EFBIG))
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

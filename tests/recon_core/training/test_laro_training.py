@@ -27,6 +27,7 @@ from recon_core.training.laro_starts import MeasuredScans, measure
 from recon_core.training.laro_tasks import LaroModule, LaroRecipe, LaroTask, plane_sample
 from recon_core.training.loop import Progress
 from recon_core.training.losses import channel_ssim, decay_error
+from recon_core.training.runs import alone_in
 
 TINY = LaroRecipe(
     channels=4,
@@ -125,6 +126,11 @@ def test_a_time_limit_leaves_something_to_resume(folder: str, tmp_path: Path) ->
         run(TINY, tmp_path / "out", RunSettings(scans=folder))
     with pytest.raises(SettingError, match="mask_rate"):
         run(replace(TINY, mask_rate=1.0), tmp_path / "out", RunSettings(scans=folder, resume=True))
+    for command_of in (run, learn_masks):  # each would remove the checkpoints of the other
+        with alone_in(tmp_path / "out"), pytest.raises(SettingError, match="out: the folder's training is running already"):
+            command_of(TINY, tmp_path / "out", RunSettings(scans=folder, resume=True, max_minutes=1e-6))
+    with alone_in(tmp_path / "out"):  # it was given back
+        pass
 
 
 def test_a_training_goes_on_with_the_scans_it_was_begun_with_alone(folder: str, tmp_path: Path) -> None:
@@ -171,6 +177,15 @@ def test_a_training_goes_on_with_the_masks_it_was_begun_with_alone(folder: str, 
     run(recipe, tmp_path / "anew", replace(settings, masks=str(tmp_path / "other")))
     found = read_mask(tmp_path / "anew" / mask_name("3/2")).probability
     assert found is not None and found[:, :, :8].mean() < found[:, :, 14:].mean()
+
+
+def test_weights_for_masks_without_a_central_block_can_be_used(folder: str, tmp_path: Path) -> None:
+    recipe = replace(TINY, patterns=("3/1",), first_steps=0, second_steps=1, second_unrolls=1)
+    amplitudes = []
+    for acs in ((0, 0), (4, 4)):
+        _, weights = run(replace(recipe, acs=acs), tmp_path / str(acs[0]), RunSettings(scans=folder))
+        amplitudes.append(load_weights(weights).amplitude)
+    assert amplitudes[0] == pytest.approx(amplitudes[1], rel=0.2)  # the same scans
 
 
 def test_phase_one_changes_masks_and_phase_two_does_not(folder: str, tmp_path: Path) -> None:
@@ -456,6 +471,9 @@ def test_scans_with_few_readout_positions_can_be_validated_on(tmp_path: Path) ->
     assert result.finished and math.isfinite(result.figures["psnr_3/2"])
     write_scan(tmp_path / "scans", "s1", replace(scans()[0], brain=torch.zeros_like(scans()[0].brain)))
     with pytest.raises(DataError, match=r"s1\.json: a scan without a brain"):
+        ScanFolder(tmp_path / "scans").scan("test", 0)
+    write_scan(tmp_path / "scans", "s1", replace(scans()[0], images=scans()[0].images * math.nan))
+    with pytest.raises(DataError, match=r"s1\.json: values that are not finite"):
         ScanFolder(tmp_path / "scans").scan("test", 0)
 
 

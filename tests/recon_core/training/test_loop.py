@@ -139,16 +139,29 @@ def test_outliers_change_nothing(tmp_path: Path) -> None:
     result = train(
         task, settings, tmp_path, progress=lambda _: seen.append([p.detach().clone() for p in task.module.parameters()])
     )
-    assert result.skipped == 2
+    assert result.skipped == 2 and result.skipped_words == ", 2 of 6 steps skipped"
     unchanged = [all(torch.equal(a, b) for a, b in zip(seen[i - 1], seen[i], strict=True)) for i in range(1, 6)]
     assert unchanged == [False, False, True, True, False]
     assert [row["skipped"] for row in rows(tmp_path)] == ["0", "0", "0", "1", "2", "2"]
 
 
 def test_a_training_that_diverged_says_so(tmp_path: Path) -> None:
-    with pytest.raises(NumericalError, match="diverged"):
+    said = "diverged; got 50 skipped batches in a row, the last with a loss of .* and gradients of nan; expected a loss up to 5,"
+    with pytest.raises(NumericalError, match=said):
         train(Regression(outliers=tuple(range(5, 200))), LoopSettings(steps=200, skip_above=5.0), tmp_path)
     assert len(rows(tmp_path)) == 5 + LONGEST_STREAK - 1
+
+
+def test_too_little_memory_is_said_in_words(tmp_path: Path) -> None:
+    class Large(Regression):
+        def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
+            if step == 2:
+                torch.empty(1 << 50)
+            return super().loss(step)
+
+    with pytest.raises(SettingError, match=r"step 2: too little memory; got no 4503599627370496 bytes more\. .*--recompute"):
+        train(Large(), LoopSettings(steps=4, checkpoint_minutes=0), tmp_path)
+    assert train(Regression(), LoopSettings(steps=4), tmp_path, resume=True).finished  # nothing was lost
 
 
 def test_gradients_that_are_not_finite_are_not_applied(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from recon_core.training.pinqi_tasks import (
     posed,
     typical_amplitude,
 )
+from recon_core.training.runs import alone_in
 from tests.recon_core.volume_writers import nifti
 
 TINY = PinqiRecipe(
@@ -207,8 +208,9 @@ def test_a_damaged_head_is_found_before_the_training_begins(tmp_path: Path) -> N
 
 
 def test_devices_and_ablations_that_do_not_exist_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingError, match="no such device"):
-        run(TINY, tmp_path, replace(CPU, device="cuda:99"))
+    for device in ("cuda:99", "meta"):
+        with pytest.raises(SettingError, match="no such device"):
+            run(TINY, tmp_path, replace(CPU, device=device))
     with pytest.raises(SettingError, match="unknown ablation"):
         replace(TINY, ablation="z")
 
@@ -227,6 +229,7 @@ def test_numbers_that_cannot_be_trained_with_are_refused_before_anything_is_writ
     wrong += [{name: value} for name in ("network_rate", "lambda_rate", "image_rate") for value in (-1.0, math.nan)]
     wrong += [{"epochs": math.nan}, {"pretrain_epochs": math.nan}, {"warmup_steps": -1}, {"ema_decay": 1.0}]
     wrong += [{"times": (-1.0, 8.0)}, {"times": (math.nan, 8.0)}, {"columns": 33}, {"rate_spread": math.nan}]
+    wrong += [{"times": times} for times in ((0.5,), (0.5, 8.0, 0.5), (0.5, 0.501, 8.0), (500.0, 1500.0, 8000.0))]
     wrong += [{"network_rate": 0.0}, {"samples_per_epoch": 0}, {"n_coils": 0}, {"accelerations": ()}]
     for change in wrong:
         with pytest.raises(ReconError):
@@ -436,6 +439,9 @@ def test_the_plain_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     main(words.split())
     assert "training 1/1" in (text := capsys.readouterr().out) and "finished" in text
     assert (tmp_path / "out" / "pinqi.safetensors").is_file() and not (tmp_path / "out" / "pretraining").exists()
+    with alone_in(tmp_path / "out"), pytest.raises(SystemExit):
+        main([*words.split(), "--resume"])
+    assert "out: the folder's training is running already" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit):
         main([*words.split()[2:], "--output", str(tmp_path / "file" / "out")])
@@ -507,6 +513,10 @@ def test_a_joint_training_states_its_rule_and_resumes_to_the_bit(tmp_path: Path)
     assert load_weights(later).noise_rule.image == pytest.approx(trained.noise_rule.image, rel=1e-5)
     with pytest.raises(SettingError, match="initial"):
         run(kept, tmp_path / "next", replace(CPU, resume=True))
+    # and one that would forget the rule is refused: its weights would be used with another one
+    with pytest.raises(SettingError, match=r"pinqi\.json: lambdas that were learned with factors.*--noise-factors fixed"):
+        run(replace(kept, noise_factors="none"), tmp_path / "none", replace(CPU, initial=str(whole)))
+    assert not (tmp_path / "none").exists()
 
 
 def test_fixed_factors_stay_and_need_one_sample_a_step(tmp_path: Path) -> None:

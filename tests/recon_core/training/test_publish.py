@@ -14,7 +14,7 @@ from recon_core.training.publish import main, publish
 
 def test_a_published_pair_is_rounded_and_says_where_it_comes_from(tmp_path: Path) -> None:
     tensors = {"a": torch.randn(4, 300), "steps": torch.arange(3)}
-    source = write_pair(tmp_path, "pinqi", tensors, {"seed": 3, "commit": "unknown"})
+    source = write_pair(tmp_path, "pinqi", tensors, {"method": "pinqi", "seed": 3, "commit": "unknown"})
     main([str(source), "--output", str(tmp_path / "out"), "--name", "pinqi_t1", "--fact", "commit=abc"])
     found, facts = read_pair(tmp_path / "out" / "pinqi_t1.json")
     _, before = read_pair(source)
@@ -27,7 +27,26 @@ def test_a_published_pair_is_rounded_and_says_where_it_comes_from(tmp_path: Path
 
 
 def test_weights_beyond_the_format_are_refused(tmp_path: Path) -> None:
-    source = write_pair(tmp_path, "pinqi", {"a": torch.tensor([1e6])}, {})
+    source = write_pair(tmp_path, "pinqi", {"a": torch.tensor([1e6])}, {"method": "pinqi"})
     with pytest.raises(SettingError, match="a"):
         publish(source, tmp_path / "out", "x")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("none.json", "none.json: no such weights"),
+        ("checkpoint.json", "checkpoint.json: no weights of a method"),
+        ("pinqi.json --fact sha256=0", "not for you to state; got sha256"),
+        ("pinqi.json --fact shipped", "'shipped' is not KEY=TEXT"),
+    ],
+)
+def test_what_cannot_be_published_is_said_in_words(
+    words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_pair(tmp_path, "pinqi", {"a": torch.ones(2)}, {"method": "pinqi"})
+    write_pair(tmp_path, "checkpoint", {"a": torch.ones(2)}, {"step": 3})
+    with pytest.raises(SystemExit):
+        main([*f"{tmp_path}/{words}".split(), "--output", str(tmp_path / "out"), "--name", "x"])
+    assert said in capsys.readouterr().err and not (tmp_path / "out").exists()
