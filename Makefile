@@ -12,7 +12,9 @@ WORKERS ?= $(shell echo $$(($$(nproc 2>/dev/null || echo 2) + 1)))
 demo: $(STAMP)
 	$(BIN)/python -m gadgets.demo --out demo-output
 
+# compiled first, as hundreds of processes begin in the tests, and PYTHONDONTWRITEBYTECODE may be set
 test: $(STAMP) lint types
+	$(BIN)/python -m compileall -q -j 0 gadgets recon_core benchmarks tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -q
 
 lint: $(STAMP)
@@ -29,12 +31,11 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
-# without compiling: half the time, and of most of it nothing is ever imported
 $(STAMP): requirements.lock pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.13 is needed and none was found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -c 'import sys; assert (3, 11) <= sys.version_info < (3, 14), "Python 3.11 to 3.13 is needed, this is " + sys.version'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	touch $(STAMP)
 
