@@ -148,7 +148,9 @@ class Build:
     def _make_tools(self) -> None:
         """Commands of the base image that differ here."""
         self.tools.mkdir()
-        subprocess.run([str(Path(sys._base_executable).resolve()), "-m", "venv", str(self.base)], check=True)
+        installs = any("pip" in step.text for stage in self.dockerfile.stages for step in stage.all("RUN"))
+        make = [str(Path(sys._base_executable).resolve()), "-m", "venv", *([] if installs else ["--without-pip"])]
+        subprocess.run([*make, str(self.base)], check=True)
         self._lend()
         python = f'#!/bin/sh\nexec "{self.base}/bin/python" "$@"\n'
         writes = os.geteuid() == 0

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from gadgets import __version__
+from gadgets import __version__, process_memory
 from gadgets.chains_cli import chains, simulate
 from gadgets.cores import cores
 from gadgets.dicom_cli import dicom, pacs_app
@@ -66,6 +66,7 @@ for _name, _value in {"OMP_WAIT_POLICY": "PASSIVE", "OPENBLAS_NUM_THREADS": "1",
 
 def main() -> None:
     """Entry point: every expected failure is one line on stderr and a non-zero exit code, never a traceback."""
+    process_memory.end_at_once()
     try:
         app()
     except ReconError as error:
@@ -152,17 +153,16 @@ def serve(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Listen for scans until interrupted. Scans under way are answered first; a second interrupt abandons them."""
-    from gadgets import process_memory
-
-    process_memory.bound_allocator()  # before the imports below begin threads
-    from gadgets.listener import Access
-    from gadgets.monitor.child import monitor_beside
-    from gadgets.peer import Timing
-    from gadgets.scheduler_options import SchedulerOptions
-    from gadgets.service import Service, ServiceOptions
-    from gadgets.tls import server_tls
-
     log_from(log_level)
+    process_memory.bound_allocator()  # before the imports below begin threads
+    with process_memory.importing():
+        from gadgets.listener import Access
+        from gadgets.monitor.child import monitor_beside
+        from gadgets.peer import Timing
+        from gadgets.scheduler_options import SchedulerOptions
+        from gadgets.service import Service, ServiceOptions
+        from gadgets.tls import server_tls
+
     compiler_caches()
     cluster = None
     if scheduler is None and (scheduler_ca or scheduler_cert or scheduler_key or scheduler_insecure):

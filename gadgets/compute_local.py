@@ -7,6 +7,7 @@ concerns the one task that it was computing, and a worker can be ended without d
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import os
 import re
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
+from gadgets import process_memory
 from gadgets.compute_pool import Events, Task
 from gadgets.device_errors import device_failure
 from gadgets.errors import JobFailed
@@ -324,7 +326,10 @@ def start_worker(threads: int, rehearse: bool, server: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     log_python_warnings()
     end_with(server, look_every=1.0)  # or a killed server's workers would keep their memory for ever
+    with process_memory.importing():
+        importlib.import_module("gadgets.tasks")
     prepare_process(threads, rehearse=rehearse)
+    process_memory.settle()
     with contextlib.suppress(OSError):  # only now: on a busy machine a fresh worker must not take a minute to be there
         os.nice(WORKER_NICENESS)
 

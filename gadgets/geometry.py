@@ -24,13 +24,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from recon_core.errors import DataError
-from recon_core.types import ScanInfo
+
+if TYPE_CHECKING:  # it imports torch, which the client of `recon replay` does without
+    from recon_core.types import ScanInfo
 
 Vector = tuple[float, float, float]
 Centre = Literal["fov", "fft"]

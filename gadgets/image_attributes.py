@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,9 @@ from gadgets.geometry import Geometry, field_of_view_mm
 from gadgets.meta import MetaValue, both_families, direction_texts
 from gadgets.windows import PHASE_UNITS_PER_RADIAN, MapDisplay, Scaling, Window
 from gadgets.wire.dtypes import DATA_TYPE_CODES, IMAGE_HEADER
-from recon_core.types import ScanInfo
+
+if TYPE_CHECKING:  # it imports torch, which the client of `recon replay` does without
+    from recon_core.types import ScanInfo
 
 MAGNITUDE, PHASE, COMPLEX = 1, 2, 5
 """``image_type`` of the MRD header. Maps are MAGNITUDE with DataRole Quantitative: consoles reject or alter the others."""

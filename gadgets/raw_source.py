@@ -47,6 +47,7 @@ NO_ENDS = np.zeros(0, np.int64)
 class Source(Protocol):
     """A whole session from its first byte to its last."""
 
+    path: Path
     n_readouts: int
     header: MrdHeader | None
     ends_with_close: bool

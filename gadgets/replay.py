@@ -84,7 +84,7 @@ class ReplayResult:
 
 
 def replay(
-    source: Path | str,
+    source: Path | str | Source,
     *,
     host: str = "127.0.0.1",
     port: int = 9002,
@@ -110,7 +110,8 @@ def replay(
     Parameters
     ----------
     source
-        An ISMRMRD HDF5 file, or a capture of the spool (sent bit for bit, unless ``config`` or ``script`` replaces its own).
+        An ISMRMRD HDF5 file, or a capture of the spool (sent bit for bit, unless ``config`` or ``script`` replaces its own). What
+        `gadgets.raw_source.open_source` has made of one has its configuration and parameters already.
     host, port
         The server. A refused connection is tried again for ``connect_seconds``.
     config, script
@@ -145,10 +146,12 @@ def replay(
     TlsError
         The server does not speak TLS, or is not the one that it should be.
     """
-    played = open_source(
-        source, config=config, script=script, parameters=parameters, dataset=dataset, strip_version=strip_version
-    )
-    if out is not None and Path(out).exists() and Path(out).samefile(source):
+    played = source
+    if isinstance(played, str | Path):
+        played = open_source(
+            played, config=config, script=script, parameters=parameters, dataset=dataset, strip_version=strip_version
+        )
+    if out is not None and Path(out).exists() and Path(out).samefile(played.path):
         raise ImageFileError("images would be written into the raw data", where=str(out), remedy="Name another file")
     result = ReplayResult(n_readouts=0, out=None if out is None else Path(out))
     where = f"{host}:{port}"

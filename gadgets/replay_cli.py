@@ -106,6 +106,7 @@ def run(
     ] = False,
 ) -> None:
     """Reconstruct a file, or an MRD stream, here and now, through the same pipeline as the server, without one."""
+    from gadgets.raw_source import open_source
     from gadgets.replay import replay as run_replay
     from gadgets.service import Service, ServiceOptions
 
@@ -123,16 +124,18 @@ def run(
     # the server's own defaults: sums depend on the number of threads in their last bits
     options = ServiceOptions(
         port=0, workers=workers, threads=threads, spool=None, configs=configs, device=device, previews=previews,
-        job_folder=job_folder, masks=masks or state_folder() / "masks",
+        job_folder=job_folder, masks=masks or state_folder() / "masks", rehearse=False,
     )  # fmt: skip
     if piped or str(output) == STANDARD:
         _run_stream(source, output, montage, config, settings, options)
         return
+    # before the workers are started, which takes seconds
+    played = open_source(source, config=config, parameters=name_value_pairs(settings or []))
     try:
         with Service(options) as service, _said_before_it_failed(), _progress() as bar:
             result = run_replay(
-                source, host=service.host, port=service.port, config=config, out=output,
-                parameters=name_value_pairs(settings or []), progress=readouts_bar(bar), on_text=reconstruction_bar(bar),
+                played, host=service.host, port=service.port, out=output, progress=readouts_bar(bar),
+                on_text=reconstruction_bar(bar),
             )  # fmt: skip
     except ReplayFailed as failure:  # nobody started a server or named an address
         words = getattr(failure.result, "errors", ())

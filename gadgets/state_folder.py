@@ -16,7 +16,7 @@ def state_folder() -> Path:
 def compiler_caches() -> None:
     """Where compilers keep things that the workers, who inherit this, use again.
 
-    Importing torch's (every optimiser does) makes a folder, by default in temporary storage; Numba's would be beside the package.
+    Importing torch's (its own optimisers do) makes a folder, by default in temporary storage; Numba's would be beside the package.
     """
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "recon-gadgets"
     for variable, name in (("TORCHINDUCTOR_CACHE_DIR", "torch"), ("NUMBA_CACHE_DIR", "numba")):

@@ -69,3 +69,10 @@ def test_every_module_imports_with_the_outside_blocked() -> None:
         [sys.executable, "-c", BLOCKED_IMPORT], capture_output=True, text=True, cwd=ROOT.parent, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_client_imports_no_torch() -> None:
+    """`recon replay` beside a scanner is there at once, also where torch is slow to come from a network disk."""
+    script = "import sys; sys.modules['torch'] = sys.modules['scipy'] = None; import gadgets.cli, gadgets.replay, gadgets.image_file"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -152,6 +152,8 @@ def test_replay_of_what_is_no_raw_file(server: Serving, tmp_path: Path) -> None:
         (("replay", "missing.h5", "-c", "fourier"), "RawFileError: missing.h5: cannot read the file"),
         (("replay", "words.h5", "-c", "fourier"), "neither an MRD raw file"),
         (("replay", ".", "-c", "fourier"), "Is a directory"),
+        # looked at before anything is started, chains included
+        (("run", "missing.h5", "-c", "fourier", "--configs", "."), "RawFileError: missing.h5: cannot read the file"),
         (("simulate", "cine", "words.h5/simulated.h5"), "words.h5"),
         (("simulate", "spiral"), "expected cine, molli, satrec, mgre"),
         (("chains", "no_such_chain"), "UnknownChain"),

@@ -247,17 +247,29 @@ for name in ("bound_allocator", "settle", "tidy"):
     setattr(memory, name, told(name, getattr(memory, name)))
 memory.tidy_until.__defaults__ = (0.01,)
 sys.argv = ["recon", "serve", "--port", "0", "--workers", "0", "--no-keep-raw", "--log-level", "error"]
+import atexit, gc
 from gadgets.cli import main
-main()
+# registered before the command's own, so run after it
+atexit.register(lambda: print("frozen", gc.get_freeze_count(), gc.isenabled(), flush=True))
+try:
+    main()
+finally:
+    print("imported", *(name for name in ("numba", "torch._dynamo", "sympy") if name in sys.modules), flush=True)
+    gc.unfreeze()
 """
 
 
 def test_the_command_does_all_of_it_in_this_order(tmp_path: Path) -> None:
-    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    """And its rehearsal of every method imports neither torch's compiler nor sympy: 3 s of each worker's start."""
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", SERVE]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdout is not None
         lines = [server.stdout.readline().split()[:1] for _ in range(4)]
         server.terminate()
+        rest = [line.split() for line in server.stdout.read().splitlines()]
         assert server.wait(PATIENCE) == 0
     assert lines == [["bound_allocator"], ["listening"], ["settle"], ["tidy"]]
+    imported, frozen = [words for words in rest if words != ["tidy"]]
+    assert imported == ["imported", "numba"]
+    assert int(frozen[1]) > 100_000 and frozen[2] == "True", "the end looks at nothing"

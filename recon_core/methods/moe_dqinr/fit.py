@@ -11,6 +11,7 @@ import torch
 
 from recon_core.batches import batch
 from recon_core.errors import NumericalError, SettingError
+from recon_core.methods.moe_dqinr.adam import Adam, Group
 from recon_core.methods.moe_dqinr.gradients import PRECISIONS as PRECISIONS
 from recon_core.methods.moe_dqinr.gradients import Evaluation, Part, activation_bytes, matmul_precision
 from recon_core.methods.moe_dqinr.model import MoeField
@@ -218,7 +219,7 @@ class _Fit:
         self.best = _Best()
         self.held_out: list[tuple[int, float]] = []
 
-    def _adam(self) -> torch.optim.Adam:
+    def _adam(self) -> Adam:
         s, field = self.settings, self.field
 
         def rate(value: float) -> float | Tensor:
@@ -227,12 +228,10 @@ class _Fit:
 
         groups = [
             # d/dtheta of lambda |theta|^2 is 2 lambda theta; Adam adds weight_decay * theta
-            {"params": field.image_parameters(), "lr": rate(s.lr_image), "weight_decay": 2 * self.decay},
-            {"params": field.state_parameters(), "lr": rate(s.lr_state), "weight_decay": 0.0},
+            Group(field.image_parameters(), rate(s.lr_image), weight_decay=2 * self.decay),
+            Group(field.state_parameters(), rate(s.lr_state)),
         ]
-        return torch.optim.Adam(
-            [group for group in groups if group["params"]], betas=s.betas, eps=s.eps, fused=True, capturable=self.on_cuda
-        )
+        return Adam(groups, betas=s.betas, eps=s.eps, captured=self.on_cuda)
 
     def run(self) -> FitResult:
         s, done = self.settings, 0
@@ -251,14 +250,14 @@ class _Fit:
 
     def _set_rates(self, factor: float) -> None:
         starts = (self.settings.lr_image, self.settings.lr_state)
-        for group, start in zip(self.optimiser.param_groups, starts, strict=False):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(start * factor)
+        for group, start in zip(self.optimiser.groups, starts, strict=False):
+            if isinstance(group.rate, Tensor):
+                group.rate.fill_(start * factor)
             else:
-                group["lr"] = start * factor
+                group.rate = start * factor
 
     def _plain_step(self, evaluation: Evaluation) -> None:
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.forget_gradients()
         self.value.copy_(evaluation())
         self.optimiser.step()
 
@@ -276,7 +275,7 @@ class _Fit:
             return None
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            self.optimiser.zero_grad(set_to_none=True)
+            self.optimiser.forget_gradients()
             with torch.cuda.graph(self.graph):
                 self._plain_step(evaluation)
         self.graph.replay()
@@ -314,7 +313,7 @@ class _Fit:
             with torch.no_grad():
                 for parameter, kept in zip(self.field.parameters(), self.best.parameters, strict=True):
                     parameter.copy_(kept)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.forget_gradients()
         images = self._images()
         if not bool(torch.isfinite(torch.view_as_real(images)).all()):
             raise NumericalError("images are not finite", where="moe_dqinr fit", got=f"iteration {best_iteration}")
