@@ -108,6 +108,7 @@ def retry(
             device=device,
             workers=workers,
             threads=threads,
+            rehearse=False,
         )
         return reconstruct_row(options, row)
 

@@ -98,7 +98,7 @@ def run_stream(
     ConfigRefused
         No chain is named.
     """
-    options = options or ServiceOptions(port=0, spool=None, previews=False)
+    options = options or ServiceOptions(port=0, spool=None, previews=False, rehearse=False)
     start, header = _beginning(source, options.limits)
     if config is not None:
         start = codec.config_script(chain_script(config, settings or {}))

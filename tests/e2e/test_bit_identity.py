@@ -142,7 +142,7 @@ def test_in_pieces_of_one_readout(service: Service, scan: SimulatedScan) -> None
 # -- every front, from the same recorded scan ------------------------------------------------------------------------------------
 
 SETTINGS = {"prewhiten": "False"}  # behind Gadgetron's trigger there is no noise to whiten with
-QUIET = ServiceOptions(port=0, workers=0, threads=1, spool=None, previews=False)
+QUIET = ServiceOptions(port=0, workers=0, threads=1, spool=None, previews=False, rehearse=False)
 Front = Callable[[Service, str, Path], list[Image]]
 
 

@@ -126,7 +126,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("configs")
     write_chain(folder, "fragile", "cg_sense", "sturdy")
     write_chain(folder, "sturdy", "fourier")
-    with Service(ServiceOptions(port=0, workers=1, threads=1, configs=folder)) as running:
+    with Service(ServiceOptions(port=0, workers=1, threads=1, configs=folder, rehearse=False)) as running:
         yield running
 
 

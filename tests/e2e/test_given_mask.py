@@ -44,7 +44,9 @@ def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=[2, 0], ids=["states on two workers", "one process"])
 def server(request: pytest.FixtureRequest, masks: Path) -> Iterator[Service]:
-    with Service(ServiceOptions(port=0, workers=request.param, threads=1, spool=None, masks=masks)) as running:
+    with Service(
+        ServiceOptions(port=0, workers=request.param, threads=1, spool=None, masks=masks, rehearse=False)
+    ) as running:
         yield running
 
 

@@ -23,7 +23,9 @@ from tests.strict_client import Answer
 def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Computes in this process: an error is not lost in a worker's."""
     folder = tmp_path_factory.mktemp("hostile")
-    with Service(ServiceOptions(port=0, workers=0, threads=1, spool=folder / "spool", noise=folder / "noise")) as running:
+    with Service(
+        ServiceOptions(port=0, workers=0, threads=1, spool=folder / "spool", noise=folder / "noise", rehearse=False)
+    ) as running:
         yield running
 
 

@@ -58,7 +58,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A server that runs unattended."""
     folder = tmp_path_factory.mktemp("site")
     options = ServiceOptions(
-        port=0, workers=1, threads=1, spool=folder / "spool", noise=folder / "noise", min_free_bytes=0, keep_images=True
+        port=0,
+        workers=1,
+        threads=1,
+        spool=folder / "spool",
+        noise=folder / "noise",
+        min_free_bytes=0,
+        keep_images=True,
+        rehearse=False,
     )
     with Service(options) as running:
         yield running
@@ -179,7 +186,9 @@ def test_without_a_server_a_retry_runs_here(site: Service, scan: SimulatedScan, 
     journal = Journal(root)
     journal.put(row)
     journal.close()
-    options = ServiceOptions(port=0, workers=0, threads=1, spool=root, noise=tmp_path / "noise", min_free_bytes=0)
+    options = ServiceOptions(
+        port=0, workers=0, threads=1, spool=root, noise=tmp_path / "noise", min_free_bytes=0, rehearse=False
+    )
     again, images = retry(root, row.id[:20], here=lambda waiting: reconstruct_row(options, waiting))
     assert again.state == "sent" and again.attempts == 1
     np.testing.assert_array_equal(file_stack(images), stack(answer.images, 2))
@@ -290,7 +299,9 @@ class Archiving:
 def archiving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Archiving]:
     folder, ports = tmp_path_factory.mktemp("archiving"), free_ports(2)
     sent_to = Archives((Destination("127.0.0.1", ports[1], AET),), folder / "pacs")
-    options = ServiceOptions(port=0, workers=0, threads=1, spool=folder / "spool", min_free_bytes=0, archives=sent_to)
+    options = ServiceOptions(
+        port=0, workers=0, threads=1, spool=folder / "spool", min_free_bytes=0, archives=sent_to, rehearse=False
+    )
     with Service(options) as running:
         yield Archiving(running, ports, sent_to.queue)
 
@@ -420,7 +431,9 @@ def test_maps_go_to_the_archive_also_as_parametric_maps_where_the_site_wants_it(
     head = in_memory("mgre", matrix_x=24, matrix_y=24, partitions=8, coils=4, states=4)
     ports = free_ports(2)
     sent_to = Archives((Destination("127.0.0.1", ports[1], AET),), tmp_path / "pacs", parametric_maps=wanted)
-    options = ServiceOptions(port=0, workers=0, threads=1, spool=tmp_path / "spool", min_free_bytes=0, archives=sent_to)
+    options = ServiceOptions(
+        port=0, workers=0, threads=1, spool=tmp_path / "spool", min_free_bytes=0, archives=sent_to, rehearse=False
+    )
     with Service(options) as running:
         site = Archiving(running, ports, sent_to.queue)
         answer = ask(running, "fourier", head, maps="r2star", header=named(head))
@@ -546,4 +559,4 @@ def test_the_sending_process_is_started_again_and_ends_with_its_server(
 def test_an_archive_needs_raw_data_that_are_kept(tmp_path: Path) -> None:
     sent_to = Archives((Destination("127.0.0.1", 4242, AET),), tmp_path / "pacs")
     with pytest.raises(SettingError, match="raw data are kept"):
-        Service(ServiceOptions(port=0, workers=0, archives=sent_to))
+        Service(ServiceOptions(port=0, workers=0, archives=sent_to, rehearse=False))

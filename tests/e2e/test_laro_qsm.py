@@ -44,7 +44,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     for name in (EIGHT, FOUR, "laro_mask_r8_spo2_206x80"):
         (folder / "masks" / f"{name}.h5").symlink_to(WEIGHTS / f"{name}.h5")
     options = ServiceOptions(
-        port=0, workers=1, threads=1, spool=folder / "spool", noise=folder / "noise", masks=folder / "masks"
+        port=0, workers=1, threads=1, spool=folder / "spool", noise=folder / "noise", masks=folder / "masks", rehearse=False
     )
     with Service(options) as running:
         yield running

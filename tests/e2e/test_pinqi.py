@@ -460,7 +460,9 @@ def test_weights_with_a_wrong_hash_are_answered_by_llr_with_a_fit(
     facts = json.loads((shipped / "pinqi_t1.json").read_text(encoding="utf-8"))
     (weights / "pinqi_t1.json").write_text(json.dumps({**facts, "sha256": "0" * 64}), encoding="utf-8")
     monkeypatch.setenv(FOLDERS, str(weights))
-    options = ServiceOptions(port=0, workers=1, threads=1, spool=tmp_path / "spool", noise=tmp_path / "noise")
+    options = ServiceOptions(
+        port=0, workers=1, threads=1, spool=tmp_path / "spool", noise=tmp_path / "noise", rehearse=False
+    )
     with Service(options) as own:
         answer = ask(own, "pinqi_t1", tubes)
         answered_by_llr(answer, "sha256")

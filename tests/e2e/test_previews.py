@@ -151,7 +151,7 @@ def test_a_quick_chain_is_quick() -> None:
 
 
 def test_a_server_can_do_without_previews(tmp_path: Path, scan: SimulatedScan) -> None:
-    with Service(ServiceOptions(port=0, workers=0, threads=1, previews=False)) as plain:
+    with Service(ServiceOptions(port=0, workers=0, threads=1, previews=False, rehearse=False)) as plain:
         answer = ask(plain, "llr", scan, iterations=2, preview="grasp_pro")
     assert len(answer.images) == 18 and not previews(answer)
 
@@ -230,7 +230,7 @@ def test_the_operator_hears_how_far_it_is(service: Service, scan: SimulatedScan,
 
 @pytest.fixture
 def keeping(tmp_path: Path) -> Iterator[Service]:
-    with Service(ServiceOptions(port=0, workers=1, threads=1, spool=tmp_path / "spool")) as running:
+    with Service(ServiceOptions(port=0, workers=1, threads=1, spool=tmp_path / "spool", rehearse=False)) as running:
         yield running
 
 

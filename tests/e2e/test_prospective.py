@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Service]:
-    options = ServiceOptions(port=0, workers=1, threads=1, spool=folder / "spool", masks=folder / "masks")
+    options = ServiceOptions(port=0, workers=1, threads=1, spool=folder / "spool", masks=folder / "masks", rehearse=False)
     with Service(options) as running:
         yield running
 

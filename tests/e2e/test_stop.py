@@ -140,6 +140,6 @@ def test_the_end_of_a_server_is_no_failure_of_a_method(tmp_path: Path, caplog: p
 def test_a_service_waits_as_long_as_it_is_told(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[float] = []
     monkeypatch.setattr(Server, "close", lambda server, timeout=0.0, hurry=None: waited.append(timeout))
-    service = Service(ServiceOptions(port=0, workers=0, stop_seconds=seconds))
+    service = Service(ServiceOptions(port=0, workers=0, stop_seconds=seconds, rehearse=False))
     service.close()
     assert waited == [seconds]

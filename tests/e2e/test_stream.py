@@ -32,7 +32,7 @@ from gadgets.wire.ids import MessageId
 from recon_core.errors import ReconError
 from tests.e2e.scans import SimulatedScan, simulated
 
-OPTIONS = ServiceOptions(port=0, workers=0, threads=1, spool=None, previews=False)
+OPTIONS = ServiceOptions(port=0, workers=0, threads=1, spool=None, previews=False, rehearse=False)
 
 
 @pytest.fixture(scope="module")

@@ -169,7 +169,7 @@ def site_chain(folder: Path, prewhiten: str) -> Path:
 def test_a_folder_without_chains_is_refused_before_a_scanner_finds_out(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "misspelt"):
         with pytest.raises(SettingError, match=r"configs .*: no chain files; expected a folder .*--configs"):
-            Service(ServiceOptions(port=0, spool=None, configs=folder))
+            Service(ServiceOptions(port=0, spool=None, configs=folder, rehearse=False))
     require_chains(None)
 
 
@@ -185,7 +185,7 @@ def test_a_chain_that_cannot_answer_or_has_no_stand_in_is_told_before_a_scan_nee
     assert "cg_sense" in faults["our_llr"]
     assert not dict(chain_faults(None))
     with caplog.at_level("WARNING"):
-        Service(ServiceOptions(port=0, workers=0, spool=None, configs=tmp_path)).close()
+        Service(ServiceOptions(port=0, workers=0, spool=None, configs=tmp_path, rehearse=False)).close()
     assert [f"chain={name}" in caplog.text for name in ("copied", "our_llr", "fourier")] == [True, True, False]
 
 

@@ -83,11 +83,11 @@ def test_a_taken_port_is_said_before_the_workers_are_started(tmp_path: Path, mon
 
     monkeypatch.setattr(Jobs, "warm", warm)
     with other_socket() as taken:
-        service = Service(ServiceOptions(port=taken, workers=0, threads=1, spool=tmp_path / "spool"))
+        service = Service(ServiceOptions(port=taken, workers=0, threads=1, spool=tmp_path / "spool", rehearse=False))
         with pytest.raises(WireError, match=rf"127.0.0.1:{taken}.*in use"), service:
             pass
     assert seen == []
-    service = Service(ServiceOptions(port=taken, workers=0, threads=1, spool=tmp_path / "spool"))
+    service = Service(ServiceOptions(port=taken, workers=0, threads=1, spool=tmp_path / "spool", rehearse=False))
     with service:
         assert seen == ["refused"] and not refused(service.port)
 
@@ -97,7 +97,7 @@ def test_a_start_that_fails_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatc
         raise JobFailed("no worker", where="the test")
 
     monkeypatch.setattr(Jobs, "warm", broken)
-    service = Service(ServiceOptions(port=0, workers=0, threads=1))
+    service = Service(ServiceOptions(port=0, workers=0, threads=1, rehearse=False))
     with pytest.raises(JobFailed), service:
         pass
     assert service.port and service.jobs._closed

@@ -406,7 +406,9 @@ def test_the_container_reconstructs_by_itself_when_no_server_answers(tmp_path: P
             process.send_signal(signal.SIGTERM)
         assert process.wait(120.0) == 0
     assert "without GPU" in made.texts[0] and not [text for text in made.texts if text.startswith("ERROR")]
-    with Service(ServiceOptions(port=0, device="cpu")) as site:  # as many threads: sums depend on their number
+    with Service(
+        ServiceOptions(port=0, device="cpu", rehearse=False)
+    ) as site:  # as many threads: sums depend on their number
         client = StrictClient(site.host, site.port, dialect="fire", timeout=PATIENCE)
         expected = client.scan("openrecon", header=scan.header, messages=scan.messages, parameters=parameters)
     assert len(made.images) == len(expected.images) == 4

@@ -49,7 +49,7 @@ def test_what_a_scan_leaves_is_for_its_owner_alone(no_mask: None, scan: Simulate
     """Captures, sidecars, journal, job folders, noise measurements: with a mask of 0 and a folder that was open before."""
     state = tmp_path / "state"
     (state / "spool").mkdir(parents=True)
-    options = ServiceOptions(port=0, workers=0, threads=1, spool=state / "spool", noise=state / "noise")
+    options = ServiceOptions(port=0, workers=0, threads=1, spool=state / "spool", noise=state / "noise", rehearse=False)
     with Service(options) as service:
         for chain in ("cg_sense", "no_such_chain"):
             ask(service, chain, scan)
