@@ -635,6 +635,19 @@ def test_the_sign_is_not_asked_for_where_the_fastest_decay_is_not_that_of_iron()
         assert (note_of_sign(contrast, "positive") != "") == (contrast is not None) == told
 
 
+def test_bone_in_the_mask_turns_no_sign_round() -> None:
+    """Early echoes alone leave bone bright: it decays fastest and is diamagnetic, and a right map must not be called a wrong one."""
+    head, _, _ = scene()
+    inside, nuclei = head.mask, head.chi > 0.16
+    ramp = torch.linspace(0, 0.1, head.chi.numel()).reshape(head.chi.shape)
+    deep = (inner_distance(inside, head.voxel) > 0.010) & ~nuclei
+    bone = deep & (torch.arange(head.chi.numel()).reshape(head.chi.shape) % 70 == 0)
+    r2star = ParameterMap("R2star", torch.where(bone, 120.0, torch.where(nuclei, 40.0, 18.0)) + ramp, "1/s", inside)
+    chi = ParameterMap("QSM", torch.where(bone, -0.9, head.chi.float() + ramp), "ppm", inside)
+    contrast = iron_contrast(chi, r2star, inside, head.voxel, 3.0)
+    assert contrast is not None and contrast > 2 and not note_of_sign(contrast, "positive")
+
+
 def test_phases_of_smoothed_images_get_back_what_the_data_hold() -> None:
     """Locally low rank with 5 % of noise takes a part of the local field; with 1 % it does not, and nothing is done."""
     head, series, scan = scene()
