@@ -20,7 +20,8 @@ LARGEST_VOXEL = 100e-9
 """m³; in larger ones neither nuclei nor veins are seen, and R2* is highest where the field bends within a voxel, beside air."""
 
 LARGEST_RATE = 25.0
-"""1/(s T), at which the fastest voxels may begin; iron and veins have less, a field that bends within a voxel gives more."""
+"""1/(s T), at which the fastest voxels may begin; iron and veins have less, a field that bends within a voxel gives more. So does bone,
+which is diamagnetic and bright in trains of early echoes: what decays faster is no iron and does not count."""
 
 LEAST_VOXELS = 1000
 """Deep voxels; of fewer the fastest tell nothing."""
@@ -66,9 +67,12 @@ def iron_contrast(
     values, rates = chi.data[deep].cpu().numpy(), r2star.data[deep].cpu().numpy()
     middle = float(np.median(values))
     spread = 1.4826 * float(np.median(np.abs(values - middle)))
-    least = float(np.quantile(rates, FASTEST))
-    fastest = rates > least
-    if not (spread > 0 and fastest.any()) or least > LARGEST_RATE * field_strength:
+    most = LARGEST_RATE * field_strength
+    if float(np.quantile(rates, FASTEST)) > most:
+        return None
+    iron = rates <= most
+    fastest = iron & (rates > float(np.quantile(rates[iron], FASTEST)))
+    if not (spread > 0 and fastest.any()):
         return None
     return (float(values[fastest].mean()) - middle) / spread
 

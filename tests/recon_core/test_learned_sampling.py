@@ -152,6 +152,7 @@ def test_draws_follow_the_probabilities_and_echoes_do_not_depend_on_their_number
     assert (np.abs(masks.mean(0) - density) <= limit).all()
     many, few = (draw_mask(np.repeat(density[None], n, 0), N, 3, ACS) for n in (5, 2))
     np.testing.assert_array_equal(many[:2], few)
+    assert all((many[0] != other).any() for other in many[1:])  # alike are their densities, not their draws
 
 
 @pytest.mark.parametrize("n", [24, 25, 100, 383, 384])
@@ -180,6 +181,11 @@ def test_interpolation_keeps_dc_mean_and_shape_of_the_density() -> None:
     assert q.shape == (2, 112, 258) and q.sum((1, 2)) == pytest.approx([n, n]) and q.max() <= 1
     assert q[0, 56, 129] == q.max() and q[0, 0, 0] < 0.02
     np.testing.assert_allclose(interpolate_probability(p, (80, 206), 2068), p, atol=1e-9)
+    # each echo's own, and neither turned round nor transposed: the upper left and the lower right quarter come out at the same places
+    p[0, :40, :103], p[1, 40:, 103:] = 0.9, 0.9
+    upper, lower = interpolate_probability(p, (112, 258), n)
+    for echo, dense, thin in ((upper, (8, 20), (100, 240)), (lower, (100, 240), (8, 20)), (upper, (50, 20), (70, 20))):
+        assert echo[dense] > 5 * echo[thin]
     one = np.zeros((1, 8, 8))
     one[0, 4, 4] = 1.0  # DC alone stays at DC
     assert np.unravel_index(interpolate_probability(one, (7, 13), 1).argmax(), (1, 7, 13)) == (0, 3, 6)

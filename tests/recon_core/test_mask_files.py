@@ -10,9 +10,10 @@ import h5py
 import numpy as np
 import pytest
 
+import recon_core
 from recon_core.errors import DataError
 from recon_core.sampling.agreement import differences
-from recon_core.sampling.learned import draw_mask, multilevel_density
+from recon_core.sampling.learned import draw_mask, multilevel_density, samples_for
 from recon_core.sampling.mask_files import MaskError, SamplingMask, read_mask, write_mask
 from recon_core.sampling.ordering import fan_beam_order
 
@@ -172,3 +173,23 @@ def test_agreement_is_silent_and_single_samples_are_named() -> None:
 )
 def test_common_mistakes_are_explained(acquired: np.ndarray, words: str) -> None:
     assert words in "; ".join(differences(acquired, MASK))
+
+
+SHIPPED = sorted((Path(recon_core.__file__).parent / "weights").glob("laro_mask_*.h5"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_masks_have_their_samples_and_can_be_drawn_again(path: Path) -> None:
+    """R = 8 and 4, SPO 1 and 2, at 32 x 64 with six echoes and at 80 x 206 with ten; 188 x 11 samples as published."""
+    assert len(SHIPPED) == 8
+    shipped = read_mask(path)
+    large, acceleration, spo = path.stem.endswith("_206x80"), shipped.facts["acceleration"], shipped.facts["spo"]
+    assert f"_r{acceleration:g}_spo{spo}" in path.stem
+    assert shipped.mask.shape == ((10, 80, 206) if large else (6, 32, 64))
+    n_samples = samples_for(shipped.mask.shape[1:], float(acceleration), 11 if large else 1)  # type: ignore[arg-type]
+    assert n_samples in (2068, 4125, 256, 512) and set(shipped.mask.sum((1, 2))) == {n_samples}
+    acs = (int(shipped.facts["acs_k2"]), int(shipped.facts["acs_k1"]))
+    assert acs == ((20, 20) if large else (8, 8)) and shipped.probability is not None
+    patterns = shipped.probability[: 1 if spo == 1 else None].astype(float)
+    again = draw_mask(patterns, n_samples, int(shipped.facts["seed"]), acs)
+    assert (shipped.mask == again).all() and (len(again) > 1) == bool((shipped.mask != shipped.mask[:1]).any())

@@ -8,11 +8,15 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from recon_core.errors import SettingError
 from recon_core.maps.r2star import arlo
 from recon_core.simulation.brain import LABELS
 from recon_core.simulation.multi_echo_brain import (
+    BLEED_LABEL,
+    LESION_LABEL,
+    RADIATION_LABEL,
     REGIONAL_CHI,
     BrainScan,
     MultiEchoBrains,
@@ -84,6 +88,42 @@ def test_deep_nuclei_have_the_published_order_of_susceptibility() -> None:
     found = {name: float(np.mean(v)) for name, v in values.items()}
     assert found["pallidum"] > found["caudate"] - 0.02 and found["pallidum"] > 2 * found["putamen"]
     assert found["pallidum"] == pytest.approx(REGIONAL_CHI["pallidum"], rel=0.35)
+
+
+def test_a_head_has_the_published_means_veins_lesions_and_blood() -> None:
+    """Table S5, and what its sources make of a voxel; heads 3 and 4 have lesions, one a haemorrhage, the other microbleeds."""
+    assert REGIONAL_CHI == {
+        "pallidum": 0.153, "nigra": 0.143, "ruber": 0.091, "caudate": 0.053,
+        "putamen": 0.034, "thalamus": 0.000, "radiation": -0.058, "cortex": -0.010,
+    }  # fmt: skip
+    for seed, blood in ((3, BLEED_LABEL + 1), (4, BLEED_LABEL)):
+        s = scan(seed)
+        lesions = (s.labels >= LESION_LABEL) & (s.labels < BLEED_LABEL)
+        white, vein, radiation, bleed = (
+            s.brain & (s.labels == n) for n in (LABELS["white"], LABELS["vein"], RADIATION_LABEL, blood)
+        )
+        chi, rate = (
+            [float(m[w].median()) for w in (white, vein, radiation, lesions & s.brain, bleed)] for m in (s.chi, s.r2star)
+        )
+        assert chi[2] < chi[0] - 0.008 < 0 < chi[3] < 0.08 < chi[4] and chi[1] > 0.03
+        assert rate[1] > 1.2 * rate[0] and rate[4] > 2 * rate[0] and float(s.r2star[bleed].max()) > 60
+
+
+def test_a_head_has_the_field_of_what_is_outside_and_phases_of_transmitter_and_coils() -> None:
+    """The background is larger than the local field and harmonic: it has no sources inside."""
+    s = scan()
+    deep = ndimage.binary_erosion(s.brain.numpy(), iterations=3)
+    local, background = s.local_field.numpy(), (s.field - s.local_field).numpy()
+
+    def sources(field: np.ndarray) -> float:
+        return float(sum(np.roll(field, 1, a) + np.roll(field, -1, a) - 2 * field for a in range(3))[deep].std())
+
+    assert background[s.brain.numpy()].std() > 2 * local[s.brain.numpy()].std() and background[deep].std() > 1.0
+    assert sources(background) / background[deep].std() < 0.1 * sources(local) / local[deep].std()
+    at_zero = s.images[0] * torch.exp(-2j * torch.pi * s.echo_times[0] * s.field)
+    for phases in (at_zero[None], s.coil_maps[1:] * s.coil_maps[:1].conj()):
+        unit = (phases / phases.abs().clamp_min(1e-9))[:, s.brain]
+        assert float(unit.mean(1).abs().min()) < 0.95  # 1 if all of the brain had one phase
 
 
 def test_block_mean_and_region() -> None:

@@ -13,11 +13,13 @@ from scipy.ndimage import binary_dilation
 
 from recon_core.errors import DataError
 from recon_core.fourier import fft_centred
+from recon_core.maps.background import LocalField
 from recon_core.maps.dipole_kernel import ppm_per_hz
 from recon_core.maps.echo_agreement import check_direction
 from recon_core.maps.phase_sign import iron_contrast, note_of_sign
+from recon_core.maps.r2star import arlo
 from recon_core.maps.series import ImageNoise
-from recon_core.maps.series_qsm import field_frame, multi_echo_maps, multi_echo_times, note_of_thin_slab
+from recon_core.maps.series_qsm import FieldFrame, _invert, field_frame, multi_echo_maps, multi_echo_times, note_of_thin_slab
 from recon_core.maps.settings import MapSettings
 from recon_core.maps.spherical_mean import inner_distance
 from recon_core.methods.cg_sense import Settings as CgSettings
@@ -104,6 +106,26 @@ def test_every_inversion_is_reached_with_the_right_scale(inversion: str, named: 
     found, true = (values[inside].double() - values[inside].double().mean() for values in (chi.data, head.chi))
     assert float(found @ true / (true @ true)) == pytest.approx(1.0, abs=0.05)
     assert inversion != "medi0" or abs(float(chi.data[head.fluid].mean())) < 0.002
+
+
+@pytest.mark.parametrize(("inversion", "most"), [("tv", 0.5), ("medi", 0.3)])
+def test_what_the_echoes_hardly_know_bends_no_map(inversion: str, most: float) -> None:
+    """A block of little weight, and for MEDI one of full weight that is a whole turn off between echoes."""
+    head, period = small_head(0.003, b0=B0), 1 / (TIMES[1] - TIMES[0])
+    frame = FieldFrame(head.voxel, B0, 1e6 * HZ_PER_PPM)
+    field, weights = (head.field * HZ_PER_PPM).float(), head.mask.float()
+    odd = torch.zeros_like(head.mask)
+    odd[10:13, 6:9, 13:16] = True
+    field[odd], weights[odd] = field[odd] + 25.0, 1e-3
+    if inversion == "medi":
+        odd[7:9, 14:16, 7:9] = True
+        field[7:9, 14:16, 7:9] += period
+    local, settings = LocalField(field * head.mask, head.mask, 0, 0.0, True), replace(QSM, map_inversion=inversion)
+    images = head.magnitude.expand(len(TIMES), -1, -1, -1)
+    r2star = arlo(images * torch.exp(-20 * torch.tensor(TIMES))[:, None, None, None], TIMES)
+    found, _ = _invert(local, images, TIMES, r2star, frame, weights, settings)
+    beside = ~torch.from_numpy(binary_dilation(odd.numpy(), iterations=2))
+    assert error(replace(found.chi, valid=found.chi.valid & beside), head) < most
 
 
 @pytest.mark.parametrize(("background", "most"), [("none", 0.45), ("resharp", 0.6), ("v_sharp", 0.65), ("pdf", 0.7)])
@@ -611,6 +633,19 @@ def test_the_sign_is_not_asked_for_where_the_fastest_decay_is_not_that_of_iron()
         r2star = ParameterMap("R2star", torch.where(nuclei, rate, 18.0) + ramp, "1/s", inside)
         contrast = iron_contrast(chi, r2star, inside, (side, side, side), tesla)
         assert (note_of_sign(contrast, "positive") != "") == (contrast is not None) == told
+
+
+def test_bone_in_the_mask_turns_no_sign_round() -> None:
+    """Early echoes alone leave bone bright: it decays fastest and is diamagnetic, and a right map must not be called a wrong one."""
+    head, _, _ = scene()
+    inside, nuclei = head.mask, head.chi > 0.16
+    ramp = torch.linspace(0, 0.1, head.chi.numel()).reshape(head.chi.shape)
+    deep = (inner_distance(inside, head.voxel) > 0.010) & ~nuclei
+    bone = deep & (torch.arange(head.chi.numel()).reshape(head.chi.shape) % 70 == 0)
+    r2star = ParameterMap("R2star", torch.where(bone, 120.0, torch.where(nuclei, 40.0, 18.0)) + ramp, "1/s", inside)
+    chi = ParameterMap("QSM", torch.where(bone, -0.9, head.chi.float() + ramp), "ppm", inside)
+    contrast = iron_contrast(chi, r2star, inside, head.voxel, 3.0)
+    assert contrast is not None and contrast > 2 and not note_of_sign(contrast, "positive")
 
 
 def test_phases_of_smoothed_images_get_back_what_the_data_hold() -> None:

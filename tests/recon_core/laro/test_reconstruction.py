@@ -16,6 +16,7 @@ from recon_core.installed_weights import FOLDERS
 from recon_core.methods import get_method, llr
 from recon_core.methods.laro import Settings, reconstruct, reconstruct_with, starts
 from recon_core.methods.laro.model import Laro, LaroSettings
+from recon_core.methods.laro.reconstruction import rho_factor
 from recon_core.methods.laro.settings import WEIGHTS_OF_PLANES
 from recon_core.methods.laro.starts import planes_of_air
 from recon_core.methods.laro.weights import TrainedLaro, installed_weights, load_weights, save_weights
@@ -110,6 +111,19 @@ def test_low_rank_steps_give_back_what_the_network_took() -> None:
         )
         took.append(with_it - honest)
     assert took[0] > 0.01 and took[1] < 0.9 * took[0] and took[2] < 0.65 * took[0]
+
+
+def test_data_of_less_noise_than_the_training_s_are_trusted_more() -> None:
+    """Complete data: what the network takes off is put back, and the more so the less noise; above the training's nothing changes."""
+    scan = tiny_scan()
+    kspace, info = sampled(scan, full=True)
+    off = busy()
+    off.network.denoiser = Fading()
+    unknown, quiet, loud = (
+        error(images(replace(off, noise=noise), kspace, info), scan.images, scan.brain) for noise in (0.0, 0.05, 0.001)
+    )
+    assert quiet < 0.5 * unknown and loud == unknown
+    assert rho_factor(0.005, 0.01) == pytest.approx(0.25) and rho_factor(1e-6, 0.01) == 0.01
 
 
 def test_low_rank_steps_leave_planes_of_air_and_single_echoes_alone() -> None:

@@ -146,6 +146,20 @@ def test_what_is_no_exception_is_no_outlier() -> None:
     assert without_outliers(small_field, small, VOXEL) is small_field
 
 
+def test_what_weighs_little_is_not_explained_by_sources_outside() -> None:
+    """A wrong field at the surface, as in a vein: PDF would put sources there; with a weight near zero it does not."""
+    mask, few = ball(), BackgroundSettings(pdf_iterations=30)
+    wrong = (inner_distance(mask, VOXEL) < 0.005) & mask
+    wrong[:, :, 12:] = False
+    clean = background() * mask
+    spoilt = torch.where(wrong, clean + 1.0, clean)
+    left = [
+        float(pdf(spoilt, mask, VOXEL, B0, weights=w, settings=few).field[mask & ~wrong].std())
+        for w in (None, torch.where(wrong, 1e-3, 5.0) * mask)
+    ]
+    assert left[1] < 0.3 * left[0]
+
+
 def test_projection() -> None:
     """What is left is orthogonal to the closed-form field of every dipole outside; a second projection finds little more."""
     mask = ball()

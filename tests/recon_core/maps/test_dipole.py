@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from scipy.ndimage import binary_dilation
 
 from recon_core.errors import DataError
 from recon_core.maps.dipole import Susceptibility, TKDSettings, TVSettings, mean_response, tkd, tv_admm
@@ -88,6 +89,27 @@ def test_steps_are_of_both_minimisations_together() -> None:
     assert few.iterations == 7 and not few.converged
     enough = tv_admm(h.field, h.mask, h.voxel, h.b0)
     assert enough.converged and enough.iterations < TVSettings.max_iterations
+
+
+@pytest.mark.parametrize("method", ["tv", "medi"])
+def test_what_weighs_little_spoils_little(method: str) -> None:
+    """A block whose field is wrong, as beside a vessel: with its weight near zero the map outside it is as without the fault."""
+    h = head()
+    block = torch.zeros_like(h.mask)
+    block[14:18, 8:12, 20:24] = True
+    beside = h.mask & ~torch.from_numpy(binary_dilation(block.numpy(), iterations=2))
+    field = torch.where(block, h.field + 0.15, h.field)
+    weights = torch.where(block, 1e-3, 2.0) * h.mask  # any scale
+
+    def found(field: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+        if method == "tv":
+            return tv_admm(field, h.mask, h.voxel, h.b0, weights=weights, settings=TVSettings(max_iterations=30)).chi.data
+        settings = MEDISettings(max_iterations=2, cg_iterations=25)
+        return medi(field, h.mask, h.magnitude, h.voxel, h.b0, weights=weights, settings=settings).chi.data
+
+    right = found(h.field, None)
+    alike, weighted = ((found(field, w) - right)[beside].std() for w in (None, weights))
+    assert float(weighted) < 0.3 * float(alike)
 
 
 def test_oblique_field_direction() -> None:

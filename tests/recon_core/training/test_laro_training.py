@@ -116,6 +116,10 @@ def test_a_stop_in_the_last_step_of_phase_one_holds_for_phase_two(folder: str, t
     recipe, settings = replace(TINY, first_steps=1, second_steps=1), RunSettings(scans=folder, validate_every=0)
     result, weights = run(recipe, tmp_path, settings, stop)
     assert not result.finished and json.loads(weights.read_text())["steps_done"] == {"phase1": 1, "phase2": 0}
+    (exported, _), (learned, _) = read_pair(weights), read_pair(tmp_path / "phase1" / "checkpoint.json")
+    assert all(
+        torch.equal(value, learned[f"module/network.{name}"]) for name, value in exported.items()
+    )  # phase two begins there
     assert run(recipe, tmp_path, replace(settings, resume=True))[0].finished
 
 
@@ -338,6 +342,30 @@ def test_a_few_steps_on_one_plane_lower_the_loss() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_loss_is_the_similarity_of_every_iteration_under_a_mask_drawn_anew() -> None:
+    """Eq. 9 inside the brain, mean over the unrolls; phase one never sees one mask twice, phase two no other than its own."""
+    recipe = replace(TINY, pixel_weight=0.0, first_unrolls=3)
+    module, cpu = LaroModule(recipe), torch.device("cpu")
+    own = {p: torch.from_numpy(module.pattern(p).draw(0)) for p in recipe.patterns}
+    first, second = LaroTask(module, recipe, cpu, 1), LaroTask(module, recipe, cpu, 2, masks=own)
+    sample = plane_sample(scans()[0], torch.tensor([7]), 1.0, 3, cpu)
+    first.samples.batch = second.samples.batch = lambda step: sample  # type: ignore[method-assign]
+    drawn = [first._mask("3/2") for _ in range(3)]
+    assert all(set(mask.unique().tolist()) == {0.0, 1.0} and mask.requires_grad for mask in drawn)
+    assert not torch.equal(drawn[0], drawn[1]) and torch.equal(second._mask("3/2"), own["3/2"].float())
+    for task, unrolls, mask in ((first, 3, drawn[2]), (second, 2, own["3/2"].float())):
+        task._mask = lambda name, mask=mask: mask  # type: ignore[method-assign]
+        loss, _ = task.loss(0)
+        found = task.reconstruct(sample, mask)
+        parts = [1 - channel_ssim(x * sample.brain, sample.images * sample.brain) for x in found]
+        longer = torch.cat((mask.detach(), 1 - mask.detach()))  # for more echoes than the scan has: the first ones are taken
+        torch.testing.assert_close(task.reconstruct(sample, longer)[-1], found[-1])
+        assert len(found) == unrolls and len({round(float(part.detach()), 7) for part in parts}) > 1
+        torch.testing.assert_close(loss, sum(parts) / unrolls)
+        loss.backward()
+    assert module.pattern("3/2").weights.grad is not None and bool((module.pattern("3/2").weights.grad != 0).any())
 
 
 def test_samples_are_a_function_of_the_step(folder: str) -> None:
