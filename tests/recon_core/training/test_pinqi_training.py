@@ -105,8 +105,11 @@ def test_a_run_stopped_in_either_phase_ends_with_the_same_bits(whole: Path, tmp_
     assert (
         phase == "training" or stated["steps_done"]["training"] == 0
     )  # asked in the last step of a phase, the next does not begin
-    result, _ = run(TINY, tmp_path, replace(CPU, resume=True))
+    checkpoint = tmp_path / "pretraining" / "checkpoint.json"
+    checkpoint.write_text(json.dumps({**json.loads(checkpoint.read_text()), "minutes": 100.0}))
+    result, weights = run(TINY, tmp_path, replace(CPU, resume=True))
     assert result.finished
+    assert json.loads(weights.read_text())["minutes"] == pytest.approx(result.minutes, abs=0.01) and result.minutes > 100
     assert (tmp_path / "pinqi.safetensors").read_bytes() == (whole / "pinqi.safetensors").read_bytes()
 
 
