@@ -5,7 +5,8 @@ implicit gradients, and all together, of which the rest is the networks'. On a G
 
     python -m benchmarks.pinqi_training_speed --device cuda --batch 16 --precision bfloat16
 
-On a CPU that others use as well, one thread and ``--cpu-time`` count the CPU seconds that a quiet machine would take.
+On a CPU that others use as well, one thread and ``--cpu-time`` count the CPU seconds that a quiet machine would take. What the forward
+pass keeps for the backward pass, most of a step's memory, is the same on any device and grows with the batch.
 """
 
 from __future__ import annotations
@@ -96,6 +97,21 @@ def training_steps(task: EndToEnd, watch: Stopwatch, n: int) -> list[dict[str, f
     return rows[1:]
 
 
+def kept_gib(task: EndToEnd) -> float:
+    """What the forward pass of a step keeps for the backward pass."""
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss, _ = task.loss(0)
+    assert loss.requires_grad
+    return sum(kept.values()) / 2**30
+
+
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -116,13 +132,16 @@ def main() -> None:
     settings = unrolled.PinqiSettings(precision=options.precision, recompute=options.recompute)
     network = unrolled.Pinqi(recipe.samples.model, settings).to(device)
     task = EndToEnd(network, recipe, HeadAtlas(device=device), device, first=0)
+    kept = round(kept_gib(task), 2)
     rows = training_steps(task, Stopwatch(device, options.cpu_time), options.steps)
     least = {part: min(row[part] for row in rows) for part in (*PARTS, "step")}
     memory = round(torch.cuda.max_memory_allocated(device) / 2**30, 2) if device.type == "cuda" else None
     what = f"{options.batch} x {options.size} x {options.columns or options.size}, {options.precision}, {options.device}"
-    print_table(f"training step, {what}", ("part", "seconds"), [*least.items(), ("peak GPU memory in GiB", memory)])
+    memories = {"kept for the backward pass, GiB": kept, "peak GPU memory, GiB": memory}
+    print_table(f"training step, {what}", ("part", "seconds"), [*least.items(), *memories.items()])
     name = f"pinqi_training_speed_{device.type}_{options.size}x{options.columns or options.size}_{options.precision}"
-    write_result(name, {"options": vars(options), "seconds": least, "gpu_memory_gib": memory})
+    name += f"_batch_{options.batch}" if options.batch > 1 else ""
+    write_result(name, {"options": vars(options), "seconds": least, "kept_gib": kept, "gpu_memory_gib": memory})
 
 
 if __name__ == "__main__":

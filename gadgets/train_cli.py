@@ -62,8 +62,8 @@ class PhaseBars:
 
 
 def _say_ended(result: TrainingResult, weights: Path) -> None:
-    state = "finished" if result.finished else "stopped; --resume goes on"
-    text = f"{state} after {result.minutes:.1f} min{result.skipped_words}: {weights}"
+    state, then = ("finished", "") if result.finished else ("stopped", "; --resume goes on")
+    text = f"{state} after {result.minutes:.1f} min{result.skipped_words}{then}: {weights}"
     out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -7,6 +7,7 @@ function of its number (data, learning rate) or in the checkpoint (weights, opti
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import signal
@@ -37,6 +38,7 @@ from recon_core.training.checkpoint import (
 from recon_core.training.log import TrainingLog
 
 Tensor = torch.Tensor
+log = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint"
 LOG = "log.csv"
 Figure = float | Callable[[], float]
@@ -192,6 +194,8 @@ def train(
 ) -> TrainingResult:
     """Train until the schedule ends, the time is up, or the process is asked to stop (SIGINT, SIGTERM); resumable in any case.
 
+    Resumed to the same bits on the same device, by the same number of CPU threads and the same torch; with others that is logged.
+
     Parameters
     ----------
     output
@@ -277,6 +281,7 @@ class _Run:
             "random": generator_facts,
             "schedule": self._schedule(),
             "task": dict(self.task.facts()),
+            "computed": computed_by(self.groups[0].parameters[0].device),
         }
         write_pair(self.output, CHECKPOINT, tensors, facts, version=f"-{self.step}")
         self.saved = time.monotonic()
@@ -305,6 +310,7 @@ class _Run:
                 raise ValueError(f"random generators: {error}") from None
             self.step, self.skipped, self.streak = int(facts["step"]), int(facts["skipped"]), int(facts["streak"])
             self.minutes_before, self.figures = float(facts["minutes"]), dict(facts["figures"])
+            self._tell_of_other_bits(facts.get("computed", {}))
         except KeyError as error:
             raise self._damaged(path, "", f"no {error}") from None
         except (
@@ -316,6 +322,16 @@ class _Run:
             raise self._damaged(path, "", f"{type(error).__name__}: {error}") from None
         if not 0 <= self.step <= self.settings.steps:
             raise self._damaged(path, "", f"step {self.step}", f"0 to {self.settings.steps}")
+
+    def _tell_of_other_bits(self, stated: Mapping[str, Any]) -> None:
+        """A sum in another order has other last bits, and a training turns them into other weights."""
+        own = computed_by(self.groups[0].parameters[0].device)
+        if stated and stated != own and self.step < self.settings.steps:
+            log.warning(
+                "%s: resumed otherwise than it was begun (%s): the weights will differ from those of a training in one go",
+                self.output.name,
+                _difference({"": stated}, {"": own}),
+            )
 
     def _damaged(self, path: Path, why: str, got: object, expected: object = None) -> WeightError:
         return WeightError(
@@ -430,6 +446,14 @@ class _Run:
         if self.average is not None:
             self.task.module.load_state_dict(self.average)
         return TrainingResult(self.step, finished, self.minutes, self.skipped, self.figures)
+
+
+def computed_by(device: torch.device) -> dict[str, Any]:
+    """What the last bits of a sum depend on: device, the number of threads where it is the CPU, and torch."""
+    facts: dict[str, Any] = {"device": device.type, "torch": torch.__version__}
+    if device.type == "cuda":
+        return facts | {"device": torch.cuda.get_device_name(device)}
+    return facts | {"threads": torch.get_num_threads()}
 
 
 @contextmanager

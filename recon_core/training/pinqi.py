@@ -87,7 +87,7 @@ def run(
     Returns
     -------
     result, weights
-        Of the phase that was reached, and the JSON of the exported weights.
+        Of the phase that was reached (its ``minutes`` are those of all phases), and the JSON of the exported weights.
 
     Raises
     ------
@@ -122,10 +122,12 @@ def run(
             if recipe.n_pretraining:
                 result = phase(Pretraining(network, recipe, anatomy, device, first=0), "pretraining", recipe.pretrain_epochs)
             reached = {"pretraining": 0 if result is None else result.step, "training": 0}
+            before = 0.0 if result is None else result.minutes
             if recipe.n_training and (result is None or result.finished):
                 first = recipe.n_pretraining * recipe.batch
                 task = EndToEnd(network, recipe, anatomy, device, first=first, rule=rule, held=held)
                 result = phase(task, "training", recipe.epochs)
+                result = replace(result, minutes=before + result.minutes)
                 reached["training"] = result.step
                 rule = rule if task.factors is None else task.factors.rule()
         assert result is not None

@@ -24,6 +24,7 @@ from recon_core.operators.batched_sense import BatchedSense
 from recon_core.problem import Problem, pose, signal_scale
 from recon_core.simulation.anatomy import Anatomy
 from recon_core.simulation.quantitative_brain import SATURATION_TIMES, BrainBatch, QuantitativeBrains, SampleRecipe
+from recon_core.solvers.linear_layer import LinearReport
 from recon_core.solvers.nonlinear_layer import NonlinearReport, NonlinearSettings
 from recon_core.training.loop import Figure, LoopSettings, ParameterGroup, Validation
 from recon_core.training.losses import deep_supervision, weighted_mse
@@ -460,9 +461,10 @@ class EndToEnd(_PinqiTask):
             batch, (operator, rhs, start) = self.held.at(step)
         found = self.network(operator, rhs, start, self._strengths(batch))
         brain = batch.brain.mT[:, None].to(batch.noise_std.dtype)
+        of_images: dict[str, Figure] = {"images_untrusted": lambda: _untrusted(found.linear)}
         if self.recipe.ablation == "h":
             own = weighted_mse(found.images, operator.enter_image(batch.images), 0.9 * brain + 0.1)
-            return (self.recipe.image_weight or 1.0) * own + self._imagined(found, operator, batch), {}
+            return (self.recipe.image_weight or 1.0) * own + self._imagined(found, operator, batch), of_images
         truth = batch.parameters.mT
         loss = deep_supervision(
             found.predictions,
@@ -477,10 +479,10 @@ class EndToEnd(_PinqiTask):
         figures: dict[str, Figure] = {
             "rate_error": float((found.parameters.detach()[:, 2:] - truth[:, 2:])[brain > 0].abs().mean())
         }
-        if found.nonlinear:
-            figures["unconverged"] = float(sum(r.n_unconverged for r in found.nonlinear))
-            figures["singular"] = lambda: _singular(found.nonlinear)
-        return loss, figures
+        if solved := (*found.nonlinear, *found.fits):
+            figures["unconverged"] = float(sum(r.n_unconverged for r in solved))
+            figures["singular"] = lambda: _singular(solved)
+        return loss, figures | of_images
 
     def _imagined(self, found: PinqiOutput, operator: BatchedSense, batch: BrainBatch) -> Tensor:
         """Mean squared error of what the image network gave, times its weight."""
@@ -510,8 +512,14 @@ class EndToEnd(_PinqiTask):
         yield from self._validation
 
 
+def _untrusted(reports: Sequence[LinearReport]) -> float:
+    """Samples of all iterations whose images, or the gradient through them, missed the tolerance; NaN before a backward pass."""
+    trusted = [r.gradient_trusted for r in reports]
+    return float(sum(int((~t).sum()) for t in trusted if t is not None)) if any(t is not None for t in trusted) else math.nan
+
+
 def _singular(reports: Sequence[NonlinearReport]) -> float:
-    """Pixels of all iterations without a gradient; NaN where no backward pass has run."""
+    """Pixels of all fits without a gradient; NaN where no backward pass has run."""
     counts = [r.n_singular for r in reports]
     return float(sum(n for n in counts if n is not None)) if any(n is not None for n in counts) else math.nan
 

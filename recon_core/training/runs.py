@@ -313,20 +313,30 @@ def be_deterministic(device: torch.device) -> None:
 
 
 def code_facts(device: torch.device) -> dict[str, str]:
-    """What trained: the commit (``"unknown"`` where there is no repository), versions, device."""
-    try:
-        done = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(recon_core.__file__).parent, capture_output=True, text=True, timeout=10
-        )
-        commit = done.stdout.strip() or "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        commit = "unknown"
+    """What trained: the commit, see `commit_of`, versions, device."""
     return {
-        "commit": commit,
+        "commit": commit_of(Path(recon_core.__file__).parent),
         "version": recon_core.__version__,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
+
+
+def commit_of(package: Path) -> str:
+    """The commit that a package's files are of; ``-dirty`` behind it where they have been changed since.
+
+    ``"unknown"`` where no repository holds them: an installation in somebody's project has that project around it, not its own history.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=package, capture_output=True, text=True, timeout=10, check=True).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".").strip()
+        return git("rev-parse", "HEAD").strip() + ("-dirty" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
 
 
 def option_parser(program: str, description: str | None, *kinds: type) -> argparse.ArgumentParser:

@@ -287,6 +287,22 @@ def test_single_precision() -> None:
     torch.testing.assert_close(y.to(C128), x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("where", ["forwards", "backwards"])
+def test_a_tolerance_beyond_single_precision_is_reported_as_missed(where: str) -> None:
+    """CG's recursion goes on falling where the residual itself does not: 1e-10 was reported as reached, and the gradient as trusted."""
+    given = inputs()
+    given.maps, given.kspace = given.maps.to(torch.complex64), given.kspace.to(torch.complex64)
+    given.images = (given.images[0].to(torch.complex64).requires_grad_(), given.images[1].to(torch.complex64))
+    beyond = {"tolerance": 1e-10} if where == "forwards" else {"tolerance": 1e-5, "backward_tolerance": 1e-10}
+    x, report = given.solve(LinearSettings(max_iterations=300, **beyond))  # type: ignore[arg-type]
+    with pytest.warns(UntrustedGradient, match="2 of 2 samples"):
+        x.abs().square().sum().backward()
+    missed = report.residual if where == "forwards" else report.gradient_residual
+    assert missed is not None and float(missed.min()) > 1e-8 and float(missed.max()) < 1e-5
+    assert report.all_converged == (where == "backwards")
+    assert report.gradient_trusted is not None and not bool(report.gradient_trusted.any())
+
+
 def test_first_guess_saves_steps_and_changes_nothing_else() -> None:
     given = inputs()
     cold, report = given.solve()

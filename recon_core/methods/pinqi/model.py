@@ -190,6 +190,8 @@ class PinqiOutput:
         How well each subproblem was solved, per iteration; without a parameter network a first fit comes before them.
     image_predictions
         What the image network gave, in order of its calls.
+    fits
+        How the model was fitted to the averaged images of every prediction by ``"kernel"``: pixels with signal in one axis.
     """
 
     parameters: Tensor
@@ -198,6 +200,7 @@ class PinqiOutput:
     linear: tuple[LinearReport, ...] = ()
     nonlinear: tuple[NonlinearReport, ...] = ()
     image_predictions: tuple[Tensor, ...] = ()
+    fits: tuple[NonlinearReport, ...] = ()
 
 
 class PositiveValues(nn.Module):
@@ -336,17 +339,19 @@ class Pinqi(nn.Module):
         with torch.no_grad(), record_function("pinqi::linear"):
             return solve_linear(operator, rhs, initial=rhs, settings=steps)[0]
 
-    def predict_parameters(self, images: Tensor, tag: float | Tensor, noise: float = math.inf) -> Tensor:
-        """``P(y, tag)``, ``(batch, parameter, *plane)``; ``tag`` a number or one per sample."""
+    def predict_parameters(
+        self, images: Tensor, tag: float | Tensor, noise: float = math.inf, fits: list[NonlinearReport] | None = None
+    ) -> Tensor:
+        """``P(y, tag)``, ``(batch, parameter, *plane)``; ``tag`` a number or one per sample. ``fits`` gets what a fit reports."""
         assert self.parameter_net is not None and self.embedding is not None
         net, embedding = self.parameter_net, self.embedding
         tags = self._tags(images, tag)
         if self.settings.prediction == "direct":
             return self._network("parameter", lambda y, t: net(y, t, embedding(t)), images, tags)
         averages = self._network("parameter", lambda y, t: net.averaged(y, t, embedding(t), noise), images, tags)
-        return self._fitted(averages)
+        return self._fitted(averages, [] if fits is None else fits)
 
-    def _fitted(self, images: Tensor) -> Tensor:
+    def _fitted(self, images: Tensor, fits: list[NonlinearReport]) -> Tensor:
         """The model fitted to each pixel of averaged images, ``(batch, parameter, *plane)``, differentiable; see `no_signal`."""
         result = self.no_signal(images)
         where = images.detach().abs().square().mean(1) > LEAST_FITTED**2
@@ -356,9 +361,10 @@ class Pinqi(nn.Module):
         start = self.middle[:, None].expand(-1, pixels.shape[-1])[None].contiguous()
         settings = NonlinearSettings(max_iterations=FIT_STEPS)
         with record_function("pinqi::nonlinear"):
-            fitted, _ = solve_nonlinear(
+            fitted, report = solve_nonlinear(
                 self.model, pixels, torch.zeros_like(start), 0.0, initial=start, bounds=self.bounds, settings=settings
             )
+        fits.append(report)
         planes = [
             plane.clamp(*FITTED_RATES) if is_rate else plane for is_rate, plane in zip(self._rates, fitted[0], strict=True)
         ]
@@ -405,10 +411,11 @@ class Pinqi(nn.Module):
         predictions, linear = [], []
         imagined: list[Tensor] = []
         nonlinear: list[NonlinearReport] = []
+        fits: list[NonlinearReport] = []
         y_reg = self.predict_images(y, image_tags[0]) if settings.image_network == "once" else None
         imagined += [y_reg] if y_reg is not None else []
         if self.parameter_net is not None:
-            p_reg = p = self.predict_parameters(y, parameter_tags[0], strengths.noise)
+            p_reg = p = self.predict_parameters(y, parameter_tags[0], strengths.noise, fits)
             predictions.append(p)
         else:
             p_reg = None
@@ -421,16 +428,17 @@ class Pinqi(nn.Module):
             y, solved = self._solve_images(operator, rhs, y, y_reg, self._signal(p), i, strengths)
             linear.append(solved)
             if settings.parameter_network == "each":
-                p_reg = self.predict_parameters(y, parameter_tags[i + 1], strengths.noise)
+                p_reg = self.predict_parameters(y, parameter_tags[i + 1], strengths.noise, fits)
             p, fitted = self._solve_parameters(y, p_reg, p, i, strengths)
             predictions.append(p)
             nonlinear += [fitted] if fitted is not None else []
-        return PinqiOutput(p, y, tuple(predictions), tuple(linear), tuple(nonlinear), tuple(imagined))
+        return PinqiOutput(p, y, tuple(predictions), tuple(linear), tuple(nonlinear), tuple(imagined), tuple(fits))
 
     def _decoupled(self, operator: LinearOperator, rhs: Tensor, y: Tensor, strengths: Strengths) -> PinqiOutput:
         settings, image_tags = self.settings, self.settings.image_tags
         linear = []
         imagined: list[Tensor] = []
+        fits: list[NonlinearReport] = []
         y_reg = self.predict_images(y, image_tags[0]) if settings.image_network == "once" else None
         imagined += [y_reg] if y_reg is not None else []
         for i in range(settings.n_iterations):
@@ -440,12 +448,12 @@ class Pinqi(nn.Module):
             y, solved = self._solve_images(operator, rhs, y, y_reg, None, i, strengths)
             linear.append(solved)
         p_reg = (
-            self.predict_parameters(y, settings.parameter_tags[0], strengths.noise)
+            self.predict_parameters(y, settings.parameter_tags[0], strengths.noise, fits)
             if self.parameter_net is not None
             else None
         )
         p, fitted = self._solve_parameters(y, p_reg, None, 0, strengths)
-        return PinqiOutput(p, y, (p,), tuple(linear), () if fitted is None else (fitted,), tuple(imagined))
+        return PinqiOutput(p, y, (p,), tuple(linear), () if fitted is None else (fitted,), tuple(imagined), tuple(fits))
 
     def _signal(self, parameters: Tensor) -> Tensor:
         return self.model.signal(parameters.movedim(1, 0)).movedim(0, 1)

@@ -418,7 +418,10 @@ def _motion(trained: TrainedPinqi, applied: Applied) -> Motion | None:
 
 
 def _untouched(applied: Applied) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Images ``(state, x, y)`` that the model has not touched, complex M0 and R1 ``(x, y)``, and where there is signal."""
+    """Images ``(state, x, y)`` that the model has not touched, complex M0 and R1 ``(x, y)``, and where there is signal.
+
+    A network that begins with ``adjoint`` has none but its own: tied to the model, but by the measured samples first of all.
+    """
     images = (applied.found.images if applied.start is None else applied.start)[0]
     parameters = applied.found.parameters[0]
     inside = strong_signal(images) & (parameters[-1] > 0)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from recon_core.coils.estimate import CoilSettings
 from recon_core.errors import CalibrationError, DataError, NumericalError, ReconError
 from recon_core.fourier import fft_centred, ifft_centred
 from recon_core.methods.pinqi.installed import FOLDERS, find_weights
@@ -23,6 +24,8 @@ from recon_core.methods.pinqi.reconstruction import (
 )
 from recon_core.methods.pinqi.settings import Settings
 from recon_core.methods.pinqi.weights import TrainedPinqi
+from recon_core.reconstruct import Recipe
+from recon_core.reconstruct import reconstruct as whole_reconstruction
 from recon_core.training.checkpoint import WeightError
 from recon_core.types import KSpace, Report, Result
 from tests.recon_core.listener import Listener
@@ -332,6 +335,25 @@ def test_calibration_from_the_longest_delay() -> None:
     counts[3, 0, 13] = 0  # the longest delay lacks a line: the mean of the states stays
     lacking = replace(s.kspace, counts=counts)
     assert longest_delay_calibration(lacking, s.scan) is lacking
+
+
+def test_the_chains_reconstruction_takes_coil_maps_from_the_longest_delay_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The calibration lines that the chain has chosen hold noise alone."""
+    save_network(tmp_path, "site")
+    monkeypatch.setenv(FOLDERS, str(tmp_path))
+    s = saturation_scan(keep=0.6, noise=1e-3)
+    assert s.kspace.acs is not None and s.kspace.acs_mask is not None
+    lines = torch.randn(s.kspace.acs.shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(3))
+    kspace = replace(s.kspace, coil_maps=None, acs=lines * s.kspace.acs_mask[None, :, :, None])
+
+    def unexplained(**choice: str) -> float:
+        own = Settings(weights="site", quality_failure="tell", **choice)  # type: ignore[arg-type]
+        recipe = Recipe("pinqi", own, coils=CoilSettings(method="walsh"))
+        return whole_reconstruction(kspace, s.scan, recipe).quality["unexplained"]
+
+    assert unexplained() < 0.12 and unexplained(coil_map_source="chain") > 0.3
 
 
 # -------------------------------------------------------------------------------------------------------------- refused

@@ -46,7 +46,7 @@ def test_other_delays_are_refused_and_rounded_ones_accepted(saved: Path) -> None
     trained = load_weights(saved)
     check_times(trained, [t + 0.0004 for t in TIMES])
     check_times(trained, [t + 0.001 for t in TIMES])  # a millisecond, though 0.501 - 0.5 is more in floating point
-    for times in (TIMES[:4], (0.5, 1.0, 1.5, 2.5, 8.0), ()):
+    for times in (TIMES[:4], (0.5, 1.0, 1.5, 2.5, 8.0), (0.5, 1.0, 1.5, 2.0, 8.002), ()):
         with pytest.raises(WeightError, match="other delays"):
             check_times(trained, times)
 

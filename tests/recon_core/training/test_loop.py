@@ -234,6 +234,22 @@ def test_another_training_is_not_continued(tmp_path: Path) -> None:
     assert train(Regression(), LoopSettings(steps=3, max_minutes=5, validate_every=1), tmp_path, resume=True).finished
 
 
+def test_a_training_that_goes_on_otherwise_than_it_was_begun_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sums over other numbers of threads differ in their last bits: the weights were others, and nobody heard of it."""
+    train(Regression(), SCHEDULE, tmp_path, progress=stop_at(3))
+    train(Regression(), SCHEDULE, tmp_path, resume=True, progress=stop_at(5))
+    assert not caplog.records
+    here = torch.get_num_threads()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: here + 1)
+    train(Regression(), SCHEDULE, tmp_path, resume=True)
+    assert f"(threads: {here}, not {here + 1})" in caplog.text and "the weights will differ" in caplog.text
+    caplog.clear()
+    train(Regression(), SCHEDULE, tmp_path, resume=True)  # finished: nothing is computed
+    assert not caplog.records
+
+
 def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     train(Regression(), LoopSettings(steps=3), tmp_path)
     facts = json.loads((tmp_path / "checkpoint.json").read_text())

@@ -16,13 +16,14 @@ import pytest
 import torch
 
 from recon_core.errors import DataError, ReconError, SettingError
+from recon_core.methods.pinqi import model
 from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
 from recon_core.methods.pinqi.noise_rule import DEFAULT_RULE, NoiseRule
 from recon_core.methods.pinqi.weights import load_weights
 from recon_core.simulation.brainweb import open_anatomy
 from recon_core.simulation.head_atlas import HeadAtlas
 from recon_core.simulation.quantitative_brain import BrainBatch, QuantitativeBrains
-from recon_core.solvers.linear_layer import UntrustedGradient
+from recon_core.solvers.linear_layer import LinearSettings, UntrustedGradient
 from recon_core.training.checkpoint import WeightError
 from recon_core.training.loop import LoopSettings, Progress, train
 from recon_core.training.pinqi import RunSettings, main, parser, run
@@ -105,8 +106,11 @@ def test_a_run_stopped_in_either_phase_ends_with_the_same_bits(whole: Path, tmp_
     assert (
         phase == "training" or stated["steps_done"]["training"] == 0
     )  # asked in the last step of a phase, the next does not begin
-    result, _ = run(TINY, tmp_path, replace(CPU, resume=True))
+    checkpoint = tmp_path / "pretraining" / "checkpoint.json"
+    checkpoint.write_text(json.dumps({**json.loads(checkpoint.read_text()), "minutes": 100.0}))
+    result, weights = run(TINY, tmp_path, replace(CPU, resume=True))
     assert result.finished
+    assert json.loads(weights.read_text())["minutes"] == pytest.approx(result.minutes, abs=0.01) and result.minutes > 100
     assert (tmp_path / "pinqi.safetensors").read_bytes() == (whole / "pinqi.safetensors").read_bytes()
 
 
@@ -143,6 +147,26 @@ def test_pixels_without_a_trusted_gradient_are_logged(whole: Path, atlas: HeadAt
     with pytest.warns(UntrustedGradient, match="nonlinear"):
         loss.backward()
     assert 0 < singular() < 6 * 32**2
+
+
+def test_fits_of_predictions_and_images_count_too(whole: Path, atlas: HeadAtlas, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prediction by kernels ends in a fit of its own: both its gradient and that of the images may belong to another point."""
+    with open(whole / "training" / "log.csv", newline="", encoding="utf-8") as file:
+        assert all(float(row["images_untrusted"]) == 0 for row in csv.DictReader(file))
+    recipe = replace(TINY, prediction="kernel")
+    torch.manual_seed(0)
+    variant = replace(ABLATIONS["g1"], prediction="kernel")
+    network = Pinqi(recipe.samples.model, variant, networks=SMALL, linear=LinearSettings(max_iterations=2))
+    task = EndToEnd(network, recipe, atlas, torch.device("cpu"), 0)
+    before = task.loss(0)[1]["unconverged"]
+    monkeypatch.setattr(model, "FIT_STEPS", 1)
+    loss, figures = task.loss(0)
+    assert isinstance(before, float) and isinstance(figures["unconverged"], float) and figures["unconverged"] > before + 100
+    untrusted = figures["images_untrusted"]
+    assert callable(untrusted) and math.isnan(untrusted())
+    with pytest.warns(UntrustedGradient):
+        loss.backward()
+    assert untrusted() == 1
 
 
 def test_the_published_solver_can_be_trained_with_and_is_recorded(whole: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from recon_core.training import laro, pinqi
 from recon_core.training.laro_tasks import LaroRecipe
 from recon_core.training.loop import Progress, Validation
 from recon_core.training.pinqi_tasks import PinqiRecipe
-from recon_core.training.runs import RECIPE, CarryOut, PlainReport, initial_digest, settle_recipe
+from recon_core.training.runs import RECIPE, CarryOut, PlainReport, commit_of, initial_digest, settle_recipe
 
 
 @pytest.mark.parametrize("settings", [CarryOut, pinqi.RunSettings, laro.RunSettings])
@@ -38,6 +39,28 @@ def test_reports_may_be_of_validations_alone(capsys: pytest.CaptureFixture[str])
     report("training", Progress(1, 4, 0.5, 0.1, {}))
     report("training", Progress(2, 4, 0.5, 0.1, {}, Validation({"nrmse": 0.25})))
     assert capsys.readouterr().out.splitlines() == ["training 2/4 0.1 min loss=0.50000 nrmse=0.25"]
+
+
+def test_the_commit_is_that_of_the_code_itself(tmp_path: Path) -> None:
+    """Weights state it: once that of whatever repository was around the package, changed files or not."""
+
+    def git(*words: str) -> str:
+        who = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.strip()
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert commit_of(package) == "unknown"
+    git("init")
+    git("commit", "--allow-empty", "-m", "somebody's project")
+    assert commit_of(package) == "unknown"
+    git("add", "package")
+    git("commit", "-m", "ours")
+    (tmp_path / "notes").write_text("beside it")
+    assert commit_of(package) == (commit := git("rev-parse", "HEAD"))
+    (package / "__init__.py").write_text("changed = True")
+    assert commit_of(package) == f"{commit}-dirty"
 
 
 SMALL = LaroRecipe(channels=4, features=(4, 4), patterns=("3/2",), matrix=(12, 20, 14), n_echoes=3, n_coils=4, acs=(4, 4))
