@@ -38,7 +38,7 @@ def differences(acquired: BoolArray, told: BoolArray) -> list[str]:
     Returns
     -------
     list of str
-        First what explains everything (another matrix, echoes in another order, a mirrored or shifted grid), then the
+        First what explains everything (another matrix, echoes in another order, a transposed, mirrored or shifted grid), then the
         echoes one by one: how many samples are missing or not in the mask, and where the first of them are, as (k2, k1).
     """
     if acquired.ndim != 3 or told.ndim != 3:
@@ -80,6 +80,11 @@ def _explanation(got: BoolArray, wanted: BoolArray) -> str:
         for by in range(1, len(wanted)):
             if (got == np.roll(wanted, by, axis=0)).all():
                 return f"with its echoes moved by {by}"
+        order = _echo_order(got, wanted)
+        if order is not None:
+            return f"with its echoes in the order {', '.join(map(str, order))}"
+    if wanted.shape[1] == wanted.shape[2] and (got == wanted.transpose(0, 2, 1)).all():
+        return "with k1 and k2 exchanged"
     for axes, name in (((1,), "k2"), ((2,), "k1"), ((1, 2), "k2 and k1")):
         mirrored = np.flip(wanted, axes)
         for whole, text in ((mirrored, "mirrored"), (np.roll(mirrored, [1] * len(axes), axes), "mirrored about DC")):
@@ -91,6 +96,18 @@ def _explanation(got: BoolArray, wanted: BoolArray) -> str:
             if (d2 or d1) and (got == np.roll(wanted, (d2, d1), (1, 2))).all():
                 return f"shifted by ({d2}, {d1}) along (k2, k1)"
     return ""
+
+
+def _echo_order(got: BoolArray, wanted: BoolArray) -> list[int] | None:
+    """Which echo of the mask each echo of the scan has, if every one has one of its own."""
+    left, order = list(range(len(wanted))), []
+    for pattern in got:
+        found = next((echo for echo in left if (pattern == wanted[echo]).all()), None)
+        if found is None:
+            return None
+        left.remove(found)
+        order.append(found)
+    return order
 
 
 def _places(where: NDArray[np.intp]) -> str:

@@ -224,6 +224,7 @@ def test_agreement_is_silent_and_single_samples_are_named() -> None:
     [
         (MASK[::-1], "echoes reversed"),
         (np.roll(MASK, 1, 0), "echoes moved by 1"),
+        (MASK[[0, 2, 1]], "with its echoes in the order 0, 2, 1"),
         (MASK[:, ::-1], "mirrored along k2"),
         (MASK[..., ::-1], "mirrored along k1"),
         (np.roll(MASK[:, ::-1, ::-1], (1, 1), (1, 2)), "mirrored about DC along k2 and k1"),
@@ -236,3 +237,8 @@ def test_agreement_is_silent_and_single_samples_are_named() -> None:
 )
 def test_common_mistakes_are_explained(acquired: np.ndarray, words: str) -> None:
     assert words in "; ".join(differences(acquired, MASK))
+
+
+def test_a_square_matrix_may_be_transposed() -> None:
+    square = MASK[:, :, :10]
+    assert differences(square.transpose(0, 2, 1), square)[0] == "the samples equal the mask with k1 and k2 exchanged"
