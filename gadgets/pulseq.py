@@ -177,7 +177,8 @@ def _spatial_frequencies(order: IntArray, shape: tuple[int, ...], fov: tuple[flo
 
 
 def _on_raster(seconds: float) -> float:
-    return round(seconds / RASTER) * RASTER
+    # what floating point adds decides nothing: equal spacings of half a step more stay equal
+    return round(round(seconds / RASTER, 6)) * RASTER
 
 
 def _up_to_raster(seconds: float) -> float:
