@@ -6,6 +6,7 @@ Scanners' converters write the matrix, the field of view and the echo times of a
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -88,7 +89,7 @@ def header_text(mask: SamplingMask, s: SequenceSettings, facts: SequenceFacts, m
 
 
 def attach_header(raw: Path, side: Path, out: Path, group: str = "dataset") -> None:
-    """Copy a raw file with what ``side`` says of the sequence in place of what the scanner's protocol says.
+    """Copy a raw file with what ``side`` says of the sequence in place of what the scanner's protocol says; whole or not at all.
 
     From ``side``: the encoding, the sequence's parameters, the mask. From the raw file: everything else (measurement, scanner, frequency,
     coils, patient, waveforms, other user parameters).
@@ -125,11 +126,16 @@ def attach_header(raw: Path, side: Path, out: Path, group: str = "dataset") -> N
         *told.userParameters.userParameterString,
     ]
     header.userParameters = user
-    shutil.copyfile(raw, out)
-    with h5py.File(out, "r+") as file:
-        del file[group]["xml"]
-        kind = h5py.special_dtype(vlen=bytes)
-        file[group].create_dataset("xml", data=np.array([str(xsd.ToXML(header)).encode()], dtype=object), dtype=kind)
+    part = out.with_name(f".{out.name}.part")  # a copy that still has the scanner's header would be believed
+    try:
+        shutil.copyfile(raw, part)
+        with h5py.File(part, "r+") as file:
+            del file[group]["xml"]
+            kind = h5py.special_dtype(vlen=bytes)
+            file[group].create_dataset("xml", data=np.array([str(xsd.ToXML(header)).encode()], dtype=object), dtype=kind)
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _sequence_header(side: Path) -> Any:

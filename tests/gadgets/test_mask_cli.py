@@ -218,7 +218,9 @@ def _raw(path: Path, n_samples: int, n_noise: int = 0) -> Path:
     return path
 
 
-def test_attach_takes_the_sequence_from_one_header_and_the_rest_from_the_other(tmp_path: Path) -> None:
+def test_attach_takes_the_sequence_from_one_header_and_the_rest_from_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _run("draw", tmp_path / "a.h5", *SMALL)
     _run("order", tmp_path / "a.h5", tmp_path / "brain.h5", "--segments", "4")
     shape = ["--matrix", "16", "--fov-mm", "160", "160", "80", "--echo-spacing-ms", "4", "--tr-ms", "20"]
@@ -244,6 +246,16 @@ def test_attach_takes_the_sequence_from_one_header_and_the_rest_from_the_other(t
         _run("attach", side, tmp_path / "fixed.h5", tmp_path / "x.h5")
     with pytest.raises(HeaderError, match=r"lost\.xml: cannot be read; got No such file"):
         _run("attach", raw, tmp_path / "lost.xml", tmp_path / "x.h5")
+    before_all = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:  # Ctrl-C after the copy: one with the scanner's header would be believed
+
+        def stopped(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("gadgets.pulseq_header.h5py.special_dtype", stopped)
+        for name in ("fixed.h5", "x.h5"):
+            assert CliRunner().invoke(app, ["attach", str(raw), str(side), str(tmp_path / name)]).exit_code == 130
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before_all
     whole = side.read_text()
     for part in ("encoding", "userParameters"):
         side.write_text(re.sub(rf"<{part}>.*</{part}>", "", whole, flags=re.DOTALL))
