@@ -196,6 +196,10 @@ def show(
         shared = str(int((pattern & mask.mask[echo - 1]).sum())) if echo else ""
         table.add_row(str(echo), str(int(pattern.sum())), shared, _jump(mask, echo))
     out.print(table)
+    n_shots = 0 if mask.order is None else len(mask.order)
+    segments = f"ordered: {mask.n_segments} segments x {n_shots // mask.n_segments} = {n_shots} excitations"
+    _say(segments if n_shots else "not ordered")
+    _say_centre(mask)
     for name, value in mask.facts.items():
         _say(f"{name}: {value}")
     if png is not None:
@@ -262,6 +266,13 @@ def export(
         206.0,
         160.0,
     ),
+    slab_mm: Annotated[
+        float | None,
+        typer.Option(
+            help="Thickness that is excited, mm; beyond the field of view along k2 it folds over. Default: that field of view.",
+            min=0.1,
+        ),
+    ] = None,
     dwell_us: Annotated[float, typer.Option(help="Time of one ADC sample, us.", min=0.1)] = 8.0,
     oversampling: Annotated[int, typer.Option(help="ADC samples per readout position.", min=1)] = 1,
     dummies: Annotated[
@@ -288,6 +299,7 @@ def export(
         check_name(file)  # the sequence's header states it
         check_file(seq.with_suffix(".mrd.xml"))
     mask = read_mask(file)
+    _say_centre(mask)
     if csv is not None:
         write_mask(csv, mask)
         _say(f"written: {csv}")
@@ -303,6 +315,7 @@ def export(
             flip_angle=math.radians(flip_angle),
             dwell=dwell_us * 1e-6,
             oversampling=oversampling,
+            slab_thickness=None if slab_mm is None else slab_mm * 1e-3,
             dummies=dummies,
             noise_readouts=noise_readouts,
             max_grad_mt_m=max_grad,
@@ -311,6 +324,9 @@ def export(
         )
         facts = write_sequence(seq, mask, settings, mask_name=file.stem, pulseq_1_4=pulseq_1_4)
         times = ", ".join(f"{t * 1e3:.3f}" for t in facts.echo_times)
+        sizes = matrix, *mask.mask.shape[:0:-1]
+        voxel = " x ".join(f"{length / n:.2f}" for length, n in zip(fov_mm, sizes, strict=True))
+        _say(f"{' x '.join(map(str, sizes))} voxels of {voxel} mm (readout, k1, k2), slab of {slab_mm or fov_mm[2]:g} mm")
         _say(
             f"{facts.n_readouts} readouts in {facts.duration:.1f} s, largest gradient {facts.max_grad:.1f} mT/m and slew rate "
             f"{facts.max_slew:.0f} T/m/s (axes together), timing check passed"
@@ -370,6 +386,14 @@ def _largest_jump(mask: SamplingMask) -> float:
 
     assert mask.order is not None
     return float(jumps(mask.order).max(initial=0.0))
+
+
+def _say_centre(mask: SamplingMask) -> None:
+    """A table that counts from 1, or another centre than n // 2, mostly shows here first."""
+    _, n_k2, n_k1 = mask.mask.shape
+    without = [str(echo) for echo, pattern in enumerate(mask.mask) if not pattern[n_k2 // 2, n_k1 // 2]]
+    if without:
+        _say(f"the centre (k2 {n_k2 // 2}, k1 {n_k1 // 2}, counted from 0) is not sampled in echo {', '.join(without)}")
 
 
 def _moved(facts: SequenceFacts, settings: SequenceSettings) -> str:

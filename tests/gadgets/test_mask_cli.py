@@ -51,6 +51,14 @@ def test_from_density_to_sequence(tmp_path: Path) -> None:
     assert "4 segments x 8 = 32 excitations, as in the paper" in said and "largest echo-to-echo jump" in said
     shown = _run("show", ordered, "--png", tmp_path / "mask.png")
     assert "acceleration 4.000" in shown and "density: multi-level" in shown and "seed: 0" in shown
+    assert "ordered: 4 segments x 8 = 32 excitations" in shown and "not ordered" in _run("show", drawn)
+    assert "centre" not in shown
+    holed = read_mask(drawn).mask
+    holed[1:, 4, 8] = False
+    write_mask(tmp_path / "holed.h5", SamplingMask(holed))
+    for words in (("show",), ("export", "--csv", tmp_path / "holed.csv")):
+        said = _run(words[0], tmp_path / "holed.h5", *words[1:])
+        assert "the centre (k2 4, k1 8, counted from 0) is not sampled in echo 1, 2" in said
     for picture in ("order.png", "mask.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     said = _run(
@@ -58,16 +66,25 @@ def test_from_density_to_sequence(tmp_path: Path) -> None:
         *["--matrix", "16", "--fov-mm", "160", "160", "80", "--echo-spacing-ms", "4", "--tr-ms", "20", "--dummies", "1"],
     )  # fmt: skip
     assert "96 readouts in 0.7 s, largest gradient" in said and "echo times 3.99" in said and "timing check passed" in said
+    assert "16 x 16 x 8 voxels of 10.00 x 10.00 x 10.00 mm (readout, k1, k2), slab of 80 mm" in said
     assert (tmp_path / "scan.seq").is_file() and (tmp_path / "scan.mrd.xml").is_file()
     np.testing.assert_array_equal(read_mask(tmp_path / "scan.csv").order, read_mask(ordered).order)
     gentle = _run(
         "export", ordered, "--seq", tmp_path / "gentle.seq", "--matrix", "16", "--fov-mm", "160", "160", "80", "--tr-ms", "20",
         *["--first-echo-ms", "6", "--echo-spacing-ms", "5", "--dummies", "1", "--max-grad", "14", "--max-slew", "40", "--dwell-us", "12"],
+        *["--slab-mm", "60"],
     )  # fmt: skip
+    assert "slab of 60 mm" in gentle and "SliceThickness 0.06" in (tmp_path / "gentle.seq").read_text()
     grad, slew = (float(n) for n in re.findall(r"largest gradient ([\d.]+) mT/m and slew rate ([\d.]+)", gentle)[0])
     assert 0 < grad <= 14 * 3**0.5 and 0 < slew <= 40 * 3**0.5  # three axes together
-    with pytest.raises(SequenceError, match=r"the gradients do not fit.*longer dwell time"):
+    with pytest.raises(
+        SequenceError, match=r"readout gradient is too strong; got 11\.5 mT/m; expected at most 1 .*longer dwell"
+    ):
         _run("export", ordered, "--seq", tmp_path / "x.seq", "--matrix", "16", "--max-grad", "1")
+    with pytest.raises(
+        SequenceError, match=r"slab gradient is too strong; got 93\.9 mT/m; expected at most 32 .*thicker slab"
+    ):
+        _run("export", ordered, "--seq", tmp_path / "x.seq", "--matrix", "16", "--slab-mm", "1")
 
 
 def test_one_pattern_by_default_and_bounded_jumps(tmp_path: Path) -> None:

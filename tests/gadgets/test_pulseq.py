@@ -218,7 +218,7 @@ def test_definitions_tell_interpreters_where_the_centre_is(sequence: pp.Sequence
         ({"echo_times": (0.0008, 0.005, 0.009)}, "before the first echo"),
         ({"echo_times": (0.004, 0.0043, 0.009)}, "after echo 0"),
         ({"repetition_time": 0.012}, "do not fit into TR"),
-        ({"fov": (0.002, 0.002, 0.002)}, "gradients do not fit"),
+        ({"fov": (0.002, 0.002, 0.002)}, "slab gradient is too strong"),
     ],
 )
 def test_what_cannot_be_played_is_refused(tmp_path: Path, change: dict, words: str) -> None:
