@@ -347,7 +347,7 @@ def attach(
     from gadgets.pulseq_header import attach_header
 
     check_file(output)
-    attach_header(raw, header, output, group)
+    _say(attach_header(raw, header, output, group))
     _say(f"written: {output}")
 
 

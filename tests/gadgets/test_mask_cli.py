@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ismrmrd
@@ -195,10 +196,10 @@ def test_a_missing_folder_is_named_before_anything_is_done(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5"]
 
 
-def _raw(path: Path, n_samples: int, n_noise: int = 0) -> Path:
-    """Two readouts under the header of another protocol, with a measurement id, a coil count and a user parameter of its own.
+def _raw(path: Path, n_samples: int, n_noise: int = 0, places: Iterable[Sequence[int]] = ((0, 0, 0),) * 2) -> Path:
+    """Readouts under the header of another protocol, with a measurement id, a coil count and a user parameter of its own.
 
-    With ``n_noise`` a noise readout of so many samples comes first.
+    ``places`` are (echo, k2, k1). With ``n_noise`` a noise readout of so many samples comes first.
     """
     space = xsd.encodingSpaceType(
         matrixSize=xsd.matrixSizeType(x=7, y=8, z=9), fieldOfView_mm=xsd.fieldOfViewMm(x=1, y=1, z=1)
@@ -229,8 +230,10 @@ def _raw(path: Path, n_samples: int, n_noise: int = 0) -> Path:
         noise = ismrmrd.Acquisition.from_array(np.ones((2, n_noise), np.complex64))
         noise.set_flag(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
         dataset.append_acquisition(noise)
-    for _ in range(2):
-        dataset.append_acquisition(ismrmrd.Acquisition.from_array(np.ones((2, n_samples), np.complex64)))
+    for echo, k2, k1 in places:
+        readout = ismrmrd.Acquisition.from_array(np.ones((2, n_samples), np.complex64))
+        readout.idx.contrast, readout.idx.kspace_encode_step_2, readout.idx.kspace_encode_step_1 = echo, k2, k1
+        dataset.append_acquisition(readout)
     dataset.close()
     return path
 
@@ -244,8 +247,15 @@ def test_attach_takes_the_sequence_from_one_header_and_the_rest_from_the_other(
     _run("export", tmp_path / "brain.h5", "--seq", tmp_path / "scan.seq", *shape)
     raw, side = _raw(tmp_path / "raw.h5", 16), tmp_path / "scan.mrd.xml"
     before = raw.read_bytes()
-    _run("attach", raw, side, tmp_path / "fixed.h5")
+    said = _run("attach", raw, side, tmp_path / "fixed.h5")
+    assert "the 1 samples are not those of the mask 'brain', 3 echoes of 8 x 16 (k2 x k1): another sequence" in said
     assert raw.read_bytes() == before
+    sampled = np.argwhere(read_mask(tmp_path / "brain.h5").mask)
+    for by, words in (
+        ((0, 0, 0), "the 96 samples are those of the mask 'brain'"),
+        ((0, 0, 9), "of 96 readouts lie outside the mask 'brain', 3 echoes of 8 x 16 (k2 x k1)"),
+    ):
+        assert words in _run("attach", _raw(tmp_path / f"{by[2]}.h5", 16, 16, sampled + by), side, tmp_path / "scan.h5")
     fixed = RawFile(tmp_path / "fixed.h5", b"").header
     assert fixed is not None and fixed.encodings == parse_header(side.read_text()).encodings
     assert len(fixed.echo_times) == 3 and fixed.measurement_id == "42_7" and fixed.patient_position == "FFP"
