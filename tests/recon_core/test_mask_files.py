@@ -239,6 +239,15 @@ def test_common_mistakes_are_explained(acquired: np.ndarray, words: str) -> None
     assert words in "; ".join(differences(acquired, MASK))
 
 
+def test_a_mistake_is_explained_although_a_sample_was_lost_too() -> None:
+    """And one that explains nothing is not: of two echoes in another order one may be missing, not half of it."""
+    acquired = MASK[[0, 2, 1]].copy()
+    acquired[1][tuple(np.argwhere(acquired[1])[3])] = False
+    assert differences(acquired, MASK)[0] == "but for 1, the samples equal the mask with its echoes in the order 0, 2, 1"
+    acquired[1, :5] = False
+    assert differences(acquired, MASK)[0].startswith("echo 1: ")
+
+
 def test_a_square_matrix_may_be_transposed() -> None:
     square = MASK[:, :, :10]
     assert differences(square.transpose(0, 2, 1), square)[0] == "the samples equal the mask with k1 and k2 exchanged"
