@@ -256,6 +256,7 @@ def export(
         Path | None, typer.Option(help="Pulseq sequence to write, .seq; its MRD header goes beside it (.mrd.xml).")
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Table to write, .csv: one line per readout.")] = None,
+    h5: Annotated[Path | None, typer.Option(help="HDF5 to write, .h5: of a table, or a copy.")] = None,
     first_echo_ms: Annotated[float, typer.Option(help="First echo time, ms.", min=0.1)] = 4.0,
     echo_spacing_ms: Annotated[float, typer.Option(help="Between echoes, ms.", min=0.1)] = 3.384,
     tr_ms: Annotated[float, typer.Option(help="Repetition time, ms.", min=0.1)] = 40.0,
@@ -286,13 +287,13 @@ def export(
         bool, typer.Option("--pulseq-1.4", help="Version 1.4.1 of the file format, for older interpreters, not 1.5.")
     ] = False,
 ) -> None:
-    """Write an ordered mask for the scanner: as a Pulseq sequence of the whole scan, as a table, or both."""
+    """Write an ordered mask for the scanner: as a Pulseq sequence of the whole scan, as a table, as HDF5."""
     from recon_core.errors import SettingError
     from recon_core.sampling.mask_files import read_mask, write_mask
 
-    if seq is None and csv is None:
-        raise SettingError("nothing to write", where="recon mask export", expected="--seq, --csv or both")
-    seq, csv = _named(seq, ".seq"), _named(csv, ".csv")
+    if seq is None and csv is None and h5 is None:
+        raise SettingError("nothing to write", where="recon mask export", expected="--seq, --csv, --h5, or several")
+    seq, csv, h5 = _named(seq, ".seq"), _named(csv, ".csv"), _named(h5, ".h5")
     if seq is not None:
         from gadgets.mask_check import check_name
 
@@ -300,9 +301,10 @@ def export(
         check_file(seq.with_suffix(".mrd.xml"))
     mask = read_mask(file)
     _say_centre(mask)
-    if csv is not None:
-        write_mask(csv, mask)
-        _say(f"written: {csv}")
+    for path in (csv, h5):
+        if path is not None:
+            write_mask(path, mask)
+            _say(f"written: {path}")
     if seq is not None:
         from gadgets.pulseq import write_sequence
         from gadgets.pulseq_settings import SequenceSettings

@@ -70,6 +70,9 @@ def test_from_density_to_sequence(tmp_path: Path) -> None:
     assert "16 x 16 x 8 voxels of 10.00 x 10.00 x 10.00 mm (readout, k1, k2), slab of 80 mm" in said
     assert (tmp_path / "scan.seq").is_file() and (tmp_path / "scan.mrd.xml").is_file()
     np.testing.assert_array_equal(read_mask(tmp_path / "scan.csv").order, read_mask(ordered).order)
+    assert f"written: {tmp_path / 'back.h5'}" in _run("export", tmp_path / "scan.csv", "--h5", tmp_path / "back")
+    np.testing.assert_array_equal(read_mask(tmp_path / "back.h5").order, read_mask(ordered).order)
+    assert read_mask(tmp_path / "back.h5").n_segments == 4
     gentle = _run(
         "export", ordered, "--seq", tmp_path / "gentle.seq", "--matrix", "16", "--fov-mm", "160", "160", "80", "--tr-ms", "20",
         *["--first-echo-ms", "6", "--echo-spacing-ms", "5", "--dummies", "1", "--max-grad", "14", "--max-slew", "40", "--dwell-us", "12"],
