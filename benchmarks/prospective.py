@@ -12,6 +12,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,10 @@ def main() -> None:
 def run(folder: Path, scan: Case, chains: Sequence[str]) -> None:
     """Acquire once, reconstruct by every chain, write the result."""
     folder.mkdir(parents=True, exist_ok=True)
+    kept, acquired_from = folder / "case.txt", f"{replace(scan, threads=1)}\n"
+    if (folder / "raw.h5").exists() and not (kept.exists() and kept.read_text(encoding="utf-8") == acquired_from):
+        raise SystemExit(f"{folder} holds the scan of another case: name another folder")
+    kept.write_text(acquired_from, encoding="utf-8")
     started = time.perf_counter()
     raw = folder / "raw.h5" if (folder / "raw.h5").exists() else acquire(scan, folder)
     acquired = time.perf_counter() - started

@@ -196,6 +196,10 @@ def show(
         shared = str(int((pattern & mask.mask[echo - 1]).sum())) if echo else ""
         table.add_row(str(echo), str(int(pattern.sum())), shared, _jump(mask, echo))
     out.print(table)
+    n_shots = 0 if mask.order is None else len(mask.order)
+    segments = f"ordered: {mask.n_segments} segments x {n_shots // mask.n_segments} = {n_shots} excitations"
+    _say(segments if n_shots else "not ordered")
+    _say_centre(mask)
     for name, value in mask.facts.items():
         _say(f"{name}: {value}")
     if png is not None:
@@ -252,6 +256,7 @@ def export(
         Path | None, typer.Option(help="Pulseq sequence to write, .seq; its MRD header goes beside it (.mrd.xml).")
     ] = None,
     csv: Annotated[Path | None, typer.Option(help="Table to write, .csv: one line per readout.")] = None,
+    h5: Annotated[Path | None, typer.Option(help="HDF5 to write, .h5: of a table, or a copy.")] = None,
     first_echo_ms: Annotated[float, typer.Option(help="First echo time, ms.", min=0.1)] = 4.0,
     echo_spacing_ms: Annotated[float, typer.Option(help="Between echoes, ms.", min=0.1)] = 3.384,
     tr_ms: Annotated[float, typer.Option(help="Repetition time, ms.", min=0.1)] = 40.0,
@@ -262,6 +267,13 @@ def export(
         206.0,
         160.0,
     ),
+    slab_mm: Annotated[
+        float | None,
+        typer.Option(
+            help="Thickness that is excited, mm; beyond the field of view along k2 it folds over. Default: that field of view.",
+            min=0.1,
+        ),
+    ] = None,
     dwell_us: Annotated[float, typer.Option(help="Time of one ADC sample, us.", min=0.1)] = 8.0,
     oversampling: Annotated[int, typer.Option(help="ADC samples per readout position.", min=1)] = 1,
     dummies: Annotated[
@@ -275,22 +287,24 @@ def export(
         bool, typer.Option("--pulseq-1.4", help="Version 1.4.1 of the file format, for older interpreters, not 1.5.")
     ] = False,
 ) -> None:
-    """Write an ordered mask for the scanner: as a Pulseq sequence of the whole scan, as a table, or both."""
+    """Write an ordered mask for the scanner: as a Pulseq sequence of the whole scan, as a table, as HDF5."""
     from recon_core.errors import SettingError
     from recon_core.sampling.mask_files import read_mask, write_mask
 
-    if seq is None and csv is None:
-        raise SettingError("nothing to write", where="recon mask export", expected="--seq, --csv or both")
-    seq, csv = _named(seq, ".seq"), _named(csv, ".csv")
+    if seq is None and csv is None and h5 is None:
+        raise SettingError("nothing to write", where="recon mask export", expected="--seq, --csv, --h5, or several")
+    seq, csv, h5 = _named(seq, ".seq"), _named(csv, ".csv"), _named(h5, ".h5")
     if seq is not None:
         from gadgets.mask_check import check_name
 
         check_name(file)  # the sequence's header states it
         check_file(seq.with_suffix(".mrd.xml"))
     mask = read_mask(file)
-    if csv is not None:
-        write_mask(csv, mask)
-        _say(f"written: {csv}")
+    _say_centre(mask)
+    for path in (csv, h5):
+        if path is not None:
+            write_mask(path, mask)
+            _say(f"written: {path}")
     if seq is not None:
         from gadgets.pulseq import write_sequence
         from gadgets.pulseq_settings import SequenceSettings
@@ -303,6 +317,7 @@ def export(
             flip_angle=math.radians(flip_angle),
             dwell=dwell_us * 1e-6,
             oversampling=oversampling,
+            slab_thickness=None if slab_mm is None else slab_mm * 1e-3,
             dummies=dummies,
             noise_readouts=noise_readouts,
             max_grad_mt_m=max_grad,
@@ -311,6 +326,9 @@ def export(
         )
         facts = write_sequence(seq, mask, settings, mask_name=file.stem, pulseq_1_4=pulseq_1_4)
         times = ", ".join(f"{t * 1e3:.3f}" for t in facts.echo_times)
+        sizes = matrix, *mask.mask.shape[:0:-1]
+        voxel = " x ".join(f"{length / n:.2f}" for length, n in zip(fov_mm, sizes, strict=True))
+        _say(f"{' x '.join(map(str, sizes))} voxels of {voxel} mm (readout, k1, k2), slab of {slab_mm or fov_mm[2]:g} mm")
         _say(
             f"{facts.n_readouts} readouts in {facts.duration:.1f} s, largest gradient {facts.max_grad:.1f} mT/m and slew rate "
             f"{facts.max_slew:.0f} T/m/s (axes together), timing check passed"
@@ -331,7 +349,7 @@ def attach(
     from gadgets.pulseq_header import attach_header
 
     check_file(output)
-    attach_header(raw, header, output, group)
+    _say(attach_header(raw, header, output, group))
     _say(f"written: {output}")
 
 
@@ -370,6 +388,14 @@ def _largest_jump(mask: SamplingMask) -> float:
 
     assert mask.order is not None
     return float(jumps(mask.order).max(initial=0.0))
+
+
+def _say_centre(mask: SamplingMask) -> None:
+    """A table that counts from 1, or another centre than n // 2, mostly shows here first."""
+    _, n_k2, n_k1 = mask.mask.shape
+    without = [str(echo) for echo, pattern in enumerate(mask.mask) if not pattern[n_k2 // 2, n_k1 // 2]]
+    if without:
+        _say(f"the centre (k2 {n_k2 // 2}, k1 {n_k1 // 2}, counted from 0) is not sampled in echo {', '.join(without)}")
 
 
 def _moved(facts: SequenceFacts, settings: SequenceSettings) -> str:

@@ -177,14 +177,30 @@ def _spatial_frequencies(order: IntArray, shape: tuple[int, ...], fov: tuple[flo
 
 
 def _on_raster(seconds: float) -> float:
-    return round(seconds / RASTER) * RASTER
+    # what floating point adds decides nothing: equal spacings of half a step more stay equal
+    return round(round(seconds / RASTER, 6)) * RASTER
 
 
 def _up_to_raster(seconds: float) -> float:
     return math.ceil(seconds / RASTER - 1e-6) * RASTER
 
 
+def _require_strength(amplitude: float, s: SequenceSettings, what: str, remedy: str) -> None:
+    """Of a gradient that has to have this amplitude (Hz/m), however long it takes."""
+    needed = amplitude / GYROMAGNETIC_RATIO * 1e3
+    if needed > s.max_grad_mt_m:
+        raise SequenceError(
+            f"the {what} gradient is too strong",
+            where="sequence",
+            got=f"{needed:.1f} mT/m",
+            expected=f"at most {s.max_grad_mt_m:g} mT/m",
+            remedy=remedy,
+        )
+
+
 def _excitation(pp: ModuleType, system: Any, s: SequenceSettings) -> _Pulse:
+    bandwidth = s.rf_time_bandwidth / s.rf_duration
+    _require_strength(bandwidth / (s.slab_thickness or s.fov[0]), s, "slab", "excite a thicker slab")
     rf, slab, _ = pp.make_sinc_pulse(
         flip_angle=s.flip_angle,
         duration=s.rf_duration,
@@ -206,7 +222,9 @@ def _excitation(pp: ModuleType, system: Any, s: SequenceSettings) -> _Pulse:
 def _readout(pp: ModuleType, system: Any, s: SequenceSettings) -> _Readout:
     n = s.n_adc
     flat = _up_to_raster(n * s.dwell)
-    gradient = pp.make_trapezoid("x", amplitude=1.0 / (s.fov[2] * s.oversampling * s.dwell), flat_time=flat, system=system)
+    amplitude = 1.0 / (s.fov[2] * s.oversampling * s.dwell)
+    _require_strength(amplitude, s, "readout", "allow a longer dwell time or a larger field of view along the readout")
+    gradient = pp.make_trapezoid("x", amplitude=amplitude, flat_time=flat, system=system)
     adc = pp.make_adc(n, dwell=s.dwell, delay=gradient.rise_time, system=system)
     duration = _up_to_raster(max(pp.calc_duration(gradient), gradient.rise_time + n * s.dwell + system.adc_dead_time))
     # pypulseq and MRD place sample i in the middle of its dwell time

@@ -6,6 +6,7 @@ Scanners' converters write the matrix, the field of view and the echo times of a
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import ismrmrd.xsd as xsd
 import numpy as np
+from numpy.typing import NDArray
 
 from gadgets.errors import HeaderError, RawFileError
 from gadgets.mask_check import DIGEST_PARAMETER, NAME_PARAMETER
@@ -87,11 +89,16 @@ def header_text(mask: SamplingMask, s: SequenceSettings, facts: SequenceFacts, m
     return str(xsd.ToXML(header))
 
 
-def attach_header(raw: Path, side: Path, out: Path, group: str = "dataset") -> None:
-    """Copy a raw file with what ``side`` says of the sequence in place of what the scanner's protocol says.
+def attach_header(raw: Path, side: Path, out: Path, group: str = "dataset") -> str:
+    """Copy a raw file with what ``side`` says of the sequence in place of what the scanner's protocol says; whole or not at all.
 
     From ``side``: the encoding, the sequence's parameters, the mask. From the raw file: everything else (measurement, scanner, frequency,
     coils, patient, waveforms, other user parameters).
+
+    Returns
+    -------
+    str
+        Whether the readouts are those that the sequence plays, in words: a header of another sequence has other echo times.
 
     Raises
     ------
@@ -125,11 +132,33 @@ def attach_header(raw: Path, side: Path, out: Path, group: str = "dataset") -> N
         *told.userParameters.userParameterString,
     ]
     header.userParameters = user
-    shutil.copyfile(raw, out)
-    with h5py.File(out, "r+") as file:
-        del file[group]["xml"]
-        kind = h5py.special_dtype(vlen=bytes)
-        file[group].create_dataset("xml", data=np.array([str(xsd.ToXML(header)).encode()], dtype=object), dtype=kind)
+    part = out.with_name(f".{out.name}.part")  # a copy that still has the scanner's header would be believed
+    try:
+        shutil.copyfile(raw, part)
+        with h5py.File(part, "r+") as file:
+            del file[group]["xml"]
+            kind = h5py.special_dtype(vlen=bytes)
+            file[group].create_dataset("xml", data=np.array([str(xsd.ToXML(header)).encode()], dtype=object), dtype=kind)
+        os.replace(part, out)
+    finally:
+        part.unlink(missing_ok=True)
+    return _compared(heads[~noise & (heads["number_of_samples"] == expected)]["idx"], told)
+
+
+def _compared(counters: NDArray[Any], told: Any) -> str:
+    encoding, named = told.encoding[0], {p.name: p.value for p in told.userParameters.userParameterString}
+    matrix, contrast = encoding.encodedSpace.matrixSize, encoding.encodingLimits.contrast
+    shape = (1 if contrast is None else contrast.maximum + 1), matrix.z, matrix.y
+    at = np.stack([counters[name] for name in ("contrast", "kspace_encode_step_2", "kspace_encode_step_1")], axis=1)
+    outside = int((at >= np.array(shape)).any(axis=1).sum())
+    where = f"the mask {named[NAME_PARAMETER]!r}, {shape[0]} echoes of {shape[1]} x {shape[2]} (k2 x k1)"
+    if outside:
+        return f"{outside} of {len(at)} readouts lie outside {where}: another sequence, or counted from 1"
+    sampled = np.zeros(shape, dtype=bool)
+    sampled[tuple(at.T)] = True
+    if pattern_digest(sampled) == named[DIGEST_PARAMETER]:
+        return f"the {int(sampled.sum())} samples are those of {where}"
+    return f"the {int(sampled.sum())} samples are not those of {where}: another sequence, or some are missing"
 
 
 def _sequence_header(side: Path) -> Any:

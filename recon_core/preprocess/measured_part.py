@@ -25,6 +25,9 @@ ZEROS = (
 
 ZEROS_IN_MAPS = ". Maps may be far off (R2* by a fifth)"
 
+CHANCE_SHARE = 0.5
+"""Of the samples of the fullest line: those opposite a side that is empty by chance have less on average."""
+
 LITTLE_SHARE, K_AXES = 0.7, ("k2", "k1", "the readout")
 
 LITTLE = (
@@ -37,7 +40,8 @@ def extents_of(kspace: KSpace, *, completable: bool = True) -> tuple[Extents, ..
     """For each state first and one past the last measured index along z, y and x.
 
     Undersampled patterns seldom end on the outermost line: an end that is missing no more than twice the largest gap inside the
-    pattern counts as measured. Partial Fourier is what is missing beyond that. Along z and y states share the extent of their union, as
+    pattern counts as measured, and so does a side of a slab opposite which a random pattern has next to nothing either (fewer samples than
+    `LEAST_OPPOSITE`). Partial Fourier is what is missing beyond that. Along z and y states share the extent of their union, as
     random patterns end here and there; a state that lacks a large part (`OWN_END`) of one side, and has enough of it for a phase, has
     its own; without ``completable`` also one that has not enough.
     """
@@ -57,7 +61,8 @@ def extents_of(kspace: KSpace, *, completable: bool = True) -> tuple[Extents, ..
 def _sampled_extents(mask: torch.Tensor) -> tuple[Extent, Extent]:
     z, y = measured_extent(mask)
     sampled = mask.any(dim=0)
-    return _to_edge(z, sampled.any(dim=1)), _to_edge(y, sampled.any(dim=0))
+    z, y = _to_edge(z, sampled.any(dim=1)), _to_edge(y, sampled.any(dim=0))
+    return _without_chance(z, sampled), _without_chance(y, sampled.T)
 
 
 def _own_or_shared(own: Extent, shared: Extent, lines: torch.Tensor, *, completable: bool) -> Extent:
@@ -114,6 +119,21 @@ def in_band(images: Tensor, band: Band, scan: ScanInfo) -> Tensor:
         k = (torch.arange(n, device=images.device) - n // 2) / fov
         kspace *= ((k > low) & (k < high)).reshape([n if a == axis else 1 for a in (-3, -2, -1)])
     return ifft_centred(kspace, axes)
+
+
+def _without_chance(extent: Extent, sampled: torch.Tensor) -> Extent:
+    """The whole axis where a side of a slab was left empty by chance: next to nothing was sampled opposite, either.
+
+    ``sampled``: bool ``(axis, other axis)``.
+    """
+    n, n_other = sampled.shape
+    if n_other == 1 or not is_partial(extent, n):
+        return extent
+    start, stop = extent
+    lines = sampled.sum(dim=1)
+    opposite = lines[n // 2 * 2 + 1 - start :] if start > n - stop else lines[: max(0, n // 2 * 2 + 1 - stop)]
+    found, dense = int(opposite.sum()), CHANCE_SHARE * len(opposite) * int(lines.max())
+    return (0, n) if found < min(LEAST_OPPOSITE[False], dense) else extent
 
 
 def _to_edge(extent: Extent, sampled: torch.Tensor) -> Extent:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from recon_core.errors import DataError
+from recon_core.errors import DataError, plain
 from recon_core.hdf5_input import plain_dataset, why_unreadable
 from recon_core.sampling.ordering import check_order
 
@@ -126,9 +128,17 @@ def read_mask(path: str | Path) -> SamplingMask:
     path = Path(path)
     if not path.is_file():
         raise MaskError("no such file", where=path.name)
-    if path.suffix.lower() == ".csv":
-        return _read_csv(path)
-    _check_ending(path)
+    is_table = path.suffix.lower() == ".csv"
+    if not is_table:
+        _check_ending(path)
+    try:
+        return _read_csv(path) if is_table else _read_hdf5(path)
+    except DataError as error:  # of the file, whoever found it: a scan is not lost to what it is compared with
+        where = str(error.where) if str(error.where).startswith(path.name) else f"{path.name}, {error.where}"
+        raise MaskError(error.what, where=where, got=error.got, expected=error.expected, remedy=error.remedy) from None
+
+
+def _read_hdf5(path: Path) -> SamplingMask:
     try:
         with h5py.File(path, "r") as file:
             if file.attrs.get("format") != FORMAT or "mask" not in file:
@@ -142,18 +152,29 @@ def read_mask(path: str | Path) -> SamplingMask:
                 for name, value in file.attrs.items()
                 if name.startswith("fact_")
             }
+            probability = plain_dataset(file, "probability", whole=True)[()] if "probability" in file else None
+            order = plain_dataset(file, "order", whole=True)[()] if "order" in file else None
             return SamplingMask(
-                np.asarray(plain_dataset(file, "mask", whole=True)[()]) != 0,
-                np.asarray(plain_dataset(file, "probability", whole=True)[()], np.float32)
-                if "probability" in file
-                else None,
-                np.asarray(plain_dataset(file, "order", whole=True)[()], np.int64) if "order" in file else None,
+                _whole_numbers(plain_dataset(file, "mask", whole=True)[()], "mask", most=1) != 0,
+                None if probability is None else np.asarray(probability, np.float32),
+                None if order is None else _whole_numbers(order, "order").astype(np.int64),
                 int(file.attrs.get("n_segments", 1)),
                 facts,
             )
     # the library has a RuntimeError for damage in its own structures
     except (OSError, KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise MaskError("not a readable HDF5 file", where=path.name, got=why_unreadable(error)) from None
+
+
+def _whole_numbers(stored: NDArray[Any], name: str, most: int | None = None) -> NDArray[Any]:
+    """What a file holds, as it is: neither 0.4 nor 7 is a sample that is taken or not."""
+    values = np.asarray(stored)
+    kind = "whole numbers" if most is None else f"0 to {most}"
+    if values.dtype.kind not in "bui":
+        raise MaskError("wrong kind of numbers", where=name, got=values.dtype, expected=kind)
+    if most is not None and values.size and (values.min() < 0 or values.max() > most):
+        raise MaskError("impossible values", where=name, got=f"{values.min()} to {values.max()}", expected=kind)
+    return values
 
 
 def _check_ending(path: Path) -> None:
@@ -167,7 +188,10 @@ def _csv_text(mask: SamplingMask) -> str:
     n_echoes, n_k2, n_k1 = mask.mask.shape
     out = io.StringIO()
     ordered = "ordered" if mask.order is not None else "unordered"
-    out.write(f"# {FORMAT} {VERSION}; echoes {n_echoes}; k2 {n_k2}; k1 {n_k1}; segments {mask.n_segments}; {ordered}\n")
+    out.write(
+        f"# {FORMAT} {VERSION}; echoes {n_echoes}; k2 {n_k2}; k1 {n_k1}; segments {mask.n_segments}; "
+        f"readouts {int(mask.mask.sum())}; {ordered}\n"
+    )
     rows = csv.writer(out, lineterminator="\n")
     rows.writerow(COLUMNS)
     if mask.order is not None:
@@ -180,31 +204,84 @@ def _csv_text(mask: SamplingMask) -> str:
 
 
 def _read_csv(path: Path) -> SamplingMask:
+    """A table as :func:`_csv_text` writes it; a spreadsheet may have added a byte-order mark, empty cells and empty lines."""
     try:
-        first, *lines = path.read_text(encoding="utf-8").splitlines()
-        head, *stated = first.removeprefix("#").strip().split("; ")
-        if head != f"{FORMAT} {VERSION}" or lines[0] != ",".join(COLUMNS):
-            raise MaskError(
-                "not a sampling mask", where=path.name, expected=f"'# {FORMAT} {VERSION}; ...' and a line of columns"
-            )
-        sizes = dict(part.split(" ") for part in stated[:-1])
-        shape, n_segments = (int(sizes["echoes"]), int(sizes["k2"]), int(sizes["k1"])), int(sizes["segments"])
-        if min(shape) < 1 or np.prod([float(n) for n in shape]) > MAX_POSITIONS:
-            raise MaskError("impossible matrix", where=path.name, got=shape)
-        table = np.array([[int(word) for word in row] for row in csv.reader(lines[1:])], np.int64).reshape(-1, len(COLUMNS))
-    except (ValueError, KeyError, IndexError) as error:
-        raise MaskError(
-            "not a sampling mask", where=path.name, got=type(error).__name__, expected="a table of whole numbers"
-        ) from None
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        got = error.strerror if isinstance(error, OSError) else "no text in UTF-8"
+        raise MaskError("not a readable table", where=path.name, got=got) from None
+    lines = [line.rstrip(", \t") for line in lines]
+    shape, n_segments, n_stated, ordered = _csv_head(path.name, lines)
+    table = _csv_rows(path.name, lines)
+    if n_stated is not None and len(table) != n_stated:
+        raise MaskError("not the lines that line 1 states", where=path.name, got=len(table), expected=n_stated)
     places = table[:, 2:]
-    if (places < 0).any() or (places >= np.array(shape)).any():
-        raise MaskError("positions outside the matrix", where=path.name, expected=f"inside {shape} (echo, k2, k1)")
+    outside = np.flatnonzero(((places < 0) | (places >= np.array(shape))).any(axis=1))
+    if len(outside):
+        raise MaskError(
+            "positions outside the matrix",
+            where=path.name,
+            got=f"{len(outside)}, the first {tuple(places[outside[0]].tolist())}",
+            expected=f"inside {shape} (echo, k2, k1), counted from 0",
+        )
     mask = np.zeros(shape, dtype=bool)
     mask[tuple(places.T)] = True
-    if int(mask.sum()) != len(places):
-        raise MaskError("positions repeated", where=path.name, got=len(places) - int(mask.sum()))
-    if stated[-1] != "ordered":
+    if n_repeated := len(places) - int(mask.sum()):
+        found, times = np.unique(places, axis=0, return_counts=True)
+        got = f"{n_repeated}, the first {tuple(found[np.argmax(times > 1)].tolist())} (echo, k2, k1)"
+        raise MaskError("positions repeated", where=path.name, got=got)
+    if not ordered:
         return SamplingMask(mask)
-    if len(table) % shape[0] or (table[:, 2].reshape(-1, shape[0]) != np.arange(shape[0])).any():
-        raise MaskError("lines out of order", where=path.name, expected="every shot's echoes from 0 up")
+    n_shots = len(table) // shape[0]
+    if n_segments < 1 or not n_shots or n_shots % n_segments:
+        raise MaskError("segments of unequal size", where=path.name, got=f"{n_shots} shots in {n_segments} segments")
+    shot = np.repeat(np.arange(n_shots), shape[0])
+    # sorted by another column, or cut: nobody would notice the order of the scan that was made from it
+    wanted = np.stack([shot, shot // (n_shots // n_segments), np.tile(np.arange(shape[0]), n_shots)], axis=1)
+    if len(table) != len(wanted) or (table[:, :3] != wanted).any():
+        raise MaskError(
+            "lines out of order, or some are missing",
+            where=path.name,
+            expected=f"shots from 0 up, of each the echoes from 0 up, in {n_segments} equal segments",
+        )
     return SamplingMask(mask, order=places[:, 1:].reshape(-1, shape[0], 2), n_segments=n_segments)
+
+
+def _csv_head(name: str, lines: list[str]) -> tuple[tuple[int, int, int], int, int | None, bool]:
+    """Sizes, segments, lines (which older files do not state), and whether there is an order."""
+    expected = f"'# {FORMAT} {VERSION}; echoes 10; k2 80; k1 206; segments 11; readouts 20680; ordered' or unordered"
+    if len(lines) < 2:
+        raise MaskError("not a sampling mask", where=name, got=f"{len(lines)} lines", expected=expected)
+    got = lines[0].strip('"')
+    head, *parts = got.removeprefix("#").strip().split("; ")
+    last = parts.pop() if parts else ""
+    stated = dict(part.split(" ", 1) for part in parts if " " in part)
+    numbers = [stated.get(key, "") for key in ("echoes", "k2", "k1", "segments")]
+    if "readouts" in stated:
+        numbers.append(stated["readouts"])
+    known = head == f"{FORMAT} {VERSION}" and last in ("ordered", "unordered")
+    if not known or not all(n.isdecimal() and len(n) < 12 for n in numbers):
+        raise MaskError("not a sampling mask", where=f"{name}, line 1", got=plain(got, 120), expected=expected)
+    if lines[1] != ",".join(COLUMNS):
+        raise MaskError("other columns", where=f"{name}, line 2", got=plain(lines[1], 120), expected=",".join(COLUMNS))
+    n_echoes, n_k2, n_k1, n_segments, *n_readouts = (int(n) for n in numbers)
+    shape = n_echoes, n_k2, n_k1
+    if min(shape) < 1 or math.prod(shape) > MAX_POSITIONS:
+        raise MaskError("impossible matrix", where=name, got=shape)
+    return shape, n_segments, n_readouts[0] if n_readouts else None, last == "ordered"
+
+
+def _csv_rows(name: str, lines: list[str]) -> NDArray[np.int64]:
+    rows = []
+    for number, line in enumerate(lines[2:], 3):
+        if not line:
+            continue
+        try:
+            values = [int(word) for word in line.replace('"', "").split(",")]
+        except ValueError:
+            values = []
+        if len(values) != len(COLUMNS) or max(map(abs, values)) > MAX_POSITIONS:
+            got, expected = plain(line, 60), f"{len(COLUMNS)} whole numbers, with commas between them"
+            raise MaskError("not a line of a mask", where=f"{name}, line {number}", got=got, expected=expected)
+        rows.append(values)
+    return np.array(rows, np.int64).reshape(-1, len(COLUMNS))

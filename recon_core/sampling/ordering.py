@@ -167,11 +167,13 @@ def _counts(mask: NDArray[np.bool_], n_segments: int) -> tuple[int, int]:
             expected="one number, since every excitation reads every echo",
         )
     if n_segments < 1 or counts[0] % n_segments:
+        fitting = [n for n in range(1, int(counts[0]) + 1) if not counts[0] % n]
+        near = sorted(sorted(fitting, key=lambda n: abs(n - n_segments))[:2])
         raise SettingError(
             "segments of unequal size",
             where="mask.segments",
             got=f"{counts[0]} samples in {n_segments} segments",
-            expected="a number that divides the samples",
+            expected=f"a number that divides the samples, such as {' or '.join(map(str, near))}",
             remedy="draw the mask for that number of segments",
         )
     return len(mask), int(counts[0]) // n_segments

@@ -6,6 +6,7 @@ import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -158,6 +159,12 @@ def test_the_header_names_a_mask_that_the_server_does_not_have(folder: Path) -> 
     assert "the samples are not those of mask 'lost'; what differs is not known" in wrong.notes[0]
     (note,) = _check(MASK, folder, name="damaged").notes
     assert "not a readable HDF5 file" in note
+    order = np.stack([np.argwhere(echo) for echo in MASK], axis=1)
+    write_mask(folder / "torn.h5", SamplingMask(MASK, order=order))
+    with h5py.File(folder / "torn.h5", "r+") as file:
+        file["order"][0] = file["order"][1]
+    (note,) = _check(MASK, folder, name="torn").notes  # the images come all the same
+    assert "torn.h5, mask.order, echo 0: the order does not belong to the mask" in note
 
 
 def test_another_file_of_the_same_name(folder: Path) -> None:

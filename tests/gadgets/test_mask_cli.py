@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import ismrmrd
@@ -51,6 +52,14 @@ def test_from_density_to_sequence(tmp_path: Path) -> None:
     assert "4 segments x 8 = 32 excitations, as in the paper" in said and "largest echo-to-echo jump" in said
     shown = _run("show", ordered, "--png", tmp_path / "mask.png")
     assert "acceleration 4.000" in shown and "density: multi-level" in shown and "seed: 0" in shown
+    assert "ordered: 4 segments x 8 = 32 excitations" in shown and "not ordered" in _run("show", drawn)
+    assert "centre" not in shown
+    holed = read_mask(drawn).mask
+    holed[1:, 4, 8] = False
+    write_mask(tmp_path / "holed.h5", SamplingMask(holed))
+    for words in (("show",), ("export", "--csv", tmp_path / "holed.csv")):
+        said = _run(words[0], tmp_path / "holed.h5", *words[1:])
+        assert "the centre (k2 4, k1 8, counted from 0) is not sampled in echo 1, 2" in said
     for picture in ("order.png", "mask.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     said = _run(
@@ -58,16 +67,28 @@ def test_from_density_to_sequence(tmp_path: Path) -> None:
         *["--matrix", "16", "--fov-mm", "160", "160", "80", "--echo-spacing-ms", "4", "--tr-ms", "20", "--dummies", "1"],
     )  # fmt: skip
     assert "96 readouts in 0.7 s, largest gradient" in said and "echo times 3.99" in said and "timing check passed" in said
+    assert "16 x 16 x 8 voxels of 10.00 x 10.00 x 10.00 mm (readout, k1, k2), slab of 80 mm" in said
     assert (tmp_path / "scan.seq").is_file() and (tmp_path / "scan.mrd.xml").is_file()
     np.testing.assert_array_equal(read_mask(tmp_path / "scan.csv").order, read_mask(ordered).order)
+    assert f"written: {tmp_path / 'back.h5'}" in _run("export", tmp_path / "scan.csv", "--h5", tmp_path / "back")
+    np.testing.assert_array_equal(read_mask(tmp_path / "back.h5").order, read_mask(ordered).order)
+    assert read_mask(tmp_path / "back.h5").n_segments == 4
     gentle = _run(
         "export", ordered, "--seq", tmp_path / "gentle.seq", "--matrix", "16", "--fov-mm", "160", "160", "80", "--tr-ms", "20",
         *["--first-echo-ms", "6", "--echo-spacing-ms", "5", "--dummies", "1", "--max-grad", "14", "--max-slew", "40", "--dwell-us", "12"],
+        *["--slab-mm", "60"],
     )  # fmt: skip
+    assert "slab of 60 mm" in gentle and "SliceThickness 0.06" in (tmp_path / "gentle.seq").read_text()
     grad, slew = (float(n) for n in re.findall(r"largest gradient ([\d.]+) mT/m and slew rate ([\d.]+)", gentle)[0])
     assert 0 < grad <= 14 * 3**0.5 and 0 < slew <= 40 * 3**0.5  # three axes together
-    with pytest.raises(SequenceError, match=r"the gradients do not fit.*longer dwell time"):
+    with pytest.raises(
+        SequenceError, match=r"readout gradient is too strong; got 11\.5 mT/m; expected at most 1 .*longer dwell"
+    ):
         _run("export", ordered, "--seq", tmp_path / "x.seq", "--matrix", "16", "--max-grad", "1")
+    with pytest.raises(
+        SequenceError, match=r"slab gradient is too strong; got 93\.9 mT/m; expected at most 32 .*thicker slab"
+    ):
+        _run("export", ordered, "--seq", tmp_path / "x.seq", "--matrix", "16", "--slab-mm", "1")
 
 
 def test_one_pattern_by_default_and_bounded_jumps(tmp_path: Path) -> None:
@@ -178,10 +199,10 @@ def test_a_missing_folder_is_named_before_anything_is_done(tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.h5"]
 
 
-def _raw(path: Path, n_samples: int, n_noise: int = 0) -> Path:
-    """Two readouts under the header of another protocol, with a measurement id, a coil count and a user parameter of its own.
+def _raw(path: Path, n_samples: int, n_noise: int = 0, places: Iterable[Sequence[int]] = ((0, 0, 0),) * 2) -> Path:
+    """Readouts under the header of another protocol, with a measurement id, a coil count and a user parameter of its own.
 
-    With ``n_noise`` a noise readout of so many samples comes first.
+    ``places`` are (echo, k2, k1). With ``n_noise`` a noise readout of so many samples comes first.
     """
     space = xsd.encodingSpaceType(
         matrixSize=xsd.matrixSizeType(x=7, y=8, z=9), fieldOfView_mm=xsd.fieldOfViewMm(x=1, y=1, z=1)
@@ -212,21 +233,32 @@ def _raw(path: Path, n_samples: int, n_noise: int = 0) -> Path:
         noise = ismrmrd.Acquisition.from_array(np.ones((2, n_noise), np.complex64))
         noise.set_flag(ismrmrd.ACQ_IS_NOISE_MEASUREMENT)
         dataset.append_acquisition(noise)
-    for _ in range(2):
-        dataset.append_acquisition(ismrmrd.Acquisition.from_array(np.ones((2, n_samples), np.complex64)))
+    for echo, k2, k1 in places:
+        readout = ismrmrd.Acquisition.from_array(np.ones((2, n_samples), np.complex64))
+        readout.idx.contrast, readout.idx.kspace_encode_step_2, readout.idx.kspace_encode_step_1 = echo, k2, k1
+        dataset.append_acquisition(readout)
     dataset.close()
     return path
 
 
-def test_attach_takes_the_sequence_from_one_header_and_the_rest_from_the_other(tmp_path: Path) -> None:
+def test_attach_takes_the_sequence_from_one_header_and_the_rest_from_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _run("draw", tmp_path / "a.h5", *SMALL)
     _run("order", tmp_path / "a.h5", tmp_path / "brain.h5", "--segments", "4")
     shape = ["--matrix", "16", "--fov-mm", "160", "160", "80", "--echo-spacing-ms", "4", "--tr-ms", "20"]
     _run("export", tmp_path / "brain.h5", "--seq", tmp_path / "scan.seq", *shape)
     raw, side = _raw(tmp_path / "raw.h5", 16), tmp_path / "scan.mrd.xml"
     before = raw.read_bytes()
-    _run("attach", raw, side, tmp_path / "fixed.h5")
+    said = _run("attach", raw, side, tmp_path / "fixed.h5")
+    assert "the 1 samples are not those of the mask 'brain', 3 echoes of 8 x 16 (k2 x k1): another sequence" in said
     assert raw.read_bytes() == before
+    sampled = np.argwhere(read_mask(tmp_path / "brain.h5").mask)
+    for by, words in (
+        ((0, 0, 0), "the 96 samples are those of the mask 'brain'"),
+        ((0, 0, 9), "of 96 readouts lie outside the mask 'brain', 3 echoes of 8 x 16 (k2 x k1)"),
+    ):
+        assert words in _run("attach", _raw(tmp_path / f"{by[2]}.h5", 16, 16, sampled + by), side, tmp_path / "scan.h5")
     fixed = RawFile(tmp_path / "fixed.h5", b"").header
     assert fixed is not None and fixed.encodings == parse_header(side.read_text()).encodings
     assert len(fixed.echo_times) == 3 and fixed.measurement_id == "42_7" and fixed.patient_position == "FFP"
@@ -244,6 +276,16 @@ def test_attach_takes_the_sequence_from_one_header_and_the_rest_from_the_other(t
         _run("attach", side, tmp_path / "fixed.h5", tmp_path / "x.h5")
     with pytest.raises(HeaderError, match=r"lost\.xml: cannot be read; got No such file"):
         _run("attach", raw, tmp_path / "lost.xml", tmp_path / "x.h5")
+    before_all = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with monkeypatch.context() as patch:  # Ctrl-C after the copy: one with the scanner's header would be believed
+
+        def stopped(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr("gadgets.pulseq_header.h5py.special_dtype", stopped)
+        for name in ("fixed.h5", "x.h5"):
+            assert CliRunner().invoke(app, ["attach", str(raw), str(side), str(tmp_path / name)]).exit_code == 130
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before_all
     whole = side.read_text()
     for part in ("encoding", "userParameters"):
         side.write_text(re.sub(rf"<{part}>.*</{part}>", "", whole, flags=re.DOTALL))

@@ -8,7 +8,7 @@ import numpy as np
 import pypulseq as pp
 import pytest
 
-from gadgets.pulseq import write_sequence
+from gadgets.pulseq import make_sequence, write_sequence
 from gadgets.pulseq_settings import SequenceError, SequenceFacts, SequenceSettings
 from gadgets.wire.header import parse_header
 from recon_core.errors import SettingError
@@ -186,6 +186,17 @@ def test_a_sequence_without_its_header_is_not_left_behind(tmp_path: Path, monkey
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("spacing", [3.385e-3, 3.345e-3, 3.384e-3])
+def test_echoes_that_are_asked_for_at_equal_distances_have_them(spacing: float) -> None:
+    """Also where half a step of the raster is to be rounded, up or down."""
+    mask = np.repeat(MASK.mask[:1], 10, axis=0)
+    echo_times = tuple(0.004 + spacing * n for n in range(10))
+    settings = replace(SETTINGS, echo_times=echo_times, repetition_time=0.05, dummies=0)
+    ordered = SamplingMask(mask, order=fan_beam_order(mask, 1).positions)
+    found = np.diff(make_sequence(ordered, settings)[1].echo_times)
+    assert np.ptp(found) < 1e-9 and abs(found[0] - spacing) < 5.1e-6
+
+
 def test_older_file_format(tmp_path: Path) -> None:
     write_sequence(tmp_path / "a.seq", MASK, SETTINGS, mask_name="other", pulseq_1_4=True)
     text = (tmp_path / "a.seq").read_text()
@@ -207,7 +218,7 @@ def test_definitions_tell_interpreters_where_the_centre_is(sequence: pp.Sequence
         ({"echo_times": (0.0008, 0.005, 0.009)}, "before the first echo"),
         ({"echo_times": (0.004, 0.0043, 0.009)}, "after echo 0"),
         ({"repetition_time": 0.012}, "do not fit into TR"),
-        ({"fov": (0.002, 0.002, 0.002)}, "gradients do not fit"),
+        ({"fov": (0.002, 0.002, 0.002)}, "slab gradient is too strong"),
     ],
 )
 def test_what_cannot_be_played_is_refused(tmp_path: Path, change: dict, words: str) -> None:

@@ -79,7 +79,8 @@ def acquire(case: Case, folder: Path) -> Path:
     )  # fmt: skip
     case.phantom.save(folder / "phantom.json")
     scanner(case, folder)
-    prepare("mask", "attach", folder / "scanned.h5", folder / "scan.mrd.xml", folder / "raw.h5")
+    said = prepare("mask", "attach", folder / "scanned.h5", folder / "scan.mrd.xml", folder / "raw.h5")
+    assert "samples are those of the mask 'mask'" in said, said
     return folder / "raw.h5"
 
 

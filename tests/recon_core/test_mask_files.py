@@ -83,6 +83,70 @@ def test_a_full_disk_is_an_error_of_the_file_and_leaves_nothing(tmp_path: Path, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_spreadsheet_may_have_saved_the_table(tmp_path: Path) -> None:
+    """Line ends and a byte-order mark of another system, empty cells in the first line, empty lines at the end, quotes."""
+    path = tmp_path / "a.csv"
+    write_mask(path, SamplingMask(MASK, order=ORDER, n_segments=4))
+    text = path.read_text()
+    first, rest = text.split("\n", 1)
+    older = text.replace("; readouts 108", "")
+    assert older != text
+    for content in ("\ufeff" + text.replace("\n", "\r\n"), f"{first},,,,\n{rest},,,,\n\n", f'"{first}"\n{rest}', older):
+        path.write_bytes(content.encode())
+        np.testing.assert_array_equal(read_mask(path).order, ORDER)
+
+
+def test_a_table_that_would_be_another_scan_is_refused(tmp_path: Path) -> None:
+    """Sorted by another column, cut at the end of a shot, in another number of segments: all samples lie inside the matrix."""
+    path = tmp_path / "a.csv"
+    write_mask(path, SamplingMask(MASK, order=ORDER, n_segments=4))
+    text = path.read_text()
+    first, columns, *rows = text.splitlines()
+    older = first.replace("; readouts 108", "")
+    shots = [rows[n : n + 3] for n in range(0, len(rows), 3)]
+    by_k1 = [row for shot in sorted(shots, key=lambda shot: int(shot[0].split(",")[4])) for row in shot]
+    unordered = tmp_path / "b.csv"
+    write_mask(unordered, SamplingMask(MASK))
+    for content, words in (
+        ([first, columns, *by_k1], "lines out of order"),
+        ([older, columns, *rows[: 3 * 32]], "lines out of order, or some are missing"),
+        ([first, columns, *rows[: 3 * 32]], "not the lines that line 1 states; got 96; expected 108"),
+        (unordered.read_text().splitlines()[:-1], "not the lines that line 1 states; got 107; expected 108"),
+        ([first.replace("segments 4", "segments 2"), columns, *rows], "in 2 equal segments"),
+        ([first, columns, rows[0], "# mine", *rows[1:]], "a.csv, line 4: not a line of a mask; got # mine; expected 5 whole numbers"),
+        ([first, columns, *(word for row in rows for word in row.split(","))], "line 3: not a line of a mask; got 0;"),
+        ([first, columns.replace("k2,k1", "k1,k2"), *rows], "line 2: other columns; got shot,segment,echo,k1,k2"),
+        ([first, columns.replace(",", ";")], "line 2: other columns"),
+        ([first.replace("k1 14", "k1 13"), columns, *rows], r"positions outside.* the first .* counted from 0"),
+        ([first, columns, *rows[:-1], rows[2]], r"positions repeated; got 1, the first \(2, "),
+    ):  # fmt: skip
+        path.write_text("\n".join(content))
+        with pytest.raises(MaskError, match=words):
+            read_mask(path)
+    path.write_bytes(text.encode("utf-16"))
+    with pytest.raises(MaskError, match="not a readable table; got no text in UTF-8"):
+        read_mask(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"mask": P.astype(np.float32)}, r"a\.h5, mask: wrong kind of numbers; got float32; expected 0 to 1"),
+        ({"mask": np.where(MASK, 7, 0)}, "mask: impossible values; got 0 to 7"),
+        ({"order": ORDER + 0.4}, "order: wrong kind of numbers"),
+        ({"order": ORDER[::-1, :, ::-1] % 7}, r"a\.h5, mask\.order, echo 0: the order does not belong to the mask"),
+    ],
+)
+def test_an_hdf5_file_that_contradicts_itself_is_a_mask_error(tmp_path: Path, change: dict, words: str) -> None:
+    write_mask(tmp_path / "a.h5", SamplingMask(MASK, order=ORDER, n_segments=4))
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        for name, values in change.items():
+            del file[name]
+            file[name] = values
+    with pytest.raises(MaskError, match=words):
+        read_mask(tmp_path / "a.h5")
+
+
 def test_damaged_files_are_refused(tmp_path: Path) -> None:
     good = tmp_path / "good.csv"
     write_mask(good, SamplingMask(MASK, order=ORDER, n_segments=4))
@@ -161,6 +225,7 @@ def test_agreement_is_silent_and_single_samples_are_named() -> None:
     [
         (MASK[::-1], "echoes reversed"),
         (np.roll(MASK, 1, 0), "echoes moved by 1"),
+        (MASK[[0, 2, 1]], "with its echoes in the order 0, 2, 1"),
         (MASK[:, ::-1], "mirrored along k2"),
         (MASK[..., ::-1], "mirrored along k1"),
         (np.roll(MASK[:, ::-1, ::-1], (1, 1), (1, 2)), "mirrored about DC along k2 and k1"),
@@ -193,3 +258,17 @@ def test_shipped_masks_have_their_samples_and_can_be_drawn_again(path: Path) -> 
     patterns = shipped.probability[: 1 if spo == 1 else None].astype(float)
     again = draw_mask(patterns, n_samples, int(shipped.facts["seed"]), acs)
     assert (shipped.mask == again).all() and (len(again) > 1) == bool((shipped.mask != shipped.mask[:1]).any())
+
+
+def test_a_mistake_is_explained_although_a_sample_was_lost_too() -> None:
+    """And one that explains nothing is not: of two echoes in another order one may be missing, not half of it."""
+    acquired = MASK[[0, 2, 1]].copy()
+    acquired[1][tuple(np.argwhere(acquired[1])[3])] = False
+    assert differences(acquired, MASK)[0] == "but for 1, the samples equal the mask with its echoes in the order 0, 2, 1"
+    acquired[1, :5] = False
+    assert differences(acquired, MASK)[0].startswith("echo 1: ")
+
+
+def test_a_square_matrix_may_be_transposed() -> None:
+    square = MASK[:, :, :10]
+    assert differences(square.transpose(0, 2, 1), square)[0] == "the samples equal the mask with k1 and k2 exchanged"

@@ -80,7 +80,9 @@ def test_physical_steps_measure_the_jump() -> None:
 
 def test_refusals() -> None:
     mask = _masks((16, 16), 2, 64, (2, 2))
-    with pytest.raises(SettingError, match="64 samples in 11 segments"):
+    with pytest.raises(
+        SettingError, match="64 samples in 11 segments; expected a number that divides the samples, such as 8 or 16"
+    ):
         fan_beam_order(mask, 11)
     uneven = mask.copy()
     uneven[0][tuple(np.argwhere(uneven[0])[0])] = False

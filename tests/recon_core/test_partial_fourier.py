@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -5,6 +7,7 @@ from recon_core.errors import DataError
 from recon_core.fourier import fft_centred, ifft_centred
 from recon_core.preprocess.measured_part import extents_of
 from recon_core.preprocess.partial_fourier import complete, homodyne, is_partial, measured_extent, partial_axes, pocs
+from recon_core.sampling.learned import draw_mask, multilevel_density
 from recon_core.types import KSpace
 from tests.recon_core.coil_phantom import phantom
 
@@ -123,3 +126,24 @@ def test_states_have_ends_of_their_own_where_a_side_is_missing_and_not_by_chance
     chance = (lines - 48).abs() < 10
     chance[[72, 80, 84, 91]] = True  # few are on the other side, too
     assert ends(whole, chance) == [(0, 96)] * 2
+
+
+def test_one_random_pattern_of_a_slab_is_no_partial_fourier_scan() -> None:
+    """Its outermost samples are so few that a side may have none: a smooth phase would take the place of what coils tell."""
+
+    def ends(mask: torch.Tensor) -> list[tuple[int, int]]:
+        counts = mask[None].float()
+        (found,) = extents_of(KSpace(torch.zeros(1, 1, *mask.shape, 4, dtype=torch.complex64), counts))
+        return list(found[:2])
+
+    def partial(mask: torch.Tensor, found: Sequence[tuple[int, int]]) -> bool:
+        return any(is_partial(extent, n) for extent, n in zip(found, mask.shape, strict=True))
+
+    density = multilevel_density((32, 64), 256, (8, 8))[None]
+    drawn = [torch.from_numpy(draw_mask(density, 256, seed, (8, 8))[0]) for seed in range(30)]
+    assert sum(partial(mask, measured_extent(mask)) for mask in drawn) > 10
+    assert not any(partial(mask, ends(mask)) for mask in drawn)
+    k2, k1 = torch.meshgrid(torch.arange(32), torch.arange(64), indexing="ij")
+    thin = (k1 >= 16) & (k2 == 14)  # few lie opposite, but all that there could be
+    for regular in (k1 >= 16, (k1 >= 16) & (k1 % 2 == 0) & (k2 % 2 == 0), thin):
+        assert ends(regular)[1] == (16, 64)
