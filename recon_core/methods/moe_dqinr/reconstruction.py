@@ -67,6 +67,16 @@ class _Stages:
         return advance
 
 
+class _Within(Report):
+    """What another method says of itself while it is one of the stages: progress only, warnings are about images that are not sent."""
+
+    def __init__(self, advance: Callable[[float], None]) -> None:
+        self._advance = advance
+
+    def progress(self, fraction: float, message: str = "") -> None:
+        self._advance(fraction)
+
+
 @dataclass
 class _Work:
     """What the stages hand on."""
@@ -165,18 +175,19 @@ def _weights(plan: Plan) -> dict[str, float]:
     return shares
 
 
-def _low_rank(problem: Problem) -> Tensor:
+def _low_rank(problem: Problem, advance: Callable[[float], None]) -> Tensor:
     """``llr`` of a posed problem (``cg_sense`` of a single state): working images."""
+    report = _Within(advance)
     if problem.operator.n_states == 1:
         weight = cg_sense.tikhonov_weight(problem.noise, 1.0)
-        return cg_sense.solve(problem, weight, SINGLE_STATE_ITERATIONS, 1e-3, Report()).solution
-    return llr.estimate(problem, llr.Settings(), Report()).solution
+        return cg_sense.solve(problem, weight, SINGLE_STATE_ITERATIONS, 1e-3, report).solution
+    return llr.estimate(problem, llr.Settings(), report).solution
 
 
 def _first_estimate(work: _Work) -> Tensor:
     """The low-rank image of the lines that the network may see."""
     advance = work.stages.start("first estimate")
-    first = _low_rank(work.objective.posed(work.problem))
+    first = _low_rank(work.objective.posed(work.problem), advance)
     advance(1.0)
     if work.objective.held_out is not None:
         work.quality["first_estimate_held_out"] = work.objective.held_out.relative_error(first)
@@ -244,7 +255,7 @@ def _start(work: _Work, network: Tensor | None) -> Tensor:
     advance = work.stages.start("low-rank image")
     if problem.operator.n_states == 1:
         work.notes.append(f"{NAME}: only one state, started from {cg_sense.NAME}")
-    start = _low_rank(problem)
+    start = _low_rank(problem, advance)
     advance(1.0)
     return start
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -135,6 +136,21 @@ def test_residuals_are_told_in_the_order_of_the_images() -> None:
 def test_without_a_warm_start_the_network_still_has_to_be_better() -> None:
     quality = run(small_series(), warm_start=False).quality
     assert quality["started_from_network"] == (quality["network_estimate_held_out"] < quality["first_estimate_held_out"])
+
+
+@pytest.mark.parametrize("n_states", [1, 6])
+def test_every_stage_tells_how_far_it_is(n_states: int) -> None:
+    """A scan that was given up is left at the next word, and a stage may take a minute."""
+    told: Counter[str] = Counter()
+
+    class Stages(Report):
+        def progress(self, fraction: float, message: str = "") -> None:
+            told[message] += 1
+
+    series = small_series((1, 16, 12), n_states)
+    METHOD.reconstruct(series.kspace, series.scan, Settings(warm_start=False, iterations=30), Stages())
+    stages = ("first estimate", "network", "low-rank image", "refinement")
+    assert min(told[stage] for stage in stages) > 3, told
 
 
 def test_a_slab_is_refused_with_a_remedy() -> None:
