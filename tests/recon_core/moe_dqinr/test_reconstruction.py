@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from recon_core.errors import DataError
+from recon_core.errors import DataError, SettingError
 from recon_core.methods import get_method
 from recon_core.methods.moe_dqinr.reconstruction import in_order, order_in_time
 from recon_core.methods.moe_dqinr.settings import Settings, plan_for
 from recon_core.problem import pose
+from recon_core.settings import parse_settings
 from recon_core.solvers.refinement import RefineSettings, consistent, refine
 from recon_core.types import Report, Result
 from tests.recon_core.listener import Listener
@@ -39,6 +40,31 @@ def test_paper_is_the_published_method_and_nothing_else() -> None:
     assert (dynamic.fit.lr_image, dynamic.fit.lr_state) == (1e-3, 2e-3)
     assert dynamic.prefit is None and dynamic.refinement is None and dynamic.held_out == 0.0 and not dynamic.support
     assert plan_for(Settings(preset="paper", configuration="quantitative"), "cpu").configuration.n_experts == 10
+
+
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        (
+            {"preset": "paper", "filter_strength": "2"},
+            r"preset = paper: changes nothing there; got filter_strength\. Choose default",
+        ),
+        ({"preset": "paper", "network": "false"}, "preset = paper.*got network"),
+        ({"preset": "paper", "held_out": "0.2"}, "preset = paper.*got held_out"),
+        ({"refine": "false", "network": "false"}, "refine = false.*got network"),
+        ({"refine": "false", "filter_strength": "0.5"}, "refine = false.*got filter_strength"),
+        ({"network": "false", "variant": "no_residual"}, "network = false.*got variant"),
+        ({"configuration": "quantitative", "variant": "residual_only"}, "quantitative configuration has no residual branch"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(choices: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        parse_settings(Settings, choices)
+
+
+def test_what_the_published_method_leaves_out_may_be_switched_off() -> None:
+    off = {"preset": "paper", "refine": "false", "warm_start": "false", "held_out": "0"}
+    assert plan_for(parse_settings(Settings, off), "cpu") == plan_for(Settings(preset="paper"), "cpu")
 
 
 def test_default_is_better_than_locally_low_rank() -> None:
