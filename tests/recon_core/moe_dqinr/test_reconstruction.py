@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from recon_core.errors import DataError, SettingError
+from recon_core.errors import DataError, NumericalError, SettingError
 from recon_core.methods import get_method
-from recon_core.methods.moe_dqinr.reconstruction import in_order, order_in_time
+from recon_core.methods.moe_dqinr.reconstruction import CLEARLY_BETTER, in_order, order_in_time
 from recon_core.methods.moe_dqinr.settings import Settings, plan_for
 from recon_core.problem import pose
 from recon_core.settings import parse_settings
@@ -86,16 +87,15 @@ def test_what_comes_back_besides_images() -> None:
     assert result.extras["held_out"].shape[1] == 2
     assert 0.5 < result.quality["residual"] < 2.0
     assert result.quality["started_from_network"] == (
-        result.quality["network_estimate_held_out"] < result.quality["first_estimate_held_out"]
+        result.quality["network_estimate_held_out"] < CLEARLY_BETTER * result.quality["first_estimate_held_out"]
     )
     assert result.quality["refine_iterations"] == RefineSettings().iterations
 
 
-def test_paper_preset_runs_on_any_data() -> None:
-    series = small_series()
-    result = run(series, preset="paper", iterations=2, configuration="quantitative")
-    assert result.extras["routing_weights"].shape == (6, 10)
-    assert "residual_coefficients" not in result.extras and "refine_iterations" not in result.quality
+def test_images_that_do_not_explain_the_data_are_no_images() -> None:
+    """The chain's stand-in answers in their place."""
+    with pytest.raises(NumericalError, match=r"do not explain the data; got \d+ % .* at least 50 %\. More iterations"):
+        run(small_series(), preset="paper", iterations=2, configuration="quantitative")
 
 
 @pytest.mark.parametrize("variant", ["full", "residual_only", "no_residual"])
@@ -107,10 +107,10 @@ def test_variants_of_table_4(variant: str) -> None:
 
 def test_network_images_alone_are_what_the_network_says() -> None:
     series = small_series()
-    result = run(series, refine=False)
-    assert "refine_iterations" not in result.quality
+    result = run(series, refine=False, configuration="quantitative")
+    assert "refine_iterations" not in result.quality and "residual_coefficients" not in result.extras
     singular = result.extras["singular_values"]
-    # background, experts and residual basis: rank at most K + L (6 states here)
+    # background and experts: rank at most K (6 states here)
     assert singular.shape == (6,)
     refined = run(series)
     assert series.error(refined.images[0].data) < series.error(result.images[0].data)
@@ -155,13 +155,24 @@ def test_residuals_are_told_in_the_order_of_the_images() -> None:
     noise = torch.randn(data[0].shape, dtype=data.dtype, generator=generator) * 10 * float(k.noise_std or 0)
     data[0] += noise * k.mask[0][None, :, :, None]
     scan = replace(series.scan, inversion_times=(0.6, 0.1, 0.5, 0.2, 0.4, 0.3))
-    result = METHOD.reconstruct(replace(k, data=data), scan, Settings(), Report())
+    listener = Listener()
+    result = METHOD.reconstruct(replace(k, data=data), scan, Settings(network=False), listener)
     assert int(np.argmax(result.extras["residual_per_state"])) == 0
+    assert list(result.notes) == listener.warnings and len(result.notes) == 1
+    assert re.search("state 0 explains its data to .* times the noise only", result.notes[0])
 
 
 def test_without_a_warm_start_the_network_still_has_to_be_better() -> None:
     quality = run(small_series(), warm_start=False).quality
-    assert quality["started_from_network"] == (quality["network_estimate_held_out"] < quality["first_estimate_held_out"])
+    assert quality["network_estimate_held_out"] > quality["first_estimate_held_out"] and not quality["started_from_network"]
+
+
+def test_a_network_that_is_hardly_better_is_no_start() -> None:
+    """By some per cent on the lines that neither has seen: the low-rank image in whose place it comes knows those, too."""
+    series = small_series(keep=0.12, noise=0.002, seed=2)
+    result, without = run(series), run(series, network=False)
+    assert 0.9 < result.quality["network_estimate_held_out"] / result.quality["first_estimate_held_out"] < 1
+    assert series.error(result.images[0].data) < 1.05 * series.error(without.images[0].data)
 
 
 @pytest.mark.parametrize("n_states", [1, 6])
@@ -184,18 +195,13 @@ def test_a_slab_is_refused_with_a_remedy() -> None:
         run(small_series((8, 18, 15)))
 
 
-def test_a_state_far_from_its_data_is_reported() -> None:
-    series, listener = small_series(), Listener()
-    result = METHOD.reconstruct(series.kspace, series.scan, Settings(preset="paper", iterations=2), listener)
-    assert any("times the noise" in note for note in result.notes)
-    assert list(result.notes) == listener.warnings
-
-
 def test_data_without_noise_are_data() -> None:
     series = small_series(noise=0.0)
     series = replace(series, kspace=replace(series.kspace, noise_std=None))
     result = run(series)
     assert series.error(result.images[0].data) < 0.03 and np.isfinite(result.quality["residual"])
+    # many times what rounding leaves, and nothing that could be seen
+    assert result.quality["residual_worst"] > 3 and not result.notes
 
 
 def test_rectangular_matrix() -> None:
