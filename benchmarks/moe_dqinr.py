@@ -50,6 +50,8 @@ ABLATION: dict[str, tuple[str, dict[str, Any]]] = {
 
 QUICK: dict[str, dict[str, Any]] = {
     **{name: {"iterations": 20} for name in (*NEURAL, *PRESETS)},
+    # from a random start the images are none before (`LEAST_EXPLAINED`)
+    "moe_dqinr:paper": {"iterations": 60},
     "bart_llr": {"weights": (0.002,)},
 }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
+from recon_core.errors import SettingError
 from recon_core.methods.moe_dqinr.configurations import (
     DYNAMIC,
     QUANTITATIVE,
@@ -39,13 +40,47 @@ class Settings:
     refine: bool = setting(True, "collaborative filter and data consistency after the network (default, cpu)")
     held_out: float = setting(
         0.1,
-        "part of the outer lines that the network does not see and is judged by; 0: none (default, cpu)",
+        "part of the outer lines that the network does not see and is judged by; 0: none, and the refinement never starts from "
+        "its images (default, cpu)",
         low=0.0,
         high=0.5,
     )
-    filter_strength: float = setting(1.0, "strength of the collaborative filter, 1: by the noise", low=0.0, high=10.0)
+    filter_strength: float = setting(
+        1.0, "strength of the collaborative filter, 1: by the noise (default, cpu)", low=0.0, high=10.0
+    )
     precision: str = setting("", "of the networks' products; empty: the preset's", choices=("", *PRECISIONS))
     seed: int = setting(0, "of initial parameters and held-out lines", low=0, high=2**31 - 1)
+
+    def __post_init__(self) -> None:
+        """Refuse what would change nothing: whoever asks for it expects other images.
+
+        Raises
+        ------
+        SettingError
+            Settings that exclude each other.
+        """
+        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        if self.configuration == "quantitative" and self.variant == "residual_only":
+            raise SettingError(
+                "the quantitative configuration has no residual branch",
+                where="variant",
+                got="residual_only",
+                expected="full or no_residual",
+            )
+        if self.preset == "paper":
+            # what is off in the published method anyway may be switched off
+            _refuse(changed & {"network", "filter_strength"}, "preset = paper", "Choose default or cpu")
+            if self.held_out > 0:
+                _refuse(changed & {"held_out"}, "preset = paper", "Choose default or cpu")
+        if not self.refine:
+            _refuse(changed & {"network", "filter_strength"}, "refine = false", "Leave one of them out")
+        if not self.network:
+            _refuse(changed & {"variant"}, "network = false", "Leave one of them out")
+
+
+def _refuse(names: set[str], where: str, remedy: str) -> None:
+    if names:
+        raise SettingError("changes nothing there", where=where, got=", ".join(sorted(names)), remedy=remedy)
 
 
 @dataclass(frozen=True)
@@ -112,7 +147,7 @@ def plan_for(settings: Settings, device_type: str) -> Plan:
             preset,
             small,
             CPU_FIT if on_cpu else DEFAULT_FIT,
-            settings.network or not settings.refine,
+            settings.network,
             (CPU_PREFIT if on_cpu else DEFAULT_PREFIT) if settings.warm_start else None,
             refinement if settings.refine else None,
             settings.held_out,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from recon_core.errors import DataError
+from recon_core.errors import DataError, NumericalError, SettingError
 from recon_core.methods import get_method
-from recon_core.methods.moe_dqinr.reconstruction import in_order, order_in_time
+from recon_core.methods.moe_dqinr.reconstruction import CLEARLY_BETTER, in_order, order_in_time
 from recon_core.methods.moe_dqinr.settings import Settings, plan_for
 from recon_core.problem import pose
+from recon_core.settings import parse_settings
 from recon_core.solvers.refinement import RefineSettings, consistent, refine
 from recon_core.types import Report, Result
 from tests.recon_core.listener import Listener
@@ -40,6 +43,31 @@ def test_paper_is_the_published_method_and_nothing_else() -> None:
     assert plan_for(Settings(preset="paper", configuration="quantitative"), "cpu").configuration.n_experts == 10
 
 
+@pytest.mark.parametrize(
+    ("choices", "said"),
+    [
+        (
+            {"preset": "paper", "filter_strength": "2"},
+            r"preset = paper: changes nothing there; got filter_strength\. Choose default",
+        ),
+        ({"preset": "paper", "network": "false"}, "preset = paper.*got network"),
+        ({"preset": "paper", "held_out": "0.2"}, "preset = paper.*got held_out"),
+        ({"refine": "false", "network": "false"}, "refine = false.*got network"),
+        ({"refine": "false", "filter_strength": "0.5"}, "refine = false.*got filter_strength"),
+        ({"network": "false", "variant": "no_residual"}, "network = false.*got variant"),
+        ({"configuration": "quantitative", "variant": "residual_only"}, "quantitative configuration has no residual branch"),
+    ],
+)
+def test_settings_that_would_change_nothing_are_refused(choices: dict[str, str], said: str) -> None:
+    with pytest.raises(SettingError, match=said):
+        parse_settings(Settings, choices)
+
+
+def test_what_the_published_method_leaves_out_may_be_switched_off() -> None:
+    off = {"preset": "paper", "refine": "false", "warm_start": "false", "held_out": "0"}
+    assert plan_for(parse_settings(Settings, off), "cpu") == plan_for(Settings(preset="paper"), "cpu")
+
+
 def test_default_is_better_than_locally_low_rank() -> None:
     series = small_series()
     llr = get_method("llr")
@@ -59,16 +87,15 @@ def test_what_comes_back_besides_images() -> None:
     assert result.extras["held_out"].shape[1] == 2
     assert 0.5 < result.quality["residual"] < 2.0
     assert result.quality["started_from_network"] == (
-        result.quality["network_estimate_held_out"] < result.quality["first_estimate_held_out"]
+        result.quality["network_estimate_held_out"] < CLEARLY_BETTER * result.quality["first_estimate_held_out"]
     )
     assert result.quality["refine_iterations"] == RefineSettings().iterations
 
 
-def test_paper_preset_runs_on_any_data() -> None:
-    series = small_series()
-    result = run(series, preset="paper", iterations=2, configuration="quantitative")
-    assert result.extras["routing_weights"].shape == (6, 10)
-    assert "residual_coefficients" not in result.extras and "refine_iterations" not in result.quality
+def test_images_that_do_not_explain_the_data_are_no_images() -> None:
+    """The chain's stand-in answers in their place."""
+    with pytest.raises(NumericalError, match=r"do not explain the data; got \d+ % .* at least 50 %\. More iterations"):
+        run(small_series(), preset="paper", iterations=2, configuration="quantitative")
 
 
 @pytest.mark.parametrize("variant", ["full", "residual_only", "no_residual"])
@@ -80,10 +107,10 @@ def test_variants_of_table_4(variant: str) -> None:
 
 def test_network_images_alone_are_what_the_network_says() -> None:
     series = small_series()
-    result = run(series, refine=False)
-    assert "refine_iterations" not in result.quality
+    result = run(series, refine=False, configuration="quantitative")
+    assert "refine_iterations" not in result.quality and "residual_coefficients" not in result.extras
     singular = result.extras["singular_values"]
-    # background, experts and residual basis: rank at most K + L (6 states here)
+    # background and experts: rank at most K (6 states here)
     assert singular.shape == (6,)
     refined = run(series)
     assert series.error(refined.images[0].data) < series.error(result.images[0].data)
@@ -128,13 +155,39 @@ def test_residuals_are_told_in_the_order_of_the_images() -> None:
     noise = torch.randn(data[0].shape, dtype=data.dtype, generator=generator) * 10 * float(k.noise_std or 0)
     data[0] += noise * k.mask[0][None, :, :, None]
     scan = replace(series.scan, inversion_times=(0.6, 0.1, 0.5, 0.2, 0.4, 0.3))
-    result = METHOD.reconstruct(replace(k, data=data), scan, Settings(), Report())
+    listener = Listener()
+    result = METHOD.reconstruct(replace(k, data=data), scan, Settings(network=False), listener)
     assert int(np.argmax(result.extras["residual_per_state"])) == 0
+    assert list(result.notes) == listener.warnings and len(result.notes) == 1
+    assert re.search("state 0 explains its data to .* times the noise only", result.notes[0])
 
 
 def test_without_a_warm_start_the_network_still_has_to_be_better() -> None:
     quality = run(small_series(), warm_start=False).quality
-    assert quality["started_from_network"] == (quality["network_estimate_held_out"] < quality["first_estimate_held_out"])
+    assert quality["network_estimate_held_out"] > quality["first_estimate_held_out"] and not quality["started_from_network"]
+
+
+def test_a_network_that_is_hardly_better_is_no_start() -> None:
+    """By some per cent on the lines that neither has seen: the low-rank image in whose place it comes knows those, too."""
+    series = small_series(keep=0.12, noise=0.002, seed=2)
+    result, without = run(series), run(series, network=False)
+    assert 0.9 < result.quality["network_estimate_held_out"] / result.quality["first_estimate_held_out"] < 1
+    assert series.error(result.images[0].data) < 1.05 * series.error(without.images[0].data)
+
+
+@pytest.mark.parametrize("n_states", [1, 6])
+def test_every_stage_tells_how_far_it_is(n_states: int) -> None:
+    """A scan that was given up is left at the next word, and a stage may take a minute."""
+    told: Counter[str] = Counter()
+
+    class Stages(Report):
+        def progress(self, fraction: float, message: str = "") -> None:
+            told[message] += 1
+
+    series = small_series((1, 16, 12), n_states)
+    METHOD.reconstruct(series.kspace, series.scan, Settings(warm_start=False, iterations=30), Stages())
+    stages = ("first estimate", "network", "low-rank image", "refinement")
+    assert min(told[stage] for stage in stages) > 3, told
 
 
 def test_a_slab_is_refused_with_a_remedy() -> None:
@@ -142,18 +195,13 @@ def test_a_slab_is_refused_with_a_remedy() -> None:
         run(small_series((8, 18, 15)))
 
 
-def test_a_state_far_from_its_data_is_reported() -> None:
-    series, listener = small_series(), Listener()
-    result = METHOD.reconstruct(series.kspace, series.scan, Settings(preset="paper", iterations=2), listener)
-    assert any("times the noise" in note for note in result.notes)
-    assert list(result.notes) == listener.warnings
-
-
 def test_data_without_noise_are_data() -> None:
     series = small_series(noise=0.0)
     series = replace(series, kspace=replace(series.kspace, noise_std=None))
     result = run(series)
     assert series.error(result.images[0].data) < 0.03 and np.isfinite(result.quality["residual"])
+    # many times what rounding leaves, and nothing that could be seen
+    assert result.quality["residual_worst"] > 3 and not result.notes
 
 
 def test_rectangular_matrix() -> None:
