@@ -244,7 +244,9 @@ def queue_images(folder: Path, capture: Path, archives: Archives, scan: str) -> 
         shutil.rmtree(made, ignore_errors=True)
         header = read_header_text(capture)
         try:
-            files = convert(folder / IMAGES, made, header=header, parametric_maps=archives.parametric_maps).files
+            converted = convert(folder / IMAGES, made, header=header, parametric_maps=archives.parametric_maps)
+            files = converted.files
+            problem = f"Parametric Maps: {'; '.join(converted.unmade)}" if converted.unmade else ""
         except Exception as error:
             if not archives.parametric_maps:
                 raise
