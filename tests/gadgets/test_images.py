@@ -238,6 +238,21 @@ def test_a_t1_map_reaches_the_console_in_milliseconds() -> None:
     assert "EchoTime" not in meta and image.image_series_index == 2 and image.image_index == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "unit", "value", "said"),
+    [
+        ("R2*", "1/s", 37.5, "R2STAR_x10_0.1/s"),
+        ("M0", "1", 2.5e-5, "M0_x0.0625_16x1e-9"),
+        ("chi", "ppm", 0.1, "QSM_x2_0.5ppb"),
+    ],
+)
+def test_the_scale_of_a_map_is_said_in_figures_that_do_not_run_together(
+    name: str, unit: str, value: float, said: str
+) -> None:
+    image = received(ImageWriter(mrd_header(), "mgre"), result(t1_map(value, name, unit)))[-1]
+    assert values(image.meta, "ImageComments")[1] == said
+
+
 def test_a_t1_beyond_4095_ms_is_neither_cut_off_nor_hidden() -> None:
     """Fluid has up to 4.5 s; of 12 bits in ms it would show 4.095 s. A later slice that holds such gets a series of its own."""
     short, long = np.full(MATRIX, 1.234), np.full(MATRIX, 1.234)
