@@ -291,6 +291,27 @@ def test_names_keep_their_letters_and_groups(name: str, kept: str | None) -> Non
     assert read_identity(header_text((1, 24, 40), name=name)).patient.get("PatientName") == kept
 
 
+@pytest.mark.parametrize(
+    ("study", "series", "offset"),
+    [
+        ("", "", None),
+        ("Z", "", None),
+        ("Z", "Z", "+0000"),
+        ("-05:30", "-05:30", "-0530"),
+        ("Z", "+01:00", None),
+        ("-00:00", None, "+0000"),
+    ],
+)
+def test_times_keep_their_zone(study: str, series: str | None, offset: str | None) -> None:
+    """One for all of them, as DICOM has it; none where they disagree."""
+    text = header_text((1, 24, 40)).replace("10:11:12", f"10:11:12{study}")
+    if series is not None:
+        text = text.replace("<patientPosition>", f"<seriesTime>10:20:30.5{series}</seriesTime><patientPosition>")
+    identity = read_identity(text)
+    assert identity.study["StudyTime"] == "101112" and identity.study.get("TimezoneOffsetFromUTC") == offset
+    assert identity.series.get("SeriesTime") == (None if series is None else "102030.5")
+
+
 def test_numbers_that_are_too_long_are_left_out_and_not_cut() -> None:
     """The beginning of an order's number may be another order's."""
     text = header_text((1, 24, 40)).replace("A77", "A7700000000000001").replace(PATIENT_ID, 65 * "7")
