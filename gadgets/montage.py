@@ -69,7 +69,7 @@ def write_montages(source: Path | str | Iterable[Image], out_dir: Path | str, *,
             label = _first(metas[0], "SequenceDescriptionAdditional", "GADGETRON_SeqDescription").strip("_")
             name = "_".join(part for part in (prefix, f"series{number:03d}", label) if part)
             path = folder / f"{re.sub('[^A-Za-z0-9_.-]+', '-', name)}.png"
-            _draw(series, metas, label or f"series {number}", path)
+            _draw(series, spokesman(series) or series[0], label or f"series {number}", path)
             written.append(path)
     return written
 
@@ -130,7 +130,18 @@ def display_values(image: Image) -> NDArray[np.float32]:
     return values
 
 
-def _draw(series: Sequence[Image], metas: Sequence[dict[str, tuple[str, ...]]], label: str, path: Path) -> None:
+def spokesman(images: Iterable[Image]) -> Image | None:
+    """The image whose scale and window stand for a series: the first on which there is anything. An empty map has neither."""
+    first = None
+    for image in images:
+        first = image if first is None else first
+        values = display_values(image)
+        if (np.isfinite(values) & (values != 0)).any():
+            return image
+    return first
+
+
+def _draw(series: Sequence[Image], spoken: Image, label: str, path: Path) -> None:
     # imported here: matplotlib takes half a second, and who only wants the words should not wait for it
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -140,7 +151,7 @@ def _draw(series: Sequence[Image], metas: Sequence[dict[str, tuple[str, ...]]], 
         planes = [planes[i] for i in np.unique(np.linspace(0, len(planes) - 1, MAX_TILES).round().astype(int))]
     shown = {n: display_values(series[n]) for n in {n for n, _ in planes}}
     tiles = np.stack([shown[n][z] for n, z in planes])
-    look = _look(series[0], metas[0], label, tiles)
+    look = _look(spoken, _meta(spoken), label, tiles)
 
     dx, dy = (float(series[0].header["field_of_view"][i]) / tiles.shape[2 - i] or 1.0 for i in (0, 1))
     height, width = tiles.shape[1] * dy, tiles.shape[2] * dx
@@ -160,14 +171,15 @@ def _draw(series: Sequence[Image], metas: Sequence[dict[str, tuple[str, ...]]], 
         sheet, cmap=look.colour_map, vmin=look.limits[0], vmax=look.limits[1], aspect=dy / dx, interpolation="nearest"
     )
     axes.set_axis_off()
-    axes.set_title(f"{look.title}\n{look.caption}", color="white", fontsize=9)
+    # plain text: a dollar sign in a label of another program is no formula
+    axes.set_title(f"{look.title}\n{look.caption}", color="white", fontsize=9, parse_math=False)
     if len(tiles) > 1:
         for n, (text, _) in enumerate(zip(_tile_labels(series, planes), tiles, strict=True)):
             r, c = divmod(n, columns)
             axes.text(c * tiles.shape[2], r * tiles.shape[1], text, color="yellow", fontsize=6, va="top", ha="left")
     if look.colour_bar:
         bar = figure.colorbar(drawn, ax=axes, shrink=0.9)
-        bar.set_label(look.unit, color="white")
+        bar.set_label(look.unit, color="white", parse_math=False)
         bar.ax.tick_params(colors="white", labelsize=7)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 

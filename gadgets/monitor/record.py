@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gadgets.capture import write_sidecar
-from gadgets.monitor.files import LOG_FILE, TOLD_FILE, begun, image_name, job_of
+from gadgets.monitor.files import IMAGE_FILE, LOG_FILE, TOLD_FILE, begun, image_name, job_of
 from gadgets.progress import read_progress_line
 from gadgets.scan_log import ScanLog
 from gadgets.wire.dtypes import IMAGE_HEADER
@@ -166,6 +166,9 @@ class JobRecorder:
         folder = self.folder
         if not self._written:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in folder.iterdir():  # of a server that died at it: what it had begun may not come again
+                if IMAGE_FILE.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
         for series, number, message in images:
             if room:
                 self._write_image(folder, series, number, message)

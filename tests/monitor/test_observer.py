@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,8 +115,16 @@ def test_a_scan_passes_through_unchanged_and_is_noted(observer: Observer, spool:
 
 
 def test_images_are_kept_evenly_and_can_be_drawn(observer: Observer, spool: Spool) -> None:
-    scan, raw = played(observer, spool, [*pictures(100), *pictures(2, series=2), *pictures(1, series=1001)])
+    empty, full = (np.full((1, 8, 8), code, np.uint16) for code in (0, 7))
+    # the first slice of a map had no value to choose a unit by
+    maps = [
+        image(2, 1, empty, QuantityName="M0", PixelPaddingValue=0),
+        image(2, 2, full, QuantityName="M0", PixelPaddingValue=0, QuantityUnit="1e-3"),
+    ]
+    scan, raw = played(observer, spool, [*pictures(100), *maps, *pictures(1, series=1001)])
     folder, root = raw.job_folder, raw.path.parent
+    folder.mkdir()
+    (folder / "image-0003-000001.mrd").write_bytes(pictures(1, series=3)[0])  # of a server that died at this scan
     list(scan.finish())
     raw.finish("complete")
     until(lambda: told(folder).get("state") == "sent")
@@ -125,7 +134,11 @@ def test_images_are_kept_evenly_and_can_be_drawn(observer: Observer, spool: Spoo
     assert told(folder)["series"] == [[1, 100], [2, 2], [1001, 1]]
     gallery = Gallery(root)
     job = raw.path.stem
-    assert [picture.series for picture in gallery.of(job)] == [1, 2]  # the preview is over
+    assert [picture.series for picture in gallery.of(job)] == [2, 1]  # the preview is over
+    before = gallery.of(job)[0]
+    assert before.unit == "1e-3"
+    os.utime(folder / "image-0002-000002.mrd", (1.0, 1.0))
+    assert gallery.of(job)[0].version != before.version
     drawn = gallery.png(job, 1)
     assert drawn is not None and drawn.read_bytes().startswith(b"\x89PNG")
     assert gallery.png(job, 3) is None and gallery.png("../" + job, 1) is None
