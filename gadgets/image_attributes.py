@@ -26,6 +26,9 @@ SATURATION_TIME = "GADGETRON_TS"  # ms
 PREVIEW_KEY = "ReconPreview"
 """Attribute of images that others of the same scan will replace; its value is the chain of those."""
 
+PLANES_KEY = "ReconPlanes"
+"""Attribute of a slab of which only some planes are kept, for the monitor's page: their numbers."""
+
 MAX_COMMENT = 200  # characters of one comment: consoles join all of them into one DICOM text
 MAX_COMMENTS = 1000  # characters of all comments together
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gadgets.errors import MalformedText
+from gadgets.image_attributes import PLANES_KEY
 from gadgets.image_file import image_groups, read_images
 from gadgets.meta import read_meta
 from gadgets.wire.events import Image
@@ -216,7 +217,8 @@ def _tile_labels(series: Sequence[Image], planes: Sequence[tuple[int, int]]) -> 
     for n, z in planes:
         words = [f"{word} {int(series[n].header[key])}" for key, word in varying]
         if series[n].data.shape[1] > 1:
-            words.append(f"z {z}")
+            kept = _meta(series[n]).get(PLANES_KEY, ())
+            words.append(f"z {kept[z] if z < len(kept) else z}")
         labels.append(" ".join(words))
     return labels
 

@@ -74,7 +74,7 @@ def test_the_real_clients_file_without_attributes_is_drawn(tmp_path: Path) -> No
     (path,) = write_montages(REAL, tmp_path)
     assert path.name == "series000.png"
     (image,) = list(read_images(REAL))[:1]
-    label = write_meta({"SequenceDescriptionAdditional": "$T_1 $ map $"})  # no formula
+    label = write_meta({"SequenceDescriptionAdditional": "$\\frac{T$ map"})  # no formula
     assert write_montages([Image(0, image.header, label, image.data)], tmp_path / "dollars")
 
 
