@@ -237,7 +237,7 @@ def queue_images(folder: Path, capture: Path, archives: Archives, scan: str) -> 
     """
     made, problem = folder / "dicom", ""
     try:
-        from gadgets.dicom import convert
+        from gadgets.dicom import NO_PATIENT, convert
         from gadgets.dicom_identity import read_header_text
         from gadgets.pacs_queue import Queue
 
@@ -252,7 +252,10 @@ def queue_images(folder: Path, capture: Path, archives: Archives, scan: str) -> 
                 raise
             # the classic images go in any case; what stands in their way as well is said instead
             problem = f"Parametric Maps: {_told(error)}"
-            files = convert(folder / IMAGES, made, header=header).files
+            converted = convert(folder / IMAGES, made, header=header)
+            files = converted.files
+        if NO_PATIENT in converted.notes:  # recon pacs send would refuse them; here nobody can be asked
+            log.warning("event=archive_without_patient job=%s objects=%d", scan, len(files))
         queue = Queue(archives.queue)
         for destination in archives.destinations:
             queue.put(files, destination, Passage(scan, str(destination), len(set(archives.destinations))))

@@ -399,7 +399,7 @@ def test_images_of_a_job_s_folder_are_those_of_its_patient(
     assert f"patient and study from {capture}" in said and "EMPTY" not in said and PATIENT_ID not in said
 
 
-def test_it_is_said_when_nobody_can_tell_whose_images_these_are(tmp_path: Path) -> None:
+def test_it_is_said_when_nobody_can_tell_whose_images_these_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Copied out of the job's folder; or the capture has gone; or it names no patient."""
     known = scan(maps=())
     folder = tmp_path / "a.job"
@@ -414,6 +414,9 @@ def test_it_is_said_when_nobody_can_tell_whose_images_these_are(tmp_path: Path) 
     (tmp_path / "a.mrd").write_bytes(codec.config_file("llr_t1.xml") + codec.header(nameless) + codec.close())
     _, said = converted(folder / "images.h5", tmp_path / "nameless")
     assert "patient and study from" in said and "the MRD header names no patient" in said
+    archives = Archives((Destination("127.0.0.1", 104, "PACS"),), tmp_path / "pacs")
+    assert queue_images(folder, tmp_path / "a.mrd", archives, "scan-1").queued
+    assert f"event=archive_without_patient job=scan-1 objects={len(known.events)}" in caplog.text
 
 
 def test_a_capture_beside_that_is_none_is_an_error(tmp_path: Path) -> None:
