@@ -266,6 +266,27 @@ def test_a_t1_beyond_4095_ms_is_neither_cut_off_nor_hidden() -> None:
     assert any("larger values" in text for text in values(second.meta, "ImageComments"))
 
 
+@pytest.mark.parametrize(
+    ("name", "unit", "peak", "console"),
+    [
+        ("T1", "s", 2.0, 1e3),
+        ("R2*", "1/s", 90.0, 1.0),
+        ("chi", "ppm", 0.9, 1e3),
+        ("M0", "1", 2e3, 1.0),
+        ("speed", "m/s", 3.0, 1.0),
+    ],
+)
+def test_few_bits_hold_a_map_in_coarser_steps(name: str, unit: str, peak: float, console: float) -> None:
+    """Of 8 bits in steps of 1 ms T1 would end at 255 ms."""
+    values_ = np.linspace(0.05, 1.0, 240).reshape(MATRIX) * peak
+    writer = ImageWriter(mrd_header(), "demo", OutputSettings(bits_stored=8))
+    image = received(writer, result(t1_map(values_, name, unit)))[-1]
+    step = float(image.meta["RescaleSlope"])
+    shown = image.data[0] * step + float(image.meta["RescaleIntercept"])
+    assert image.data.max() < 256 and np.abs(shown - values_ * console).max() <= 0.51 * step <= 12 * peak * console / 256
+    assert not any("outside" in text for text in values(image.meta, "ImageComments"))
+
+
 def test_a_map_says_which_pixels_show_a_limit_and_not_their_value() -> None:
     rates = np.full(MATRIX, 37.5)
     rates[0, 0, 0] = 500.0
