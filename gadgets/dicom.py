@@ -30,7 +30,7 @@ from gadgets.dicom_modules import (
     plane_module,
     shared_modules,
 )
-from gadgets.dicom_pixels import Survey, first, parts, plan_pixels, survey
+from gadgets.dicom_pixels import Survey, first, parts, plan_pixels, stated_scaling, survey
 from gadgets.image_attributes import PHASE, is_preview
 from gadgets.image_file import image_groups, read_images
 from gadgets.meta import read_meta
@@ -46,12 +46,16 @@ NO_PATIENT = "the MRD header names no patient: name and id are EMPTY, nobody can
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written: ``files`` in order, and for every series its folder and number of objects."""
+    """What was written: ``files`` in order, and for every series its folder and number of objects.
+
+    ``unmade`` says which Parametric Maps could not be made, and why.
+    """
 
     folder: Path
     files: tuple[Path, ...]
     series: tuple[tuple[str, int], ...]
     notes: tuple[str, ...] = ()
+    unmade: tuple[str, ...] = ()
 
 
 def convert(
@@ -78,7 +82,8 @@ def convert(
     previews
         Convert previews as well.
     parametric_maps
-        Write each map also as a Parametric Map object (16-bit), for viewers that know them.
+        Write each map also as a Parametric Map object (16-bit), for viewers that know them; where one cannot be made, the classic images
+        are written all the same.
 
     Raises
     ------
@@ -105,8 +110,7 @@ def convert(
         files: dict[int, list[Path]] = {index: [] for index in plans}
         for index, dataset in mr_datasets(images(), plans, identity):
             files[index].append(write_file(dataset, partial / plans[index].folder))
-        if parametric_maps:
-            _add_parametric_maps(partial, plans, files)
+        unmade = _add_parametric_maps(partial, plans, files) if parametric_maps else ()
         os.replace(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -119,7 +123,7 @@ def convert(
         log.warning("event=dicom_left_out fields=%s", ",".join(identity.left_out))
         notes += (f"left out, because DICOM cannot hold what the MRD header says: {', '.join(identity.left_out)}",)
     written = (out / path.relative_to(partial) for path in itertools.chain.from_iterable(files.values()))
-    return Conversion(out, tuple(written), series, notes)
+    return Conversion(out, tuple(written), series, notes, unmade)
 
 
 def _only_group(source: Path) -> str:
@@ -148,17 +152,24 @@ def plan_series(seen: Mapping[int, Survey], identity: Identity) -> dict[int, Ser
         label = label or first(one.meta, "GADGETRON_SeqDescription").lstrip("_") or "images"
         if int(one.image.header["image_type"]) == PHASE and "phase" not in label.lower():
             label += "_phase"
+        pixels = plan_pixels(one)
         plans[index] = SeriesPlan(
             number=100 * identity.initial_series + index,
             uid=make_uid("series", study, scan, index, digest),
             study_uid=study,
             frame_of_reference=frame,
-            description=text_value(64)(label) or "images",
-            pixels=plan_pixels(one),
-            n_phases=len(one.phases),
+            description=text_value(64)(_short(label)) or "images",
+            pixels=next(iter(pixels.values())),
+            scalings=pixels,
+            moments=tuple(sorted(one.moments)),
             n_contrasts=len(one.contrasts),
         )
     return plans
+
+
+def _short(label: str) -> str:
+    """At most 64 characters; which map it is, and whether something is missing, stands at the end."""
+    return label if len(label) <= 64 else f"{label[:31]}..{label[-31:]}"
 
 
 def _when_and_where(identity: Identity, content: Sequence[str]) -> tuple[str, ...]:
@@ -188,7 +199,8 @@ def mr_datasets(
     for image in parts(images):
         index = int(image.header["image_series_index"])
         plan, meta = plans[index], read_meta(image.attributes)
-        codes = plan.pixels.encode(image.data[0])
+        pixels = plan.scalings.get(stated_scaling(meta), plan.pixels)
+        codes = pixels.encode(image.data[0])
         for z in range(len(codes)):
             dataset = shared_modules(plan, identity)
             instance = _instance_number(plan, int(image.header["image_index"]), z, len(codes))
@@ -197,7 +209,7 @@ def mr_datasets(
             dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID
             acquisition_module(dataset, image.header, meta, plan, identity, planes=len(codes))
             plane_module(dataset, image.header, meta, z)
-            pixel_modules(dataset, codes[z], plan.pixels)
+            pixel_modules(dataset, codes[z], pixels)
             if said := text_value(1000)(image_comment(meta)):
                 dataset.ImageComments = said
             yield index, dataset
@@ -219,10 +231,16 @@ def _instance_number(plan: SeriesPlan, image_index: int, z: int, n_planes: int) 
     return wanted
 
 
-def _add_parametric_maps(partial: Path, plans: Mapping[int, SeriesPlan], files: Mapping[int, list[Path]]) -> None:
+def _add_parametric_maps(partial: Path, plans: Mapping[int, SeriesPlan], files: Mapping[int, list[Path]]) -> tuple[str, ...]:
     from gadgets.parametric_map import parametric_map
 
+    unmade = []
     for index, plan in plans.items():
         if plan.pixels.role:
-            dataset = parametric_map(files[index], plan)
-            files[index].append(write_file(dataset, partial / f"{plan.folder}_parametric_map"))
+            try:
+                dataset = parametric_map(files[index], plan)
+            except DicomError as error:
+                unmade.append(str(error))
+            else:
+                files[index].append(write_file(dataset, partial / f"{plan.folder}_parametric_map"))
+    return tuple(unmade)

@@ -74,7 +74,7 @@ def dicom(
         header = _header_beside(source) if header is None else header
         text = None if header is None else read_header_text(header)
         made = convert(source, output, header=text, group=group, previews=previews, parametric_maps=parametric_maps)
-    for note in made.notes:
+    for note in (*made.notes, *(f"no Parametric Map: {why}" for why in made.unmade)):
         _say(err, note)
     for name, count in made.series:
         _say(out, f"{count:>6}  {output / name}")

@@ -32,6 +32,7 @@ MAX_HEADER_BYTES = 16 << 20
 _BLOCK = 1 << 20
 
 _UID = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*))+")
+_TIME = re.compile(r"(\d\d):?(\d\d):?(\d\d)(\.\d{1,6})?\d*(Z|[+-]\d\d:\d\d)?", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\\]")
 _Rule = Callable[[str], str | None]
 _NAMESPACE = uuid.uuid5(uuid.NAMESPACE_URL, "recon-gadgets/dicom")
@@ -90,9 +91,10 @@ def read_identity(text: str) -> Identity:
         raise HeaderError("not XML", where="header") from None
     first_series = _words(root, "measurementInformation", "initialSeriesNumber")
     left_out: list[str] = []
+    zone = _zone(root)
     return Identity(
         patient=_module(root, "subjectInformation", _PATIENT, left_out),
-        study=_module(root, "studyInformation", _STUDY, left_out),
+        study=_module(root, "studyInformation", _STUDY, left_out) | ({"TimezoneOffsetFromUTC": zone} if zone else {}),
         series=_module(root, "measurementInformation", _SERIES, left_out),
         equipment=_module(root, "acquisitionSystemInformation", _EQUIPMENT, left_out),
         frame_of_reference=_uid(_words(root, "measurementInformation", "frameOfReferenceUID")),
@@ -149,6 +151,14 @@ def _words(root: ElementTree.Element, section: str, name: str) -> str:
     return ""
 
 
+def _zone(root: ElementTree.Element) -> str:
+    """The offset from UTC that all times of the header state, as DICOM writes it; DICOM's times have none of their own."""
+    times = (_words(root, "studyInformation", "studyTime"), _words(root, "measurementInformation", "seriesTime"))
+    found = {match[5] for match in map(_TIME.fullmatch, times) if match is not None}
+    stated = next(iter(found), None) if len(found) == 1 else None
+    return "" if stated is None else "+0000" if stated in ("Z", "-00:00") else stated.replace(":", "")
+
+
 def _plain(element: ElementTree.Element) -> str:
     return str(element.tag).rpartition("}")[2]
 
@@ -199,7 +209,7 @@ def _date(value: str) -> str | None:
 
 
 def _time(value: str) -> str | None:
-    match = re.fullmatch(r"(\d\d):?(\d\d):?(\d\d)(\.\d{1,6})?\d*(Z|[+-]\d\d:\d\d)?", value, re.ASCII)
+    match = _TIME.fullmatch(value)
     if match is None or int(match[1]) > 23 or int(match[2]) > 59 or int(match[3]) > 59:
         return None
     return match[1] + match[2] + match[3] + (match[4] or "")

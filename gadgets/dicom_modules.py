@@ -19,14 +19,17 @@ from pydicom.valuerep import DSfloat
 
 from gadgets import __version__
 from gadgets.dicom_identity import DicomError, Identity, text_value
-from gadgets.dicom_pixels import STANDARD_DEVIATION, Code, PixelPlan, RealWorld, first, number
+from gadgets.dicom_pixels import STANDARD_DEVIATION, Code, Meta, PixelPlan, RealWorld, Stated, first, moment, number
 from gadgets.geometry import image_position_patient, orthonormal_directions, pixel_spacing
 from gadgets.image_attributes import MAKER, PHASE, SATURATION_TIME
 
-Meta = Mapping[str, tuple[str, ...]]
+IMAGE_TYPES = {PHASE: "P", 3: "R", 4: "I"}
+"""MRD's ``image_type`` and the third value of ImageType, where it is no magnitude."""
 
 MAP_TYPES = {"T1": "T1 MAP", "T2": "T2 MAP", "M0": "DENSITY MAP"}
 """Third value of ImageType, as far as the standard has a word (PS3.3 section C.8.3.1.1.1)."""
+
+DERIVATION: Code = ("121401", "DCM", "Derivation")
 
 SEQUENCES = (("epi", "EP"), ("ep2d", "EP"), ("spin", "SE"), ("tse", "SE"), ("grad", "GR"), ("gre", "GR"), ("flash", "GR"))
 """What the free text of the header's sequence type may contain, and DICOM's ScanningSequence."""
@@ -35,7 +38,11 @@ STEADY_STATE = ("ssfp", "trufi", "fiesta", "balanced")
 
 @dataclass(frozen=True)
 class SeriesPlan:
-    """What all objects of one DICOM series share."""
+    """What all objects of one DICOM series share.
+
+    ``scalings`` has the pixels of images by what they state, with ``pixels`` first; ``moments`` are repetition and phase of all images,
+    in order.
+    """
 
     number: int
     uid: str
@@ -43,7 +50,8 @@ class SeriesPlan:
     frame_of_reference: str
     description: str
     pixels: PixelPlan
-    n_phases: int
+    scalings: Mapping[Stated, PixelPlan]
+    moments: tuple[tuple[int, int], ...]
     n_contrasts: int
     used: set[int] = field(default_factory=set)
 
@@ -88,7 +96,7 @@ def acquisition_module(
 ) -> None:
     """The MR Image module, without pixels."""
     mrd, role = identity.mrd, plan.pixels.role
-    kind = "P" if int(header["image_type"]) == PHASE else "M"
+    kind = IMAGE_TYPES.get(int(header["image_type"]), "M")
     flavour = first(meta, "ImageTypeValue4").upper()
     dataset.ImageType = (
         ["DERIVED", "PRIMARY", MAP_TYPES.get(role, "OTHER"), role[:16]] if role else ["ORIGINAL", "PRIMARY", kind]
@@ -125,9 +133,9 @@ def acquisition_module(
         dataset.InversionTime = _ds(inversion)
     if plan.n_contrasts > 1 and not role:
         dataset.EchoNumbers = contrast + 1
-    if plan.n_phases > 1:
-        dataset.TemporalPositionIdentifier = int(header["phase"] or header["repetition"]) + 1
-        dataset.NumberOfTemporalPositions = plan.n_phases
+    if len(plan.moments) > 1:
+        dataset.TemporalPositionIdentifier = plan.moments.index(moment(header)) + 1
+        dataset.NumberOfTemporalPositions = len(plan.moments)
 
 
 def image_comment(meta: Meta) -> str:
@@ -206,7 +214,7 @@ def _mapping(real: RealWorld, plan: PixelPlan) -> Dataset:
     if real.quantity is not None:
         named = [_named(("246205007", "SCT", "Quantity"), real.quantity)]
         if real.deviation:
-            named.append(_named(("121401", "DCM", "Derivation"), STANDARD_DEVIATION))
+            named.append(_named(DERIVATION, STANDARD_DEVIATION))
         item.QuantityDefinitionSequence = Sequence(named)
     return item
 

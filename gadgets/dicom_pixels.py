@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -129,24 +129,46 @@ class PixelPlan:
         return self.scaling.encode(values, valid)[0]
 
 
+Meta = Mapping[str, tuple[str, ...]]
+Stated = tuple[str, ...]
+"""What an image says of its scaling."""
+
+_SCALING_KEYS = (
+    "RescaleSlope", "RescaleIntercept", "GADGETRON_ScaleRatio", "GADGETRON_ScaleOffset", "PixelPaddingValue", "QuantityUnit",
+)  # fmt: skip
+
+
 @dataclass
 class Survey:
-    """What has to be known about a whole series before its first pixel is written."""
+    """What has to be known about a whole series before its first pixel is written.
+
+    ``metas`` has one image's attributes for each scaling that images with something on them state.
+    """
 
     image: Image
-    meta: Mapping[str, tuple[str, ...]]
+    first_meta: Meta
+    metas: dict[Stated, Meta] = field(default_factory=dict)
     n_images: int = 0
     low: float = math.inf
     high: float = -math.inf
     samples: list[NDArray[np.float64]] = field(default_factory=list)
-    phases: set[int] = field(default_factory=set)
+    moments: set[tuple[int, int]] = field(default_factory=set)
     contrasts: set[int] = field(default_factory=set)
     digest: Any = field(default_factory=hashlib.sha256)
+
+    @property
+    def meta(self) -> Meta:
+        """Attributes that stand for the series: of the first image that shows anything. An empty one knows no scale yet."""
+        return next(iter(self.metas.values()), self.first_meta)
 
     def add(self, image: Image) -> None:
         """Take one more image into account."""
         self.n_images += 1
-        self.phases.add(int(image.header["phase"]) + 65536 * int(image.header["repetition"]))
+        self.moments.add(moment(image.header))
+        meta = read_meta(image.attributes)
+        stated = stated_scaling(meta)
+        if stated not in self.metas and not _is_empty(image, meta):
+            self.metas[stated] = meta
         self.contrasts.add(int(image.header["contrast"]))
         self.digest.update(image.header.tobytes() + image.attributes.encode() + np.ascontiguousarray(image.data).tobytes())
         finite = image.data[np.isfinite(image.data)].astype(np.float64)
@@ -156,7 +178,7 @@ class Survey:
                 self.samples.append(finite[:: max(1, finite.size // SAMPLES_PER_IMAGE)])
 
 
-def first(meta: Mapping[str, tuple[str, ...]], *keys: str) -> str:
+def first(meta: Meta, *keys: str) -> str:
     """The first value of the first of ``keys`` that has one; else ""."""
     for key in keys:
         if meta.get(key, ("",))[0]:
@@ -164,13 +186,31 @@ def first(meta: Mapping[str, tuple[str, ...]], *keys: str) -> str:
     return ""
 
 
-def number(meta: Mapping[str, tuple[str, ...]], *keys: str) -> float | None:
+def number(meta: Meta, *keys: str) -> float | None:
     """As `first`, as a finite number; ``None`` where it is none."""
     try:
         value = float(first(meta, *keys))
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+def moment(header: Any) -> tuple[int, int]:
+    """Where an image stands in time: repetition, and phase within it."""
+    return int(header["repetition"]), int(header["phase"])
+
+
+def stated_scaling(meta: Meta) -> Stated:
+    """Equal for images whose pixels mean the same."""
+    return tuple(first(meta, key) for key in _SCALING_KEYS)
+
+
+def _is_empty(image: Image, meta: Meta) -> bool:
+    """Whether nothing but pixels without a value, or zeros, is in it."""
+    nothing = number(meta, "PixelPaddingValue") if image.data.dtype.kind in "iu" else None
+    if nothing is None and number(meta, "RescaleIntercept") and image.data.dtype.kind in "iu":
+        return False
+    return not (image.data != (nothing or 0)).any()
 
 
 def parts(images: Iterable[Image]) -> Iterator[Image]:
@@ -206,8 +246,14 @@ def survey(images: Iterable[Image]) -> dict[int, Survey]:
     return found
 
 
-def plan_pixels(seen: Survey) -> PixelPlan:
-    """How the pixels of a series are stored, from what was seen of it."""
+def plan_pixels(seen: Survey) -> dict[Stated, PixelPlan]:
+    """How the pixels of a series are stored, from what was seen of it: the first plan holds for the series, the others for
+    images that state another scaling than its first."""
+    stated = seen.metas or {stated_scaling(seen.first_meta): seen.first_meta}
+    return {key: _plan(replace(seen, metas={key: meta})) for key, meta in stated.items()}
+
+
+def _plan(seen: Survey) -> PixelPlan:
     kind, width = seen.image.data.dtype.kind, seen.image.data.dtype.itemsize
     quantitative = "Quantitative" in seen.meta.get("DataRole", ())
     role = first(seen.meta, "GADGETRON_DataRole", "QuantityName").upper() if quantitative else ""
@@ -244,6 +290,8 @@ def _codes_plan(seen: Survey, role: str, phase: bool) -> PixelPlan:
     if slope:
         base = intercept or 0.0
         mapping = _phase_mapping(slope, base, last) if phase and not role else _map_mapping(meta, role, slope, base, last)
+        if common.get("padding") == 0:
+            mapping = replace(mapping, first=1)  # what has no value is not mapped to one
         return PixelPlan(**common, rescale=(slope, base), real_world=mapping)
     if ratio:
         return PixelPlan(**common, real_world=_signal(1 / ratio, 0.0 - (offset or 0.0) / ratio, last))
@@ -257,7 +305,7 @@ def _float_map_plan(seen: Survey, role: str) -> PixelPlan:
     scaling = _fitting_scaling(seen, 1.0, step, signed=known is not None and known.signed)
     rescale = (scaling.slope, scaling.intercept)
     window = _meta_window(seen.meta, "WindowCenter", "WindowWidth")
-    mapping = _map_mapping(seen.meta, role, *rescale, LAST_CODE)
+    mapping = replace(_map_mapping(seen.meta, role, *rescale, LAST_CODE), first=scaling.first)
     return PixelPlan(16, scaling=scaling, rescale=rescale, real_world=mapping, window=window, padding=0, role=role)
 
 
@@ -281,19 +329,28 @@ def _phase_mapping(slope: float, intercept: float, last: int) -> RealWorld:
     return RealWorld(slope / PHASE_UNITS_PER_RADIAN, intercept / PHASE_UNITS_PER_RADIAN, RADIAN, None, last=last)
 
 
-def _map_mapping(meta: Mapping[str, tuple[str, ...]], role: str, slope: float, intercept: float, last: int) -> RealWorld:
+def _map_mapping(meta: Meta, role: str, slope: float, intercept: float, last: int) -> RealWorld:
     unit = first(meta, "QuantityUnit")
     known = {display.role.upper(): display for display in MAP_DISPLAYS.values()}.get(role)
     if not unit and known is not None:
         unit = known.unit
     arbitrary = (known is not None and known.arbitrary) or (unit not in UNITS and unit != "")
-    code, factor = (ARBITRARY, 1.0) if arbitrary else UNITS.get(unit, (NO_UNIT, 1.0))
+    # a power of 1000 in place of a unit: of the images' own, in which they are measured as well
+    code, factor = (ARBITRARY, _power(unit)) if arbitrary else UNITS.get(unit, (NO_UNIT, 1.0))
     plain = role.removesuffix(DEVIATION_SUFFIX)
     deviation = plain != role and plain in QUANTITIES
     quantity = QUANTITIES.get(plain if deviation else role)
     return RealWorld(slope * factor, intercept * factor, code, quantity, deviation, last=last)
 
 
-def _meta_window(meta: Mapping[str, tuple[str, ...]], center: str, width: str) -> Window | None:
+def _power(unit: str) -> float:
+    try:
+        power = float(unit)
+    except ValueError:
+        return 1.0
+    return power if math.isfinite(power) and power > 0 else 1.0
+
+
+def _meta_window(meta: Meta, center: str, width: str) -> Window | None:
     c, w = number(meta, center), number(meta, width)
     return None if c is None or w is None or w < 1 else Window(round(c), round(w))

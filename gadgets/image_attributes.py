@@ -28,6 +28,9 @@ SATURATION_TIME = "GADGETRON_TS"  # ms
 PREVIEW_KEY = "ReconPreview"
 """Attribute of images that others of the same scan will replace; its value is the chain of those."""
 
+PLANES_KEY = "ReconPlanes"
+"""Attribute of a slab of which only some planes are kept, for the monitor's page: their numbers."""
+
 MAX_COMMENT = 200  # characters of one comment: consoles join all of them into one DICOM text
 MAX_COMMENTS = 1000  # characters of all comments together
 
@@ -176,7 +179,9 @@ def is_preview(attributes: str) -> bool:
 def map_comment(display: MapDisplay, scaling: Scaling | None) -> str:
     """Gadgetron's way to state a scaling, for example ``T1_x1_1ms``: codes per unit, then units per code."""
     slope = 1.0 if scaling is None else scaling.slope
-    return f"{display.role}_x{1 / slope:g}_{slope:g}{display.unit}"
+    unit = display.unit.removeprefix("1") if display.unit.startswith("1/") else display.unit
+    times = "x" if unit[:1].isdigit() else ""  # 2 and 1e-3 are 2x1e-3, which is no 21e-3
+    return f"{display.role}_x{1 / slope:g}_{slope:g}{times}{unit}"
 
 
 def saturation_comment(count: int, total: int) -> tuple[str, ...]:

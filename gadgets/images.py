@@ -41,6 +41,7 @@ from gadgets.windows import (
     PHASE_SCALING,
     PHASE_UNITS_PER_RADIAN,
     PHASE_WINDOW,
+    USUAL_BITS,
     magnitude_scaling,
     magnitude_window,
     map_display,
@@ -55,7 +56,7 @@ from recon_core.types import ImageSeries, ParameterMap, Result, ScanInfo
 
 Comments = tuple[str, ...]
 
-DEFAULT_BITS = 12
+DEFAULT_BITS = USUAL_BITS
 MAX_IMAGE_INDEX = 65535
 MAX_CLIPPED = 1e-3
 """Fraction of a slice's pixels that may be clipped by the scale of its series before a new series is begun."""
@@ -307,9 +308,10 @@ class ImageWriter:
         broken = int(np.count_nonzero(valid & ~np.isfinite(values)))
         valid = valid & np.isfinite(values)
         stored_as = np.dtype("<u2" if self.settings.map_pixel_type == "uint16" else "<f4")
+        bits = self.bits if stored_as.kind == "u" else DEFAULT_BITS
 
         def begin(number: int) -> Series:
-            display = map_display(parameter.name, parameter.unit, values[valid], self.header.field_strength)
+            display = map_display(parameter.name, parameter.unit, values[valid], self.header.field_strength, bits)
             window = display.window or percentile_window(values[valid] * display.factor)
             label = self._label(display.role, "")
             if stored_as.kind == "f":
@@ -329,7 +331,7 @@ class ImageWriter:
         else:
             frame[0], beyond = scaling.encode(shown, valid)
             if (display.adaptive or display.arbitrary) and beyond > MAX_CLIPPED * valid.sum():
-                wider = map_display(parameter.name, parameter.unit, values[valid], self.header.field_strength)
+                wider = map_display(parameter.name, parameter.unit, values[valid], self.header.field_strength, bits)
                 if wider.slope / wider.factor > display.slope / display.factor:
                     chosen = self._series("map", parameter.name, frame.shape, stored_as, begin, fresh=True)
                     display, scaling = chosen.display, chosen.scaling

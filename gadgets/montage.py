@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gadgets.errors import MalformedText
+from gadgets.image_attributes import PLANES_KEY
 from gadgets.image_file import image_groups, read_images
 from gadgets.meta import read_meta
 from gadgets.wire.events import Image
@@ -69,7 +70,7 @@ def write_montages(source: Path | str | Iterable[Image], out_dir: Path | str, *,
             label = _first(metas[0], "SequenceDescriptionAdditional", "GADGETRON_SeqDescription").strip("_")
             name = "_".join(part for part in (prefix, f"series{number:03d}", label) if part)
             path = folder / f"{re.sub('[^A-Za-z0-9_.-]+', '-', name)}.png"
-            _draw(series, metas, label or f"series {number}", path)
+            _draw(series, spokesman(series) or series[0], label or f"series {number}", path)
             written.append(path)
     return written
 
@@ -130,7 +131,18 @@ def display_values(image: Image) -> NDArray[np.float32]:
     return values
 
 
-def _draw(series: Sequence[Image], metas: Sequence[dict[str, tuple[str, ...]]], label: str, path: Path) -> None:
+def spokesman(images: Iterable[Image]) -> Image | None:
+    """The image whose scale and window stand for a series: the first on which there is anything. An empty map has neither."""
+    first = None
+    for image in images:
+        first = image if first is None else first
+        values = display_values(image)
+        if (np.isfinite(values) & (values != 0)).any():
+            return image
+    return first
+
+
+def _draw(series: Sequence[Image], spoken: Image, label: str, path: Path) -> None:
     # imported here: matplotlib takes half a second, and who only wants the words should not wait for it
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -140,7 +152,7 @@ def _draw(series: Sequence[Image], metas: Sequence[dict[str, tuple[str, ...]]], 
         planes = [planes[i] for i in np.unique(np.linspace(0, len(planes) - 1, MAX_TILES).round().astype(int))]
     shown = {n: display_values(series[n]) for n in {n for n, _ in planes}}
     tiles = np.stack([shown[n][z] for n, z in planes])
-    look = _look(series[0], metas[0], label, tiles)
+    look = _look(spoken, _meta(spoken), label, tiles)
 
     dx, dy = (float(series[0].header["field_of_view"][i]) / tiles.shape[2 - i] or 1.0 for i in (0, 1))
     height, width = tiles.shape[1] * dy, tiles.shape[2] * dx
@@ -160,14 +172,15 @@ def _draw(series: Sequence[Image], metas: Sequence[dict[str, tuple[str, ...]]], 
         sheet, cmap=look.colour_map, vmin=look.limits[0], vmax=look.limits[1], aspect=dy / dx, interpolation="nearest"
     )
     axes.set_axis_off()
-    axes.set_title(f"{look.title}\n{look.caption}", color="white", fontsize=9)
+    # plain text: a dollar sign in a label of another program is no formula
+    axes.set_title(f"{look.title}\n{look.caption}", color="white", fontsize=9, parse_math=False)
     if len(tiles) > 1:
         for n, (text, _) in enumerate(zip(_tile_labels(series, planes), tiles, strict=True)):
             r, c = divmod(n, columns)
             axes.text(c * tiles.shape[2], r * tiles.shape[1], text, color="yellow", fontsize=6, va="top", ha="left")
     if look.colour_bar:
         bar = figure.colorbar(drawn, ax=axes, shrink=0.9)
-        bar.set_label(look.unit, color="white")
+        bar.set_label(look.unit, color="white", parse_math=False)
         bar.ax.tick_params(colors="white", labelsize=7)
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
@@ -204,7 +217,8 @@ def _tile_labels(series: Sequence[Image], planes: Sequence[tuple[int, int]]) -> 
     for n, z in planes:
         words = [f"{word} {int(series[n].header[key])}" for key, word in varying]
         if series[n].data.shape[1] > 1:
-            words.append(f"z {z}")
+            kept = _meta(series[n]).get(PLANES_KEY, ())
+            words.append(f"z {kept[z] if z < len(kept) else z}")
         labels.append(" ".join(words))
     return labels
 

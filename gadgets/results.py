@@ -237,20 +237,25 @@ def queue_images(folder: Path, capture: Path, archives: Archives, scan: str) -> 
     """
     made, problem = folder / "dicom", ""
     try:
-        from gadgets.dicom import convert
+        from gadgets.dicom import NO_PATIENT, convert
         from gadgets.dicom_identity import read_header_text
         from gadgets.pacs_queue import Queue
 
         shutil.rmtree(made, ignore_errors=True)
         header = read_header_text(capture)
         try:
-            files = convert(folder / IMAGES, made, header=header, parametric_maps=archives.parametric_maps).files
+            converted = convert(folder / IMAGES, made, header=header, parametric_maps=archives.parametric_maps)
+            files = converted.files
+            problem = f"Parametric Maps: {'; '.join(converted.unmade)}" if converted.unmade else ""
         except Exception as error:
             if not archives.parametric_maps:
                 raise
             # the classic images go in any case; what stands in their way as well is said instead
             problem = f"Parametric Maps: {_told(error)}"
-            files = convert(folder / IMAGES, made, header=header).files
+            converted = convert(folder / IMAGES, made, header=header)
+            files = converted.files
+        if NO_PATIENT in converted.notes:  # recon pacs send would refuse them; here nobody can be asked
+            log.warning("event=archive_without_patient job=%s objects=%d", scan, len(files))
         queue = Queue(archives.queue)
         for destination in archives.destinations:
             queue.put(files, destination, Passage(scan, str(destination), len(set(archives.destinations))))

@@ -168,6 +168,7 @@ SYNONYMS = {
     "qsmsd": "chisd",
 }
 
+USUAL_BITS = 12
 T1_WINDOW_3T = Window(1600, 1600)
 FIELD_3T = 2.2  # T; above it the longer T1 of 3 T systems is expected
 
@@ -181,7 +182,9 @@ def map_key(name: str) -> str:
     return SYNONYMS.get(plain, plain)
 
 
-def map_display(name: str, unit: str, values: NDArray[np.floating], field_strength: float | None) -> MapDisplay:
+def map_display(
+    name: str, unit: str, values: NDArray[np.floating], field_strength: float | None, bits: int = USUAL_BITS
+) -> MapDisplay:
     """How a map is stored and shown.
 
     Parameters
@@ -193,6 +196,8 @@ def map_display(name: str, unit: str, values: NDArray[np.floating], field_streng
         adaptive one has to be widened.
     field_strength
         T; only the window of T1 depends on it, and an unknown one is shown as at 1.5 T.
+    bits
+        Of the codes. More than the usual 12 hold more at the same step; with fewer every quantity is adaptive.
 
     Raises
     ------
@@ -200,24 +205,24 @@ def map_display(name: str, unit: str, values: NDArray[np.floating], field_streng
         A known quantity in a unit that is not the one methods have to deliver it in.
     """
     known = MAP_DISPLAYS.get(map_key(name))
-    display = _generic_display(name, unit, values) if known is None else known
+    display = _generic_display(name, unit, values, bits) if known is None else known
     if display.si_unit != unit and not (display.si_unit == "1" and unit == ""):
         raise DataError("map in an unexpected unit", where=f"map {name}", got=repr(unit), expected=repr(display.si_unit))
     if display.role == "T1" and field_strength is not None and field_strength > FIELD_3T:
         display = replace(display, window=T1_WINDOW_3T)
     if display.arbitrary:
-        return _own_unit(display, values)
-    if display.adaptive and values.size:
+        return _own_unit(display, values, bits)
+    if (display.adaptive or bits < USUAL_BITS) and values.size:
         # the percentile: a few wild pixels at an edge must not cost everybody else's resolution
         peak = _percentiles(np.abs(values), (99.9,))[0] * display.factor
-        slope, last = display.slope, 2047 if display.signed else 4095
+        slope, last = display.slope, 2 ** (bits - 1 if display.signed else bits) - 1
         while peak > slope * last and slope < 16 * display.slope:
             slope *= 2
-        display = replace(display, slope=slope)
+        display = replace(display, slope=slope, adaptive=True)
     return display
 
 
-def _own_unit(display: MapDisplay, values: NDArray[np.floating]) -> MapDisplay:
+def _own_unit(display: MapDisplay, values: NDArray[np.floating], bits: int) -> MapDisplay:
     """The images' own unit, or thousandths or thousands of it: the peak lies between 100 and 100 000, where integers are fine
     enough for a window. The slope is a power of two that leaves later slices at least twice as much room."""
     peak = _percentiles(np.abs(values), (99.9,))[0] if values.size else 0.0
@@ -230,18 +235,18 @@ def _own_unit(display: MapDisplay, values: NDArray[np.floating]) -> MapDisplay:
         display,
         unit="" if power == 0 else f"1e{-3 * power}",
         factor=factor,
-        slope=2.0 ** math.ceil(math.log2(2 * peak * factor / 4095)),
+        slope=2.0 ** math.ceil(math.log2(2 * peak * factor / (2**bits - 1))),
         window=integer_window(0.0, top),
     )
 
 
-def _generic_display(name: str, unit: str, values: NDArray[np.floating]) -> MapDisplay:
+def _generic_display(name: str, unit: str, values: NDArray[np.floating], bits: int) -> MapDisplay:
     shown, factor = GENERIC_UNITS.get(unit, (unit, 1.0))
     low, high = (float(values.min()) * factor, float(values.max()) * factor) if values.size else (0.0, 1.0)
     signed = low < 0
     peak = max(abs(low), abs(high)) * (2 if signed else 1)
     # a power of ten, with at least a factor of two left for the slices to come
-    slope = 10.0 ** math.ceil(math.log10(2 * peak / 4095)) if peak > 0 else 1.0
+    slope = 10.0 ** math.ceil(math.log10(2 * peak / (2**bits - 1))) if peak > 0 else 1.0
     role = "".join(c for c in name.upper().replace("*", "STAR") if c.isalnum() or c == "_")[:16]
     return MapDisplay(role or "MAP", unit, shown, factor, slope, signed=signed)
 

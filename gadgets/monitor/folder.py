@@ -77,7 +77,10 @@ class Status:
 
 @dataclass(frozen=True)
 class Job:
-    """One scan as the page lists it. ``started`` in seconds since the epoch, ``seconds`` from the first byte to now or to the end."""
+    """One scan as the page lists it. ``started`` in seconds since the epoch, ``seconds`` from the first byte to now or to the end.
+
+    ``watched``: a running server says how far it is.
+    """
 
     id: str
     chain: str
@@ -92,6 +95,7 @@ class Job:
     n_warnings: int = 0
     fallback: str = ""
     why: str = ""
+    watched: bool = False
 
     @property
     def is_over(self) -> bool:
@@ -271,14 +275,14 @@ def merged(id: str, row: JobRow | None, live: Mapping[str, Any] | None) -> Job:
     state = row.state if row is not None and (over or live is None) else str(said.get("state", "received"))
     if state not in STATES:  # a capture that was cut short
         state = "failed"
-    first = begun(id)
+    started = _begun_at(row, begun(id))
     ended = row.finished if row is not None and row.finished else None
     return Job(
         id=id,
         chain=str(said.get("chain") or (row.chain if row is not None else "")),
         state=state,
-        started=first,
-        seconds=max(0.0, ended - _begun_at(row, first)) if ended else number(said.get("seconds")),
+        started=started,
+        seconds=max(0.0, ended - started) if ended else number(said.get("seconds")),
         n_readouts=int(number(said.get("readouts"))) or (row.n_readouts if row is not None else 0),
         n_images=row.n_images if over and row is not None else int(number(said.get("images"))),
         n_bytes=int(number(said.get("bytes"))),
@@ -287,6 +291,7 @@ def merged(id: str, row: JobRow | None, live: Mapping[str, Any] | None) -> Job:
         n_warnings=len(row.warnings) if over and row is not None else int(number(said.get("warnings"))),
         fallback=row.fallback if row is not None else "",
         why=row.why if row is not None else "",
+        watched=live is not None,
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from gadgets.handlers import PREVIEW_SERIES
 from gadgets.monitor.files import IMAGE_FILE, folder_of, is_job_id
-from gadgets.montage import caption, write_montages, write_thumbnail
+from gadgets.montage import caption, spokesman, write_montages, write_thumbnail
 from gadgets.scratch import SCRATCH_PREFIX
 from gadgets.wire.events import Image
 from gadgets.wire.framing import FrameParser
@@ -31,7 +31,7 @@ THUMBNAIL_PIXELS = 160
 
 @dataclass(frozen=True)
 class Picture:
-    """One series of a job. ``version`` changes with its images."""
+    """One series of a job. ``version`` changes with its images. ``n_images`` are kept for the page, of ``n_sent`` (0: not known)."""
 
     series: int
     label: str
@@ -42,6 +42,14 @@ class Picture:
     is_map: bool
     is_preview: bool
     version: str
+    n_sent: int = 0
+
+    @property
+    def count(self) -> str:
+        """How many images, in words."""
+        if self.n_sent > self.n_images:
+            return f"{self.n_images} of {self.n_sent} images"
+        return "one image" if self.n_images == 1 else f"{self.n_images} images"
 
     @property
     def words(self) -> str:
@@ -49,8 +57,7 @@ class Picture:
         what = f"map of {self.quantity}" if self.is_map else "preview images" if self.is_preview else "images"
         unit = f" in {self.unit}" if self.unit else ""
         window = f", window {self.window}{f' {self.unit}' if self.unit else ''}" if self.window else ""
-        count = "one image" if self.n_images == 1 else f"{self.n_images} images"
-        return f"{self.label}: {what}{unit}, {count}{window}"
+        return f"{self.label}: {what}{unit}, {self.count}{window}"
 
 
 class Gallery:
@@ -135,7 +142,7 @@ class Gallery:
     def _picture(self, job: str, series: int, files: list[Path]) -> Picture | None:
         key = (job, series, _version(files))
         if key not in self._captions:
-            image = next(_images(files), None)
+            image = spokesman(_images(files))
             if image is None:
                 return None
             said = caption(image)
@@ -156,7 +163,12 @@ class Gallery:
 
 
 def _version(files: list[Path]) -> str:
-    return hashlib.blake2b(" ".join(path.name for path in files).encode(), digest_size=6).hexdigest()
+    """Another one when a job that is made again writes the same names."""
+    said = []
+    for path in files:
+        with contextlib.suppress(OSError):
+            said.append(f"{path.name} {path.stat().st_mtime_ns}")
+    return hashlib.blake2b(" ".join(said).encode(), digest_size=6).hexdigest()
 
 
 def _images(files: list[Path]) -> Iterator[Image]:

@@ -15,19 +15,45 @@ from typing import Any
 import numpy as np
 
 from gadgets.capture import write_sidecar
-from gadgets.monitor.files import LOG_FILE, TOLD_FILE, begun, image_name, job_of
+from gadgets.image_attributes import PLANES_KEY
+from gadgets.meta import read_meta, write_meta
+from gadgets.monitor.files import IMAGE_FILE, LOG_FILE, TOLD_FILE, begun, image_name, job_of
 from gadgets.progress import read_progress_line
 from gadgets.scan_log import ScanLog
-from gadgets.wire.dtypes import IMAGE_HEADER
+from gadgets.wire import codec
+from gadgets.wire.dtypes import DATA_TYPES, IMAGE_HEADER
+from recon_core.errors import ReconError
 
 MAX_PER_SERIES = 24
 """Images of a series that are kept for the page. When there are more, every second one goes: they stay evenly spread."""
 
-MAX_IMAGE_BYTES = 64 << 20  # of one scan
+MAX_IMAGE_BYTES = 64 << 20  # of one scan; images leave half of it to the maps, which come after them
+MAX_PLANES = 48
+"""Of a slab: as many as a montage shows."""
+
 MAX_SERIES = 64
 MAX_LINES = 500  # of a scan's log; the beginning is worth most
 MAX_WARNINGS = 100
 MAX_TEXT = 500
+
+
+_ATTRIBUTES = 2 + IMAGE_HEADER.itemsize + 8  # where they begin in a message
+
+
+def fewer_planes(message: bytes | memoryview) -> bytes | memoryview:
+    """The same image with at most `MAX_PLANES` planes, evenly chosen, first and last included; `PLANES_KEY` says which."""
+    head = np.frombuffer(message, IMAGE_HEADER, count=1, offset=2)[0]
+    x, y, n_planes = (int(n) for n in head["matrix_size"])
+    if n_planes <= MAX_PLANES:
+        return message
+    end = _ATTRIBUTES + int(head["attribute_string_len"])
+    try:
+        meta = read_meta(memoryview(message)[_ATTRIBUTES:end].tobytes().decode())
+        pixels = np.frombuffer(message, DATA_TYPES[int(head["data_type"])], offset=end).reshape(-1, n_planes, y, x)
+    except (ReconError, ValueError, KeyError):  # a scan is none the worse for it
+        return message
+    kept = np.unique(np.linspace(0, n_planes - 1, MAX_PLANES).round().astype(int))
+    return codec.image(head, write_meta({**meta, PLANES_KEY: [int(n) for n in kept]}), pixels[:, kept])
 
 
 class JobRecorder:
@@ -97,6 +123,12 @@ class JobRecorder:
         """One encoded image on its way to the peer."""
         self.seconds.setdefault("first_image", time.monotonic() - self._received)
         head = np.frombuffer(message, IMAGE_HEADER, count=1, offset=2)[0]
+        message, room = fewer_planes(message), MAX_IMAGE_BYTES
+        if (
+            b"Quantitative"
+            not in memoryview(message)[_ATTRIBUTES : _ATTRIBUTES + int(head["attribute_string_len"])].tobytes()
+        ):
+            room //= 2
         series = int(head["image_series_index"])
         number = self._n_images[series] = self._n_images.get(series, 0) + 1
         with self._lock:
@@ -104,7 +136,7 @@ class JobRecorder:
             if chosen is None and len(self._kept_images) < MAX_SERIES:
                 chosen = self._kept_images[series] = _Thinned()
             wanted = chosen is not None and chosen.wants(number)
-            if wanted and self._image_bytes + len(message) > MAX_IMAGE_BYTES:
+            if wanted and self._image_bytes + len(message) > room:
                 wanted = False
                 self._left_out += 1
             if wanted:
@@ -166,6 +198,9 @@ class JobRecorder:
         folder = self.folder
         if not self._written:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for path in folder.iterdir():  # of a server that died at it: what it had begun may not come again
+                if IMAGE_FILE.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
         for series, number, message in images:
             if room:
                 self._write_image(folder, series, number, message)

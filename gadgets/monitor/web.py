@@ -9,6 +9,7 @@ import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -103,12 +104,13 @@ class Pages:
     def job(self, request: Request) -> Response:
         """Everything about one job."""
         details = self._details(request)
+        sent = dict(details.series)
         return self._page(
             "job.html",
             details=details,
             job=details.job,
             row=details.row,
-            pictures=self.gallery.of(details.job.id),
+            pictures=[replace(p, n_sent=sent.get(p.series, 0)) for p in self.gallery.of(details.job.id)],
             slices=[(part, _charts(part)) for part in details.quality],
             version=_version(self._one(details.job.id)),
         )
@@ -276,6 +278,8 @@ def progress_words(job: Job) -> str:
         return f"{job.n_readouts} readouts, {health.size(job.n_bytes)}"
     if job.state == "received":
         return "waits"
+    if not job.watched:
+        return "no server says how far it is"
     left = f", about {job.left} left" if job.left else ""
     return f"{100 * job.fraction:.0f} %{left}"
 

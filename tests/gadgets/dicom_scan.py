@@ -23,7 +23,7 @@ SPAN = {
     "T1": (0.2, 3.0),
     "T1SD": (0.01, 0.3),
     "R2*": (5.0, 300.0),
-    "chi": (-0.9, 0.9),
+    "chi": (-1.9, 1.9),  # beyond +-1023 ppb: the first slice with values decides on the step
     "M0": (1e-6, 5e-5),
     "field": (-90.0, 90.0),
 }
@@ -72,10 +72,10 @@ def header_text(
 
 def scan(
     *, integers: bool = True, planes: int = 1, slices: int = 2, states: int = 2, seed: int = 0, preview: bool = False,
-    maps: tuple[str, ...] = tuple(SPAN), asked: str = "llr_t1", times: str = "inversion_times",
+    maps: tuple[str, ...] = tuple(SPAN), asked: str = "llr_t1", times: str = "inversion_times", empty: int = 0,
 ) -> Scan:  # fmt: skip
     """A smooth disc in a dark field, with another brightness in each state, and maps inside it; where another chain was ``asked``
-    for, ``llr_t1`` stood in for it.
+    for, ``llr_t1`` stood in for it. In the first ``empty`` slices no map has a value.
     """
     rng = np.random.default_rng(seed)
     matrix = (planes, 24, 40)
@@ -96,8 +96,9 @@ def scan(
         found = []
         for name in maps:
             low, high = SPAN[name]
-            values = np.where(inside, rng.uniform(low, high, matrix), 0.0).astype(np.float32)
-            found.append(ParameterMap(name, torch.from_numpy(values), UNIT[name], torch.from_numpy(inside.copy())))
+            valid = inside & (position >= empty)
+            values = np.where(valid, rng.uniform(low, high, matrix), 0.0).astype(np.float32)
+            found.append(ParameterMap(name, torch.from_numpy(values), UNIT[name], torch.from_numpy(valid)))
             truth[name].append(values)
         info = ScanInfo(
             matrix, fov, matrix, fov, slice_index=position, state_counters=tuple({"phase": s} for s in range(states)),

@@ -37,7 +37,14 @@ from tests.gadgets.dicom_scan import PATIENT, PATIENT_ID, header_text, scan
 DATA = Path(__file__).parent.parent / "data" / "gadgetron-reference"
 CONSOLE = {"T1": 1e3, "T1SD": 1e3, "R2*": 1.0, "chi": 1e3, "field": 1.0}
 """SI unit -> the unit that viewers show."""
-CODED = {"T1": ("ms", 1e3), "T1SD": ("ms", 1e3), "R2*": ("/s", 1.0), "chi": ("ppm", 1.0), "field": ("Hz", 1.0)}
+CODED = {
+    "T1": ("ms", 1e3),
+    "T1SD": ("ms", 1e3),
+    "R2*": ("/s", 1.0),
+    "chi": ("ppm", 1.0),
+    "field": ("Hz", 1.0),
+    "M0": ("[arb'U]", 1.0),
+}
 ROLE = {"T1": "T1", "T1SD": "T1SD", "R2*": "R2STAR", "chi": "QSM", "M0": "M0", "field": "FREQMAP"}
 
 
@@ -50,16 +57,18 @@ def by_series(folder: Path) -> dict[str, list[Dataset]]:
 
 
 def real_world(dataset: Dataset) -> tuple[NDArray[np.float64], float]:
-    """What the mapping says, and its step."""
+    """What the mapping says, and its step. It holds for all pixels with a value and, of a map, for no other."""
     mapping = dataset.RealWorldValueMappingSequence[0]
-    assert mapping.RealWorldValueFirstValueMapped <= dataset.pixel_array.min()
+    mapped = dataset.pixel_array >= mapping.RealWorldValueFirstValueMapped
+    assert (mapped == (dataset.pixel_array != dataset.get("PixelPaddingValue", -1))).all()
     assert mapping.RealWorldValueLastValueMapped >= dataset.pixel_array.max()
     return dataset.pixel_array * mapping.RealWorldValueSlope + mapping.RealWorldValueIntercept, mapping.RealWorldValueSlope
 
 
 @pytest.mark.parametrize("integers", [True, False])
 def test_values_are_within_half_a_step(tmp_path: Path, integers: bool) -> None:
-    known = scan(integers=integers)
+    """Also where the slice that was sent first has no value, and so no scale of its own."""
+    known = scan(integers=integers, empty=1)
     convert(known.write(tmp_path / "images.h5"), tmp_path / "out", header=known.header)
     series = by_series(tmp_path / "out")
 
@@ -71,15 +80,16 @@ def test_values_are_within_half_a_step(tmp_path: Path, integers: bool) -> None:
     for truth, dataset in zip(known.images.reshape(-1, 24, 40), series["llr_t1_phase"], strict=True):
         values, step = real_world(dataset)
         assert np.abs(np.angle(np.exp(1j * (values - np.angle(truth))))).max() <= 0.5001 * step
-    for name in CONSOLE:
+    for name, (unit, factor) in CODED.items():
         for truth, dataset in zip(known.maps[name][:, 0], series[f"llr_t1_{ROLE[name]}"], strict=True):
             shown = dataset.pixel_array * float(dataset.RescaleSlope) + float(dataset.RescaleIntercept)
             valid = truth != 0
-            assert np.abs(shown - truth * CONSOLE[name])[valid].max() <= 0.5001 * dataset.RescaleSlope
+            if name in CONSOLE:
+                assert np.abs(shown - truth * CONSOLE[name])[valid].max(initial=0) <= 0.505 * dataset.RescaleSlope
             assert (dataset.pixel_array[~valid] == dataset.PixelPaddingValue).all()
-            unit, factor = CODED[name]
             values, step = real_world(dataset)
-            assert np.abs(values - truth * factor)[valid].max() <= 0.5001 * step
+            assert np.abs(values - truth * factor)[valid].max(initial=0) <= 0.505 * step
+            assert step < np.ptp(known.maps[name] * factor) / 200
             assert dataset.RealWorldValueMappingSequence[0].MeasurementUnitsCodeSequence[0].CodeValue == unit
 
 
@@ -154,23 +164,63 @@ def test_the_validator_finds_no_error(tmp_path: Path) -> None:
             assert said and not [line for line in said if line.startswith("Error")], "\n".join(said)
 
 
-def test_a_parametric_map_says_the_same_as_the_classic_images(tmp_path: Path) -> None:
-    known = scan(maps=("chi",), integers=True)
+@pytest.mark.parametrize(("name", "signed", "factor"), [("chi", False, 1), ("chi", True, 1), ("T1SD", False, 1e3)])
+def test_a_parametric_map_says_the_same_as_the_classic_images(
+    tmp_path: Path, name: str, signed: bool, factor: float
+) -> None:
+    known = scan(maps=(name,), integers=True, states=1)
+    if signed:  # as other programs store susceptibilities
+        known.events[:] = [centred(event) if "Quantitative" in event.attributes else event for event in known.events]
     convert(known.write(tmp_path / "images.h5"), tmp_path / "out", header=known.header, parametric_maps=True)
     (path,) = (tmp_path / "out").glob("*_parametric_map/*.dcm")
     made = pydicom.dcmread(path)
     mapping = made.SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence[0]
+    quantities = [item.ConceptCodeSequence[0].CodeMeaning for item in mapping.QuantityDefinitionSequence]
+    assert quantities == (["T1", "Standard Deviation"] if name == "T1SD" else ["Magnetic Susceptibility"])
     # frames are in the order of their places, not of their instance numbers
     classic = {
         tuple(d.ImagePositionPatient): int(d.InstanceNumber)
-        for d in by_series(tmp_path / "out")["llr_t1_QSM"]
+        for d in by_series(tmp_path / "out")[f"llr_t1_{ROLE[name]}"]
         if "NumberOfFrames" not in d
     }
     places = [tuple(f.PlanePositionSequence[0].ImagePositionPatient) for f in made.PerFrameFunctionalGroupsSequence]
-    truth = np.stack([known.maps["chi"][classic[place] - 1, 0] for place in places])
+    truth = factor * np.stack([known.maps[name][classic[place] - 1, 0] for place in places])
     values = made.pixel_array * mapping.RealWorldValueSlope + mapping.RealWorldValueIntercept
     assert np.abs(values - truth)[truth != 0].max() <= 0.5001 * mapping.RealWorldValueSlope
     assert made.PatientName == PATIENT and int(made.NumberOfFrames) == 2 == len(set(places))
+
+
+def centred(image: Image) -> Image:
+    """The same map in signed codes, whose zero is the value zero."""
+    header = image.header.copy()
+    header["data_type"] = 2
+    text = re.sub(
+        "<name>(RescaleIntercept|GADGETRON_ScaleOffset|PixelPaddingValue)</name>", "<name>was</name>", image.attributes
+    )
+    return Image(0, header, text, (image.data.astype(np.int32) - 2048).astype("<i2"))
+
+
+def test_a_map_that_cannot_be_a_parametric_map_costs_no_other_image(tmp_path: Path) -> None:
+    known = scan(maps=("T1",), slices=1, states=1)
+    images, (map_,) = known.events[:-1], known.events[-1:]
+    again, unscaled, other = map_.header.copy(), map_.header.copy(), map_.header.copy()
+    again["image_index"], again["repetition"] = 2, 1
+    unscaled["image_series_index"], other["image_series_index"] = 21, 22
+    nameless = re.sub("<name>(RescaleSlope|GADGETRON_ScaleRatio)</name>", "<name>was</name>", map_.attributes)
+    doubled = map_.attributes.replace(
+        "<name>RescaleSlope</name>\n\t\t<value>1.0", "<name>RescaleSlope</name>\n\t\t<value>2.0"
+    )
+    further = other.copy()
+    further["image_index"], further["position"] = 2, map_.header["position"] + 8
+    known.events[:] = [*images, map_, Image(0, again, map_.attributes, map_.data), Image(0, unscaled, nameless, map_.data)]
+    known.events += [Image(0, other, map_.attributes, map_.data), Image(0, further, doubled, map_.data)]
+    made = convert(known.write(tmp_path / "images.h5"), tmp_path / "out", header=known.header, parametric_maps=True)
+    assert len(made.files) == len(known.events)
+    whys = ("several images at one place", "not a map", "images differ in scaling")
+    assert [why in said for why, said in zip(whys, made.unmade, strict=True)] == [True, True, True]
+    # classic images have a slope of their own
+    slopes = [pydicom.dcmread(path).RescaleSlope for path in made.files if "0322_" in str(path)]
+    assert slopes == [1, 2]
 
 
 def test_what_stands_in_says_so_in_every_object(tmp_path: Path) -> None:
@@ -205,6 +255,14 @@ def test_patient_study_and_series_come_from_the_header(tmp_path: Path) -> None:
     assert [int(d.TemporalPositionIdentifier) for d in cine] == [1, 2] * 3
     assert [float(d.InversionTime) for d in cine] == [100, 180] * 3
     assert list(cine[0].ScanningSequence) == ["IR", "GR"] and cine[0].EchoTime == 1.5
+    again = [Image(0, e.header.copy(), e.attributes, e.data) for e in known.events if e.header["image_series_index"] == 1]
+    for image in again:  # a second repetition of all phases
+        image.header["repetition"], image.header["image_index"] = 1, image.header["image_index"] + 6
+    known.events[:] = [e for e in known.events if e.header["image_series_index"] == 1] + again
+    convert(known.write(tmp_path / "twice.h5"), tmp_path / "twice", header=known.header)
+    twice = by_series(tmp_path / "twice")["llr_t1"]
+    assert [int(d.TemporalPositionIdentifier) for d in twice] == [1, 2] * 3 + [3, 4] * 3
+    assert twice[0].NumberOfTemporalPositions == 4
     t1 = by_series(tmp_path / "out")["llr_t1_T1"][0]
     assert list(t1.ImageType) == ["DERIVED", "PRIMARY", "T1 MAP", "T1"]
     assert (t1.WindowCenter, t1.WindowWidth, t1.RescaleType) == (1600, 1600, "US")
@@ -231,6 +289,27 @@ def test_images_of_a_saturation_recovery_name_their_delays_and_no_echo_is_guesse
 )
 def test_names_keep_their_letters_and_groups(name: str, kept: str | None) -> None:
     assert read_identity(header_text((1, 24, 40), name=name)).patient.get("PatientName") == kept
+
+
+@pytest.mark.parametrize(
+    ("study", "series", "offset"),
+    [
+        ("", "", None),
+        ("Z", "", None),
+        ("Z", "Z", "+0000"),
+        ("-05:30", "-05:30", "-0530"),
+        ("Z", "+01:00", None),
+        ("-00:00", None, "+0000"),
+    ],
+)
+def test_times_keep_their_zone(study: str, series: str | None, offset: str | None) -> None:
+    """One for all of them, as DICOM has it; none where they disagree."""
+    text = header_text((1, 24, 40)).replace("10:11:12", f"10:11:12{study}")
+    if series is not None:
+        text = text.replace("<patientPosition>", f"<seriesTime>10:20:30.5{series}</seriesTime><patientPosition>")
+    identity = read_identity(text)
+    assert identity.study["StudyTime"] == "101112" and identity.study.get("TimezoneOffsetFromUTC") == offset
+    assert identity.series.get("SeriesTime") == (None if series is None else "102030.5")
 
 
 def test_numbers_that_are_too_long_are_left_out_and_not_cut() -> None:
@@ -320,7 +399,7 @@ def test_images_of_a_job_s_folder_are_those_of_its_patient(
     assert f"patient and study from {capture}" in said and "EMPTY" not in said and PATIENT_ID not in said
 
 
-def test_it_is_said_when_nobody_can_tell_whose_images_these_are(tmp_path: Path) -> None:
+def test_it_is_said_when_nobody_can_tell_whose_images_these_are(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Copied out of the job's folder; or the capture has gone; or it names no patient."""
     known = scan(maps=())
     folder = tmp_path / "a.job"
@@ -335,6 +414,9 @@ def test_it_is_said_when_nobody_can_tell_whose_images_these_are(tmp_path: Path) 
     (tmp_path / "a.mrd").write_bytes(codec.config_file("llr_t1.xml") + codec.header(nameless) + codec.close())
     _, said = converted(folder / "images.h5", tmp_path / "nameless")
     assert "patient and study from" in said and "the MRD header names no patient" in said
+    archives = Archives((Destination("127.0.0.1", 104, "PACS"),), tmp_path / "pacs")
+    assert queue_images(folder, tmp_path / "a.mrd", archives, "scan-1").queued
+    assert f"event=archive_without_patient job=scan-1 objects={len(known.events)}" in caplog.text
 
 
 def test_a_capture_beside_that_is_none_is_an_error(tmp_path: Path) -> None:

@@ -238,6 +238,21 @@ def test_a_t1_map_reaches_the_console_in_milliseconds() -> None:
     assert "EchoTime" not in meta and image.image_series_index == 2 and image.image_index == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "unit", "value", "said"),
+    [
+        ("R2*", "1/s", 37.5, "R2STAR_x10_0.1/s"),
+        ("M0", "1", 2.5e-5, "M0_x0.0625_16x1e-9"),
+        ("chi", "ppm", 0.1, "QSM_x2_0.5ppb"),
+    ],
+)
+def test_the_scale_of_a_map_is_said_in_figures_that_do_not_run_together(
+    name: str, unit: str, value: float, said: str
+) -> None:
+    image = received(ImageWriter(mrd_header(), "mgre"), result(t1_map(value, name, unit)))[-1]
+    assert values(image.meta, "ImageComments")[1] == said
+
+
 def test_a_t1_beyond_4095_ms_is_neither_cut_off_nor_hidden() -> None:
     """Fluid has up to 4.5 s; of 12 bits in ms it would show 4.095 s. A later slice that holds such gets a series of its own."""
     short, long = np.full(MATRIX, 1.234), np.full(MATRIX, 1.234)
@@ -249,6 +264,27 @@ def test_a_t1_beyond_4095_ms_is_neither_cut_off_nor_hidden() -> None:
         np.testing.assert_allclose(image.data[0, 0] * slope, 1e3 * seconds[0], atol=1)
     assert first.image_series_index != second.image_series_index == third.image_series_index
     assert any("larger values" in text for text in values(second.meta, "ImageComments"))
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "peak", "console"),
+    [
+        ("T1", "s", 2.0, 1e3),
+        ("R2*", "1/s", 90.0, 1.0),
+        ("chi", "ppm", 0.9, 1e3),
+        ("M0", "1", 2e3, 1.0),
+        ("speed", "m/s", 3.0, 1.0),
+    ],
+)
+def test_few_bits_hold_a_map_in_coarser_steps(name: str, unit: str, peak: float, console: float) -> None:
+    """Of 8 bits in steps of 1 ms T1 would end at 255 ms."""
+    values_ = np.linspace(0.05, 1.0, 240).reshape(MATRIX) * peak
+    writer = ImageWriter(mrd_header(), "demo", OutputSettings(bits_stored=8))
+    image = received(writer, result(t1_map(values_, name, unit)))[-1]
+    step = float(image.meta["RescaleSlope"])
+    shown = image.data[0] * step + float(image.meta["RescaleIntercept"])
+    assert image.data.max() < 256 and np.abs(shown - values_ * console).max() <= 0.51 * step <= 12 * peak * console / 256
+    assert not any("outside" in text for text in values(image.meta, "ImageComments"))
 
 
 def test_a_map_says_which_pixels_show_a_limit_and_not_their_value() -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from gadgets.geometry import AXIAL, Geometry
-from gadgets.image_file import ImageFile
+from gadgets.image_file import ImageFile, read_images
 from gadgets.images import ImageWriter, OutputSettings
+from gadgets.meta import write_meta
 from gadgets.montage import display_values, write_montages
 from gadgets.wire.events import Image
 from gadgets.wire.header import Encoding, MrdHeader
@@ -72,6 +73,9 @@ def test_displayed_values_are_in_the_units_of_the_quantity() -> None:
 def test_the_real_clients_file_without_attributes_is_drawn(tmp_path: Path) -> None:
     (path,) = write_montages(REAL, tmp_path)
     assert path.name == "series000.png"
+    (image,) = list(read_images(REAL))[:1]
+    label = write_meta({"SequenceDescriptionAdditional": "$\\frac{T$ map"})  # no formula
+    assert write_montages([Image(0, image.header, label, image.data)], tmp_path / "dollars")
 
 
 def test_a_long_series_and_a_slab_are_thinned_out(tmp_path: Path) -> None:

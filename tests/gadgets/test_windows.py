@@ -55,6 +55,7 @@ def test_susceptibility_codes_leave_zero_for_the_padding() -> None:
 def test_susceptibility_range_widens_for_a_strong_source_but_not_for_a_single_wild_pixel() -> None:
     strong = np.linspace(-3, 3, 5000)
     assert map_display("QSM", "ppm", strong, None).slope == 2.0
+    assert map_display("QSM", "ppm", strong, None, 16).slope == 0.5  # 16 bits hold them as they are
     mild = np.zeros(5000)
     mild[7] = 50.0
     assert map_display("QSM", "ppm", mild, None).slope == 0.5

@@ -16,6 +16,7 @@ from gadgets.monitor.files import STATUS_FILE, TOLD_FILE, folder_of
 from gadgets.monitor.folder import Folder
 from gadgets.monitor.metrics import exposition
 from gadgets.monitor.tallies import BUCKETS, Tallies
+from gadgets.monitor.web import progress_words
 from gadgets.pacs import Attempt, Destination
 from gadgets.pacs_backlog import key_of
 from gadgets.pacs_queue import Pauses, Queue
@@ -43,15 +44,17 @@ def samples(root: Path) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
 
 
 def test_jobs_of_journal_and_server_are_one_list(tmp_path: Path) -> None:
-    spools.journal(tmp_path, spools.row(GOOD), spools.row(RETRY), spools.row(FAILED, state="failed", why="no memory"))
+    asked = RECEIVED + 3600
+    again = spools.row(RETRY, received=asked, finished=asked + 12.5)
+    spools.journal(tmp_path, spools.row(GOOD), again, spools.row(FAILED, state="failed", why="no memory"))
     spools.put_status(tmp_path, active=[active()])
     jobs = Folder(tmp_path).jobs()
-    assert [job.id for job in jobs] == [LIVE, RETRY, GOOD, FAILED]
-    running, _, good, failed = jobs
+    assert [job.id for job in jobs] == [RETRY, LIVE, GOOD, FAILED]
+    retry, running, good, failed = jobs
     assert (running.state, running.fraction, running.left, running.n_readouts) == ("reconstructing", 0.43, "25 s", 512)
     assert (good.state, good.fraction, good.n_images) == ("sent", 1.0, 9)
     assert good.seconds == pytest.approx(13.5, abs=0.01)  # from the first byte, one second before the journal's time
-    assert jobs[1].seconds == pytest.approx(12.5, abs=0.01)  # a retry begins when it is asked for
+    assert (retry.started, retry.seconds) == (asked, 12.5)  # a retry begins when it is asked for
     assert (failed.state, failed.why) == ("failed", "no memory")
 
 
@@ -66,7 +69,9 @@ def test_a_dead_servers_scans_are_not_live(tmp_path: Path) -> None:
     spools.journal(tmp_path, spools.row(LIVE, state="reconstructing", finished=None))
     spools.put_status(tmp_path, active=[active()], pid=spools.gone_process())
     (job,) = Folder(tmp_path).jobs()
-    assert (job.state, job.fraction) == ("reconstructing", 0.0)
+    assert (job.state, job.fraction) == ("reconstructing", 0.0) and "no server" in progress_words(job)
+    spools.put_status(tmp_path, active=[active()])
+    assert progress_words(Folder(tmp_path).jobs()[0]) == "43 %, about 25 s left"
 
 
 def test_everything_about_a_job(tmp_path: Path) -> None:

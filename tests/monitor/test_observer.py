@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,13 +13,16 @@ import numpy as np
 import pytest
 
 from gadgets.handlers import ScanFacts
+from gadgets.meta import read_meta
 from gadgets.monitor import record as recording
 from gadgets.monitor.files import IMAGE_FILE, LOG_FILE, STATUS_FILE, TOLD_FILE, read_object
 from gadgets.monitor.observer import Observer
 from gadgets.monitor.pictures import Gallery
+from gadgets.montage import MAX_TILES, _tile_labels
 from gadgets.spool import ScanLog, Spool
 from gadgets.wire import codec
-from gadgets.wire.events import Readouts
+from gadgets.wire.events import Image, Readouts
+from gadgets.wire.framing import FrameParser
 from tests.monitor.spools import image
 from tests.waiting import until
 
@@ -114,8 +118,16 @@ def test_a_scan_passes_through_unchanged_and_is_noted(observer: Observer, spool:
 
 
 def test_images_are_kept_evenly_and_can_be_drawn(observer: Observer, spool: Spool) -> None:
-    scan, raw = played(observer, spool, [*pictures(100), *pictures(2, series=2), *pictures(1, series=1001)])
+    empty, full = (np.full((1, 8, 8), code, np.uint16) for code in (0, 7))
+    # the first slice of a map had no value to choose a unit by
+    maps = [
+        image(2, 1, empty, QuantityName="M0", PixelPaddingValue=0),
+        image(2, 2, full, QuantityName="M0", PixelPaddingValue=0, QuantityUnit="1e-3"),
+    ]
+    scan, raw = played(observer, spool, [*pictures(100), *maps, *pictures(1, series=1001)])
     folder, root = raw.job_folder, raw.path.parent
+    folder.mkdir()
+    (folder / "image-0003-000001.mrd").write_bytes(pictures(1, series=3)[0])  # of a server that died at this scan
     list(scan.finish())
     raw.finish("complete")
     until(lambda: told(folder).get("state") == "sent")
@@ -125,7 +137,11 @@ def test_images_are_kept_evenly_and_can_be_drawn(observer: Observer, spool: Spoo
     assert told(folder)["series"] == [[1, 100], [2, 2], [1001, 1]]
     gallery = Gallery(root)
     job = raw.path.stem
-    assert [picture.series for picture in gallery.of(job)] == [1, 2]  # the preview is over
+    assert [picture.series for picture in gallery.of(job)] == [2, 1]  # the preview is over
+    before = gallery.of(job)[0]
+    assert before.unit == "1e-3"
+    os.utime(folder / "image-0002-000002.mrd", (1.0, 1.0))
+    assert gallery.of(job)[0].version != before.version
     drawn = gallery.png(job, 1)
     assert drawn is not None and drawn.read_bytes().startswith(b"\x89PNG")
     assert gallery.png(job, 3) is None and gallery.png("../" + job, 1) is None
@@ -133,13 +149,24 @@ def test_images_are_kept_evenly_and_can_be_drawn(observer: Observer, spool: Spoo
 
 
 def test_images_have_a_limit_in_bytes(observer: Observer, spool: Spool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recording, "MAX_IMAGE_BYTES", 3000)
-    scan, raw = played(observer, spool, pictures(4, size=32))  # 2 kB each
+    monkeypatch.setattr(recording, "MAX_IMAGE_BYTES", 6000)
+    slab = np.arange(101, dtype=np.uint16).repeat(12).reshape(101, 3, 4)  # 2.4 kB, and half of that in 48 planes
+    sent = [*pictures(4, size=32), image(2, 1, slab, DataRole="Quantitative", QuantityName="QSM")]
+    scan, raw = played(observer, spool, sent)  # images of 2 kB each, and a map that comes last
     folder = raw.job_folder
-    assert len(list(scan.finish())) == 4
+    assert list(scan.finish()) == sent
     raw.finish("complete")
     until(lambda: told(folder).get("state") == "sent")
-    assert len([path for path in folder.iterdir() if IMAGE_FILE.fullmatch(path.name)]) == 1 and told(folder)["left_out"] == 3
+    kept = sorted(path.name for path in folder.iterdir() if IMAGE_FILE.fullmatch(path.name))
+    assert kept == ["image-0001-000001.mrd", "image-0002-000001.mrd"] and told(folder)["left_out"] == 3
+    with FrameParser(role="client") as parser:
+        (thin,) = (event for event in parser.feed((folder / kept[1]).read_bytes()) if isinstance(event, Image))
+    planes = [int(n) for n in read_meta(thin.attributes)["ReconPlanes"]]
+    assert (
+        thin.data[0, :, 0, 0].tolist() == planes and len(planes) == 48 == MAX_TILES and (planes[0], planes[-1]) == (0, 100)
+    )
+    assert read_meta(thin.attributes)["QuantityName"] == ("QSM",)
+    assert _tile_labels([thin], [(0, 0), (0, 47)]) == ["z 0", "z 100"]
 
 
 @pytest.mark.parametrize("way", ["fails", "left", "abandoned"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from playwright.sync_api import Browser
 
 from gadgets.journal import JobRow
 from gadgets.monitor.files import TOLD_FILE, folder_of
+from gadgets.monitor.web import MAX_STREAMS
 from gadgets.pacs import Attempt, Destination
 from gadgets.pacs_backlog import key_of
 from gadgets.pacs_queue import Pauses, Queue
@@ -30,6 +33,7 @@ from tests.monitor.browser import (
 )
 from tests.monitor.site import TOKEN, Site, monitoring
 from tests.monitor.spools import FAILED, GOOD, HOSTILE
+from tests.waiting import PATIENCE, until
 
 COLOUR = "element => getComputedStyle(element).color"
 
@@ -136,6 +140,32 @@ def test_the_form_lets_in_who_knows_the_token(spool: Path, browser: Browser, tmp
         shown.get_by_role("heading", name="Jobs").wait_for()
         assert shown.evaluate("document.cookie") == ""  # for the browser's eyes only
         pictures_loaded(shown)
+
+
+def test_a_page_that_is_told_nothing_asks_for_itself(spool: Path, browser: Browser, tmp_path: Path) -> None:
+    """All places of those who are told are taken; then the log-in is over."""
+    (tmp_path / "token").write_text(TOKEN)
+    context = browser.new_context()
+    shown = context.new_page()
+    shown.clock.install()
+    with monitoring(tmp_path, spool, "--token-file", str(tmp_path / "token")) as site, contextlib.ExitStack() as listeners:
+        for _ in range(MAX_STREAMS):
+            listener = listeners.enter_context(socket.create_connection(("127.0.0.1", site.port), timeout=PATIENCE))
+            listener.sendall(f"GET /events HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer {TOKEN}\r\n\r\n".encode())
+            assert listener.recv(64).startswith(b"HTTP/1.1 200")
+        shown.goto(f"{site.url}/login")
+        shown.get_by_label("Token").fill(TOKEN)
+        with shown.expect_response("**/events") as told:
+            shown.keyboard.press("Enter")
+        assert told.value.status == 503
+        shown.get_by_role("heading", name="Jobs").wait_for()
+        shown.evaluate("document.querySelector('h1').textContent = 'old'")
+        shown.clock.run_for(5000)
+        shown.get_by_role("heading", name="Jobs").wait_for()  # fetched anew
+        assert shown.locator("#link").is_hidden()
+        context.clear_cookies()
+        until(lambda: shown.clock.run_for(5000) or "/login" in shown.url)
+    context.close()
 
 
 def test_pages_that_are_not_there_say_so(site: Site, browser: Browser) -> None:

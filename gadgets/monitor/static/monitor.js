@@ -57,6 +57,20 @@
     }
   };
 
+  // Without news (more pages are open than are told any, or the log-in is over) the page is asked for itself.
+  const look = async () => {
+    try {
+      const answer = await fetch(location.pathname, { headers: { Accept: "text/html" } });
+      if (answer.redirected || [401, 404].includes(answer.status)) { location.reload(); return; }
+      if (!answer.ok) throw new Error(answer.status);
+      const page = new DOMParser().parseFromString(await answer.text(), "text/html");
+      exchange(page.getElementById("live"));
+      link.hidden = true;
+    } catch (error) {
+      link.hidden = false;
+    }
+  };
+
   const hear = (event) => {
     const said = JSON.parse(event.data);
     link.hidden = true;
@@ -69,8 +83,8 @@
     const source = new EventSource(live().dataset.events);
     source.onmessage = hear;
     source.onerror = () => {
-      link.hidden = false;
-      if (source.readyState === EventSource.CLOSED) setTimeout(listen, 5000);
+      if (source.readyState !== EventSource.CLOSED) { link.hidden = false; return; }
+      setTimeout(async () => { await look(); listen(); }, 5000);
     };
   };
 
