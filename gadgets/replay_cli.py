@@ -106,6 +106,7 @@ def run(
     ] = False,
 ) -> None:
     """Reconstruct a file, or an MRD stream, here and now, through the same pipeline as the server, without one."""
+    from gadgets.devices import choose_device
     from gadgets.raw_source import open_source
     from gadgets.replay import replay as run_replay
     from gadgets.service import Service, ServiceOptions
@@ -119,6 +120,7 @@ def run(
     for folder in (montage, job_folder):
         if folder is not None:
             check_folder(folder)
+    choose_device(device)
     compiler_caches()
     log_from("error")  # warnings come as the server's words as well
     # the server's own defaults: sums depend on the number of threads in their last bits
