@@ -173,13 +173,15 @@ def name_value_pairs(texts: list[str]) -> dict[str, str]:
     Raises
     ------
     BadParameter
-        No name, or no equals sign.
+        No name, no equals sign, or one name with two values.
     """
-    found = {}
+    found: dict[str, str] = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not sign or not name:
             raise typer.BadParameter(f"got {text!r}, expected NAME=VALUE", param_hint="--set")
+        if found.get(name, value) != value:
+            raise typer.BadParameter(f"{name} is both {found[name]!r} and {value!r}", param_hint="--set")
         found[name] = value
     return found
 
@@ -202,7 +204,7 @@ def _story(row: JobRow, root: Path) -> str:
     parts = [] if row.origin == "connection" else [row.origin]
     parts += [row.why] if row.why else []
     parts += [f"images from {row.fallback}"] if row.fallback else []
-    parts += [f"{len(row.warnings)} warnings"] if row.warnings else []
+    parts += [f"{n} warning{'s' if n > 1 else ''}"] if (n := len(row.warnings)) else []
     if not row.capture:
         parts.append("raw data not kept")
     elif not (root / row.capture).is_file():

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import h5py
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from gadgets.cli import app
 from gadgets.devices import choose_device
+from gadgets.jobs_cli import name_value_pairs
 from gadgets.outputs import check_image_file
 from recon_core.errors import ReconError, SettingError
 
@@ -100,6 +102,12 @@ def test_one_line_says_what_is_wrong_and_nothing_is_made(command: str, said: str
 def test_names_of_no_device(name: str) -> None:
     with pytest.raises(SettingError, match="no such device"):
         choose_device(name)
+
+
+def test_a_setting_with_two_values() -> None:
+    assert name_value_pairs(["weight=1", "seed=2", "weight=1"]) == {"weight": "1", "seed": "2"}
+    with pytest.raises(typer.BadParameter, match="weight is both '1' and '2'"):
+        name_value_pairs(["weight=1", "weight=2"])
 
 
 def test_an_image_file_that_is_whole_is_appended_to(folder: Path) -> None:
