@@ -31,6 +31,12 @@ def scan() -> SimulatedScan:
 
 
 @pytest.fixture(scope="module")
+def short() -> SimulatedScan:
+    """Two slices: one for the cluster, one for the server's own worker."""
+    return in_memory("cine", matrix_x=48, matrix_y=48, coils=4, states=2, slices=2, calibration="separate", acs=16)
+
+
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A service whose slices go to two Dask workers; no file of the server is given to them."""
     options = ServiceOptions(
@@ -76,14 +82,14 @@ def test_images_are_those_of_the_servers_own_workers(cluster: Service, service: 
 
 def test_progress_and_previews_cross_the_cluster(cluster: Service) -> None:
     # nothing is said in the first three seconds: enough work for an idle machine
-    scan = in_memory("cine", matrix_x=112, matrix_y=96, coils=4, states=2, slices=3, calibration="separate", acs=16)
+    scan = in_memory("cine", matrix_x=112, matrix_y=96, coils=4, states=2, slices=2, calibration="separate", acs=16)
     answer = ask(cluster, "long", scan, iterations=1200, preview="auto")
     assert any(text.startswith("DBG long") for text in answer.texts)
-    assert len(final_images(answer)) == 6
+    assert len(final_images(answer)) == 4
 
 
-def test_a_worker_that_is_killed_in_mid_slice_costs_no_image(cluster: Service, scan: SimulatedScan) -> None:
-    expected = stack(final_images(ask(cluster, "long", scan)), 2)
+def test_a_worker_that_is_killed_in_mid_slice_costs_no_image(cluster: Service, short: SimulatedScan) -> None:
+    expected = stack(final_images(ask(cluster, "long", short)), 2)
     killed, pids = list[int](), processes(cluster)
 
     def kill() -> None:
@@ -92,7 +98,7 @@ def test_a_worker_that_is_killed_in_mid_slice_costs_no_image(cluster: Service, s
 
     killer = threading.Thread(target=kill)
     killer.start()
-    answer = ask(cluster, "long", scan)
+    answer = ask(cluster, "long", short)
     killer.join()
     until(lambda: not is_alive(killed[0]))
     assert not complaints(answer)
@@ -100,13 +106,13 @@ def test_a_worker_that_is_killed_in_mid_slice_costs_no_image(cluster: Service, s
     assert killed[0] not in processes(cluster).values()
 
 
-def test_what_takes_too_long_is_ended_and_the_fallback_answers(cluster: Service, scan: SimulatedScan) -> None:
+def test_what_takes_too_long_is_ended_and_the_fallback_answers(cluster: Service, short: SimulatedScan) -> None:
     began, pids = list[str](), processes(cluster)
     watcher = threading.Thread(target=lambda: began.append(busy_worker(cluster)))
     watcher.start()
-    answer = ask(cluster, "late", scan)
+    answer = ask(cluster, "late", short)
     watcher.join()
-    assert len(answer.images) == 6
+    assert len(answer.images) == 4
     assert all("quick_instead_of_late" in image.attributes for image in answer.images)
     assert {text.split(" failed ")[0] for text in complaints(answer)} == {"WRN late"}
     assert all("time limit" in text for text in complaints(answer))
@@ -147,7 +153,7 @@ def cluster_check(service: Service, folder: Path) -> tuple[str, str]:
     return check.level, check.words
 
 
-def test_without_the_scheduler_slices_are_computed_here(scan: SimulatedScan, tmp_path: Path) -> None:
+def test_without_the_scheduler_slices_are_computed_here(short: SimulatedScan, tmp_path: Path) -> None:
     options = ServiceOptions(
         port=0, workers=1, threads=1, scheduler=SchedulerOptions("local:1"), rehearse=False, configs=site_chains(tmp_path)
     )
@@ -155,16 +161,16 @@ def test_without_the_scheduler_slices_are_computed_here(scan: SimulatedScan, tmp
         until(lambda: cluster_check(running, tmp_path) == ("ok", "room for 1 of 1 task"), "no cluster")
         stopper = threading.Thread(target=lambda: (busy_worker(running), pool(running)._cluster.close(timeout=30)))
         stopper.start()
-        answer = ask(running, "long", scan)
+        answer = ask(running, "long", short)
         stopper.join()
-        assert len(final_images(answer)) == 6 and not complaints(answer)
+        assert len(final_images(answer)) == 4 and not complaints(answer)
         until(lambda: pool(running).capacity == 0, "the lost cluster still counts")
         assert cluster_check(running, tmp_path)[0] == "failing"
-        assert len(final_images(ask(running, "quick", scan))) == 6
+        assert len(final_images(ask(running, "quick", short))) == 4
 
 
 def test_a_cluster_without_workers_gives_its_tasks_back(
-    scan: SimulatedScan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: SimulatedScan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gadgets.compute_dask.DESERTED", 0.5)
     options = ServiceOptions(
@@ -179,6 +185,6 @@ def test_a_cluster_without_workers_gives_its_tasks_back(
 
         leaver = threading.Thread(target=leave)
         leaver.start()
-        answer = ask(running, "long", scan)
+        answer = ask(running, "long", short)
         leaver.join()
-        assert len(final_images(answer)) == 6 and not complaints(answer)
+        assert len(final_images(answer)) == 4 and not complaints(answer)
