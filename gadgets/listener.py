@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from gadgets.admission import AllowList, Place, Places, Quota, is_loopback, require_guarded
 from gadgets.errors import WireError
-from gadgets.tls import HANDSHAKE_SECONDS, SEND_SECONDS, ServerTls, TlsBridge, TlsError
+from gadgets.tls import HANDSHAKE_SECONDS, SEND_SECONDS, RenewedContext, ServerTls, TlsBridge, TlsError
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Listener:
         require_guarded(host, self.allow, allow_any=access.allow_any)
         self.places = Places(access.quota)
         self._serve = serve
-        self._tls: ssl.SSLContext | None = None if access.tls is None else access.tls.context()
+        self._tls = None if access.tls is None else RenewedContext(access.tls)
         self._handshake_seconds, self._send_seconds = access.handshake_seconds, send_seconds
         self._socket: socket.socket | None = None
         self._wake: tuple[socket.socket, socket.socket] | None = None
@@ -142,7 +142,7 @@ class Listener:
             "event=listening host=%s port=%d tls=%s allow=%s",
             self.host,
             self.port,
-            "off" if self._tls is None else "on" if self._tls.verify_mode is not ssl.CERT_REQUIRED else "with-certificates",
+            "off" if self._tls is None else "on" if self._tls.files.client_ca is None else "with-certificates",
             ",".join(map(str, self.allow.networks)) or "any",
         )
         if not is_loopback(self.host) and self._tls is None:
@@ -261,7 +261,7 @@ class Listener:
             if self._tls is None:
                 self._serve(accepted, place)
             else:
-                self._secure(accepted, place, self._tls)
+                self._secure(accepted, place, self._tls.current())
         except Exception as error:  # no file descriptors, no threads; whatever it is, it ends this connection only
             logger.error("event=dropped error=%s", type(error).__name__)
             accepted.close()

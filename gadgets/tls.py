@@ -61,6 +61,38 @@ class ServerTls:
         return context
 
 
+class RenewedContext:
+    """The context of files that are renewed while the server runs: certificates end after months, servers do not.
+
+    Raises
+    ------
+    TlsError
+        Files that cannot be used when the server starts.
+    """
+
+    def __init__(self, tls: ServerTls) -> None:
+        self.files = tls
+        self._seen = self._look()
+        self._context = tls.context()
+
+    def current(self) -> ssl.SSLContext:
+        """For the next peer. Files that have changed are read again; while they cannot be used, those before them count."""
+        now = self._look()
+        if now != self._seen:
+            self._seen = now
+            try:
+                self._context = self.files.context()
+            except TlsError as error:
+                logger.error("event=tls_not_renewed text=%r", str(error))
+            else:
+                logger.info("event=tls_renewed certificate=%r", self.files.certificate)
+        return self._context
+
+    def _look(self) -> tuple[tuple[int, int, int] | None, ...]:
+        files = self.files.certificate, self.files.key, self.files.client_ca
+        return tuple(_version(file) for file in files if file is not None)
+
+
 @dataclass(frozen=True)
 class ClientTls:
     """Files in PEM form. The server's certificate is always verified, by the system's authorities unless ``ca`` names another;
@@ -108,6 +140,15 @@ def client_tls(
     if not (wanted or ca or certificate or key or server_name):
         return None
     return ClientTls(_path(ca), _path(certificate), _path(key), server_name)
+
+
+def _version(file: str) -> tuple[int, int, int] | None:
+    """Another one when the file's content is; ``None`` where there is no such file."""
+    try:
+        found = os.stat(file)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _path(file: Path | None) -> str | None:

@@ -138,6 +138,32 @@ def test_certificates_of_peers(tmp_path: Path, ours: Authority, theirs: Authorit
         assert len(served.scans) == 1
 
 
+def test_renewed_certificates_count_from_the_next_connection_on(
+    tmp_path: Path, ours: Authority, theirs: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [tmp_path / "server.pem", tmp_path / "server.key"]
+
+    def put(*sources: str) -> None:
+        for file, source in zip(files, sources, strict=True):
+            file.write_bytes(Path(source).read_bytes())
+
+    old, new = ours.issue("server"), theirs.issue("server")
+    put(*old)
+    with (
+        serving(tmp_path, access=Access(tls=ServerTls(*map(str, files)))) as served,
+        connect_tls(dial(served), "127.0.0.1", ClientTls(ours.certificate), PATIENCE) as begun,
+    ):
+        put(new[0], old[1])  # another's key: as long as the files are half renewed, those before them count
+        assert scan(served, ClientTls(ours.certificate))[2]
+        assert "tls_not_renewed" in caplog.text
+        put(*new)
+        assert scan(served, ClientTls(theirs.certificate))[2]
+        with pytest.raises(TlsError, match="CERTIFICATE_VERIFY_FAILED"):
+            scan(served, ClientTls(ours.certificate))
+        begun.sendall(SESSION)
+        assert answer(begun)[2], "a session that was begun goes on"
+
+
 def test_the_client_verifies_the_server(served: Served, ours: Authority, theirs: Authority) -> None:
     for wrong in (ClientTls(theirs.certificate), ClientTls(), ClientTls(ours.certificate, server_name="scanner.example")):
         with pytest.raises(TlsError, match="CERTIFICATE_VERIFY_FAILED"):
