@@ -215,6 +215,7 @@ class TlsBridge:
         self._inside_ended = False  # our own side will send no more
         self._said_end = False  # and the peer has been told
         self._inside_deaf = False  # our own side reads no more
+        self._network_deaf = False  # nor does the peer; what it has sent counts all the same
         outside.setblocking(False)
 
     def handshake(self, seconds: float = HANDSHAKE_SECONDS) -> socket.socket:
@@ -244,14 +245,14 @@ class TlsBridge:
     def run(self) -> None:
         """Carry bytes until both directions have ended. Never raises."""
         try:
+            if self._decrypt():
+                self._end_inside()
             while not self._is_over():
                 self._step()
         except TlsError as error:
             logger.warning("event=tls_broken reason=%r", str(error))
         except OSError as error:
-            logger.warning(
-                "event=tls_broken reason=%r", getattr(error, "reason", None) or error.strerror or type(error).__name__
-            )
+            self._tell_broken(error)
         finally:
             self.close()
 
@@ -282,7 +283,8 @@ class TlsBridge:
                 with contextlib.suppress(TlsError, OSError):
                     self._flush(until)  # the alert that says why
                 raise TlsError("no TLS with this peer", where="TLS handshake", got=error.reason or "refused") from None
-            return self._flush(until)
+            self._to_network += self._outgoing.read()  # the last of it: a peer may have sent all it has to say, and be gone
+            return
 
     def _receive(self, until: float) -> bytes:
         self._wait(select.POLLIN, until)
@@ -348,25 +350,35 @@ class TlsBridge:
             self._read_inside()
         if outside & select.POLLIN and at_outside & (select.POLLIN | select.POLLHUP | select.POLLERR):
             self._read_outside()
-        self._to_network += self._outgoing.read()
+        said = self._outgoing.read()
+        if not self._network_deaf:
+            self._to_network += said
 
     def _read_outside(self) -> None:
         try:
             data = self._outside.recv(PIECE_BYTES)
         except BlockingIOError:
             return
+        except OSError as error:
+            self._tell_broken(error)
+            data = b""
         if data:
             self._incoming.write(data)
-            try:
-                while piece := self._tls.read(PIECE_BYTES):
-                    if not self._inside_deaf:
-                        self._to_inside += piece
-            except ssl.SSLWantReadError:
-                return
-            except ssl.SSLZeroReturnError:
-                pass
-        # the peer's end, said by TLS or not: the MRD session inside knows by its CLOSE whether it was whole
-        self._end_inside()
+        if self._decrypt() or not data:
+            # the peer's end, said by TLS or not: the MRD session inside knows by its CLOSE whether it was whole
+            self._end_inside()
+
+    def _decrypt(self) -> bool:
+        """Hand on all that has come; whether it ends with the peer's end. What came with the handshake's last bytes is there already."""
+        try:
+            while piece := self._tls.read(PIECE_BYTES):
+                if not self._inside_deaf:
+                    self._to_inside += piece
+        except ssl.SSLWantReadError:
+            return False
+        except ssl.SSLZeroReturnError:
+            pass
+        return True
 
     def _end_inside(self) -> None:
         self._network_ended = True
@@ -406,8 +418,19 @@ class TlsBridge:
             self._tls.unwrap()
 
     def _write_outside(self) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             del self._to_network[: self._outside.send(self._to_network)]
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self._tell_broken(error)
+            self._network_deaf = True
+            self._to_network.clear()
+
+    @staticmethod
+    def _tell_broken(error: OSError) -> None:
+        reason = getattr(error, "reason", None) or error.strerror or type(error).__name__
+        logger.warning("event=tls_broken reason=%r", reason)
 
 
 def connect_tls(connection: socket.socket, host: str, tls: ClientTls, seconds: float = HANDSHAKE_SECONDS) -> socket.socket:

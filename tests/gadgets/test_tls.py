@@ -86,6 +86,24 @@ def test_another_implementation_of_the_client_s_side(served: Served, ours: Autho
     assert closed and len(images) == 1
 
 
+def test_a_scan_that_comes_with_the_end_of_the_handshake(served: Served, ours: Authority) -> None:
+    """In one piece with the client's last word of it; then the client waits for its images."""
+    context = ssl.create_default_context(cafile=ours.certificate)
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+    with dial(served) as end:
+        while True:
+            try:
+                tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                end.sendall(outgoing.read())
+                incoming.write(end.recv(1 << 16))
+        tls.write(SESSION)
+        end.sendall(outgoing.read())
+        until(lambda: served.scans, "nobody has read it")
+
+
 @pytest.mark.filterwarnings("ignore:.*TLSv1_1 is deprecated:DeprecationWarning")
 def test_old_tls_is_refused(served: Served, ours: Authority) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
