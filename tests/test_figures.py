@@ -132,7 +132,7 @@ def test_regions_at_32_x_64() -> None:
 
 
 def test_regions_at_80_x_206() -> None:
-    faults = []
+    faults: list[str] = []
     for label, regions, _, lesions in table("laro_figures.md", "Regions and lesions, slope and R2")[1:]:
         for cell, part in ((regions, "regions"), (lesions, "lesions")):
             faults += [f"{label}: {t}" for t in wrong(cell, regional("laro_206x80_ten", "8/2", label, part))]
@@ -150,7 +150,7 @@ def test_scans_of_another_kind() -> None:
     found = {(r["scan"], r["method"]): r for r in result("laro_general")["general"]}
     rows = [re.fullmatch(r"(.+?) ([\d.]+), ([\d.]+)", part) for part in said.split("; ")]
     assert len(rows) == 7 and all(rows)
-    faults = []
+    faults: list[str] = []
     for label, *figures in [row.groups() for row in rows if row]:
         name = next(n for n, _ in found if n.replace("x", " x ").replace("  ", " ") == label or n == label)
         faults += wrong(", ".join(figures), [found[name, method]["magnitude PSNR"] for method in ("laro", "llr")])
