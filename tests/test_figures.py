@@ -259,3 +259,15 @@ def test_goals_of_laro() -> None:
         cells = [re.split(r":| %", row[i])[0].strip("+") for row in (magnitude, ssim, qsm, regions, lesions)]
         faults += [f"{head[i]}: {t}" for cell, found in zip(cells, values, strict=True) for t in wrong(cell, found)]
     assert not faults
+
+
+def test_measured_multi_echo_scans() -> None:
+    """Bipolar against monopolar readouts, and the brain's unwrapped phase."""
+    text = (ROOT / "docs" / "qsm_figures.md").read_text().partition("## Measured data")[2].partition("\n## ")[0]
+    phantom, brain = result("multi_echo_measured")["phantom"], result("multi_echo_measured")["brain"]
+    differences = [phantom[k]["field_difference_median_abs_hz"] for k in ("bipolar", "corrected")]
+    residuals = [phantom[k]["phase_residual_rad"] for k in ("bipolar", "corrected")]
+    hz = re.search(r"differ by ([\d.]+) Hz.*?by ([\d.]+) Hz", text, re.DOTALL)
+    rad = re.search(r"falls from ([\d.]+)\s+to ([\d.]+) rad", text)
+    assert hz and rad and not [*wrong(", ".join(hz.groups()), differences), *wrong(", ".join(rad.groups()), residuals)]
+    assert ("no neighbours" in text) == (brain["neighbours_half_a_period_apart"] == 0)
