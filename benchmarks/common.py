@@ -7,11 +7,15 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from recon_core.errors import ReconError
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numpy", "scipy", "ismrmrd", "gadgetron", "h5py")
@@ -39,6 +43,48 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return part.replace(path)
+
+
+def in_words(main: Callable[[], int]) -> int:
+    """The exit code of a command; what is refused, missing on disk or not writable is one line on the terminal and code 1."""
+    try:
+        return main()
+    except (ReconError, OSError) as error:
+        print(refusal(error), file=sys.stderr)
+        return 1
+
+
+def refusal(error: BaseException) -> str:
+    """One line: an error of ours as it is, the system's with the file that it is about, any other with its type."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ReconError | OSError) else f"{type(error).__name__}: {text}"
+
+
+def each_by_itself(parts: Mapping[str, Callable[[], object]]) -> int:
+    """Run the parts of a long command one after the other; one that fails is named at the end, and costs only itself.
+
+    Returns
+    -------
+    int
+        Exit code: 1 if any failed.
+    """
+    failed = []
+    for name, part in parts.items():
+        try:
+            part()
+        except SystemExit as error:  # a training that has said why it does not go on; 2: of words that it does not know
+            if error.code in (0, 2):
+                raise
+            failed.append(f"{name}: see above")
+        except Exception as error:
+            if not isinstance(error, ReconError | OSError):
+                traceback.print_exc()
+            failed.append(f"{name}: {refusal(error)}")
+            print(f"failed: {failed[-1]}", file=sys.stderr, flush=True)
+    print("\n".join(["failed:", *failed]) if failed else "all done", flush=True)
+    return 1 if failed else 0
 
 
 def training_options(parser: argparse.ArgumentParser, max_minutes: float, device: str) -> None:

@@ -1,4 +1,4 @@
-"""Everything that waits for a GPU, in one call: are the images right on CUDA, and how fast are the methods there?
+"""What waits for a GPU without training, in one call: are the images right on CUDA, and how fast are the methods there?
 
     python -m benchmarks.gpu --minutes 9 --out FOLDER
 

@@ -11,7 +11,8 @@ echo counts, matrix, coils, flip angle).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import print_table, write_result
+from benchmarks import bart
+from benchmarks.common import in_words, print_table, write_result
 from benchmarks.laro_cases import (
     WEIGHTS,
     Case,
@@ -31,6 +33,7 @@ from benchmarks.laro_cases import (
     with_estimated_maps,
 )
 from benchmarks.laro_scores import Maps, maps_of, regional, regression, scores, true_regional
+from recon_core.errors import SettingError
 from recon_core.simulation.multi_echo_brain import BrainScan, ScanRecipe
 from recon_core.training.png import write_png
 
@@ -47,6 +50,11 @@ FINE: dict[str, Any] = {**LARGE, "matrix": (80, 206, 128)}
 """The same with readout voxels of 1.4 to 1.7 mm, nearly isotropic as the published scan's: a quarter of an hour of a core a head."""
 
 MATRICES: dict[str, dict[str, Any]] = {"small": {}, "large": LARGE, "fine": FINE}
+
+PARTS = ("tables", "regions", "general")
+
+KIND = re.compile(r"\d+(\.\d+)?/[012]")
+"""R/SPO."""
 
 FULL = ("full", "noise-free")
 """Of the reference: the maps of the fully sampled scan."""
@@ -202,10 +210,46 @@ def _case(scan: BrainScan, acceleration: float, spo: int, seed: int, own_maps: b
     return with_estimated_maps(case) if own_maps else case
 
 
+def check_words(option: str, words: Sequence[str], known: Iterable[str]) -> None:
+    """Refuse a word that is none of those that are known.
+
+    Raises
+    ------
+    SettingError
+        With the word and those that are known.
+    """
+    names = list(known)
+    for word in words:
+        if word not in names:
+            raise SettingError("there is no such choice", where=option, got=word, expected=", ".join(names))
+
+
+def chosen_methods(methods: dict[str, Method], names: str) -> dict[str, Method]:
+    """Those of the names, comma separated, in their order; all if empty.
+
+    Raises
+    ------
+    SettingError
+        There is no such method; BART's are there where BART is installed.
+    """
+    wanted = [n for n in names.split(",") if n]
+    if any(n.startswith("bart_llr") for n in wanted) and not bart.available():
+        raise SettingError("BART is not installed", where="--methods", got=names, remedy="Install it, or leave bart_llr out")
+    check_words("--methods", wanted, methods)
+    return {n: methods[n] for n in wanted} if wanted else methods
+
+
+def above_0(text: str) -> int:
+    """A number of an option that is 1 or more."""
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not 1 or more")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scans", type=int, default=2, help="held-out heads")
+    parser.add_argument("--scans", type=above_0, default=2, help="held-out heads")
     parser.add_argument("--first", type=int, default=0, help="number of the first of them")
     parser.add_argument(
         "--split", choices=("test", "validation"), default="test", help="choices are made on validation heads"
@@ -236,12 +280,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     files = sorted(p for folder in options.weights for p in folder.glob("laro*.json"))
     of_networks = {} if options.low_rank_steps is None else {"low_rank_steps": options.low_rank_steps}
-    methods: dict[str, Method] = available(files, options.bart_weights, **of_networks)
-    if wanted := [n for n in options.methods.split(",") if n]:
-        methods = {n: methods[n] for n in wanted}
+    methods = chosen_methods(available(files, options.bart_weights, **of_networks), options.methods)
+    parts = options.parts.split(",")
+    check_words("--parts", parts, PARTS)
+    if "regions" in parts and "tables" not in parts:
+        raise SettingError("regions are made with the tables", where="--parts", got=options.parts, expected="tables,regions")
+    for kind in options.kinds:
+        if not KIND.fullmatch(kind):
+            raise SettingError("no kind of masks", where="--kinds", got=kind, expected="R/SPO, as 8/2")
     if options.pictures is not None:
         options.pictures.mkdir(parents=True, exist_ok=True)
-    parts = options.parts.split(",")
     recipe = replace(TEST, **MATRICES[options.matrix])
     result: dict[str, Any] = {
         "test": str(recipe),
@@ -275,4 +323,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(in_words(main))

@@ -11,7 +11,7 @@ Options that it does not know go to the training, whose defaults are the publish
 
 Before it trains, the heads of its scans are simulated by all processors: the same heads in every call on the same kind of processor. A
 training goes on with the bits of the scans that it was begun with, and says so where another machine simulates others. Weights, masks,
-logs and the figures' JSON lie in ``DIR``.
+logs and the figures' JSON lie in ``DIR``. A part that fails is named at the end and leaves the others.
 
 Speed: the published size (256 x 206 x 80, 10 echoes, 8 coils, R = 8) by a network of the published architecture, with the weights of
 ``DIR`` where there are some and initial ones otherwise (the cost is the same); then R2*, field, background removal and susceptibility.
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
+import os
 import shutil
 import statistics
 import sys
@@ -39,7 +40,15 @@ import torch
 from torch.nn import functional
 
 from benchmarks import laro as quality
-from benchmarks.common import RESULTS, print_table, training_options, training_words, write_result
+from benchmarks.common import (
+    RESULTS,
+    each_by_itself,
+    in_words,
+    print_table,
+    training_options,
+    training_words,
+    write_result,
+)
 from benchmarks.laro_cases import Case, acquire, pattern
 from benchmarks.pinqi_speed import synchronised
 from recon_core.maps.background import pdf, v_sharp
@@ -199,9 +208,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", default="laro_gpu", help="of the JSON")
     options, of_training = parser.parse_known_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    if options.max_minutes > 0:
-        train([*training_words(options, RECIPE), *of_training], options.heads)
     weights = options.output / f"{training.NAME}.json"
+    parts: dict[str, Callable[[], object]] = {}
+    if options.max_minutes > 0:
+        parts["training"] = lambda: train([*training_words(options, RECIPE), *of_training], options.heads)
+    parts["speed"] = lambda: measure_speed(options, weights)
+    if options.quality_scans:
+        parts["quality"] = lambda: measure_quality(options, weights)
+    return each_by_itself(parts)
+
+
+def measure_speed(options: argparse.Namespace, weights: Path) -> None:
+    """Seconds of images and maps, with the weights if there are some."""
     precisions = ["float32", "bfloat16"] if options.device.startswith("cuda") else ["float32"]
     own = weights.is_file()
     networks = {
@@ -221,13 +239,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     write_result(options.name, facts)
     shutil.copy(RESULTS / f"{options.name}.json", options.output)
-    if own and options.quality_scans:
-        name = f"{options.name}_quality"
-        words = ["--weights", str(options.output), "--scans", str(options.quality_scans), "--kinds", "8/2", "4/2"]
-        quality.main([*words, "--parts", "tables,regions", "--methods", "llr,laro", "--name", name])
-        shutil.copy(RESULTS / f"{name}.json", options.output)
-    return 0
+
+
+def measure_quality(options: argparse.Namespace, weights: Path) -> None:
+    """The benchmark's tables with the trained weights, on the processors; nothing without weights."""
+    if not weights.is_file():
+        print("no weights: no quality", flush=True)
+        return
+    name = f"{options.name}_quality"
+    words = ["--weights", str(options.output), "--scans", str(options.quality_scans), "--kinds", "8/2", "4/2"]
+    words += ["--threads", str(len(os.sched_getaffinity(0)))]
+    quality.main([*words, "--parts", "tables,regions", "--methods", "llr,laro", "--name", name])
+    shutil.copy(RESULTS / f"{name}.json", options.output)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_words(main))

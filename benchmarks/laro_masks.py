@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.common import print_table, write_result
+from benchmarks.common import in_words, print_table, write_result
 from benchmarks.laro import LARGE, TEST
 from benchmarks.laro_cases import WEIGHTS, acquire, acs_block, available, held_out
 from benchmarks.laro_scores import maps_of, scores
@@ -142,4 +142,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(in_words(main))

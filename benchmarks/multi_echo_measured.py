@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.common import print_table, write_result
+from benchmarks.common import in_words, print_table, write_result
 from recon_core.fourier import ifft_centred
 from recon_core.maps.brain_mask import object_mask
 from recon_core.maps.field import correct_bipolar, fit_field
@@ -215,4 +215,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(in_words(main))

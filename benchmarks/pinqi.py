@@ -31,7 +31,7 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks import bart, pinqi_methods
-from benchmarks.common import RESULTS, print_table, write_result
+from benchmarks.common import RESULTS, in_words, print_table, write_result
 from benchmarks.pinqi_methods import IMAGE, TISSUE, Answer, Sample
 from recon_core.methods.pinqi.weights import load_weights
 from recon_core.simulation.brainweb import open_anatomy
@@ -286,4 +286,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(in_words(main))

@@ -5,6 +5,7 @@
 Needs torch, NumPy, SciPy and safetensors alone. Run it again with the same ``--output`` to train further: it resumes by itself.
 Options that it does not know go to the training (``--ablation h``, ``--batch 8``, ``--epochs 20``, ``--precision bfloat16``; see
 ``python -m recon_core.training.pinqi --help``). Weights, logs and the figures' JSON lie in ``DIR``.
+A part that fails is named at the end and leaves the others; without weights speed is measured with initial ones.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks import pinqi, pinqi_speed
-from benchmarks.common import RESULTS, training_options, training_words
+from benchmarks.common import RESULTS, each_by_itself, in_words, training_options, training_words
 from recon_core.training import pinqi as training
 from recon_core.training.runs import RECIPE
 
@@ -31,31 +32,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--comparators", action="store_true", help="zero-filled, CG-SENSE and LLR too")
     parser.add_argument("--brainweb", default=None, help="folder of BrainWeb heads, for training and quality")
     options, of_training = parser.parse_known_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
     where = ["--device", options.device, "--size", str(options.size)]
     heads = ["--brainweb", options.brainweb] if options.brainweb else []
-    if options.max_minutes > 0:
-        training.main([*training_words(options, RECIPE), "--size", str(options.size), *heads, *of_training])
     weights = options.output / f"{training.NAME}.json"
-    if options.slices:
+    trained = ["--weights", str(weights)]
+
+    def train() -> None:
+        training.main([*training_words(options, RECIPE), "--size", str(options.size), *heads, *of_training])
+
+    def speed() -> None:
         precisions = ["float32", "bfloat16"] if options.device.startswith("cuda") else ["float32"]
-        speed = [
-            "--weights",
-            str(weights),
-            "--slices",
-            str(options.slices),
-            "--name",
-            "pinqi_speed_gpu",
-            "--precisions",
-            *precisions,
-        ]
-        pinqi_speed.main([*speed, *where])
+        words = [*where, "--slices", str(options.slices), "--name", "pinqi_speed_gpu", "--precisions", *precisions]
+        pinqi_speed.main([*words, *(trained if weights.is_file() else [])])
         shutil.copy(RESULTS / "pinqi_speed_gpu.json", options.output)
-    if options.samples:
-        quality = ["--weights", str(weights), "--samples", str(options.samples), "--name", "pinqi_gpu", "--no-bart", *heads]
-        pinqi.main([*quality, *where, *([] if options.comparators else ["--only-weights"])])
+
+    def quality() -> None:
+        words = [*trained, *where, *heads, "--samples", str(options.samples), "--name", "pinqi_gpu", "--no-bart"]
+        pinqi.main([*words, *([] if options.comparators else ["--only-weights"])])
         shutil.copy(RESULTS / "pinqi_gpu.json", options.output)
-    return 0
+
+    parts = {
+        "training": (train, options.max_minutes > 0),
+        "speed": (speed, options.slices),
+        "quality": (quality, options.samples),
+    }
+    return each_by_itself({name: part for name, (part, wanted) in parts.items() if wanted})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(in_words(main))

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.io import loadmat
 
-from benchmarks.common import print_table, write_result
+from benchmarks.common import in_words, print_table, write_result
 from benchmarks.dynamic_cells import DONORS
 from benchmarks.measured_series import measured
 from benchmarks.series import centred_fft
@@ -159,4 +159,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(in_words(main))

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import print_table, write_result
+from benchmarks.common import in_words, print_table, write_result
 from recon_core.coils.estimate import estimate_coil_maps
 from recon_core.fourier import ifft_centred
 from recon_core.maps.settings import MapSettings
@@ -112,4 +112,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(in_words(main))

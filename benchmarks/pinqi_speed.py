@@ -26,7 +26,7 @@ from unittest.mock import patch
 
 import torch
 
-from benchmarks.common import print_table, write_result
+from benchmarks.common import in_words, print_table, write_result
 from benchmarks.pinqi_methods import Sample
 from recon_core.methods.pinqi import model
 from recon_core.methods.pinqi.model import Pinqi, PinqiSettings
@@ -243,4 +243,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(in_words(main))

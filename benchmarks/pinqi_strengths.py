@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, print_table, write_result
+from benchmarks.common import RESULTS, in_words, print_table, write_result
 from benchmarks.pinqi_methods import fitted, held
 from recon_core.methods.pinqi.figures import t1_figures, t1_from_rate
 from recon_core.methods.pinqi.model import PositiveValues, Strengths
@@ -146,4 +146,4 @@ def summary(scores: dict[str, dict[str, dict[str, float]]]) -> dict[str, dict[st
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(in_words(main))

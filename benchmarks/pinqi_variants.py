@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, print_table, write_result
+from benchmarks.common import RESULTS, in_words, print_table, write_result
 from benchmarks.pinqi_ablation import MEANING
 from recon_core.methods.pinqi.model import ABLATIONS, Pinqi
 from recon_core.simulation.brainweb import open_anatomy
@@ -175,4 +175,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(in_words(main))
