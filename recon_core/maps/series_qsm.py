@@ -15,7 +15,7 @@ import torch
 
 from recon_core.errors import DataError, ReconError
 from recon_core.maps.background import BackgroundSettings, LocalField, outliers, pdf, resharp, v_sharp, without_outliers
-from recon_core.maps.brain_mask import brain_mask, given_mask, object_mask
+from recon_core.maps.brain_mask import brain_mask, given_mask, object_mask, with_later_echoes
 from recon_core.maps.dipole import Susceptibility, tkd, tv_admm
 from recon_core.maps.dipole_kernel import unit_vector
 from recon_core.maps.echo_agreement import agreed_field, check_decay, check_direction
@@ -347,7 +347,7 @@ def _susceptibility(echoes: _Fittable, settings: MapSettings) -> SeriesMaps:
             remedy="Use a method that keeps the phase (not fourier)",
         )
     frame = field_frame(scan, settings)
-    mask = _mask(images, frame, noise, settings, given)
+    mask = _mask(echoes, frame, settings)
     agreed = agreed_field(
         echoes.phase,
         times,
@@ -419,9 +419,8 @@ def note_of_thin_slab(mask: Tensor, voxel: tuple[float, float, float]) -> str:
     )
 
 
-def _mask(
-    images: Tensor, frame: FieldFrame, noise: ImageNoise | None, settings: MapSettings, given: Tensor | None
-) -> Tensor:
+def _mask(echoes: _Fittable, frame: FieldFrame, settings: MapSettings) -> Tensor:
+    images, noise, given = echoes.images, echoes.noise, echoes.given
     if given is not None:
         return given_mask(given.to(images.device), images.shape[1:])
     if settings.map_mask_file:
@@ -430,7 +429,7 @@ def _mask(
         )
     if settings.map_mask == "object":
         return object_mask(images)
-    mask = brain_mask(images, frame.voxel)
+    mask = brain_mask(with_later_echoes(images, echoes.times, echoes.r2star), frame.voxel)
     if noise is not None:
         # noise has bright parts as well, and where coils are near they hang together
         strength = float(images[:, mask].abs().square().mean(0).sqrt().median()) / (math.sqrt(2) * noise.std)
