@@ -173,9 +173,10 @@ def tv_admm(
     s = settings or TVSettings()
     inside, data = checked_field(local, mask, "TV-ADMM")
     operator = DipoleOperator(local.shape, voxel, b0, data)
-    squared = operator.pad(squared_weights(weights, inside, data))
+    known = squared_weights(weights, inside, data)
+    squared = operator.pad(known)
     given = operator.pad(data).mul_(squared)  # w^2 f
-    disturbance = max(field_noise(data, inside), unexplained_field(data, inside, voxel, operator))
+    disturbance = max(field_noise(data, inside), unexplained_field(data, inside, voxel, operator, known))
     weight = math.hypot(s.weight, s.noise_weight * disturbance)
     split = _Splitting(operator, relative_steps(voxel), squared, given, weight, s)
     seen, done = given, 0

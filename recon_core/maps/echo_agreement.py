@@ -12,6 +12,7 @@ import torch
 from scipy.ndimage import binary_closing, label, uniform_filter
 
 from recon_core.errors import DataError
+from recon_core.maps.echo_delay import echo_delay
 from recon_core.maps.echoes import least_rms
 from recon_core.maps.field import FieldMaps, correct_bipolar, fit_field
 from recon_core.maps.saturation import strong_signal
@@ -185,6 +186,9 @@ def agreed_field(
         field = fit_field(corrected, echo_times, mask, noise_std=noise_std)
         residual, most = _residual(field, corrected, noise_std)
         if residual <= most:
+            delay = echo_delay(corrected, echo_times, field)
+            if delay is not None and delay.note:
+                notes = (*notes, delay.note)
             return AgreedField(field, residual, notes, known_field(field, corrected, noise_std))
     raise DataError(
         "the phases of the echoes lie on no straight line: R2* may be wrong as well",

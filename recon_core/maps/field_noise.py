@@ -58,7 +58,20 @@ LEAST_DEPTH = 12.0
 explained, 5 to 11 voxels deep, 7 to 4 ppb would be found, from 12 voxels on none."""
 
 
-def unexplained_field(field: Tensor, inside: Tensor, voxel: Sequence[float], operator: DipoleOperator) -> float:
+HARDLY_KNOWN = 0.1
+"""Weight over the mask's root mean square below which a voxel's field is what its neighbours say rather than its own: the inversion
+hardly hears it either."""
+
+AROUND = 7
+"""Voxels along an axis whose mean that is."""
+
+AWAY = 1e-3
+"""Weight, over the mask's mean square, of no field at all: what counts where everything around is hardly known."""
+
+
+def unexplained_field(
+    field: Tensor, inside: Tensor, voxel: Sequence[float], operator: DipoleOperator, squared: Tensor | None = None
+) -> float:
     """What no susceptibility explains, as the SD of the white noise that would disturb total variation as much; field's unit.
 
     ``sigma^2 = <|F|^2>_cone - SPREAD^2 <|F|^2>_all``, 0 if negative, means weighted by ``1 / |k|^2``. Where the dipole is zero a field of
@@ -74,7 +87,11 @@ def unexplained_field(field: Tensor, inside: Tensor, voxel: Sequence[float], ope
         Sides ``(z, y, x)``, m.
     operator
         Dipole of that volume.
+    squared
+        ``w^2`` of `squared_weights`, ``(z, y, x)``; ``None``: one for all. What is `HARDLY_KNOWN` does not count.
     """
+    if squared is not None:
+        field = _known(field, squared)
     depth = inner_distance(inside, (1.0, 1.0, 1.0))
     if float(depth.max()) < LEAST_DEPTH:
         return 0.0
@@ -89,3 +106,13 @@ def unexplained_field(field: Tensor, inside: Tensor, voxel: Sequence[float], ope
         return 0.0
     on_cone, everywhere = (float((power[part] / square[part]).sum() / (1 / square[part]).sum()) for part in (cone, short))
     return math.sqrt(max(on_cone - SPREAD**2 * everywhere, 0.0))
+
+
+def _known(field: Tensor, squared: Tensor) -> Tensor:
+    """The field; where its weight is small, the weighted mean around."""
+    weighted, weight = (
+        torch.nn.functional.avg_pool3d(v[None, None], AROUND, stride=1, padding=AROUND // 2)[0, 0]
+        for v in (field * squared, squared)
+    )
+    trust = squared / (squared + HARDLY_KNOWN**2)
+    return trust * field + (1 - trust) * weighted / (weight + AWAY)

@@ -278,7 +278,7 @@ def test_a_thin_slab_through_a_head_is_told_and_a_small_object_is_none() -> None
     assert any(f"slab of {1e3 * n * side:.0f} mm, cut at both ends" in note for note in found.notes)
     whole = multi_echo_maps(series, scan, ImageNoise(NOISE, True), QSM)
     assert not any("slab" in note for note in whole.notes)
-    through = torch.ones(20, 40, 40, dtype=torch.bool)
+    through = torch.ones(25, 60, 60, dtype=torch.bool)
     ending = through.clone()
     ending[-2:] = False
     assert note_of_thin_slab(through, (1.9e-3, 1e-3, 1e-3)) and not note_of_thin_slab(through, (2e-3, 1e-3, 1e-3))
@@ -286,7 +286,7 @@ def test_a_thin_slab_through_a_head_is_told_and_a_small_object_is_none() -> None
 
 
 def test_an_image_that_is_cut_on_both_sides_is_told_as_a_slab_is() -> None:
-    through, voxel = torch.ones(40, 60, 60, dtype=torch.bool), (1e-3, 1e-3, 1e-3)
+    through, voxel = torch.ones(50, 60, 60, dtype=torch.bool), (1e-3, 1e-3, 1e-3)
     assert not note_of_thin_slab(through, voxel)
     assert note_of_thin_slab(through[:, :30], voxel).startswith("30 mm along y, cut at both ends")
     assert note_of_thin_slab(through[:20, :, :30], voxel).startswith("slab of 20 mm and 30 mm along x, cut at both ends")

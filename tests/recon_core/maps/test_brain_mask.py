@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from recon_core.errors import DataError
-from recon_core.maps.brain_mask import BrainMaskSettings, brain_mask, object_mask
+from recon_core.maps.brain_mask import BrainMaskSettings, brain_mask, object_mask, with_later_echoes
+from recon_core.maps.r2star import R2StarMaps
+from recon_core.types import ParameterMap
 
 SHAPE, SIDE = (40, 48, 40), 0.003
 
@@ -64,6 +66,24 @@ def test_a_bridge_of_aliasing_through_the_skull_does_not_let_the_scalp_in() -> N
     assert not (mask & scalp).any() and 2 * (mask & brain).sum() / (mask.sum() + brain.sum()) > 0.98
     leaking = brain_mask(images, (side,) * 3, settings=BrainMaskSettings(opening=0.004))
     assert (leaking & scalp).sum() > 1000
+
+
+@pytest.mark.parametrize(("times", "continued"), [((0.002, 0.0054), True), ((0.0054, 0.002), True), ((0.002, 0.012), False)])
+def test_bone_that_early_echoes_leave_bright_is_no_brain(times: tuple[float, ...], continued: bool) -> None:
+    """A layer of 6 mm around the brain whose signal is 0.8 of the brain's and decays with 130 1/s, as where bone and dura share voxels."""
+    z, y, x = torch.meshgrid(*[(torch.arange(n) - n / 2 + 0.5) * SIDE for n in SHAPE], indexing="ij")
+    level = torch.sqrt((z / 0.040) ** 2 + (y / 0.050) ** 2 + (x / 0.040) ** 2)
+    brain, bone = level < 1, (level >= 1) & (level < 1.15)
+    rate = torch.where(bone, 130.0, 20.0)
+    images = torch.stack([torch.where(brain, 1.0, torch.where(bone, 0.8, 0.0)) * torch.exp(-t * rate) for t in times])
+    found, sd = (ParameterMap("R2star", data, "1/s", brain | bone) for data in (rate, torch.full(SHAPE, 3.0)))
+    train = with_later_echoes(images, times, R2StarMaps(found, sd, found))
+    assert (len(train) > 2) == continued
+    if continued:
+        assert (brain_mask(images, (SIDE,) * 3) & bone).sum() > 0.5 * bone.sum()
+        assert torch.equal(brain_mask(train, (SIDE,) * 3), brain)
+    else:
+        assert torch.equal(train, images)
 
 
 def test_what_is_not_a_brain() -> None:
