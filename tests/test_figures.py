@@ -19,6 +19,7 @@ LARO = {
     "BART's LLR (`pics`": ["laro_bart", "laro_bart_r4", "laro_bart_r4_higher"],
     "## At 80 x 206": ["laro_206x80", "laro_206x80_r4", "laro_206x80_bart", "laro_206x80_bart_low"],
     "### Nearly isotropic voxels": ["laro_206x80_fine"],
+    "**Heads 5 to 9**": ["laro_206x80_fine_5"],
     "## Ablation": ["laro_ablation"],
     "**`laro` as it ships against": ["laro_deep_admm", "laro"],
 }
@@ -136,11 +137,15 @@ def test_regions_at_80_x_206() -> None:
     for label, regions, _, lesions in table("laro_figures.md", "Regions and lesions, slope and R2")[1:]:
         for cell, part in ((regions, "regions"), (lesions, "lesions")):
             faults += [f"{label}: {t}" for t in wrong(cell, regional("laro_206x80_ten", "8/2", label, part))]
-    for row in table("laro_figures.md", "Slope and R2 against the simulated truth (40 regions")[1:]:
-        parts = [(part, target) for target in ("truth", "full scan") for part in ("regions", "lesions")]
+    fine = {
+        "Slope and R2 against the simulated truth (40": "laro_206x80_fine",
+        "Slope and R2 of these five": "laro_206x80_fine_5",
+    }
+    parts = [(part, target) for target in ("truth", "full scan") for part in ("regions", "lesions")]
+    for name, row in ((name, row) for words, name in fine.items() for row in table("laro_figures.md", words)[1:]):
         for cell, (part, target) in zip(row[1:], parts, strict=True):
-            values = regional("laro_206x80_fine", "8/2", row[0], part, target)
-            faults += [f"{row[0]}: {t}" for t in wrong(cell, values)] if cell else []
+            values = regional(name, "8/2", row[0], part, target)
+            faults += [f"{name}, {row[0]}: {t}" for t in wrong(cell, values)] if cell else []
     assert not faults
 
 
@@ -249,7 +254,8 @@ def test_paper_and_here() -> None:
 def test_goals_of_laro() -> None:
     """Distances to ``llr`` in the table of goals."""
     head, magnitude, ssim, qsm, regions, lesions, *_ = table("laro_figures.md", "## In short")
-    files = (("laro_206x80_ten", "laro_206x80"), ("laro_206x80_fine", "laro_206x80"), ("laro", "laro"))
+    names = ("laro_206x80_ten", "laro_206x80_fine", "laro_206x80_fine_5")
+    files = (*((name, "laro_206x80") for name in names), ("laro", "laro"))
     faults = []
     for i, (name, network) in enumerate(files, 1):
         own, other = (scored([name], "8/2", method) for method in (network, "llr"))
