@@ -9,13 +9,13 @@ import platform
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from recon_core.errors import ReconError
+from recon_core.errors import ReconError, SettingError
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "numpy", "scipy", "ismrmrd", "gadgetron", "h5py")
@@ -43,6 +43,20 @@ def write_result(name: str, result: dict[str, Any]) -> Path:
     part = path.with_suffix(".part")
     part.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     return part.replace(path)
+
+
+def check_words(option: str, words: Sequence[str], known: Iterable[str]) -> None:
+    """Refuse a word that is none of those that are known.
+
+    Raises
+    ------
+    SettingError
+        With the word and those that are known.
+    """
+    names = list(known)
+    for word in words:
+        if word not in names:
+            raise SettingError("there is no such choice", where=option, got=word, expected=", ".join(names))
 
 
 def in_words(main: Callable[[], int]) -> int:

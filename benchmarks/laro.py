@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from benchmarks import bart
-from benchmarks.common import in_words, print_table, write_result
+from benchmarks.common import check_words, in_words, print_table, write_result
 from benchmarks.laro_cases import (
     WEIGHTS,
     Case,
@@ -208,20 +208,6 @@ def _case(scan: BrainScan, acceleration: float, spo: int, seed: int, own_maps: b
     n_echoes, z, y, _ = scan.images.shape
     case = acquire(scan, pattern((z, y), n_echoes, acceleration, spo), acceleration, spo, seed)
     return with_estimated_maps(case) if own_maps else case
-
-
-def check_words(option: str, words: Sequence[str], known: Iterable[str]) -> None:
-    """Refuse a word that is none of those that are known.
-
-    Raises
-    ------
-    SettingError
-        With the word and those that are known.
-    """
-    names = list(known)
-    for word in words:
-        if word not in names:
-            raise SettingError("there is no such choice", where=option, got=word, expected=", ".join(names))
 
 
 def chosen_methods(methods: dict[str, Method], names: str) -> dict[str, Method]:

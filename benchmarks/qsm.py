@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import print_table, write_result
+from benchmarks.common import check_words, in_words, print_table, write_result
 from benchmarks.qsm_head import Head, challenge_head, simulated_head
+from recon_core.errors import SettingError
 from recon_core.maps.background import v_sharp
 from recon_core.maps.dipole import Susceptibility, TVSettings, tkd, tv_admm
 from recon_core.maps.medi import MEDISettings, medi
@@ -50,6 +51,9 @@ def scores(found: torch.Tensor, head: Head) -> tuple[float, float, float, float]
         100 * float(deep),
         100 * hfen(a + lift, b + lift, mask),
     )
+
+
+METHODS = ("TV-ADMM", "TKD", "MEDI", "MEDI+0")
 
 
 def methods(head: Head, iterations: int, nonlinear: float) -> dict[str, Callable[[], Susceptibility]]:
@@ -101,7 +105,7 @@ def slab(head: Head, thickness: float) -> tuple[float, float, float]:
     return float(found @ true / (true @ true)), float(found @ true / (found.norm() * true.norm())), 1e3 * n * head.voxel[0]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--challenge", type=Path, help="folder with Frequency, Chi and MaskBrainExtracted (.nii[.gz])")
     parser.add_argument("--side", type=float, nargs="+", default=[3.0, 2.0], help="voxels of the computed heads, mm")
@@ -113,8 +117,9 @@ def main() -> int:
         "--slabs", type=float, nargs="+", default=[], metavar="MM", help="thickness of slabs, instead of the tables"
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     wanted = [name for name in options.methods.split(",") if name]
+    check_words("--methods", wanted, METHODS)
     given = options.challenge
     heads = (
         [challenge_head(given)] if given else [simulated_head(options.seed, s * 1e-3, snr=options.snr) for s in options.side]
@@ -136,9 +141,13 @@ def main() -> int:
         snr = None if given else options.snr
         result["heads"].append({"head": head.name, "snr": snr, "rows": named})
         missed |= any(row[0] == "TV-ADMM" and float(row[1]) > GOAL for row in rows)
+    if not any(head["rows"] for head in result["heads"]):
+        raise SettingError(
+            "nothing to judge", where="--methods", got=options.methods, expected="MEDI+0 needs fluid in the head"
+        )
     write_result("qsm_challenge" if given else "qsm", result)
     return int(missed)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(in_words(main))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.ndimage import correlate1d
 
-from benchmarks.common import print_table, write_result
+from benchmarks.common import check_words, in_words, print_table, write_result
 from benchmarks.qsm import methods
 from benchmarks.qsm_head import BrainInVivo, Head, challenge_2016
 from recon_core.maps.dipole import Susceptibility, TVSettings, tv_admm
@@ -159,7 +159,7 @@ def draw(maps: Mapping[str, Array], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -171,8 +171,9 @@ def main() -> int:
     parser.add_argument("--picture", type=Path, help="file for a picture of the methods' maps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    check_words("--methods", [name for name in options.methods.split(",") if name], PUBLISHED)
     brain = challenge_2016(options.folder).to(options.device)
     head, wanted = brain.head, [name for name in options.methods.split(",") if name]
     mask, regions = head.mask.cpu().numpy(), brain.regions.cpu().numpy()
@@ -207,4 +208,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(in_words(main))

@@ -48,8 +48,8 @@ LEAST_PLANES = 8
 
 THIN_SLAB = 0.050
 """m; below, what the rest of the head does to a slab's field cannot be told from the slab's own sources. Of what simulated heads
-(planes of 2.5 mm) show as a whole, 16 to 23 % of the contrast is lost at 40 mm (three heads), 11 and 15 at 45 mm, 8 and 12 at 50 mm, 5 and 8
-at 60 mm (two)."""
+(planes of 2.5 mm) show as a whole, 16 to 23 % of the contrast is lost at 40 mm (three heads), 11 and 15 at 45 mm, 8 and 12 at 50 mm, 5
+and 8 at 60 mm (two)."""
 
 PLACES = ("slab of {:.0f} mm", "{:.0f} mm along y", "{:.0f} mm along x")
 """How long a side is, in words, for z, y and x."""

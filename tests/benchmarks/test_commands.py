@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bart, common, laro, laro_gpu, pinqi, pinqi_gpu, pinqi_speed
+from benchmarks import bart, common, laro, laro_gpu, pinqi, pinqi_gpu, pinqi_speed, qsm, qsm_challenge_2016
 from recon_core.errors import SettingError
 from recon_core.training import laro as laro_training
 from recon_core.training import pinqi as pinqi_training
@@ -34,6 +34,13 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_wrong_words_are_refused_before_a_result_is_written(words: str, said: str, results: Path) -> None:
     with pytest.raises(SettingError, match=said):
         laro.main(words.split())
+    assert not results.exists()
+
+
+def test_inversions_that_do_not_exist_are_refused(results: Path) -> None:
+    for command, words in ((qsm.main, ["--methods", "tv"]), (qsm_challenge_2016.main, ["nowhere", "--methods", "tv"])):
+        with pytest.raises(SettingError, match=r"--methods: there is no such choice; got tv; expected TV-ADMM"):
+            command(words)
     assert not results.exists()
 
 
