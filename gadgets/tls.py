@@ -72,20 +72,23 @@ class RenewedContext:
 
     def __init__(self, tls: ServerTls) -> None:
         self.files = tls
-        self._seen = self._look()
+        self._used = self._told = self._look()
         self._context = tls.context()
 
     def current(self) -> ssl.SSLContext:
-        """For the next peer. Files that have changed are read again; while they cannot be used, those before them count."""
+        """For the next peer. Files that have changed are read again; as long as they cannot be used, those before them count."""
         now = self._look()
-        if now != self._seen:
-            self._seen = now
-            try:
-                self._context = self.files.context()
-            except TlsError as error:
+        if now == self._used:
+            return self._context
+        try:
+            self._context = self.files.context()
+        except TlsError as error:  # tried again for the next peer: a lack of file descriptors passes
+            if now != self._told:
                 logger.error("event=tls_not_renewed text=%r", str(error))
-            else:
-                logger.info("event=tls_renewed certificate=%r", self.files.certificate)
+            self._told = now
+        else:
+            self._used = self._told = now
+            logger.info("event=tls_renewed certificate=%r", self.files.certificate)
         return self._context
 
     def _look(self) -> tuple[tuple[int, int, int] | None, ...]:
@@ -143,12 +146,12 @@ def client_tls(
 
 
 def _version(file: str) -> tuple[int, int, int] | None:
-    """Another one when the file's content is; ``None`` where there is no such file."""
+    """Another one when the file's content is, or who may read it; ``None`` where there is no such file."""
     try:
         found = os.stat(file)
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    return found.st_ino, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _path(file: Path | None) -> str | None:

@@ -27,11 +27,6 @@ from tests.waiting import PATIENCE, is_alive, until
 
 @pytest.fixture(scope="module")
 def scan() -> SimulatedScan:
-    return in_memory("cine", matrix_x=48, matrix_y=48, coils=4, states=2, slices=3, calibration="separate", acs=16)
-
-
-@pytest.fixture(scope="module")
-def short() -> SimulatedScan:
     """Two slices: one for the cluster, one for the server's own worker."""
     return in_memory("cine", matrix_x=48, matrix_y=48, coils=4, states=2, slices=2, calibration="separate", acs=16)
 
@@ -88,8 +83,8 @@ def test_progress_and_previews_cross_the_cluster(cluster: Service) -> None:
     assert len(final_images(answer)) == 4
 
 
-def test_a_worker_that_is_killed_in_mid_slice_costs_no_image(cluster: Service, short: SimulatedScan) -> None:
-    expected = stack(final_images(ask(cluster, "long", short)), 2)
+def test_a_worker_that_is_killed_in_mid_slice_costs_no_image(cluster: Service, scan: SimulatedScan) -> None:
+    expected = stack(final_images(ask(cluster, "long", scan)), 2)
     killed, pids = list[int](), processes(cluster)
 
     def kill() -> None:
@@ -98,7 +93,7 @@ def test_a_worker_that_is_killed_in_mid_slice_costs_no_image(cluster: Service, s
 
     killer = threading.Thread(target=kill)
     killer.start()
-    answer = ask(cluster, "long", short)
+    answer = ask(cluster, "long", scan)
     killer.join()
     until(lambda: not is_alive(killed[0]))
     assert not complaints(answer)
@@ -106,11 +101,11 @@ def test_a_worker_that_is_killed_in_mid_slice_costs_no_image(cluster: Service, s
     assert killed[0] not in processes(cluster).values()
 
 
-def test_what_takes_too_long_is_ended_and_the_fallback_answers(cluster: Service, short: SimulatedScan) -> None:
+def test_what_takes_too_long_is_ended_and_the_fallback_answers(cluster: Service, scan: SimulatedScan) -> None:
     began, pids = list[str](), processes(cluster)
     watcher = threading.Thread(target=lambda: began.append(busy_worker(cluster)))
     watcher.start()
-    answer = ask(cluster, "late", short)
+    answer = ask(cluster, "late", scan)
     watcher.join()
     assert len(answer.images) == 4
     assert all("quick_instead_of_late" in image.attributes for image in answer.images)
@@ -153,7 +148,7 @@ def cluster_check(service: Service, folder: Path) -> tuple[str, str]:
     return check.level, check.words
 
 
-def test_without_the_scheduler_slices_are_computed_here(short: SimulatedScan, tmp_path: Path) -> None:
+def test_without_the_scheduler_slices_are_computed_here(scan: SimulatedScan, tmp_path: Path) -> None:
     options = ServiceOptions(
         port=0, workers=1, threads=1, scheduler=SchedulerOptions("local:1"), rehearse=False, configs=site_chains(tmp_path)
     )
@@ -161,16 +156,16 @@ def test_without_the_scheduler_slices_are_computed_here(short: SimulatedScan, tm
         until(lambda: cluster_check(running, tmp_path) == ("ok", "room for 1 of 1 task"), "no cluster")
         stopper = threading.Thread(target=lambda: (busy_worker(running), pool(running)._cluster.close(timeout=30)))
         stopper.start()
-        answer = ask(running, "long", short)
+        answer = ask(running, "long", scan)
         stopper.join()
         assert len(final_images(answer)) == 4 and not complaints(answer)
         until(lambda: pool(running).capacity == 0, "the lost cluster still counts")
         assert cluster_check(running, tmp_path)[0] == "failing"
-        assert len(final_images(ask(running, "quick", short))) == 4
+        assert len(final_images(ask(running, "quick", scan))) == 4
 
 
 def test_a_cluster_without_workers_gives_its_tasks_back(
-    short: SimulatedScan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scan: SimulatedScan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gadgets.compute_dask.DESERTED", 0.5)
     options = ServiceOptions(
@@ -185,6 +180,6 @@ def test_a_cluster_without_workers_gives_its_tasks_back(
 
         leaver = threading.Thread(target=leave)
         leaver.start()
-        answer = ask(running, "long", short)
+        answer = ask(running, "long", scan)
         leaver.join()
         assert len(final_images(answer)) == 4 and not complaints(answer)
