@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_ID = int(MessageId.IMAGE).to_bytes(2, "little")
 TEXT_ID = int(MessageId.TEXT).to_bytes(2, "little")
+CLOSE_BYTES = 2
 FORCED_SECONDS = 1.0  # after the last image, for the news whether the raw data have reached the device
 
 
@@ -330,6 +331,9 @@ class Connection:
         scan, said = self._open(), False
         self._answering = True
         self._warn_of_loss()
+        behind = self._bytes - self.parser.offset
+        if behind > CLOSE_BYTES:  # some clients send CLOSE twice
+            self.say(f"WRN {behind} bytes came behind CLOSE and are not reconstructed: a connection carries one scan")
         self._entry.received(self._log, self.asked.label, self.n_readouts, self.parser.role)
         for message in scan.finish():
             self._warn_of_power_cuts()

@@ -171,6 +171,13 @@ def test_close_first(served: Served) -> None:
     assert not answer.texts and not answer.images and served.captures() == []
 
 
+@pytest.mark.parametrize(("tail", "said"), [(b"", 0), (codec.config_file("fourier") + data(5), 1)], ids=["CLOSE", "a scan"])
+def test_what_comes_behind_close_is_told(served: Served, tail: bytes, said: int) -> None:
+    answer = served.client().scan("fourier", header=HEADER, messages=[data(5) + codec.close() + tail])
+    assert counted(answer) == 5 and len(answer.texts) == said
+    assert not said or re.match(rf"WRN ({len(tail)}|{len(tail) + 2}) bytes came behind CLOSE", answer.texts[0])
+
+
 def test_close_before_the_header(served: Served) -> None:
     answer = served.client().scan("fourier")
     assert not errors(answer) and "nothing to reconstruct" in answer.texts[0]
