@@ -244,6 +244,7 @@ def _build(name: str, properties: dict[str, str], overrides: dict[str, Any]) -> 
         known = "one of " + ", ".join(methods())
         raise ConfigRefused("no such method", where=f"chain {name}", got=repr(plain(method, 64)), expected=known)
     groups: dict[str, type] = {**SHARED_GROUPS, "method": get_method(method).Settings}
+    same_as: dict[str, str] = getattr(groups["method"], "same_as", {})
     owner = {info.name: group for group, cls in groups.items() for info in describe(cls)}
     own = {key: value for key, value in properties.items() if key not in META_PROPERTIES}
     overrides = by_setting(overrides, owner, where=f"chain {name}")
@@ -259,7 +260,9 @@ def _build(name: str, properties: dict[str, str], overrides: dict[str, Any]) -> 
             for group, cls in groups.items()
         }
 
-    parsed, asked = parse(values), {key: owner[key] for key in overrides}
+    parse(values)  # first, so that an error names what was given
+    own = _for_both(own, same_as)
+    parsed, asked = parse({**own, **_for_both(overrides, same_as)}), {key: owner[key] for key in overrides}
     shipped = parse(own) if asked else parsed
     changed = {k: getattr(parsed[g], k) for k, g in asked.items() if getattr(parsed[g], k) != getattr(shipped[g], k)}
     settings = parsed.pop("method")
@@ -274,6 +277,12 @@ def _build(name: str, properties: dict[str, str], overrides: dict[str, Any]) -> 
         console=console,
         **parsed,
     )
+
+
+def _for_both(values: Mapping[str, Any], same_as: Mapping[str, str]) -> dict[str, Any]:
+    """``values``, and for each of two settings that say the same, where only one is given, the other with its value."""
+    pairs = [*same_as.items(), *((b, a) for a, b in same_as.items())]
+    return {**{there: values[here] for here, there in pairs if here in values}, **values}
 
 
 def _file_text(path: Path) -> str:

@@ -77,6 +77,25 @@ def test_a_bad_override_says_which_and_what_was_expected(overrides: dict[str, st
         load_chain("fourier", overrides)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "method", "fit"),
+    [
+        ({}, 6.0, 6.0),
+        ({"t1Max": "4"}, 4.0, 4.0),
+        ({"map_t1_max": "3"}, 3.0, 3.0),
+        ({"t1_max": "4", "map_t1_max": "3"}, 4.0, 3.0),
+    ],
+)
+def test_limits_of_t1_are_the_same_whoever_makes_the_map(overrides: dict[str, str], method: float, fit: float) -> None:
+    chain = load_chain("pinqi_t1", overrides)
+    assert (chain.settings.t1_max, chain.maps.map_t1_max) == (method, fit) and len(chain.changed) == len(overrides)
+
+
+def test_a_bad_limit_is_told_by_the_name_that_was_given() -> None:
+    with pytest.raises(SettingError, match=r"\bt1_max\b.*abc"):
+        load_chain("pinqi_t1", {"t1Max": "abc"})
+
+
 def test_a_shipped_file_sent_as_a_script_is_the_same_chain() -> None:
     for name in chain_names():
         text = (config_directory() / f"{name}.xml").read_text()

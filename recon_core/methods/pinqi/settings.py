@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from recon_core.methods.pinqi.model import PRECISIONS
 from recon_core.settings import setting
@@ -15,7 +16,16 @@ COIL_MAP_SOURCES = ("longest", "chain")
 
 @dataclass(frozen=True)
 class Settings:
-    """Which weights, and what may be believed of the maps."""
+    """Which weights, and what may be believed of the maps.
+
+    Attributes
+    ----------
+    same_as
+        Settings of the fit of images that say the same as one of these: who gives one gives both, so that a map has the same limits
+        whoever makes it, this method or the fit of the fallback's images.
+    """
+
+    same_as: ClassVar[dict[str, str]] = {"t1_min": "map_t1_min", "t1_max": "map_t1_max"}
 
     weights: str = setting(DEFAULT_WEIGHTS, "name of the installed weights, see docs/pinqi.md; never a path")
     coil_map_source: str = setting(
@@ -35,8 +45,12 @@ class Settings:
         "of the parameters' subproblem: Levenberg-Marquardt for every pixel, or one L-BFGS for all as published, slower and less exact",
         choices=SOLVERS,
     )
-    t1_min: float = setting(0.05, "shortest plausible T1", unit="s", low=0.001, high=1.0)
-    t1_max: float = setting(6.0, "longest plausible T1", unit="s", low=1.0, high=60.0)
+    t1_min: float = setting(
+        0.05, "shortest plausible T1, also of the fit of a fallback's images", unit="s", low=0.001, high=1.0
+    )
+    t1_max: float = setting(
+        6.0, "longest plausible T1, also of the fit of a fallback's images", unit="s", low=1.0, high=60.0
+    )
     signal_floor: float = setting(
         0.05,
         "a pixel whose series is below this part of its 99.9th percentile (RMS over states) has no T1",
