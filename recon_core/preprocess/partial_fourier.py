@@ -184,7 +184,7 @@ def _half_band(extent: Extent, n: int) -> int:
             where="partial Fourier",
             got=f"samples {extent[0]} to {extent[1]} of {n}",
             expected=f"at least {FEWEST_BOTH_SIDES} on both sides of {n // 2}",
-            remedy="Reconstruct without partial Fourier (zero filling)",
+            remedy="Was the scan cut? With partial_fourier = zero_fill it is reconstructed, blurred",
         )
     return half
 
