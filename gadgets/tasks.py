@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gadgets.average_checks import cancelling
 from gadgets.buffer import SortedScan, assemble
 from gadgets.device_errors import device_failure
 from gadgets.devices import device_of_task
@@ -340,6 +341,10 @@ def state_images(job: SliceJob, report: SliceReport) -> StateImages:
     """The images of the states that are asked for, where they were computed."""
     report.progress(0.0)
     kspace = assemble(job.sorted_scan, job.slice_index, job.rows)
+    if job.role == "slice" and (job.states is None or not job.states[0]):
+        told = cancelling(job.sorted_scan, job.slice_index, job.rows, kspace)
+        if told:
+            report.warn(told)
     kspace = replace(kspace, noise_std=job.noise_std).to("cpu" if job.cpu_only else device_of_task(job.device))
     if job.role != "slice" and job.recipe.method == "fourier":
         _refuse_aliasing(kspace)
